@@ -1,0 +1,61 @@
+# Every target sets up what it needs: a virtual environment with pinned versions, and the build.
+# Needed beforehand: make and Python 3.10 or newer with its venv module.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= gpu-session
+
+# The stamp carries a hash of the pins, so that a changed pin makes the environment anew.
+PINS := .ci/venv.sh .ci/constraints.txt .ci/requirements.txt .ci/requirements-demo.txt
+READY := $(VENV)/.ready-$(shell cat $(PINS) | cksum | cut -d' ' -f1)
+BUILT := $(VENV)/.built
+CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test quick lint format bench gpu-session clean
+
+help:  ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: $(READY)  ## Make .venv with pinned dependencies
+$(READY):
+	@sh .ci/venv.sh $(PYTHON) $(VENV)
+	@touch $@
+
+build: $(BUILT)  ## Install the package in place, with the CUDA extension where nvcc is found
+$(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
+	@echo "== build: osf-kernels in place, with the CUDA extension where nvcc is found"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(BUILT)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
+	@$(BIN)/python -m bench.demo
+
+test: $(BUILT)  ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+quick: $(BUILT)  ## Run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)  ## Check style, types and formatting, Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(READY)  ## Format Python and C++ in place
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+bench: $(BUILT)  ## Measure the projection on the MiniLM shapes of this machine
+	$(BIN)/python -m bench projection --model minilm
+
+gpu-session:  ## On a GPU machine, with its own Python: build, gpu tests, sanitizer, bench into OUT
+	bash bench/gpu_session.sh $(OUT)
+
+clean:  ## Remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info osf_kernels/_cuda*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
