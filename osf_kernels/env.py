@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["VARIABLES", "Variable", "get"]
@@ -49,7 +50,7 @@ VARIABLES: Mapping[str, Variable] = {
             "auto",
             _choice("auto", "torch", "triton", "cuda"),
             "backend of every operator; a named one works or raises",
-            read="on import",
+            read="at each call",
         ),
         _variable(
             "OSF_AUTOTUNE",
@@ -104,8 +105,14 @@ def get(name: str) -> str:
         KeyError: `name` is not in the table.
         ValueError: the value is not one the variable may hold.
     """
+    return _checked(name, os.environ.get(name, ""))
+
+
+# An operator may ask at every call, so what a value means is worked out once.
+@lru_cache(maxsize=64)
+def _checked(name: str, raw: str) -> str:
     variable = VARIABLES[name]
-    value = os.environ.get(name, "").strip() or variable.default
+    value = raw.strip() or variable.default
     if not re.fullmatch(variable.pattern, value, flags=re.ASCII):
         raise ValueError(
             f"osf_kernels: expected the environment variable {name} to be {variable.expected}, "

@@ -1,0 +1,30 @@
+"""Fused two-sided projections that keep updates out of a protected subspace.
+
+``import osf_kernels`` works with no GPU, no Triton and no compiled extension; what then runs,
+and why, is what ``python -m osf_kernels info`` and :func:`plan` say.
+"""
+
+from osf_kernels._version import __version__
+from osf_kernels.backends import use_backend
+from osf_kernels.basis import Basis
+from osf_kernels.errors import BackendUnavailableError
+from osf_kernels.ops.halves import apply_, coefficients
+from osf_kernels.ops.projection import plan, project, project_, project_many_
+from osf_kernels.ops.restoration import restore_, restore_many_
+from osf_kernels.plan import Plan
+
+__all__ = [
+    "BackendUnavailableError",
+    "Basis",
+    "Plan",
+    "__version__",
+    "apply_",
+    "coefficients",
+    "plan",
+    "project",
+    "project_",
+    "project_many_",
+    "restore_",
+    "restore_many_",
+    "use_backend",
+]

@@ -1,0 +1,71 @@
+"""From validated tensors to problems on their backends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from osf_kernels import backends
+from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.ops._validation import Choice, admit, check, meta
+from osf_kernels.plan import Matrix, Mode, Step
+
+
+def decide(
+    op: str,
+    names: Sequence[str],
+    g: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    mode: Mode,
+    u_spans: str,
+    v_spans: str,
+    choice: Choice = "any",
+) -> tuple[Matrix, Step, str, str]:
+    """``admit``, with the caller's own argument names in a refusal."""
+    g_meta = meta(g)
+    u_meta = None if U is None else meta(U)
+    v_meta = None if V is None else meta(V)
+    try:
+        request = backends.requested()
+        return admit(op, g_meta, u_meta, v_meta, mode, u_spans, v_spans, request, choice)
+    except (TypeError, ValueError):
+        check(op, names, g_meta, u_meta, v_meta)
+        raise
+
+
+def execute(problems: Sequence[Problem], names: Sequence[str]) -> None:
+    """Runs problems of any batch shape, each on the backend of that name."""
+    if len(problems) == 1 and names[0] == "torch" and problems[0].x.dim() == 2:
+        backends.run(problems, names)
+        return
+    flat: list[Problem] = []
+    flat_names: list[str] = []
+    for problem, name in zip(problems, names, strict=True):
+        parts = unbatch(problem, name)
+        flat += parts
+        flat_names += [name] * len(parts)
+    backends.run(flat, flat_names)
+
+
+Item = TypeVar("Item", Problem, Coefficients)
+
+
+def unbatch(item: Item, backend: str) -> list[Item]:
+    """An item as the backend takes it: torch with one batch dimension, the kernels with none."""
+    batch = item.x.shape[:-2]
+    if not batch:
+        return [item]
+    lead = batch[:-1] if backend == "torch" else batch
+    whole = {
+        name: t.expand(*batch, *t.shape[t.dim() - (1 if name == "S" else 2) :])
+        for name, t in item._asdict().items()
+        if isinstance(t, Tensor)
+    }
+    return [
+        item._replace(**{name: t[index] for name, t in whole.items()})
+        for index in itertools.product(*map(range, lead))
+    ]

@@ -1,0 +1,53 @@
+"""The torch.library namespace ``osf_kernels`` and how an operator enters it.
+
+``Library.define`` with ``impl`` costs about 3 µs a call, ``custom_op`` 25 to 50 µs: the former
+is used, with fake, autograd and vmap rules registered on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "osf_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines an operator for every device and returns its callable overload."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    if vmap is not None:
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=library)
+    overload: Callable[..., Any] = getattr(torch.ops.osf_kernels, name).default
+    return overload
+
+
+def aligned(info: Any, in_dims: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Operands with the vmapped dimension in front, and ones where a basis has fewer others."""
+    g, g_dim = tensors[0], in_dims[0]
+    assert g is not None
+    rank = g.dim() - (g_dim is not None)
+    aligned: list[Tensor | None] = []
+    for t, dim in zip(tensors, in_dims, strict=False):
+        if t is None:
+            aligned.append(None)
+        elif dim is None:
+            aligned.append(t)
+        else:
+            t = t.movedim(dim, 0)
+            missing = rank - (t.dim() - 1)
+            aligned.append(t.reshape(t.shape[0], *[1] * missing, *t.shape[1:]) if missing else t)
+    if g_dim is None:
+        aligned[0] = g.expand(info.batch_size, *g.shape)
+    return aligned

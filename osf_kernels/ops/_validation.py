@@ -1,0 +1,264 @@
+"""What every operator refuses, and what it makes of what it accepts.
+
+Everything that shapes, dtypes and devices decide is decided once per combination and cached:
+a call that was seen before pays for building the key alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import select
+from osf_kernels.basis import Basis
+from osf_kernels.errors import describe
+from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NAMES[torch.float64] = "float64"
+
+Meta = tuple[Any, ...]  # (shape, dtype, device) of a tensor
+Choice = Literal["any", "once", "pinned"]  # which forms the planner may take
+
+
+def meta(t: Tensor) -> Meta:
+    return t.shape, t.dtype, t.device
+
+
+def columns(op: str, name: str, basis: Tensor | Basis | None) -> tuple[Tensor | None, str]:
+    """The columns of a basis argument and what they span."""
+    if basis is None or isinstance(basis, Tensor):
+        return basis, "high"
+    if isinstance(basis, Basis):
+        require_tensor(op, f"{name}.columns", basis.columns)
+        return basis.columns, basis.spans
+    raise TypeError(
+        describe(op, name, "a tensor, a Basis or None", type(basis).__name__, "wrap it in a tensor")
+    )
+
+
+def require_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(describe(op, name, "a tensor", type(value).__name__))
+
+
+def require_mode(op: str, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(describe(op, "mode", '"complement" or "core"', repr(mode)))
+
+
+def require_lengths(op: str, **lists: Sequence[object]) -> None:
+    """All lists of a list operator have one length."""
+    for name, value in lists.items():
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(describe(op, name, "a list or a tuple", type(value).__name__))
+    (first, reference), *others = lists.items()
+    for name, value in others:
+        if len(value) != len(reference):
+            raise ValueError(
+                describe(
+                    op,
+                    name,
+                    f"as long as {first} ({len(reference)})",
+                    f"{len(value)} entries",
+                    "pass None where a matrix has no such argument",
+                )
+            )
+
+
+def check_matrix(op: str, name: str, g: Meta) -> None:
+    shape, dtype, _ = g
+    if dtype not in DTYPES:
+        raise TypeError(
+            describe(op, name, "float32, bfloat16, float16 or float64", dtype, "convert it first")
+        )
+    if len(shape) < 2:
+        raise ValueError(
+            describe(op, name, "(..., m, n)", tuple(shape), "a vector has no two-sided projection")
+        )
+
+
+def check_basis(op: str, name: str, basis: Meta, g: Meta, left: bool) -> None:
+    shape, dtype, device = basis
+    size = g[0][-2] if left else g[0][-1]
+    letters = ("(..., m, r)", "m") if left else ("(..., n, k)", "n")
+    expected = f"{letters[0]} with {letters[1]}={size}"
+    if dtype not in DTYPES:
+        raise TypeError(
+            describe(op, name, "float32, bfloat16, float16 or float64", dtype, "convert it first")
+        )
+    if len(shape) < 2:
+        raise ValueError(describe(op, name, expected, tuple(shape)))
+    if shape[-2] != size:
+        rows = shape[-1] == size
+        remedy = f"pass {name}.mT if it holds rows" if rows else ""
+        raise ValueError(describe(op, name, expected, tuple(shape), remedy))
+    if shape[-1] > size:
+        raise ValueError(
+            describe(
+                op,
+                name,
+                f"no wider than its side, {expected}",
+                tuple(shape),
+                "orthonormal columns can't outnumber their rows",
+            )
+        )
+    lead, batch = shape[:-2], g[0][:-2]
+    if len(lead) > len(batch) or any(
+        a != b and a != 1 for a, b in zip(reversed(lead), reversed(batch), strict=False)
+    ):
+        raise ValueError(
+            describe(op, name, f"to broadcast to the batch dimensions {tuple(batch)}", tuple(shape))
+        )
+    if device != g[2]:
+        raise ValueError(describe(op, name, f"on {g[2]} like the matrix", f"on {device}"))
+    if (dtype == torch.float64) != (g[1] == torch.float64):
+        raise TypeError(
+            describe(
+                op,
+                name,
+                "float64 together with its matrix or not at all",
+                f"{dtype} beside {g[1]}",
+                "convert one of them",
+            )
+        )
+
+
+def check(op: str, names: Sequence[str], g: Meta, U: Meta | None, V: Meta | None) -> None:
+    check_matrix(op, names[0], g)
+    if U is not None:
+        check_basis(op, names[1], U, g, left=True)
+    if V is not None:
+        check_basis(op, names[2], V, g, left=False)
+
+
+def shape_check(op: str, g: Tensor, U: Tensor | None, V: Tensor | None, mode: str) -> None:
+    """The same refusals where shapes may be symbolic: in a fake kernel."""
+    require_mode(op, mode)
+    u_meta, v_meta = None if U is None else meta(U), None if V is None else meta(V)
+    check(op, "gUV", meta(g), u_meta, v_meta)
+
+
+@lru_cache(maxsize=8192)
+def admit(
+    op: str,
+    g: Meta,
+    U: Meta | None,
+    V: Meta | None,
+    mode: Mode,
+    u_spans: str,
+    v_spans: str,
+    request: str,
+    choice: Choice,
+) -> tuple[Matrix, Step, str, str]:
+    """(Matrix, Step, backend, why) of one matrix, or the refusal."""
+    require_mode(op, mode)
+    check(op, ("g", "U", "V"), g, U, V)
+    shape, dtype, device = g
+    held = [t[1] for t in (U, V) if t is not None]
+    x = Matrix(
+        m=shape[-2],
+        n=shape[-1],
+        r=None if U is None else U[0][-1],
+        k=None if V is None else V[0][-1],
+        u_spans=u_spans,
+        v_spans=v_spans,
+        dtype=_NAMES[dtype],
+        basis_dtype=_NAMES[max(held, key=lambda d: d.itemsize) if held else dtype],
+        batch=shape[:-2].numel(),
+    )
+    if choice == "pinned":
+        step = choose_pinned(x, mode, device.type)
+    else:
+        step = choose(x, mode, device.type, once=choice == "once")
+    backend, why = select(request, device, x, step)
+    return x, step, backend, why
+
+
+def require_writable(op: str, name: str, g: Tensor) -> None:
+    """Each element of a tensor that is written has memory of its own."""
+    if 0 in g.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True)
+    ):
+        raise ValueError(
+            describe(
+                op,
+                name,
+                "a tensor whose elements have memory of their own",
+                f"an expanded one, strides {g.stride()}",
+                "write to .clone()",
+            )
+        )
+
+
+def require_no_leaf(op: str, name: str, g: Tensor) -> None:
+    if g.requires_grad and g.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            describe(
+                op,
+                name,
+                "a tensor that may be written in place",
+                "a leaf that requires grad",
+                "use torch.no_grad() or the out-of-place operator",
+            )
+        )
+
+
+def _extent(t: Tensor) -> tuple[int, int, int]:
+    """(storage, first byte, one past the last byte)."""
+    size = t.element_size()
+    start = t.storage_offset() * size
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    return t.untyped_storage().data_ptr(), start, start + (last + 1) * size
+
+
+def overlaps(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory; views of different columns of one matrix do not."""
+    (storage_a, start_a, end_a), (storage_b, start_b, end_b) = _extent(a), _extent(b)
+    if storage_a != storage_b or start_a >= end_b or start_b >= end_a:
+        return False
+    if a.stride() == b.stride() and a.dim() >= 2 and a.stride(-1) == 1 and a.stride(-2) > 0:
+        row = a.stride(-2)
+        column_a = (start_a // a.element_size()) % row
+        column_b = (start_b // b.element_size()) % row
+        inside = column_a + a.shape[-1] <= row and column_b + b.shape[-1] <= row
+        apart = column_a + a.shape[-1] <= column_b or column_b + b.shape[-1] <= column_a
+        return not (inside and apart)
+    return True
+
+
+def require_apart(op: str, name: str, written: Tensor, **read: Tensor | None) -> None:
+    """What is written shares no memory with what is read."""
+    for other, t in read.items():
+        if t is not None and t.numel() and written.numel() and overlaps(written, t):
+            raise ValueError(
+                describe(
+                    op,
+                    name,
+                    f"apart from {other}",
+                    "overlapping memory",
+                    "use the in-place operator" if other == "g" else f"clone {other} first",
+                )
+            )
+
+
+def require_distinct(op: str, name: str, written: Sequence[Tensor]) -> None:
+    """No matrix of a list is written twice."""
+    seen: dict[int, int] = {}
+    for i, g in enumerate(written):
+        first = seen.setdefault(g.data_ptr(), i) if g.numel() else i
+        if first != i:
+            raise ValueError(
+                describe(
+                    op,
+                    f"{name}[{i}]",
+                    "a matrix of its own",
+                    f"the memory of {name}[{first}]",
+                    "pass a tied weight once",
+                )
+            )

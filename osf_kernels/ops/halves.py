@@ -1,0 +1,203 @@
+"""coefficients and apply_: the projection in two halves, for a caller with shards between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels import backends
+from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.basis import Basis
+from osf_kernels.errors import describe
+from osf_kernels.ops._execute import decide, execute, unbatch
+from osf_kernels.ops._library import aligned, register
+from osf_kernels.ops._validation import (
+    columns,
+    require_apart,
+    require_no_leaf,
+    require_tensor,
+    require_writable,
+    shape_check,
+)
+from osf_kernels.ops.projection import BasisLike
+from osf_kernels.plan import Mode
+
+
+def coefficients(g: Tensor, U: BasisLike, V: BasisLike) -> tuple[Tensor, Tensor]:
+    """A = Uᵀ g and B = g V, from one read of g where the backend can: what a shard all-reduces.
+
+    With rows sharded (U and g hold the same rows, V whole) B is local and the sum of A over
+    the shards is Uᵀ g of the whole matrix; then ``apply_`` finishes locally. With columns
+    sharded it is the mirror image: pass ``g.mT`` with U and V exchanged.
+
+    Args:
+        g: (..., m, n).
+        U: (..., m, r) columns, a Basis (its columns as held, high or low), or None.
+        V: (..., n, k) likewise.
+
+    Returns:
+        (A, B): (..., r, n) and (..., m, k), float32 (float64 for float64 g); a missing side is
+        empty, with r = 0 or k = 0.
+
+    Raises:
+        TypeError, ValueError: as project.
+
+    Mutates nothing; doesn't synchronise; draws no random numbers. Differentiable.
+    """
+    require_tensor("coefficients", "g", g)
+    U, _ = columns("coefficients", "U", U)
+    V, _ = columns("coefficients", "V", V)
+    A, B = _coefficients(g, U, V)
+    return A, B
+
+
+def apply_(
+    g: Tensor,
+    U: BasisLike,
+    V: BasisLike,
+    A: Tensor,
+    B: Tensor,
+    *,
+    mode: Mode = "complement",
+) -> Tensor:
+    """g ← P(g) in place from ready coefficients: the other half of :func:`coefficients`.
+
+    Uᵀ g V is taken as A V, so A is the whole matrix's (all-reduced where rows are sharded) and
+    V is whole.
+
+    Args:
+        g: (..., m, n), what is held here of the matrix.
+        U, V: as in coefficients, with what their columns span.
+        A: (..., r, n), B: (..., m, k): of :func:`coefficients`, A summed over the shards.
+        mode: "complement" or "core".
+
+    Returns:
+        g itself.
+
+    Raises:
+        TypeError, ValueError: as project_; coefficients of another shape.
+
+    Mutates g, not A and B; doesn't synchronise; draws no random numbers; not differentiable.
+    """
+    op = "apply_"
+    for name, t in (("g", g), ("A", A), ("B", B)):
+        require_tensor(op, name, t)
+    U, u_spans = columns(op, "U", U)
+    V, v_spans = columns(op, "V", V)
+    require_no_leaf(op, "g", g)
+    _apply_(g, U, V, A, B, mode, u_spans, v_spans)
+    return g
+
+
+# --- torch.library -------------------------------------------------------------------------
+
+
+def coefficient_dtype(g: Tensor) -> torch.dtype:
+    return torch.float64 if g.dtype == torch.float64 else torch.float32
+
+
+def coefficient_shapes(
+    g: Tensor, U: Tensor | None, V: Tensor | None
+) -> tuple[torch.Size, torch.Size]:
+    r = 0 if U is None else U.shape[-1]
+    k = 0 if V is None else V.shape[-1]
+    batch = tuple(g.shape[:-2])
+    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
+
+
+def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = coefficient_dtype(g)
+    shape_A, shape_B = coefficient_shapes(g, U, V)
+    return g.new_empty(shape_A, dtype=dtype), g.new_empty(shape_B, dtype=dtype)
+
+
+def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
+    op = "coefficients"
+    _, _, backend, _ = decide(op, "gUV", g, U, V, "complement", "high", "high", "pinned")
+    A, B = _empty_coefficients(g, U, V)
+    if g.numel() == 0:
+        return A.zero_(), B.zero_()  # sums of no products
+    left, right = (U, A) if A.numel() else (None, None), (V, B) if B.numel() else (None, None)
+    if A.numel() or B.numel():
+        job = Coefficients(g, left[0], right[0], left[1], right[1])
+        backends.module(backend).coefficients(unbatch(job, backend))
+    return A, B
+
+
+def _coefficients_fake(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape_check("coefficients", g, U, V, "complement")
+    return _empty_coefficients(g, U, V)
+
+
+def _coefficients_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any) -> tuple[Any, Any]:
+    return _coefficients(*aligned(info, in_dims, (g, U, V))), (0, 0)
+
+
+def _apply__impl(
+    g: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    mode: Mode,
+    u_spans: str,
+    v_spans: str,
+) -> None:
+    op = "apply_"
+    _, step, backend, _ = decide(op, "gUV", g, U, V, mode, u_spans, v_spans, "once")
+    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    for name, t, shape in wanted:
+        if t.shape != shape:
+            remedy = "take both from coefficients(g, U, V)"
+            raise ValueError(describe(op, name, str(tuple(shape)), tuple(t.shape), remedy))
+        if t.device != g.device:
+            raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
+        if t.dtype != coefficient_dtype(g):
+            raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
+    require_writable(op, "g", g)
+    require_apart(op, "g", g, U=U, V=V, A=A, B=B)
+    ready = Problem(g, g, U, V, step, A=None if U is None else A, B=None if V is None else B)
+    execute([ready], [backend])
+
+
+def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, mode: str, u: str, v: str) -> None:
+    shape_check("apply_", g, U, V, mode)
+
+
+_coefficients = register(
+    "coefficients(Tensor g, Tensor? U, Tensor? V) -> (Tensor, Tensor)",
+    _coefficients_impl,
+    _coefficients_fake,
+    _coefficients_vmap,
+)
+_apply_ = register(
+    "apply_(Tensor(a!) g, Tensor? U, Tensor? V, Tensor A, Tensor B, str mode, str u_spans, "
+    "str v_spans) -> ()",
+    _apply__impl,
+    _apply__fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, for_A: Tensor, for_B: Tensor) -> tuple[Any, ...]:
+    """A = Uᵀ g and B = g V are bilinear."""
+    g, U, V = ctx.saved_tensors
+    dtype = for_A.dtype
+    for_g, for_U, for_V = torch.zeros_like(g, dtype=dtype), None, None
+    if U is not None:
+        for_g = for_g + U.to(dtype) @ for_A
+        for_U = (g.to(dtype) @ for_A.mT).sum_to_size(U.shape).to(U.dtype)
+    if V is not None:
+        for_g = for_g + for_B @ V.to(dtype).mT
+        for_V = (g.to(dtype).mT @ for_B).sum_to_size(V.shape).to(V.dtype)
+    return for_g.to(g.dtype), for_U, for_V
+
+
+torch.library.register_autograd(
+    "osf_kernels::coefficients", _backward, setup_context=_setup_context
+)

@@ -1,0 +1,369 @@
+"""project, project_, project_many_ and plan: the projection itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels import backends
+from osf_kernels.backends.forms import Problem
+from osf_kernels.basis import Basis
+from osf_kernels.errors import describe
+from osf_kernels.ops._execute import decide, execute
+from osf_kernels.ops._library import aligned, register
+from osf_kernels.ops._validation import (
+    columns,
+    meta,
+    require_apart,
+    require_distinct,
+    require_lengths,
+    require_mode,
+    require_no_leaf,
+    require_tensor,
+    require_writable,
+    shape_check,
+)
+from osf_kernels.plan import Mode, Plan
+
+BasisLike = Tensor | Basis | None
+_FLIPPED = {"high": "low", "low": "high"}
+
+
+def project(
+    g: Tensor,
+    U: BasisLike = None,
+    V: BasisLike = None,
+    *,
+    mode: Mode = "complement",
+    out: Tensor | None = None,
+) -> Tensor:
+    """P(g) = (I − U Uᵀ) g (I − V Vᵀ), or in mode "core" g − U Uᵀ g V Vᵀ.
+
+    P is linear, idempotent and self-adjoint, so its backward is P. A missing basis leaves its
+    side alone: with one of U and V missing both modes are one-sided, with both missing P is
+    the identity. NaN and Inf propagate.
+
+    Args:
+        g: (..., m, n) float32, bfloat16, float16 or float64, any strides.
+        U: (..., m, r) orthonormal columns, a Basis, or None. Batch dimensions broadcast.
+        V: (..., n, k) likewise; a caller that holds rows passes ``Vh.mT``, read without a copy.
+        mode: "complement" or "core".
+        out: like g, written and returned; it shares memory with no input.
+
+    Returns:
+        (..., m, n) of g's dtype: new, or ``out``. Uᵀ P(g) = 0 and P(g) V = 0 to rounding.
+
+    Raises:
+        TypeError: a complex or integer dtype, or float64 mixed with others.
+        ValueError: shapes, devices or overlapping memory, before anything is written.
+        BackendUnavailableError: a backend chosen by name can't serve the call.
+
+    Mutates ``out`` alone; doesn't synchronise; draws no random numbers. Differentiable in g, U
+    and V (not through ``out``).
+
+    Source: "Sculpting Subspaces", arXiv 2504.07097; its own update rule is mode "core".
+    """
+    require_tensor("project", "g", g)
+    U, u_spans = columns("project", "U", U)
+    V, v_spans = columns("project", "V", V)
+    if out is None:
+        result: Tensor = _project(g, U, V, mode, u_spans, v_spans)
+        return result
+    require_tensor("project", "out", out)
+    if _needs_grad(g, U, V, out):
+        raise ValueError(
+            describe(
+                "project",
+                "out",
+                "used without autograd",
+                "an argument that requires grad",
+                "use torch.no_grad() or leave out unset",
+            )
+        )
+    _project_out(g, U, V, mode, u_spans, v_spans, out)
+    return out
+
+
+def project_(
+    g: Tensor, U: BasisLike = None, V: BasisLike = None, *, mode: Mode = "complement"
+) -> Tensor:
+    """g ← P(g) in place; see :func:`project`.
+
+    The fastest way for one matrix: no allocation of g's size. Where autograd records and an
+    argument requires grad, the result is computed apart and copied in.
+
+    Returns:
+        g itself.
+
+    Raises:
+        ValueError: as project; also a leaf that requires grad (outside torch.no_grad()), an
+            expanded g, or a basis that shares g's memory.
+
+    Mutates g; doesn't synchronise; draws no random numbers.
+    """
+    require_tensor("project_", "g", g)
+    U, u_spans = columns("project_", "U", U)
+    V, v_spans = columns("project_", "V", V)
+    if _needs_grad(g, U, V):
+        require_no_leaf("project_", "g", g)
+        return g.copy_(_project(g, U, V, mode, u_spans, v_spans))
+    _project_(g, U, V, mode, u_spans, v_spans)
+    return g
+
+
+def project_many_(
+    grads: Sequence[Tensor],
+    Us: Sequence[BasisLike],
+    Vs: Sequence[BasisLike],
+    *,
+    mode: Mode = "complement",
+) -> None:
+    """g ← P(g) in place for every matrix of a list, of any mix of shapes and dtypes.
+
+    The primary path: a whole model's gradients in a handful of launches on a GPU, at most
+    four steps of one launch a kernel and dtype. All or nothing: when one matrix is refused,
+    none has changed. An empty list is valid.
+
+    Args:
+        grads: matrices (..., m, n), each with memory of its own.
+        Us, Vs: a basis a matrix, or None where a side is left alone; as long as grads.
+        mode: "complement" or "core", for all.
+
+    Raises:
+        TypeError, ValueError: as project_, naming the entry; lists of unequal length.
+
+    Mutates every matrix of grads; doesn't synchronise; draws no random numbers.
+    """
+    op = "project_many_"
+    require_lengths(op, grads=grads, Us=Us, Vs=Vs)
+    for i, g in enumerate(grads):
+        require_tensor(op, f"grads[{i}]", g)
+    lefts = [columns(op, f"Us[{i}]", U) for i, U in enumerate(Us)]
+    rights = [columns(op, f"Vs[{i}]", V) for i, V in enumerate(Vs)]
+    held_U, u_spans = [U for U, _ in lefts], [spans for _, spans in lefts]
+    held_V, v_spans = [V for V, _ in rights], [spans for _, spans in rights]
+    if torch.is_grad_enabled() and any(_needs_grad(*t) for t in zip(grads, held_U, held_V)):
+        for i, g in enumerate(grads):
+            require_no_leaf(op, f"grads[{i}]", g)
+        results = [
+            _project(g, U, V, mode, u, v)
+            for g, U, V, u, v in zip(grads, held_U, held_V, u_spans, v_spans)
+        ]
+        for g, result in zip(grads, results):
+            g.copy_(result)
+        return
+    _project_many_(list(grads), held_U, held_V, mode, u_spans, v_spans)
+
+
+def plan(
+    g: Tensor | Sequence[Tensor],
+    U: BasisLike | Sequence[BasisLike] = None,
+    V: BasisLike | Sequence[BasisLike] = None,
+    *,
+    mode: Mode = "complement",
+) -> Plan:
+    """What :func:`project` or :func:`project_many_` would run with these arguments, and why.
+
+    Args:
+        g, U, V, mode: as for project, or lists as for project_many_; meta tensors are allowed
+            and planned as if on a GPU, with the backend that "auto" takes on this machine.
+
+    Returns:
+        A :class:`Plan`: form, flops, bytes, launches, backend, why; ``print`` it.
+
+    Raises:
+        TypeError, ValueError: as the operator itself.
+
+    Mutates nothing, computes nothing, doesn't synchronise.
+    """
+    many = isinstance(g, (list, tuple))
+    grads = list(g) if many else [g]
+    Us = _as_list(U, many, len(grads))
+    Vs = _as_list(V, many, len(grads))
+    require_lengths("plan", g=grads, U=Us, V=Vs)
+    require_mode("plan", mode)
+    entries = []
+    for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs)):
+        tail = f"[{i}]" if many else ""
+        require_tensor("plan", f"g{tail}", matrix)
+        held_U, u_spans = columns("plan", f"U{tail}", left)
+        held_V, v_spans = columns("plan", f"V{tail}", right)
+        names = [f"{letter}{tail}" for letter in "gUV"]
+        x, step, backend, why = decide(
+            "plan", names, matrix, held_U, held_V, mode, u_spans, v_spans
+        )
+        entries.append((x, step, backend, why))
+    return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
+
+
+def _as_list(basis: Any, many: bool, count: int) -> list[Any]:
+    if not many:
+        return [basis]
+    return [None] * count if basis is None else basis
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- torch.library -------------------------------------------------------------------------
+
+
+def _project_impl(
+    g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
+) -> Tensor:
+    _, step, backend, _ = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
+    out = torch.empty_like(g)
+    execute([Problem(g, out, U, V, step)], [backend])
+    return out
+
+
+def _project_out_impl(
+    g: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    mode: Mode,
+    u_spans: str,
+    v_spans: str,
+    out: Tensor,
+) -> None:
+    _, step, backend, _ = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
+    if meta(out) != meta(g):
+        expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
+        got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
+        raise ValueError(describe("project", "out", expected, got))
+    require_writable("project", "out", out)
+    require_apart("project", "out", out, g=g, U=U, V=V)
+    execute([Problem(g, out, U, V, step)], [backend])
+
+
+def _project__impl(
+    g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
+) -> None:
+    _, step, backend, _ = decide("project_", "gUV", g, U, V, mode, u_spans, v_spans)
+    require_writable("project_", "g", g)
+    require_apart("project_", "g", g, U=U, V=V)
+    execute([Problem(g, g, U, V, step)], [backend])
+
+
+def _project_many__impl(
+    grads: list[Tensor],
+    Us: list[Tensor | None],
+    Vs: list[Tensor | None],
+    mode: Mode,
+    u_spans: list[str],
+    v_spans: list[str],
+) -> None:
+    op = "project_many_"
+    problems, names = [], []
+    for i, (g, U, V, u, v) in enumerate(zip(grads, Us, Vs, u_spans, v_spans, strict=True)):
+        arguments = (f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]")
+        _, step, backend, _ = decide(op, arguments, g, U, V, mode, u, v)
+        require_writable(op, arguments[0], g)
+        require_apart(op, arguments[0], g, **{arguments[1]: U, arguments[2]: V})
+        problems.append(Problem(g, g, U, V, step))
+        names.append(backend)
+    require_distinct(op, "grads", grads)
+    execute(problems, names)
+
+
+def _project_fake(
+    g: Tensor, U: Tensor | None, V: Tensor | None, mode: str, u_spans: str, v_spans: str
+) -> Tensor:
+    shape_check("project", g, U, V, mode)
+    return torch.empty_like(g)
+
+
+def _project_out_fake(g: Tensor, U: Any, V: Any, mode: str, u: str, v: str, out: Tensor) -> None:
+    shape_check("project", g, U, V, mode)
+
+
+def _project__fake(g: Tensor, U: Any, V: Any, mode: str, u_spans: str, v_spans: str) -> None:
+    shape_check("project_", g, U, V, mode)
+
+
+def _project_many__fake(grads: Any, Us: Any, Vs: Any, mode: str, u: Any, v: Any) -> None:
+    for g, U, V in zip(grads, Us, Vs, strict=True):
+        shape_check("project_many_", g, U, V, mode)
+
+
+def _project_vmap(
+    info: Any, in_dims: Any, g: Any, U: Any, V: Any, mode: Mode, u_spans: str, v_spans: str
+) -> tuple[Tensor, int]:
+    g, U, V = aligned(info, in_dims, (g, U, V))
+    return _project(g, U, V, mode, u_spans, v_spans), 0
+
+
+def _project__vmap(
+    info: Any, in_dims: Any, g: Any, U: Any, V: Any, mode: Mode, u_spans: str, v_spans: str
+) -> tuple[None, None]:
+    if in_dims[0] is None:
+        raise ValueError(
+            describe("project_", "g", "vmapped where a basis is", "one g for the whole batch")
+        )
+    g, U, V = aligned(info, in_dims, (g, U, V))
+    _project_(g, U, V, mode, u_spans, v_spans)
+    return None, None
+
+
+_ARGUMENTS = "Tensor? U, Tensor? V, str mode, str u_spans, str v_spans"
+_project = register(
+    f"project(Tensor g, {_ARGUMENTS}) -> Tensor", _project_impl, _project_fake, _project_vmap
+)
+_project_out = register(
+    f"project_out(Tensor g, {_ARGUMENTS}, Tensor(a!) out) -> ()",
+    _project_out_impl,
+    _project_out_fake,
+)
+_project_ = register(
+    f"project_(Tensor(a!) g, {_ARGUMENTS}) -> ()", _project__impl, _project__fake, _project__vmap
+)
+_project_many_ = register(
+    "project_many_(Tensor(a!)[] grads, Tensor?[] Us, Tensor?[] Vs, str mode, str[] u_spans, "
+    "str[] v_spans) -> ()",
+    _project_many__impl,
+    _project_many__fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g, U, V, ctx.mode, ctx.u_spans, ctx.v_spans = inputs
+    # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
+    bases = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(g if bases else None, U, V)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """P is self-adjoint: the gradient in g is P(grad). In U, with s = −1 for high columns and 1
+    for low ones and h = g on its right side done, it is s·(grad hᵀ U + h gradᵀ U)."""
+    g, U, V = ctx.saved_tensors
+    mode, u_spans, v_spans = ctx.mode, ctx.u_spans, ctx.v_spans
+    for_g = for_U = for_V = None
+    if ctx.needs_input_grad[0]:
+        for_g = _project(grad, U, V, mode, u_spans, v_spans)
+    if ctx.needs_input_grad[1]:
+        h = g if V is None else _project(g, None, V, "complement", "high", _other(mode, v_spans))
+        for_U = _basis_gradient(grad, h, U, u_spans)
+    if ctx.needs_input_grad[2]:
+        h = g if U is None else _project(g, U, None, "complement", _other(mode, u_spans), "high")
+        for_V = _basis_gradient(grad.mT, h.mT, V, v_spans)
+    return for_g, for_U, for_V, None, None, None
+
+
+def _other(mode: str, spans: str) -> str:
+    """core keeps g H' where complement keeps g (I − H')."""
+    return _FLIPPED[spans] if mode == "core" else spans
+
+
+def _basis_gradient(grad: Tensor, h: Tensor, U: Tensor, spans: str) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, U.dtype)
+    grad, h, columns_ = grad.to(dtype), h.to(dtype), U.to(dtype)
+    value = grad @ (h.mT @ columns_) + h @ (grad.mT @ columns_)
+    value = value if spans == "low" else -value
+    return value.sum_to_size(U.shape).to(U.dtype)
+
+
+torch.library.register_autograd("osf_kernels::project", _backward, setup_context=_setup_context)

@@ -1,0 +1,224 @@
+"""restore_ and restore_many_: pin the protected part of a weight after an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends.forms import Problem
+from osf_kernels.basis import Basis
+from osf_kernels.errors import describe
+from osf_kernels.ops._execute import decide, execute
+from osf_kernels.ops._library import register
+from osf_kernels.ops._validation import (
+    DTYPES,
+    columns,
+    require_apart,
+    require_distinct,
+    require_lengths,
+    require_mode,
+    require_no_leaf,
+    require_tensor,
+    require_writable,
+)
+from osf_kernels.ops.projection import BasisLike
+from osf_kernels.plan import Mode
+
+
+def restore_(
+    W: Tensor,
+    U: BasisLike,
+    V: BasisLike,
+    *,
+    S: Tensor | None = None,
+    protected: Tensor | None = None,
+    mode: Mode = "complement",
+) -> Tensor:
+    """W ← P(W) + protected, in place: the protected part of W is again what it was.
+
+    Projecting gradients isn't enough: an elementwise optimizer turns the step back into the
+    protected span and weight decay shrinks it. Two ways to say what to pin:
+
+    * ``S``, with U, S, V singular triplets of the weight at refresh: the protected part is known
+      without a copy, W ← W − D with A = Uᵀ W − S Vᵀ, B = W V − U S, D = U A + (B − U (A V)) Vᵀ;
+      afterwards Uᵀ W = S Vᵀ and W V = U S to rounding. In mode "core" Uᵀ W V = S alone is pinned.
+    * ``protected`` = W_ref − P(W_ref), dense, with any bases.
+
+    Args:
+        W: (..., m, n), any supported dtype; for 16-bit weights the sum is rounded once.
+        U, V: (..., m, r) and (..., n, k) orthonormal columns, a Basis, or None as in project;
+            with S both are high and r = k.
+        S: (..., r) singular values, or None.
+        protected: (..., m, n) of any floating dtype, or None. Exactly one of the two is given.
+        mode: "complement" or "core", as the gradients were projected.
+
+    Returns:
+        W itself.
+
+    Raises:
+        TypeError, ValueError: as project_; both or neither of S and protected; S with a low or a
+            missing basis. Before anything is written.
+
+    Mutates W; doesn't synchronise; draws no random numbers; not differentiable, so call it under
+    torch.no_grad() on a parameter.
+
+    Source: W = H + P(W) with H = W_ref − P(W_ref), as P is linear and idempotent.
+    """
+    _restore("restore_", [W], [U], [V], [S], [protected], mode, single=True)
+    return W
+
+
+def restore_many_(
+    Ws: Sequence[Tensor],
+    Us: Sequence[BasisLike],
+    Vs: Sequence[BasisLike],
+    *,
+    S: Sequence[Tensor | None] | None = None,
+    protected: Sequence[Tensor | None] | None = None,
+    mode: Mode = "complement",
+) -> None:
+    """:func:`restore_` for every matrix of a list, in the launches of one; all or nothing.
+
+    Args:
+        Ws, Us, Vs: lists of one length.
+        S, protected: lists of that length; each matrix has an entry in exactly one of them.
+
+    Raises:
+        TypeError, ValueError: as restore_, naming the entry; lists of unequal length.
+
+    Mutates every matrix of Ws; doesn't synchronise; draws no random numbers.
+    """
+    lists = {"Ws": Ws, "Us": Us, "Vs": Vs}
+    lists |= {k: v for k, v in {"S": S, "protected": protected}.items() if v is not None}  # type: ignore[misc]
+    require_lengths("restore_many_", **lists)
+    nothing = [None] * len(Ws)
+    _restore("restore_many_", Ws, Us, Vs, S or nothing, protected or nothing, mode, single=False)
+
+
+def _names(i: int, single: bool) -> tuple[str, ...]:
+    if single:
+        return "W", "U", "V", "S", "protected"
+    return f"Ws[{i}]", f"Us[{i}]", f"Vs[{i}]", f"S[{i}]", f"protected[{i}]"
+
+
+def _restore(
+    op: str,
+    Ws: Sequence[Tensor],
+    Us: Sequence[BasisLike],
+    Vs: Sequence[BasisLike],
+    Ss: Sequence[Tensor | None],
+    addends: Sequence[Tensor | None],
+    mode: Mode,
+    *,
+    single: bool,
+) -> None:
+    lefts, rights = [], []
+    for i, (W, U, V, S, addend) in enumerate(zip(Ws, Us, Vs, Ss, addends, strict=True)):
+        name_W, name_U, name_V, name_S, name_H = _names(i, single)
+        require_tensor(op, name_W, W)
+        lefts.append(columns(op, name_U, U))
+        rights.append(columns(op, name_V, V))
+        for name, t in ((name_S, S), (name_H, addend)):
+            if t is not None:
+                require_tensor(op, name, t)
+        if (S is None) == (addend is None):
+            got = "neither" if S is None else "both"
+            remedy = "S for singular triplets, protected = W_ref − P(W_ref) for any basis"
+            raise ValueError(
+                describe(op, f"exactly one of {name_S} and {name_H}", "given", got, remedy)
+            )
+        require_no_leaf(op, name_W, W)
+    _restore_many_(
+        list(Ws),
+        [U for U, _ in lefts],
+        [V for V, _ in rights],
+        list(Ss),
+        list(addends),
+        mode,
+        [spans for _, spans in lefts],
+        [spans for _, spans in rights],
+        single,
+    )
+
+
+def _check_pinned(
+    op: str,
+    names: Sequence[str],
+    W: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    S: Tensor | None,
+    addend: Tensor | None,
+    spans: tuple[str, str],
+) -> None:
+    name_U, name_V, name_S, name_H = names[1:]
+    for name, t in ((name_S, S), (name_H, addend)):
+        if t is not None and t.dtype not in DTYPES:
+            raise TypeError(describe(op, name, "a floating dtype", t.dtype, "convert it first"))
+        if t is not None and t.device != W.device:
+            raise ValueError(describe(op, name, f"on {W.device} like the weight", f"on {t.device}"))
+    if addend is not None and addend.shape != W.shape:
+        raise ValueError(
+            describe(op, name_H, f"{tuple(W.shape)} like the weight", tuple(addend.shape))
+        )
+    if S is None:
+        return
+    remedy = "pass protected = W_ref − P(W_ref) instead of S"
+    for name, t, held in ((name_U, U, spans[0]), (name_V, V, spans[1])):
+        if t is None or held != "high":
+            got = "no basis" if t is None else "a low basis"
+            raise ValueError(describe(op, name, f"a high basis beside {name_S}", got, remedy))
+    assert U is not None and V is not None
+    r, k = U.shape[-1], V.shape[-1]
+    if r != k:
+        raise ValueError(describe(op, name_V, f"as wide as {name_U} (r={r}) beside S", f"k={k}"))
+    if S.dim() < 1 or S.shape[-1] != r or S.dim() > W.dim() - 1:
+        raise ValueError(describe(op, name_S, f"(..., r) with r={r}", tuple(S.shape)))
+
+
+# --- torch.library -------------------------------------------------------------------------
+
+
+def _impl(
+    Ws: list[Tensor],
+    Us: list[Tensor | None],
+    Vs: list[Tensor | None],
+    Ss: list[Tensor | None],
+    addends: list[Tensor | None],
+    mode: Mode,
+    u_spans: list[str],
+    v_spans: list[str],
+    single: bool,
+) -> None:
+    op = "restore_" if single else "restore_many_"
+    problems, backend_names = [], []
+    columns_ = zip(Ws, Us, Vs, Ss, addends, u_spans, v_spans, strict=True)
+    for i, (W, U, V, S, addend, u, v) in enumerate(columns_):
+        names = _names(i, single)
+        choice = "once" if S is None else "pinned"
+        _, step, backend, _ = decide(op, names, W, U, V, mode, u, v, choice)  # type: ignore[arg-type]
+        _check_pinned(op, names, W, U, V, S, addend, (u, v))
+        require_writable(op, names[0], W)
+        read = dict(zip(names[1:], (U, V, S, addend), strict=True))
+        require_apart(op, names[0], W, **read)
+        problems.append(Problem(W, W, U, V, step, S, addend))
+        backend_names.append(backend)
+    require_distinct(op, "Ws", Ws)
+    execute(problems, backend_names)
+
+
+def _fake(
+    Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, mode: str, u: Any, v: Any, single: bool
+) -> None:
+    require_mode("restore_" if single else "restore_many_", mode)
+
+
+_restore_many_ = register(
+    "restore_many_(Tensor(a!)[] Ws, Tensor?[] Us, Tensor?[] Vs, Tensor?[] S, Tensor?[] protected, "
+    "str mode, str[] u_spans, str[] v_spans, bool single) -> ()",
+    _impl,
+    _fake,
+)

@@ -1,0 +1,259 @@
+"""Which form of the projection runs, what it costs and why: pure Python, no tensors.
+
+The forms are those of ``osf_kernels/backends/forms.py``. With H the protected projector of a
+side (H = U Uᵀ for high columns, I − U Uᵀ for low ones), E = U Uᵀ and F = V Vᵀ of the columns
+as held, the two modes reduce to the same four expressions:
+
+==============  ===========================  ==============================
+columns held    complement (I−H) g (I−H')    core g − H g H'
+==============  ===========================  ==============================
+high, high      g − (E g + g F − E g F)      g − E g F
+low, high       E g (I − F)                  g − (I − E) g F
+high, low       (I − E) g F                  g − E g (I − F)
+low, low        E g F                        E g + g F − E g F
+==============  ===========================  ==============================
+
+Source of the costs: FLOPs are counted (2 m n k a product); bytes are the passes over g and the
+bases and coefficients read and written once a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+Mode = Literal["complement", "core"]
+Side = Literal["nothing", "everything", "high", "low"]
+Form = Literal["identity", "zero", "left", "right", "dual", "sequential", "mixed", "inner"]
+
+MODES: tuple[Mode, ...] = ("complement", "core")
+
+# FLOPs a device does in the time it moves one byte; it only weighs a pass over g against extra
+# FLOPs. GPUs: bf16 ridge ranks 117 (sm_80) and 155 (sm_90) of three passes, times 4/3.
+# CPU: two AVX-512 cores, fp32, 150 GFLOP/s against 12 GB/s measured on large addmm_.
+FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 156.0, "meta": 156.0}
+
+# Above this many columns a side a grouped hand-written kernel is FLOP-bound and library GEMMs
+# are ahead of it: the bf16 ridge rank of sm_90. To be replaced by a measured table.
+GROUPED_RANK_LIMIT = 160
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """What the planner knows of one matrix (or of a batch of equal ones)."""
+
+    m: int
+    n: int
+    r: int | None  # columns held on the left, None where U is missing
+    k: int | None
+    u_spans: str = "high"
+    v_spans: str = "high"
+    dtype: str = "float32"
+    basis_dtype: str = "float32"
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One matrix's plan: result = beta·g + alpha·X(form)."""
+
+    form: Form
+    first: Literal["left", "right"]
+    alpha: float
+    beta: float
+    flops: int
+    bytes: int
+    passes: int  # reads and writes of g itself
+    why: str
+    label: str  # the form in the words a person uses
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call would run, and why. ``print`` it.
+
+    Attributes:
+        form: the form, or the forms of a list, joined by " + ".
+        flops: floating-point operations of all matrices (a multiply-add is two).
+        bytes: bytes read and written, each operand once a step.
+        launches: kernel launches (library calls on the torch backend).
+        backend: the backend, or the backends of a list, joined by " + ".
+        why: the reason for the form and for the backend.
+        matrices: (Matrix, Step, backend) of each matrix in order.
+    """
+
+    form: str
+    flops: int
+    bytes: int
+    launches: int
+    backend: str
+    why: str
+    mode: Mode
+    device: str
+    matrices: tuple[tuple[Matrix, Step, str], ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        kinds = Counter((_shape(x), step.label, backend) for x, step, backend in self.matrices)
+        lines = [f"{self.mode} projection on {self.device}, {_plural(len(self.matrices))}"]
+        lines += [
+            f"  {count:4d} × {shape:<44} {label} [{backend}]"
+            for (shape, label, backend), count in kinds.items()
+        ]
+        lines += [
+            f"  form      {self.form}",
+            f"  FLOPs     {self.flops / 1e9:.3f} G",
+            f"  bytes     {self.bytes / 2**20:.1f} MiB",
+            f"  launches  {self.launches}",
+            f"  backend   {self.backend}",
+            f"  why       {self.why}",
+        ]
+        return "\n".join(lines)
+
+
+def _plural(count: int) -> str:
+    return "1 matrix" if count == 1 else f"{count} matrices"
+
+
+def _shape(x: Matrix) -> str:
+    def side(name: str, width: int | None, spans: str) -> str:
+        return f"{name} -" if width is None else f"{name} {width} {spans}"
+
+    lead = f"{x.batch}×" if x.batch != 1 else ""
+    left, right = side("U", x.r, x.u_spans), side("V", x.k, x.v_spans)
+    return f"{lead}{x.m}×{x.n} {x.dtype}, {left}, {right}"
+
+
+def _protected(width: int | None, spans: str, size: int, missing: Side) -> Side:
+    """What a side protects; one without columns to multiply is nothing or everything."""
+    if width is None:
+        return missing
+    if width == 0:
+        return "nothing" if spans == "high" else "everything"
+    if width == size:
+        return "everything" if spans == "high" else "nothing"
+    return "high" if spans == "high" else "low"
+
+
+@lru_cache(maxsize=4096)
+def choose(x: Matrix, mode: Mode, device: str, once: bool = False) -> Step:
+    """The cheapest form for one matrix: min over forms of FLOPs/rate + bytes/bandwidth.
+
+    With ``once`` the result is written in one update (restore rounds once; a caller's ready
+    coefficients are all of the g before it), which rules the sequential form out.
+    """
+    core = mode == "core"
+    # A missing basis leaves its side alone: in (I − H) g (I − H') that is H = 0, in g − H g H'
+    # it is H = I.
+    missing: Side = "everything" if core and not (x.r is None and x.k is None) else "nothing"
+    left = _protected(x.r, x.u_spans, x.m, missing)
+    right = _protected(x.k, x.v_spans, x.n, missing)
+    if x.m == 0 or x.n == 0 or x.batch == 0:
+        return _trivial(x, "identity", "nothing to project: a dimension is zero")
+    alone, removed = ("everything", "nothing") if core else ("nothing", "everything")
+    if removed in (left, right):
+        if core:
+            return _trivial(x, "identity", "a side protects nothing: the result is g")
+        return _trivial(x, "zero", "a side is protected whole: the result is exactly zero")
+    if left == alone and right == alone:
+        if core:
+            return _trivial(x, "zero", "everything is protected: the result is exactly zero")
+        return _trivial(x, "identity", "nothing is protected: the result is g")
+    if right == alone:
+        return _one_sided(x, "left", left)
+    if left == alone:
+        return _one_sided(x, "right", right)
+    return _two_sided(x, left, right, flip=core, device=device, once=once)
+
+
+def _trivial(x: Matrix, form: Form, why: str) -> Step:
+    passes = 0 if form == "identity" else 2
+    moved = passes * x.batch * x.m * x.n * BYTES[x.dtype]
+    return Step(form, "left", 0.0, 1.0 if form == "identity" else 0.0, 0, moved, passes, why, form)
+
+
+def _one_sided(x: Matrix, form: Literal["left", "right"], side: Side) -> Step:
+    beta, alpha = (1.0, -1.0) if side == "high" else (0.0, 1.0)
+    flops, moved, passes = cost(x, form, form, beta)
+    why = "one side only: two products" + ("" if beta else "; a low basis needs no subtraction")
+    return Step(form, form, alpha, beta, flops, moved, passes, why, f"one-sided ({form}, {side})")
+
+
+def choose_pinned(x: Matrix, mode: Mode, device: str) -> Step:
+    """The form that pins high bases to their singular values: never simplified away.
+
+    Even a side that is protected whole has a value to be pinned to, so only r = k = 0 is trivial.
+    """
+    if not (x.r or x.k) or x.m == 0 or x.n == 0 or x.batch == 0:
+        return _trivial(x, "identity", "nothing is protected: W stays")
+    return _two_sided(x, "high", "high", flip=mode == "core", device=device, once=True)
+
+
+def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, once: bool) -> Step:
+    """Complement of (left, right), or for core g minus the complement of the flipped sides."""
+    high_left, high_right = (left == "high") != flip, (right == "high") != flip
+    candidates: list[tuple[Form, Literal["left", "right"]]]
+    if high_left and high_right:
+        beta, alpha = (0.0, 1.0) if flip else (1.0, -1.0)
+        candidates = [("dual", "left")]
+        if not flip and not once:
+            candidates.append(("sequential", "left"))
+    else:
+        beta, alpha = (1.0, -1.0) if flip else (0.0, 1.0)
+        if high_left or high_right:
+            candidates = [("mixed", "right" if high_left else "left")]
+        else:
+            candidates = [("inner", "left"), ("inner", "right")]
+    balance = FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"])
+    costs = [cost(x, form, first, beta) for form, first in candidates]
+    times = [flops + balance * moved for flops, moved, _ in costs]
+    best = times.index(min(times))
+    form, first = candidates[best]
+    flops, moved, passes = costs[best]
+    label = {
+        ("inner", 0.0): f"low/low, {first} first",
+        ("inner", 1.0): f"core, {first} first",
+        ("dual", 0.0): "dual of two low bases",
+    }.get((form, beta), f"{form}, {first} first" if form == "mixed" else form)
+    return Step(form, first, alpha, beta, flops, moved, passes, _reason(form, beta), label)
+
+
+def _reason(form: Form, beta: float) -> str:
+    return {
+        "dual": "both coefficients from one read of g, one update: the extra r·k products cost "
+        "less than two more passes over g",
+        "sequential": "FLOP-bound: one side after the other needs no r·k correction",
+        "mixed": "the low side goes first and shrinks what the high side works on",
+        "inner": "both sides on the smaller block"
+        + ("; nothing is subtracted" if beta == 0.0 else ", then one update"),
+    }[form]
+
+
+def cost(x: Matrix, form: Form, first: str, beta: float) -> tuple[int, int, int]:
+    """(flops, bytes, passes over g) of a form; bytes count each operand of each step once."""
+    m, n, r, k = x.m, x.n, x.r or 0, x.k or 0
+    element, held, f32 = BYTES[x.dtype], BYTES[x.basis_dtype], 4
+    read = 1 if beta else 0  # does the update read g?
+    if form == "left":
+        flops, passes, small = 4 * m * n * r, 2 + read, 2 * r * n
+    elif form == "right":
+        flops, passes, small = 4 * m * n * k, 2 + read, 2 * m * k
+    elif form == "dual":
+        flops = 4 * m * n * (r + k) + 2 * r * k * (m + n)
+        passes, small = 2 + read, 3 * r * n + 4 * m * k + 2 * r * k
+    elif form == "sequential":
+        flops, passes, small = 4 * m * n * (r + k), 6, 2 * r * n + 2 * m * k
+    elif form == "mixed" and first == "left":
+        flops, passes, small = 4 * m * n * r + 4 * r * n * k, 2 + read, 5 * r * n + 2 * r * k
+    elif form == "mixed":
+        flops, passes, small = 4 * m * n * k + 4 * r * m * k, 2 + read, 5 * m * k + 2 * r * k
+    elif first == "left":  # inner
+        flops, passes, small = 4 * m * n * r + 4 * r * n * k, 2 + read, 4 * r * n + 2 * r * k
+    else:
+        flops, passes, small = 4 * m * n * k + 4 * r * m * k, 2 + read, 4 * m * k + 2 * r * k
+    steps = 2  # each basis is read once to reduce and once to expand
+    moved = passes * m * n * element + steps * (m * r + n * k) * held + small * f32
+    return flops * x.batch, moved * x.batch, passes
