@@ -1,0 +1,62 @@
+"""What every test shares: the gpu marker, poisoned allocations, a seed, the source root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# cuBLAS needs a fixed workspace for deterministic results and reads this when it is loaded.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, with the reason."""
+    if torch.cuda.is_available():
+        return
+    built_for = torch.version.cuda or torch.version.hip
+    reason = (
+        "no GPU: torch sees no CUDA device"
+        if built_for
+        else f"no GPU: torch {torch.__version__} is a CPU build"
+    )
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def root() -> Path:
+    """The source tree's root."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fill every fresh allocation of torch with NaN, so that reading one unwritten is seen.
+
+    torch fills only while deterministic algorithms are on. They are on to warn, and a warning
+    is an error here; a test marked `timing` runs without both.
+    """
+    if request.node.get_closest_marker("timing"):
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The global generator starts alike in every test, whatever ran before it."""
+    torch.manual_seed(0)
