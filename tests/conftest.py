@@ -40,20 +40,14 @@ def root() -> Path:
 def poisoned_allocations(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fill every fresh allocation of torch with NaN, so that reading one unwritten is seen.
 
-    torch fills only while deterministic algorithms are on. They are on to warn, and a warning
-    is an error here; a test marked `timing` runs without both.
+    torch fills while deterministic algorithms are on. They are on to warn, and a warning is an
+    error here. A test marked `timing` runs without.
     """
-    if request.node.get_closest_marker("timing"):
-        yield
-        return
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    poison = request.node.get_closest_marker("timing") is None
+    torch.use_deterministic_algorithms(poison, warn_only=True)
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
