@@ -26,12 +26,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     projection = commands.add_parser("projection", help="the projection against its peers")
-    many = {"action": "append", "type": _listed}
-    projection.add_argument(
-        "--model", **many, help=f"{', '.join(MODELS)} or ROWSxCOLUMNS; repeat or list with commas"
-    )
-    projection.add_argument("--rank", **many, help="directions a side, or a fraction in (0, 1)")
-    projection.add_argument("--dtype", **many, help=", ".join(DTYPES))
+
+    def several(name: str, text: str) -> None:
+        projection.add_argument(name, action="append", type=_listed, help=text)
+
+    several("--model", f"{', '.join(MODELS)} or ROWSxCOLUMNS; repeat, or list with commas")
+    several("--rank", "directions a side, or a fraction in (0, 1)")
+    several("--dtype", ", ".join(DTYPES))
+    several("--backend", "auto, torch, triton, cuda; one row each")
     projection.add_argument("--layers", type=int, help="this many blocks of a model, not all")
     projection.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     projection.add_argument(
@@ -41,7 +43,6 @@ def parser() -> argparse.ArgumentParser:
         help="which basis ours holds of each side; auto takes the smaller one",
     )
     projection.add_argument("--mode", choices=("complement", "core"), default="complement")
-    projection.add_argument("--backend", **many, help="auto, torch, triton, cuda; one row each")
     projection.add_argument("--rounds", type=int, default=9, help="0 checks and times nothing")
     projection.add_argument("--no-peers", action="store_true", help="ours alone")
     projection.add_argument(
@@ -57,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     over = commands.add_parser("overhead", help="a call's cost over the bare matmuls, on the CPU")
     over.add_argument("--csv", type=Path)
     over.add_argument("--batches", type=int, default=200)
+
+    show = commands.add_parser("show", help="a results file as a short table")
+    show.add_argument("csv", type=Path)
 
     plot = commands.add_parser("plot", help="a picture of a results file")
     plot.add_argument("csv", type=Path)
@@ -140,7 +144,7 @@ def run_projection(arguments: argparse.Namespace) -> int:
         if case.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"bench: --device {case.device}: torch sees no CUDA device")
         rows = _measure(case, arguments.rounds, arguments.csv, cold=not arguments.warm_cache)
-        wrong += sum(row.status.startswith("wrong") for row in rows)
+        wrong += sum(map(report.failed, rows))
     return 1 if wrong else 0
 
 
@@ -154,7 +158,7 @@ def run_cpu_suite(arguments: argparse.Namespace) -> int:
     print(suite.verdicts(results))
     print(f"{len(results)} cases in {time.perf_counter() - started:.0f} s; rows in {arguments.csv}")
     _plot(arguments.csv, arguments.picture or arguments.csv.with_suffix(".png"))
-    return 1 if any(r.status.startswith("wrong") for _, rows in results for r in rows) else 0
+    return 1 if any(report.failed(row) for _, rows in results for row in rows) else 0
 
 
 def _plot(csv: Path, picture: Path) -> None:
@@ -177,6 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_cpu_suite(arguments)
         if arguments.command == "overhead":
             return overhead.run(arguments.batches, arguments.csv)
+        if arguments.command == "show":
+            print(report.short_table(report.read_csv(arguments.csv)))
+            return 0
         _plot(arguments.csv, arguments.picture)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

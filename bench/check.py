@@ -90,7 +90,7 @@ def slabs(g: Tensor, left: Side, right: Side, mode: Mode, generator: torch.Gener
     else:
         at_columns = g64[:, columns] - left.protect(g64 @ right.protect(unit_columns))
         at_rows = g64[rows] - right.protect(g64.mT @ left.protect(unit_rows)).mT
-    scale = torch.hypot(g64[:, columns].norm(), g64[rows].norm()).item()
+    scale = float(torch.hypot(g64[:, columns].norm(), g64[rows].norm()))
     return Slabs(columns, rows, at_columns, at_rows, scale)
 
 
@@ -98,7 +98,7 @@ def error(result: Tensor, truth: Slabs) -> float:
     """‖result − truth‖ / ‖g‖ over the slabs; infinite where the result isn't finite there."""
     at_columns = result[:, truth.columns].double() - truth.at_columns
     at_rows = result[truth.rows].double() - truth.at_rows
-    distance = torch.hypot(at_columns.norm(), at_rows.norm()).item()
+    distance = float(torch.hypot(at_columns.norm(), at_rows.norm()))
     if distance != distance:
         return float("inf")
     return distance / truth.scale if truth.scale > 0 else distance
@@ -111,7 +111,7 @@ def leak(result: Tensor, g: Tensor, U: Tensor, V: Tensor, truth: Slabs) -> float
         U64.mT @ g[:, truth.columns].double()
     ).norm()
     right = (result[truth.rows].double() @ V64).norm() / (g[truth.rows].double() @ V64).norm()
-    return max(left.item(), right.item())
+    return max(float(left), float(right))
 
 
 def bound(dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -41,7 +42,7 @@ def sentence_pairs(texts: Mapping[str, str]) -> list[tuple[str, str]]:
             sentences = _SENTENCE_END.split(paragraph)
             pairs += [
                 pair
-                for pair in zip(sentences, sentences[1:], strict=False)
+                for pair in itertools.pairwise(sentences)
                 if all(6 <= len(sentence.split()) <= 60 for sentence in pair)
             ]
     return list(dict.fromkeys(pairs))

@@ -34,8 +34,9 @@ class Config:
     @classmethod
     def read(cls, path: Path) -> Config:
         stored = json.loads(path.read_text())
-        if stored["hidden_act"] != "gelu":
-            raise ValueError(f"bench: expected hidden_act gelu in {path}, got {stored['hidden_act']}")
+        act = stored["hidden_act"]
+        if act != "gelu":
+            raise ValueError(f"bench: expected hidden_act gelu in {path}, got {act!r}")
         return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
 
 
@@ -113,8 +114,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.attention(x, mask)
-        x = self.output(self.intermediate(x), x)
-        return x
+        out: Tensor = self.output(self.intermediate(x), x)
+        return out
 
 
 class Encoder(nn.Module):
@@ -129,7 +130,7 @@ class Encoder(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """Token ids (batch, length) and a boolean mask of real tokens -> unit vectors (batch, hidden)."""
+    """Token ids (batch, length) and a mask of real tokens -> unit vectors (batch, hidden)."""
 
     def __init__(self, c: Config | None = None) -> None:
         super().__init__()

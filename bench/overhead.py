@@ -34,15 +34,19 @@ def bare_sequential(g: Tensor, U: Tensor, V: Tensor, out: Tensor) -> Tensor:
     return out.addmm_(out @ V, V.mT, alpha=-1)
 
 
-def bare_inner(g: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Tensor:
-    """Both sides low: P (Pᵀ g Q) Qᵀ, the side first that a taller matrix shortens."""
+def bare_low_left_first(g: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Tensor:
     return torch.mm(P, P.mT @ g @ Q @ Q.mT, out=out)
+
+
+def bare_low_right_first(g: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(P @ (P.mT @ (g @ Q)), Q.mT, out=out)
 
 
 BARE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "dual": bare_dual,
     "sequential": bare_sequential,
-    "inner": bare_inner,
+    "low/low, left first": bare_low_left_first,
+    "low/low, right first": bare_low_right_first,
 }
 
 

@@ -57,6 +57,7 @@ class Entry:
     form: str = ""
     backend: str = ""
     context: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+    unavailable: str = ""
 
 
 def entries(case: Case, problem: Problem) -> dict[str, Entry]:
@@ -81,9 +82,13 @@ def entries(case: Case, problem: Problem) -> dict[str, Entry]:
         def context(backend: str = backend) -> AbstractContextManager[object]:
             return nullcontext() if backend == "auto" else osf_kernels.use_backend(backend)
 
-        with context():
-            plan = osf_kernels.plan(grads, Us, Vs, mode=case.mode)
         name = OURS if backend == "auto" else f"{OURS} [{backend}]"
+        try:
+            with context():
+                plan = osf_kernels.plan(grads, Us, Vs, mode=case.mode)
+        except osf_kernels.BackendUnavailableError as error:
+            found[name] = Entry(ours, problem.held, True, backend=backend, unavailable=str(error))
+            continue
         found[name] = Entry(ours, problem.held, True, plan.form, plan.backend, context)
     if not case.peers:
         return found
@@ -162,6 +167,9 @@ class Gate:
 def examine(case: Case, problem: Problem, gate: Gate, name: str, entry: Entry) -> Row:
     """Run a contender once or twice on scratch copies: its row, without a speed."""
     row = Row(contender=name, form=entry.form, backend=entry.backend)
+    if entry.unavailable:
+        row.status = f"unavailable: {entry.unavailable}"
+        return row
     results: list[Sequence[Tensor]] = []
 
     def once() -> None:

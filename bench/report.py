@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from bench.contenders import OURS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -184,6 +186,28 @@ def shown(value: float | None, pattern: str) -> str:
     return "-" if value is None else format(value, pattern)
 
 
+def failed(row: Row) -> bool:
+    """A wrong result of anyone, or a backend of ours that was asked for and can't run."""
+    return row.status.startswith("wrong") or (
+        row.status.startswith("unavailable") and row.contender.startswith(OURS)
+    )
+
+
+def short_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of a results file, a line each: what a summary has room for."""
+    header = ("case", "contender", "median ms", "x naive", "x by hand", "roofline", "status")
+    names = (
+        "case",
+        "contender",
+        "median_ms",
+        "times_naive",
+        "times_hand_ordered",
+        "roofline_fraction",
+        "status",
+    )
+    return table(header, [[row[name][:60] or "-" for name in names] for row in rows])
+
+
 def case_table(rows: Sequence[Row]) -> str:
     """A case as people read it. A contender without a speed shows why, below the table."""
     header = (
@@ -222,7 +246,7 @@ def case_table(rows: Sequence[Row]) -> str:
         *(
             f"{row.contender}: {row.form}, bases {row.spans}, backend {row.backend}"
             for row in rows
-            if row.contender.startswith("osf-kernels")
+            if row.contender.startswith(OURS)
         ),
     ]
     if first.bound_ms is not None:

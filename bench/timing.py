@@ -88,7 +88,7 @@ class Clock:
             timed.call()
             end.record(torch.cuda.current_stream(self.device))
             end.synchronize()
-            return begin.elapsed_time(end)
+            return float(begin.elapsed_time(end))
 
 
 def interleave(
