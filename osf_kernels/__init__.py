@@ -11,11 +11,12 @@ from osf_kernels.errors import BackendUnavailableError
 from osf_kernels.ops.halves import apply_, coefficients
 from osf_kernels.ops.projection import plan, project, project_, project_many_
 from osf_kernels.ops.restoration import restore_, restore_many_
-from osf_kernels.plan import Plan
+from osf_kernels.plan import Mode, Plan
 
 __all__ = [
     "BackendUnavailableError",
     "Basis",
+    "Mode",
     "Plan",
     "__version__",
     "apply_",

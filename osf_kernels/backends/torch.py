@@ -1,10 +1,13 @@
-"""The torch backend: the two kernels of ``forms.py`` composed from torch matmuls.
+"""The torch backend: every form of ``forms.py`` composed from torch matmuls.
 
-It serves every device and dtype and is the only backend for float64. Matmuls run in the dtype
-of the coefficients where all operands have it, which for bfloat16 matrices with bfloat16
-bases is bfloat16 (accumulated in float32 by the library, rounded once a product); every other
-mixture is computed in float32 and rounded once on the way out. float16 always takes that way:
-a coefficient is as large as √m·max|g| and overflows float16 where g itself doesn't.
+It serves every device and dtype and is the only backend for float64. Matmuls run in bfloat16
+where matrix and bases are bfloat16 (accumulated in float32 by the library, rounded once a
+product); every other mixture is computed in float32 and rounded once on the way out. float16
+always takes that way: a coefficient is as large as √m·max|g| and overflows float16 where g
+itself doesn't. So does whatever pins a value or brings its own coefficients.
+
+It is written out rather than run from ``forms.steps``: yielding a step costs 2 µs and
+allocating its output from Python another 3, which a small matrix would feel.
 
 May import: torch, ``osf_kernels.backends.forms``.
 """
@@ -16,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Problem, Update, coefficient_dtype, steps
+from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.plan import Step
 
 # Two updates joined into one cost a copy of their factors and save a read and a write of the
 # matrix: worth it while the joined rank is under this part of the smaller side.
@@ -27,110 +31,143 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
 
 
-def working_dtype(problem: Problem) -> torch.dtype:
-    """bfloat16 where everything is bfloat16 and nothing is pinned, else float32 (or float64)."""
-    x, U, V = problem.x, problem.U, problem.V
-    if (
-        x.dtype == torch.bfloat16
-        and (U is None or U.dtype == torch.bfloat16)
-        and (V is None or V.dtype == torch.bfloat16)
-        and problem.S is None
-        and problem.addend is None
-        and problem.A is None
-        and problem.B is None
-    ):
-        return torch.bfloat16
-    return coefficient_dtype(problem)
+def coefficients(jobs: Sequence[Coefficients]) -> None:
+    for x, U, V, A, B, _ in jobs:
+        for out in (A, B):
+            if out is not None:
+                x = x.to(out.dtype)
+        if U is not None and A is not None:
+            torch.matmul(U.to(A.dtype).mT, x, out=A)
+        if V is not None and B is not None:
+            torch.matmul(x, V.to(B.dtype), out=B)
 
 
 def run(problems: Sequence[Problem]) -> None:
-    """One matrix after another, so that it stays in cache from step to step."""
+    """One matrix after another, so that it stays in cache from product to product."""
     for problem in problems:
-        for job in steps(problem, working_dtype(problem)):
-            if type(job) is Coefficients:
-                _coefficients(job)
-            else:
-                _update(job)
+        _run(problem)
 
 
-def coefficients(jobs: Sequence[Coefficients]) -> None:
-    for job in jobs:
-        _coefficients(job)
-
-
-def update(jobs: Sequence[Update]) -> None:
-    for job in jobs:
-        _update(job)
-
-
-def _coefficients(job: Coefficients) -> None:
-    x, U, V, A, B, S = job
-    dtype = (B if A is None else A).dtype  # type: ignore[union-attr]  # one side is present
+def _run(problem: Problem) -> None:
+    x, out, U, V, step, S, addend, A, B = problem
+    pinned = addend is not None or S is not None or A is not None or B is not None
+    dtype = _working_dtype(x.dtype, U, V, pinned)
+    target = out
     if x.dtype != dtype:
-        x = x.to(dtype)
-    if U is not None:
-        torch.matmul(_as(U, dtype).mT, x, out=A)
-    if V is not None:
-        torch.matmul(x, _as(V, dtype), out=B)
+        x = target = x.to(dtype)
+    if U is not None and U.dtype != dtype:
+        U = U.to(dtype)
+    if V is not None and V.dtype != dtype:
+        V = V.to(dtype)
+    _FORMS[step.form](x, target, U, V, step, S, A, B)
+    if addend is not None:
+        target.add_(addend)
+    if target is not out:
+        out.copy_(target)
+
+
+def _working_dtype(
+    dtype: torch.dtype, U: Tensor | None, V: Tensor | None, pinned: bool
+) -> torch.dtype:
+    if dtype == torch.bfloat16:
+        same = (U is None or U.dtype == dtype) and (V is None or V.dtype == dtype)
+        return dtype if same and not pinned else torch.float32
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _identity(x, out, U, V, step, S, A, B):
+    if out is not x:
+        out.copy_(x)
+
+
+def _zero(x, out, U, V, step, S, A, B):
+    torch.mul(x, 0, out=out)  # not zero_(): NaN and Inf stay visible
+
+
+def _left(x, out, U, V, step, S, A, B):
+    _update(out, x, U, _mm(U.mT, x) if A is None else A, step)
+
+
+def _right(x, out, U, V, step, S, A, B):
+    _update(out, x, _mm(x, V) if B is None else B, V.mT, step)
+
+
+def _dual(x, out, U, V, step, S, A, B):
+    ready = A is not None
+    if not ready:
+        A, B = _mm(U.mT, x), _mm(x, V)
     if S is not None:
-        assert U is not None and V is not None and A is not None and B is not None
-        A.sub_(S.to(dtype).unsqueeze(-1) * V.mT)
-        B.sub_(U * S.to(dtype).unsqueeze(-2))
-
-
-def _update(job: Update) -> None:
-    out, x, L1, R1, L2, R2, alpha, beta, addend = job
-    factors = [t for t in (L1, R1, L2, R2) if t is not None]
-    if addend is not None or any(t.dtype != out.dtype for t in factors):
-        dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-        result = out if out.dtype == dtype and addend is None else None
-        value = _sum(
-            x.to(dtype) if beta else None,
-            _as(L1, dtype),
-            _as(R1, dtype),
-            _as(L2, dtype),
-            _as(R2, dtype),
-            alpha,
-            result,
-        )
-        if addend is not None:
-            value = value.add_(addend)
-        if value is not out:
-            out.copy_(value)
+        A.sub_(S.unsqueeze(-1) * V.mT)
+        B.sub_(U * S.unsqueeze(-2))
+    correction = _mm(A, V)
+    B = _add(B, U, correction, -1.0, None if ready else B)
+    if U.shape[-1] + V.shape[-1] <= JOIN_LIMIT * min(x.shape[-2:]):
+        _update(out, x, torch.cat((U, B), -1), torch.cat((A, V.mT), -2), step)
     else:
-        _sum(x if beta else None, L1, R1, L2, R2, alpha, out)
+        _update(out, x, U, A, step)
+        _add(out, B, V.mT, step.alpha, out)
 
 
-def _as(factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return factor if factor is None or factor.dtype == dtype else factor.to(dtype)
+def _sequential(x, out, U, V, step, S, A, B):
+    _update(out, x, U, _mm(U.mT, x), step)
+    _update(out, out, _mm(out, V), V.mT, step)
 
 
-def _sum(
-    x: Tensor | None,
-    L1: Tensor | None,
-    R1: Tensor | None,
-    L2: Tensor | None,
-    R2: Tensor | None,
-    alpha: float,
-    out: Tensor | None,
-) -> Tensor:
-    """x + alpha·(L1 R1 + L2 R2) with every operand of one dtype; x may be ``out`` or missing."""
-    if L1 is None or R1 is None:
-        assert L2 is not None and R2 is not None
-        return _add(x, L2, R2, alpha, out)
-    if L2 is None or R2 is None:
-        return _add(x, L1, R1, alpha, out)
-    rank = L1.shape[-1] + L2.shape[-1]
-    if rank <= JOIN_LIMIT * min(L1.shape[-2], R1.shape[-1]):
-        return _add(x, torch.cat((L1, L2), -1), torch.cat((R1, R2), -2), alpha, out)
-    out = _add(x, L1, R1, alpha, out)
-    return _add(out, L2, R2, alpha, out)
+def _mixed(x, out, U, V, step, S, A, B):
+    """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
+    if step.first == "left":
+        core = _mm(U.mT, x) if A is None else A
+        core = _add(core, _mm(core, V), V.mT, -1.0, core if A is None else None)
+        _update(out, x, U, core, step)
+    else:
+        core = _mm(x, V) if B is None else B
+        inner = _mm(U.mT, core) if A is None else _mm(A, V)
+        core = _add(core, U, inner, -1.0, core if B is None else None)
+        _update(out, x, core, V.mT, step)
 
 
-def _add(x: Tensor | None, L: Tensor, R: Tensor, alpha: float, out: Tensor | None) -> Tensor:
-    """x + alpha·L R, for matrices or for batches of them."""
-    if x is None:
-        assert alpha == 1.0
-        return torch.matmul(L, R) if out is None else torch.matmul(L, R, out=out)
-    product = torch.addmm if L.dim() == 2 else torch.baddbmm
+def _inner(x, out, U, V, step, S, A, B):
+    if A is not None:
+        C = _mm(A, V)
+    else:
+        C = _mm(_mm(U.mT, x), V) if step.first == "left" else _mm(U.mT, _mm(x, V))
+    if S is not None:
+        C.diagonal(dim1=-2, dim2=-1).sub_(S)
+    if step.first == "left":
+        _update(out, x, U, _mm(C, V.mT), step)
+    else:
+        _update(out, x, _mm(U, C), V.mT, step)
+
+
+_FORMS = {
+    "identity": _identity,
+    "zero": _zero,
+    "left": _left,
+    "right": _right,
+    "dual": _dual,
+    "sequential": _sequential,
+    "mixed": _mixed,
+    "inner": _inner,
+}
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+
+
+def _update(out: Tensor, x: Tensor, L: Tensor, R: Tensor, step: Step) -> None:
+    """out = beta·x + alpha·L R; with beta = 0, where alpha is 1, x is not read."""
+    if step.beta:
+        _add(x, L, R, step.alpha, out)
+    elif L.dim() == 2:
+        torch.mm(L, R, out=out)
+    else:
+        torch.bmm(L, R, out=out)
+
+
+def _add(x: Tensor, L: Tensor, R: Tensor, alpha: float, out: Tensor | None) -> Tensor:
+    """x + alpha·L R into ``out``, which may be x, or into a new tensor."""
+    if out is x:
+        return x.addmm_(L, R, alpha=alpha) if x.dim() == 2 else x.baddbmm_(L, R, alpha=alpha)
+    product = torch.addmm if x.dim() == 2 else torch.baddbmm
     return product(x, L, R, alpha=alpha) if out is None else product(x, L, R, alpha=alpha, out=out)

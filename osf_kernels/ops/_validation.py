@@ -180,15 +180,24 @@ def admit(
     return x, step, backend, why
 
 
-def require_writable(op: str, name: str, g: Tensor) -> None:
-    """Each element of a tensor that is written has memory of its own."""
-    if 0 in g.stride() and any(
+def require_writable(op: str, names: Sequence[str], g: Tensor, *read: Tensor | None) -> None:
+    """What is written has memory of its own, apart from what is read beside it.
+
+    ``names`` are those of g and of what is read, in order.
+    """
+    storage = g.untyped_storage().data_ptr()
+    for name, t in zip(names[1:], read, strict=False):
+        if t is not None and t.untyped_storage().data_ptr() == storage and overlaps(g, t):
+            remedy = "use the in-place operator" if name == "g" else f"clone {name} first"
+            expected = f"apart from {name}"
+            raise ValueError(describe(op, names[0], expected, "overlapping memory", remedy))
+    if not g.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True)
     ):
         raise ValueError(
             describe(
                 op,
-                name,
+                names[0],
                 "a tensor whose elements have memory of their own",
                 f"an expanded one, strides {g.stride()}",
                 "write to .clone()",
@@ -213,12 +222,14 @@ def _extent(t: Tensor) -> tuple[int, int, int]:
     """(storage, first byte, one past the last byte)."""
     size = t.element_size()
     start = t.storage_offset() * size
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return t.untyped_storage().data_ptr(), start, start + (last + 1) * size
 
 
 def overlaps(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share memory; views of different columns of one matrix do not."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
     (storage_a, start_a, end_a), (storage_b, start_b, end_b) = _extent(a), _extent(b)
     if storage_a != storage_b or start_a >= end_b or start_b >= end_a:
         return False
@@ -230,21 +241,6 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
         apart = column_a + a.shape[-1] <= column_b or column_b + b.shape[-1] <= column_a
         return not (inside and apart)
     return True
-
-
-def require_apart(op: str, name: str, written: Tensor, **read: Tensor | None) -> None:
-    """What is written shares no memory with what is read."""
-    for other, t in read.items():
-        if t is not None and t.numel() and written.numel() and overlaps(written, t):
-            raise ValueError(
-                describe(
-                    op,
-                    name,
-                    f"apart from {other}",
-                    "overlapping memory",
-                    "use the in-place operator" if other == "g" else f"clone {other} first",
-                )
-            )
 
 
 def require_distinct(op: str, name: str, written: Sequence[Tensor]) -> None:

@@ -15,7 +15,6 @@ from osf_kernels.ops._execute import decide, execute, unbatch
 from osf_kernels.ops._library import aligned, register
 from osf_kernels.ops._validation import (
     columns,
-    require_apart,
     require_no_leaf,
     require_tensor,
     require_writable,
@@ -156,8 +155,7 @@ def _apply__impl(
             raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
         if t.dtype != coefficient_dtype(g):
             raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
-    require_writable(op, "g", g)
-    require_apart(op, "g", g, U=U, V=V, A=A, B=B)
+    require_writable(op, "gUVAB", g, U, V, A, B)
     ready = Problem(g, g, U, V, step, A=None if U is None else A, B=None if V is None else B)
     execute([ready], [backend])
 
@@ -173,7 +171,7 @@ _coefficients = register(
     _coefficients_vmap,
 )
 _apply_ = register(
-    "apply_(Tensor(a!) g, Tensor? U, Tensor? V, Tensor A, Tensor B, str mode, str u_spans, "
+    "apply_(Tensor(a!) g, Tensor? U, Tensor? V, Tensor A, Tensor B, str formula, str u_spans, "
     "str v_spans) -> ()",
     _apply__impl,
     _apply__fake,

@@ -17,7 +17,6 @@ from osf_kernels.ops._library import aligned, register
 from osf_kernels.ops._validation import (
     columns,
     meta,
-    require_apart,
     require_distinct,
     require_lengths,
     require_mode,
@@ -235,8 +234,7 @@ def _project_out_impl(
         expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
         raise ValueError(describe("project", "out", expected, got))
-    require_writable("project", "out", out)
-    require_apart("project", "out", out, g=g, U=U, V=V)
+    require_writable("project", ("out", "g", "U", "V"), out, g, U, V)
     execute([Problem(g, out, U, V, step)], [backend])
 
 
@@ -244,8 +242,7 @@ def _project__impl(
     g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
 ) -> None:
     _, step, backend, _ = decide("project_", "gUV", g, U, V, mode, u_spans, v_spans)
-    require_writable("project_", "g", g)
-    require_apart("project_", "g", g, U=U, V=V)
+    require_writable("project_", "gUV", g, U, V)
     execute([Problem(g, g, U, V, step)], [backend])
 
 
@@ -262,8 +259,7 @@ def _project_many__impl(
     for i, (g, U, V, u, v) in enumerate(zip(grads, Us, Vs, u_spans, v_spans, strict=True)):
         arguments = (f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]")
         _, step, backend, _ = decide(op, arguments, g, U, V, mode, u, v)
-        require_writable(op, arguments[0], g)
-        require_apart(op, arguments[0], g, **{arguments[1]: U, arguments[2]: V})
+        require_writable(op, arguments, g, U, V)
         problems.append(Problem(g, g, U, V, step))
         names.append(backend)
     require_distinct(op, "grads", grads)
@@ -309,7 +305,7 @@ def _project__vmap(
     return None, None
 
 
-_ARGUMENTS = "Tensor? U, Tensor? V, str mode, str u_spans, str v_spans"
+_ARGUMENTS = "Tensor? U, Tensor? V, str formula, str u_spans, str v_spans"
 _project = register(
     f"project(Tensor g, {_ARGUMENTS}) -> Tensor", _project_impl, _project_fake, _project_vmap
 )
@@ -322,7 +318,7 @@ _project_ = register(
     f"project_(Tensor(a!) g, {_ARGUMENTS}) -> ()", _project__impl, _project__fake, _project__vmap
 )
 _project_many_ = register(
-    "project_many_(Tensor(a!)[] grads, Tensor?[] Us, Tensor?[] Vs, str mode, str[] u_spans, "
+    "project_many_(Tensor(a!)[] grads, Tensor?[] Us, Tensor?[] Vs, str formula, str[] u_spans, "
     "str[] v_spans) -> ()",
     _project_many__impl,
     _project_many__fake,

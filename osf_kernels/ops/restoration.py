@@ -16,7 +16,6 @@ from osf_kernels.ops._library import register
 from osf_kernels.ops._validation import (
     DTYPES,
     columns,
-    require_apart,
     require_distinct,
     require_lengths,
     require_mode,
@@ -201,9 +200,7 @@ def _impl(
         choice = "once" if S is None else "pinned"
         _, step, backend, _ = decide(op, names, W, U, V, mode, u, v, choice)  # type: ignore[arg-type]
         _check_pinned(op, names, W, U, V, S, addend, (u, v))
-        require_writable(op, names[0], W)
-        read = dict(zip(names[1:], (U, V, S, addend), strict=True))
-        require_apart(op, names[0], W, **read)
+        require_writable(op, names, W, U, V, S, addend)
         problems.append(Problem(W, W, U, V, step, S, addend))
         backend_names.append(backend)
     require_distinct(op, "Ws", Ws)
@@ -218,7 +215,7 @@ def _fake(
 
 _restore_many_ = register(
     "restore_many_(Tensor(a!)[] Ws, Tensor?[] Us, Tensor?[] Vs, Tensor?[] S, Tensor?[] protected, "
-    "str mode, str[] u_spans, str[] v_spans, bool single) -> ()",
+    "str formula, str[] u_spans, str[] v_spans, bool single) -> ()",
     _impl,
     _fake,
 )

@@ -1,0 +1,202 @@
+"""What a test needs to hold the operators, or a wrapper of them, to account.
+
+The oracles here are transcriptions of the formulas in float64 with explicit projector matrices;
+they share no code with any backend. Tolerances come from the same formula in same-dtype eager
+torch (:func:`assert_error_within`), never from a bare number. Public: wrappers may use it.
+
+May import: torch, ``osf_kernels.basis``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from osf_kernels.basis import Basis, Spans
+
+BasisLike = Tensor | Basis | None
+
+
+# --- inputs --------------------------------------------------------------------------------
+
+
+def random_basis(
+    size: int,
+    rank: int,
+    *,
+    spans: Spans = "high",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Basis:
+    """A Basis that protects ``rank`` random directions of ``size``, held high or low.
+
+    Columns are orthonormal to float64 rounding before they are rounded to ``dtype``. Draws
+    size² normal numbers from ``generator``.
+    """
+    noise = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    Q = torch.linalg.qr(noise)[0]
+    held = Q[:, :rank] if spans == "high" else Q[:, rank:]
+    return Basis(held.to(dtype).contiguous().to(device), spans)
+
+
+def matrix_with_spectrum(
+    m: int,
+    n: int,
+    singular_values: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, U, V): A = U diag(σ) Vᵀ of given singular values, computed in float64, then rounded.
+
+    Args:
+        singular_values: (q,) with q ≤ min(m, n), descending.
+
+    Returns:
+        A (m, n) of ``dtype``; U (m, q) and V (n, q) of float64, orthonormal.
+    """
+    q = len(singular_values)
+    U = torch.linalg.qr(torch.randn(m, q, dtype=torch.float64, generator=generator))[0]
+    V = torch.linalg.qr(torch.randn(n, q, dtype=torch.float64, generator=generator))[0]
+    A = (U * singular_values.double()) @ V.mT
+    return A.to(dtype), U, V
+
+
+# --- oracles -------------------------------------------------------------------------------
+
+
+def protected_projector(basis: BasisLike, size: int) -> Tensor | None:
+    """H (size, size) float64: U Uᵀ of high columns, I − U Uᵀ of low ones, None of none."""
+    if basis is None:
+        return None
+    held = basis if isinstance(basis, Basis) else Basis(basis)
+    columns = held.columns.double()
+    square = columns @ columns.mT
+    if held.spans == "high":
+        return square
+    return torch.eye(size, dtype=torch.float64, device=columns.device) - square
+
+
+def project_reference(
+    g: Tensor, U: BasisLike, V: BasisLike, *, mode: str = "complement"
+) -> Tensor:
+    """g − H g − g H' + H g H', or in mode "core" g − H g H', in float64 with H and H' explicit."""
+    g = g.double()
+    H, K = protected_projector(U, g.shape[-2]), protected_projector(V, g.shape[-1])
+    if H is None and K is None:
+        return g.clone()
+    if mode == "core":
+        protected = g if H is None else H @ g
+        return g - (protected if K is None else protected @ K)
+    left = 0 if H is None else H @ g
+    right = 0 if K is None else g @ K
+    both = 0 if H is None or K is None else H @ g @ K
+    return g - left - right + both
+
+
+def restore_reference(
+    W: Tensor,
+    U: BasisLike,
+    V: BasisLike,
+    *,
+    S: Tensor | None = None,
+    protected: Tensor | None = None,
+    mode: str = "complement",
+) -> Tensor:
+    """P(W) + protected, with protected = U diag(S) Vᵀ of singular triplets, in float64."""
+    if protected is None:
+        assert S is not None and isinstance(U, Tensor) and isinstance(V, Tensor)
+        protected = (U.double() * S.double().unsqueeze(-2)) @ V.double().mT
+    return project_reference(W, U, V, mode=mode) + protected.double()
+
+
+def project_eager(g: Tensor, U: BasisLike, V: BasisLike, *, mode: str = "complement") -> Tensor:
+    """The same formula as a user writes it in eager torch, in g's own dtype: the peer whose
+    error ours is compared with."""
+
+    def removed(x: Tensor, basis: BasisLike, left: bool) -> Tensor:
+        """H x or x H."""
+        assert basis is not None
+        held = basis if isinstance(basis, Basis) else Basis(basis)
+        columns = held.columns.to(x.dtype)
+        part = columns @ (columns.mT @ x) if left else (x @ columns) @ columns.mT
+        return part if held.spans == "high" else x - part
+
+    if U is None and V is None:
+        return g.clone()
+    if mode == "core":
+        protected = g if U is None else removed(g, U, True)
+        return g - (protected if V is None else removed(protected, V, False))
+    out = g if U is None else g - removed(g, U, True)
+    return out if V is None else out - removed(out, V, False)
+
+
+# --- measures ------------------------------------------------------------------------------
+
+
+def relative_error(actual: Tensor, reference: Tensor, scale: Tensor) -> float:
+    """‖actual − reference‖_F / ‖scale‖_F in float64; NaN anywhere is an infinite error."""
+    difference = (actual.double() - reference.double()).norm()
+    error = float(difference / scale.double().norm().clamp_min(1e-300))
+    return error if error == error else float("inf")
+
+
+def leak(after: Tensor, before: Tensor, basis: Tensor | Basis, *, side: str = "left") -> float:
+    """‖H after‖ / ‖H before‖ in float64: how much of the protected part of a gradient is left.
+
+    For a high basis it is ‖Uᵀ g'‖ / ‖Uᵀ g‖. The true projector of the rounded columns is taken,
+    from their QR, so that a bfloat16 basis isn't charged for its own rounding.
+    """
+    held = basis if isinstance(basis, Basis) else Basis(basis)
+    Q = torch.linalg.qr(held.columns.double())[0]
+
+    def protected(x: Tensor) -> Tensor:
+        x = x.double() if side == "left" else x.double().mT
+        inside = Q.mT @ x
+        return inside if held.spans == "high" else x - Q @ inside
+
+    return float(protected(after).norm() / protected(before).norm().clamp_min(1e-300))
+
+
+def orthonormality_ratio(Q: Tensor) -> float:
+    """LAPACK's test ratio ‖I − QᵀQ‖₁ / (m·eps) of (m, r) columns; under 30 is orthonormal.
+
+    Source: LAPACK Users' Guide and LAWN 41, test paths of xQRT and xBDT.
+    """
+    m, r = Q.shape[-2:]
+    columns = Q.double()
+    defect = torch.eye(r, dtype=torch.float64, device=Q.device) - columns.mT @ columns
+    norm = torch.linalg.matrix_norm(defect, ord=1).max() if r else torch.zeros(())
+    return float(norm / (max(m, 1) * torch.finfo(Q.dtype).eps))
+
+
+def assert_error_within(
+    actual: Tensor,
+    reference: Tensor,
+    peer: Tensor,
+    *,
+    scale: Tensor,
+    factor: float = 2.0,
+) -> None:
+    """Fails unless ‖actual − reference‖ ≤ factor·max(‖peer − reference‖, eps/2·‖scale‖).
+
+    Args:
+        actual: what is tested.
+        reference: the float64 truth.
+        peer: the same formula in same-dtype eager torch.
+        scale: what errors are relative to, usually the input g.
+        factor: how many of the peer's errors are allowed.
+
+    Raises:
+        AssertionError: with both errors. A NaN in actual fails.
+    """
+    ours = relative_error(actual, reference, scale)
+    theirs = relative_error(peer, reference, scale)
+    rounding = torch.finfo(actual.dtype).eps / 2
+    allowed = factor * max(theirs, rounding)
+    if not ours <= allowed:
+        raise AssertionError(
+            f"error {ours:.3e} relative to the input exceeds {factor:g} × max(eager "
+            f"{actual.dtype} torch {theirs:.3e}, its rounding {rounding:.3e})"
+        )
