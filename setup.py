@@ -218,14 +218,11 @@ class Step(NamedTuple):
 
 def build_steps(toolkit: Toolkit, sources: Sequence[str], folder: Path) -> list[Step]:
     """Compile each source into `folder`, then link. The last step's output is the extension."""
-    arch_list = env_get("TORCH_CUDA_ARCH_LIST")
     flags = [
         *NVCC_FLAGS,
-        *gencode_flags(arch_list),
+        *gencode_flags(env_get("TORCH_CUDA_ARCH_LIST")),
         *("-I", str(ROOT / "csrc")),
         *(part for include in toolkit.includes for part in ("-isystem", include)),
-        f'-DOSF_NVCC_VERSION="{toolkit.release}"',
-        f'-DOSF_CUDA_ARCHS="{arch_list}"',
     ]
     steps: list[Step] = []
     for source in sources:
