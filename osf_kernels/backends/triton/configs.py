@@ -1,0 +1,232 @@
+"""Pinned tile configs: architecture × kernel × operand width × rank, chosen by rule, not search.
+
+Every row is compiled ahead of time for its architecture by ``tests/triton/test_aot.py``, which
+holds it to: tensor-core instructions, no spills, shared memory within the limit. None of the
+rows has been timed on a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
+
+Imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "ARCHITECTURES",
+    "FILL",
+    "ONE_PASS_RANK_SUM",
+    "REDUCE",
+    "Config",
+    "OnePass",
+    "Reduce",
+    "TwoPass",
+    "Update",
+    "candidates",
+    "coefficients_config",
+    "shipped",
+    "update_config",
+]
+
+
+class OnePass(NamedTuple):
+    """A and B from one read of x: strips of block_n columns, walked down block_m rows at a time."""
+
+    block_m: int
+    block_n: int
+    block_r: int  # holds both r and k
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 2
+
+
+class TwoPass(NamedTuple):
+    """x·basis as (block_q, block_r) tiles over block_k of the summed dimension a step."""
+
+    block_q: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 2
+
+
+class Update(NamedTuple):
+    """(block_m, block_n) tiles of out, block_r of a rank a step, group_m tiles down at a time."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 2
+
+
+class Reduce(NamedTuple):
+    """(block_q, block_r) tiles of an ordered sum of parts."""
+
+    block_q: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 4
+
+
+Config = OnePass | TwoPass | Update | Reduce
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+# Tiles a single matrix is split into at least, where its shape allows: about one a processor.
+FILL = {"sm_80": 128, "sm_90": 128, "sm_100": 160, "gfx942": 304}
+# A split is never shorter than this many rows (one_pass) or summed elements (two_pass): each
+# costs a float32 part of the result, written and read again.
+SHORTEST_SPLIT = 256
+
+# One read of x costs about 4 (r + k) / T bytes an element of partial sums for tile side T; two
+# reductions read x once more, from L2 at best.
+ONE_PASS_RANK_SUM = 64
+
+REDUCE = Reduce(32, 32, num_warps=4, num_stages=1)
+
+# Keyed by the bytes of a dot operand, then by rank block, ascending; the last serves any rank.
+_ONE_PASS: dict[str, dict[int, tuple[OnePass, ...]]] = {
+    "sm_80": {
+        2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 1)),
+        4: (OnePass(32, 128, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+    },
+    "sm_90": {
+        2: (OnePass(64, 256, 32, 8, 3, 1), OnePass(64, 128, 64, 8, 3, 1)),
+        4: (OnePass(32, 128, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+    },
+    "sm_100": {
+        2: (OnePass(64, 256, 32, 8, 3, 1), OnePass(64, 128, 64, 8, 3, 1)),
+        4: (OnePass(32, 128, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+    },
+    "gfx942": {
+        2: (OnePass(64, 128, 32, 8, 1, 2), OnePass(64, 128, 64, 8, 1, 2)),
+        4: (OnePass(32, 128, 32, 8, 1, 2), OnePass(32, 64, 64, 8, 1, 2)),
+    },
+}
+
+_TWO_PASS: dict[str, dict[int, tuple[TwoPass, ...]]] = {
+    "sm_80": {
+        2: (TwoPass(128, 64, 64, 4, 3, 2), TwoPass(128, 64, 128, 8, 3, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
+    },
+    "sm_90": {
+        2: (TwoPass(128, 64, 64, 4, 4, 2), TwoPass(128, 64, 128, 8, 4, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
+    },
+    "sm_100": {
+        2: (TwoPass(128, 64, 64, 4, 4, 2), TwoPass(128, 64, 128, 8, 4, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
+    },
+    "gfx942": {
+        2: (TwoPass(128, 64, 64, 4, 2, 2), TwoPass(128, 32, 128, 8, 2, 2)),
+        4: (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 2)),
+    },
+}
+
+_UPDATE: dict[str, dict[int, tuple[Update, ...]]] = {
+    "sm_80": {
+        2: (Update(128, 128, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
+        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 2, 1)),
+    },
+    "sm_90": {
+        2: (Update(128, 128, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 3, 1)),
+        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 3, 1)),
+    },
+    "sm_100": {
+        2: (Update(128, 128, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 3, 1)),
+        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 3, 1)),
+    },
+    "gfx942": {
+        2: (Update(128, 128, 32, 8, 8, 1, 2), Update(128, 128, 64, 8, 8, 1, 2)),
+        4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 32, 8, 8, 1, 2)),
+    },
+}
+# Up to this rank the first row of _UPDATE serves, beyond it the second.
+_SMALL_UPDATE_RANK = 32
+
+
+def coefficients_config(
+    architecture: str, operand_bytes: int, r: int, k: int, variant: str | None = None
+) -> OnePass | TwoPass:
+    """The pinned config of A = Uᵀx, B = xV at ranks r and k (0: that side is absent).
+
+    Args:
+        architecture: one of ARCHITECTURES.
+        operand_bytes: width of a dot operand, 2 or 4.
+        r, k: ranks.
+        variant: "one_pass" or "two_pass" to override the rule.
+
+    Raises:
+        ValueError: one_pass asked for where it cannot serve (a side absent, or the rank beyond
+            its block).
+    """
+    both = r > 0 and k > 0
+    if variant is None:
+        variant = "one_pass" if both and r + k <= ONE_PASS_RANK_SUM else "two_pass"
+    if variant == "one_pass":
+        rows = _ONE_PASS[architecture][operand_bytes]
+        if not both or max(r, k) > rows[-1].block_r:
+            raise ValueError(
+                "osf_kernels.backends.triton: expected both sides and ranks of at most "
+                f"{rows[-1].block_r} for one_pass, got r={r}, k={k}; use two_pass"
+            )
+        return next(row for row in rows if max(r, k) <= row.block_r)
+    if variant == "two_pass":
+        small, large = _TWO_PASS[architecture][operand_bytes]
+        return small if max(r, k) <= small.block_r else large
+    raise ValueError(
+        "osf_kernels.backends.triton: expected variant to be 'one_pass' or 'two_pass', "
+        f"got {variant!r}"
+    )
+
+
+def update_config(architecture: str, operand_bytes: int, rank: int) -> Update:
+    """The pinned config of a rank-``rank`` update (the larger rank of its two terms)."""
+    small, large = _UPDATE[architecture][operand_bytes]
+    return small if rank <= _SMALL_UPDATE_RANK else large
+
+
+def candidates(config: Config) -> list[Config]:
+    """What a search tries besides a pinned config: its neighbours in stages, warps and tile."""
+    nearby: list[Config] = [config]
+    for stages in (config.num_stages - 1, config.num_stages + 1):
+        if stages >= 1:
+            nearby.append(config._replace(num_stages=stages))
+    for warps in (4, 8):
+        if warps != config.num_warps:
+            nearby.append(config._replace(num_warps=warps))
+    if isinstance(config, (OnePass, Update)):
+        nearby.append(config._replace(block_n=config.block_n // 2))
+        nearby.append(config._replace(block_m=config.block_m * 2))
+    elif isinstance(config, TwoPass):
+        nearby.append(config._replace(block_q=config.block_q // 2))
+        nearby.append(config._replace(block_k=config.block_k * 2))
+    return nearby
+
+
+def shipped(architecture: str) -> list[tuple[int, Config]]:
+    """Every (operand bytes, config) a rule of this file can choose on an architecture."""
+    rows: list[tuple[int, Config]] = []
+    for table in (_ONE_PASS, _TWO_PASS, _UPDATE):
+        for operand_bytes, configs in table[architecture].items():
+            rows.extend((operand_bytes, config) for config in configs)
+    rows.append((4, REDUCE))
+    return rows
+
+
+def architecture_of_capability(major: int, minor: int) -> str:
+    """The row of the tables for an NVIDIA compute capability.
+
+    Capabilities with no row of their own take the nearest one that fits their shared memory:
+    8.6, 8.9 and 12.x have 99 KB, for which gfx942's tiles (64 KB) are compiled too.
+    """
+    exact = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90"}
+    if (major, minor) in exact:
+        return exact[major, minor]
+    if major in (10, 11):
+        return "sm_100"
+    return "gfx942"

@@ -1,0 +1,1 @@
+"""The device code, one kernel family a file. Imports triton, so import it lazily."""

@@ -1,0 +1,132 @@
+"""What the kernels share on the device: the tile scheduler's search, matrix views, casts.
+
+Imports triton at the top, so import it only from code that has asked ``unavailable_reason``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_problem(starts, problems, tile):
+    """Index of the problem that owns ``tile``: the last one with starts[p] <= tile."""
+    low = tile * 0
+    high = low + problems
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def load_view(
+    record,
+    FIELD: tl.constexpr,  # address, stride along rows, stride along columns
+    ROWS: tl.constexpr,  # field of the number of rows
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,  # schedule.Layout
+):
+    """A matrix of a record, to be read before any loop over its tiles.
+
+    The alignment hints must stand on the loads themselves: a hint on the argument of a jitted
+    function is lost when that is inlined.
+    """
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    base = tl.load(record + FIELD).to(tl.pointer_type(DTYPE))
+    row_stride = tl.load(record + FIELD + 1)
+    column_stride = tl.load(record + FIELD + 2)
+    # No dimension passes 2³¹; offsets do, so strides and addresses stay int64.
+    row_count = tl.load(record + ROWS).to(tl.int32)
+    column_count = tl.load(record + COLUMNS).to(tl.int32)
+    if LAYOUT == 1:
+        base = tl.multiple_of(base, 16)
+        row_stride = tl.multiple_of(row_stride, VECTOR)
+        column_count = tl.multiple_of(column_count, VECTOR)
+    if LAYOUT == 2:
+        base = tl.multiple_of(base, 16)
+        column_stride = tl.multiple_of(column_stride, VECTOR)
+        row_count = tl.multiple_of(row_count, VECTOR)
+    return base, row_stride, column_stride, row_count, column_count
+
+
+@triton.jit
+def tile_pointers(view, rows, columns, LAYOUT: tl.constexpr):
+    """Addresses of the tile rows[:, None], columns[None, :] of a view."""
+    wide_rows = rows.to(tl.int64)[:, None]
+    wide_columns = columns.to(tl.int64)[None, :]
+    if LAYOUT == 1:
+        pointers = view[0] + wide_rows * view[1] + wide_columns
+    elif LAYOUT == 2:
+        pointers = view[0] + wide_columns * view[2] + wide_rows
+    else:
+        pointers = view[0] + wide_rows * view[1] + wide_columns * view[2]
+    return pointers
+
+
+@triton.jit
+def tile_mask(view, rows, columns):
+    """Which elements of a tile exist."""
+    return (rows < view[3])[:, None] & (columns < view[4])[None, :]
+
+
+@triton.jit
+def load_tile(view, rows, columns, LAYOUT: tl.constexpr):
+    """A tile of a view in its own dtype, zero outside of the matrix."""
+    return tl.load(
+        tile_pointers(view, rows, columns, LAYOUT), mask=tile_mask(view, rows, columns), other=0.0
+    )
+
+
+@triton.jit
+def store_tile(
+    view, rows, columns, values, DTYPE: tl.constexpr, LAYOUT: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Write a float32 tile of a view, rounded once to its dtype."""
+    tl.store(
+        tile_pointers(view, rows, columns, LAYOUT),
+        narrow(values, DTYPE, INTERPRET),
+        mask=tile_mask(view, rows, columns),
+    )
+
+
+@triton.jit
+def operand(values, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """A loaded tile as an operand of ``tl.dot``.
+
+    The interpreter multiplies the raw bits of bfloat16 (and truncates where it casts), so there
+    every operand is rounded as the device would round it and then widened to float32.
+    """
+    if INTERPRET:
+        return widen(narrow(values, DTYPE, INTERPRET), INTERPRET)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def widen(values, INTERPRET: tl.constexpr):
+    """To float32, exactly."""
+    if INTERPRET and values.dtype == tl.bfloat16:
+        bits = values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def narrow(values, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """To DTYPE, rounded to the nearest, ties to even."""
+    if INTERPRET and (values.dtype == tl.bfloat16 or tl.bfloat16 == DTYPE):
+        if values.dtype == DTYPE:
+            return values
+        wide = widen(values, INTERPRET)
+        if tl.bfloat16 != DTYPE:
+            return wide.to(DTYPE)
+        bits = wide.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(wide != wide, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(DTYPE)

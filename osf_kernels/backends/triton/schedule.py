@@ -1,0 +1,456 @@
+"""Host side of a grouped launch: which jobs share one, and the int64 records their tiles read.
+
+Pure arithmetic on addresses, sizes and strides. Imports torch, never triton.
+
+A launch's metadata is one int64 array: problems + 1 prefix sums of tiles, then one record a
+problem. The records (field: meaning; a view is an address and two strides in elements):
+
+OnePass    0 x, 3 m, 4 n, 5 U, 8 r, 9 V, 12 k, 13 offset of the parts of Aᵀ, 14 of B,
+           15 rows a split
+Reduction  0 x, 3 q, 4 summed length, 5 basis, 8 rank, 9 parts, 10 length of a part, 11 side
+           (0 A, 1 B), 12 offset of the parts, 13 out (q, rank), 16 S, 17 the other basis (q, rank)
+Update     0 out, 3 x, 6 m, 7 n, 8 alpha's float32 bits, 9 beta, 10 L1, 13 R1, 16 r,
+           17 L2, 20 R2, 23 k, 24 addend
+
+A matrix that runs down its columns is scheduled as its transpose: (xᵀ, V, U, Bᵀ, Aᵀ) for
+(x, U, V, A, B), and R2ᵀ, L2ᵀ, R1ᵀ, L1ᵀ for L1, R1, L2, R2. The kernels see rows only.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends.forms import Coefficients, Update
+
+from . import configs
+
+__all__ = [
+    "Launch",
+    "Layout",
+    "View",
+    "coefficients_launches",
+    "dot_rule",
+    "update_launches",
+]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LONGEST = 2**31 - 2**12  # of one dimension; tile indices are int32
+
+
+class Layout(IntEnum):
+    """What the compiler may assume of a view's strides."""
+
+    GENERAL = 0
+    ROW = 1  # unit stride along dim 1; address, other stride and width multiples of 16 bytes
+    COLUMN = 2  # the same along dim 0
+
+
+class View(NamedTuple):
+    """A 2-D tensor's address, shape and strides."""
+
+    address: int
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor) -> View:
+        (rows, columns), (row_stride, column_stride) = tensor.shape, tensor.stride()
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                "osf_kernels.backends.triton: expected bfloat16, float16 or float32, got "
+                f"{str(tensor.dtype).removeprefix('torch.')}; float64 runs on the torch backend"
+            )
+        if max(rows, columns) > _LONGEST:
+            raise ValueError(
+                "osf_kernels.backends.triton: expected no dimension beyond "
+                f"{_LONGEST}, got {tuple(tensor.shape)}; use the torch backend"
+            )
+        return View(tensor.data_ptr(), rows, columns, row_stride, column_stride, tensor.dtype)
+
+    @property
+    def mT(self) -> View:
+        return View(
+            self.address,
+            self.columns,
+            self.rows,
+            self.column_stride,
+            self.row_stride,
+            self.dtype,
+        )
+
+    @property
+    def fields(self) -> tuple[int, int, int]:
+        return self.address, self.row_stride, self.column_stride
+
+    @property
+    def layout(self) -> Layout:
+        vector = 16 // self.dtype.itemsize
+        if self.address % 16 == 0:
+            if self.column_stride == 1 and not (self.row_stride % vector or self.columns % vector):
+                return Layout.ROW
+            if self.row_stride == 1 and not (self.column_stride % vector or self.rows % vector):
+                return Layout.COLUMN
+        return Layout.GENERAL
+
+    @property
+    def runs_down(self) -> bool:
+        """Whether neighbours in memory are neighbours in a column."""
+        return self.column_stride != 1 and (
+            self.row_stride == 1 or 0 < self.row_stride < self.column_stride
+        )
+
+
+class Launch(NamedTuple):
+    """One kernel launch, but for the device."""
+
+    kernel: str  # "one_pass", "two_pass", "reduce_parts" or "update"
+    config: configs.Config
+    constants: dict[str, object]  # constexpr arguments; dtypes are torch's
+    metadata: list[int]
+    problems: int
+    tiles: int
+
+
+class Batch(NamedTuple):
+    """Launches that share a workspace of float32 parts and run in this order."""
+
+    launches: list[Launch]
+    workspace_elements: int
+
+
+def dot_rule(
+    x: torch.dtype,
+    bases: Sequence[torch.dtype],
+    coefficients: Sequence[torch.dtype],
+    float32_precision: str,
+) -> tuple[torch.dtype, str]:
+    """(operand dtype, input_precision) of a kernel's products; sums are always float32.
+
+    16-bit operands of one dtype multiply as they are, and bfloat16 takes float32 coefficients
+    rounded to it. float16 cannot (a coefficient may pass 65504), so those products, and those of
+    16-bit values of two dtypes, are taken in TF32, in which every 16-bit value is exact. All
+    else follows ``float32_precision``.
+    """
+    sources = {x, *bases}
+    if sources == {torch.bfloat16} or sources | set(coefficients) == {torch.float16}:
+        return x, "ieee"
+    if torch.float32 not in sources and float32_precision != "ieee":
+        return torch.float32, "tf32"
+    return torch.float32, float32_precision
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _parts(tiles: int, length: int, step: int, fill: int) -> tuple[int, int]:
+    """(parts, length of a part, a multiple of step) of a sum of which there are ``tiles``."""
+    parts = max(1, min(_ceil_div(fill, tiles), length // configs.SHORTEST_SPLIT))
+    part = _ceil_div(_ceil_div(length, parts), step) * step
+    return max(1, _ceil_div(length, part)) if part else 1, part
+
+
+class _Group:
+    """Problems of one launch under construction."""
+
+    def __init__(self) -> None:
+        self.starts = [0]
+        self.records: list[int] = []
+
+    def add(self, tiles: int, record: Sequence[int]) -> None:
+        self.starts.append(self.starts[-1] + tiles)
+        self.records.extend(record)
+
+    def launch(self, kernel: str, config: configs.Config, constants: dict[str, object]) -> Launch:
+        return Launch(
+            kernel,
+            config,
+            constants,
+            [*self.starts, *self.records],
+            len(self.starts) - 1,
+            self.starts[-1],
+        )
+
+
+_NO_VIEW = (0, 0, 0)
+
+
+def coefficients_launches(
+    jobs: Sequence[Coefficients],
+    *,
+    fill: int,
+    float32_precision: str,
+    choose: Callable[[Coefficients, int, int, int], configs.OnePass | configs.TwoPass],
+) -> list[Batch]:
+    """Group jobs into launches; ``choose(job, operand bytes, r, k)`` picks a job's config.
+
+    Jobs share a launch when they agree on config, dtypes, layouts and which sides they ask for.
+    Each batch is one or two launches: the reductions, then the ordered sum of their parts.
+    """
+    groups: dict[tuple[object, ...], _CoefficientsGroup] = {}
+    for job in jobs:
+        x = View.of(job.x)
+        u = View.of(job.U) if job.U is not None and job.U.shape[1] else None
+        v = View.of(job.V) if job.V is not None and job.V.shape[1] else None
+        a = View.of(job.A).mT if u is not None and job.A is not None else None  # (n, r)
+        b = View.of(job.B) if v is not None and job.B is not None else None
+        if a is None or not a.rows:
+            u = a = None
+        if b is None or not b.rows:
+            v = b = None
+        if a is None and b is None:
+            continue
+        if x.runs_down:
+            x, u, v, a, b = x.mT, v, u, b, a
+        scale = job.S.data_ptr() if job.S is not None else 0
+        _check_scale(job.S)
+        # An absent side borrows the other's dtype, so that it makes no launch of its own.
+        u_dtype, v_dtype = (u or v).dtype, (v or u).dtype  # type: ignore[union-attr]
+        dot, precision = dot_rule(x.dtype, (u_dtype, v_dtype), (), float32_precision)
+        r, k = (u.columns if u else 0), (v.columns if v else 0)
+        config = choose(job, dot.itemsize, r, k)
+        if isinstance(config, configs.OnePass) and not (x.rows and x.columns):
+            raise ValueError("osf_kernels.backends.triton: one_pass needs a matrix with elements")
+        constants: dict[str, object] = {
+            "X": x.dtype,
+            "U": u_dtype,
+            "V": v_dtype,
+            "OUT": (a or b).dtype,  # type: ignore[union-attr]
+            "DOT": dot,
+            "PRECISION": precision,
+            "X_LAYOUT": int(x.layout),
+            "U_LAYOUT": int(u.layout) if u else 0,
+            "V_LAYOUT": int(v.layout) if v else 0,
+            "A_LAYOUT": int(a.layout) if a else 0,
+            "B_LAYOUT": int(b.layout) if b else 0,
+            "HAS_A": a is not None,
+            "HAS_B": b is not None,
+            "HAS_OFFSET": job.S is not None,
+        }
+        key = (config, *constants.values())
+        if key not in groups:
+            groups[key] = _CoefficientsGroup(config, constants, fill)
+        groups[key].add(x, u, v, a, b, scale)
+    return [group.batch() for group in groups.values()]
+
+
+def _check_scale(scale: Tensor | None) -> None:
+    if scale is not None and (scale.dtype != torch.float32 or scale.stride(0) != 1):
+        raise TypeError(
+            "osf_kernels.backends.triton: expected S to be contiguous float32, got "
+            f"{scale.dtype} with stride {scale.stride(0)}"
+        )
+
+
+class _CoefficientsGroup:
+    """One batch of coefficients under construction."""
+
+    def __init__(
+        self,
+        config: configs.OnePass | configs.TwoPass,
+        constants: dict[str, object],
+        fill: int,
+    ) -> None:
+        self.config = config
+        self.constants = constants
+        self.fill = fill
+        self.products = _Group()
+        self.sums = _Group()
+        self.workspace_elements = 0
+
+    def add(
+        self,
+        x: View,
+        u: View | None,
+        v: View | None,
+        a: View | None,
+        b: View | None,
+        scale: int,
+    ) -> None:
+        if isinstance(self.config, configs.OnePass):
+            assert u is not None
+            assert v is not None
+            assert a is not None
+            assert b is not None
+            self._add_one_pass(self.config, x, u, v, a, b, scale)
+            return
+        for side, basis, out, other in ((0, u, a, v), (1, v, b, u)):
+            if basis is not None and out is not None:
+                self._add_reduction(self.config, side, x, basis, out, other, scale)
+
+    def _workspace(self, parts: int, rows: int, rank: int) -> int:
+        offset = self.workspace_elements
+        self.workspace_elements += parts * rows * _ceil_div(rank, 4) * 4
+        return offset
+
+    def _add_one_pass(
+        self, config: configs.OnePass, x: View, u: View, v: View, a: View, b: View, scale: int
+    ) -> None:
+        m, n, r, k = x.rows, x.columns, u.columns, v.columns
+        strips = _ceil_div(n, config.block_n)
+        splits, split_rows = _parts(strips, m, config.block_m, self.fill)
+        a_offset = self._workspace(splits, n, r)
+        b_offset = self._workspace(strips, m, k)
+        record = (*x.fields, m, n, *u.fields, r, *v.fields, k, a_offset, b_offset, split_rows)
+        self.products.add(strips * splits, record)
+        self._add_sum(0, n, m, r, splits, split_rows, a_offset, a, scale, v)
+        self._add_sum(1, m, n, k, strips, config.block_n, b_offset, b, scale, u)
+
+    def _add_reduction(
+        self,
+        config: configs.TwoPass,
+        side: int,
+        x: View,
+        basis: View,
+        out: View,
+        other: View | None,
+        scale: int,
+    ) -> None:
+        q, length, rank = out.rows, basis.rows, basis.columns
+        tiles = _ceil_div(q, config.block_q) * _ceil_div(rank, config.block_r)
+        parts, part = _parts(tiles, length, config.block_k, self.fill)
+        offset = self._workspace(parts, q, rank) if parts > 1 else 0
+        tail = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
+        record = (*x.fields, *tail[3:5], *basis.fields, *tail[8:])
+        self.products.add(tiles * parts, record)
+        if parts > 1:
+            self._add_sum(side, q, length, rank, parts, part, offset, out, scale, other)
+
+    def _add_sum(
+        self,
+        side: int,
+        q: int,
+        length: int,
+        rank: int,
+        parts: int,
+        part: int,
+        offset: int,
+        out: View,
+        scale: int,
+        other: View | None,
+    ) -> None:
+        reduce = configs.REDUCE
+        tiles = _ceil_div(q, reduce.block_q) * _ceil_div(rank, reduce.block_r)
+        self.sums.add(tiles, _tail(side, q, length, rank, parts, part, offset, out, scale, other))
+
+    def batch(self) -> Batch:
+        one_pass = isinstance(self.config, configs.OnePass)
+        kernel = "one_pass" if one_pass else "two_pass"
+        launches = [self.products.launch(kernel, self.config, self.constants)]
+        if self.sums.records:
+            launches.append(self.sums.launch("reduce_parts", configs.REDUCE, self.constants))
+        return Batch(launches, self.workspace_elements)
+
+
+def _tail(
+    side: int,
+    q: int,
+    length: int,
+    rank: int,
+    parts: int,
+    part: int,
+    offset: int,
+    out: View,
+    scale: int,
+    other: View | None,
+) -> tuple[int, ...]:
+    """A reduction record with no x and no basis."""
+    return (
+        *_NO_VIEW,
+        q,
+        length,
+        *_NO_VIEW,
+        rank,
+        parts,
+        part,
+        side,
+        offset,
+        *out.fields,
+        scale,
+        *(other.fields if other else _NO_VIEW),
+    )
+
+
+def update_launches(
+    jobs: Sequence[Update],
+    *,
+    float32_precision: str,
+    choose: Callable[[Update, int, int], configs.Update],
+) -> list[Batch]:
+    """Group jobs into launches; ``choose(job, operand bytes, larger rank)`` picks a config."""
+    groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], _Group]] = {}
+    for job in jobs:
+        if job.beta not in (0, 1):
+            raise ValueError(
+                f"osf_kernels.backends.triton: expected beta to be 0 or 1, got {job.beta}"
+            )
+        out, x = View.of(job.out), View.of(job.x)
+        if not (out.rows and out.columns):
+            continue
+        terms = [
+            (View.of(left), View.of(right)) if left is not None and right is not None else None
+            for left, right in ((job.L1, job.R1), (job.L2, job.R2))
+        ]
+        first, second = (term if term and term[0].columns else None for term in terms)
+        addend = View.of(job.addend) if job.addend is not None else None
+        if out.runs_down:
+            out, x = out.mT, x.mT
+            addend = addend.mT if addend else None
+            first, second = ((term[1].mT, term[0].mT) if term else None for term in (second, first))
+        # A term's basis is on the left of the first and on the right of the second; a missing
+        # term borrows the other's dtypes, so that it makes no launch of its own.
+        bases = [t[i].dtype for t, i in ((first, 0), (second, 1)) if t]
+        coefficients = [t[i].dtype for t, i in ((first, 1), (second, 0)) if t]
+        basis = bases[0] if bases else x.dtype
+        coefficient = coefficients[0] if coefficients else x.dtype
+        dot, precision = dot_rule(
+            x.dtype if job.beta else out.dtype,
+            bases or (basis,),
+            coefficients or (coefficient,),
+            float32_precision,
+        )
+        ranks = [term[0].columns if term else 0 for term in (first, second)]
+        config = choose(job, dot.itemsize, max(ranks))
+        constants: dict[str, object] = {
+            "OUT": out.dtype,
+            "X": x.dtype,
+            "L1": first[0].dtype if first else basis,
+            "R1": first[1].dtype if first else coefficient,
+            "L2": second[0].dtype if second else coefficient,
+            "R2": second[1].dtype if second else basis,
+            "ADDEND": addend.dtype if addend else out.dtype,
+            "DOT": dot,
+            "PRECISION": precision,
+            "OUT_LAYOUT": int(out.layout),
+            "X_LAYOUT": int(x.layout),
+            "L1_LAYOUT": int(first[0].layout) if first else 0,
+            "R1_LAYOUT": int(first[1].layout) if first else 0,
+            "L2_LAYOUT": int(second[0].layout) if second else 0,
+            "R2_LAYOUT": int(second[1].layout) if second else 0,
+            "ADDEND_LAYOUT": int(addend.layout) if addend else 0,
+            "HAS_ADDEND": addend is not None,
+        }
+        key = (config, *constants.values())
+        if key not in groups:
+            groups[key] = (config, constants, _Group())
+        record: list[int] = [*out.fields, *x.fields, out.rows, out.columns]
+        record += [struct.unpack("<i", struct.pack("<f", job.alpha))[0], int(job.beta)]
+        for term, rank in zip((first, second), ranks, strict=True):
+            record += [*term[0].fields, *term[1].fields] if term else [*_NO_VIEW, *_NO_VIEW]
+            record.append(rank)
+        record += addend.fields if addend else _NO_VIEW
+        tiles = _ceil_div(out.rows, config.block_m) * _ceil_div(out.columns, config.block_n)
+        groups[key][2].add(tiles, record)
+    return [
+        Batch([group.launch("update", config, constants)], 0)
+        for config, constants, group in groups.values()
+    ]
