@@ -86,21 +86,15 @@ class Toolkit(NamedTuple):
 
 
 def find_nvcc() -> tuple[str | None, list[str]]:
-    """Path of nvcc, or None, and the places that were looked at."""
-    places = [
-        (f"{variable}={root}", Path(root) / "bin" / "nvcc")
-        for variable in ("CUDA_HOME", "CUDA_PATH")
-        if (root := env_get(variable))
-    ]
-    on_path = shutil.which("nvcc")
-    places.append(("PATH", Path(on_path) if on_path else Path()))
-    places.append((str(DEFAULT_CUDA_ROOT), DEFAULT_CUDA_ROOT / "bin" / "nvcc"))
-    looked: list[str] = []
-    for place, candidate in places:
-        looked.append(place)
-        if candidate.is_file() and os.access(candidate, os.X_OK):
-            return str(candidate), looked
-    return None, looked
+    """Path of nvcc, or None, and the places that were looked at.
+
+    A toolkit named by CUDA_HOME, or else by CUDA_PATH, is the only one that is taken.
+    """
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if root := env_get(variable):
+            return shutil.which(str(Path(root) / "bin" / "nvcc")), [f"{variable}={root}"]
+    default = DEFAULT_CUDA_ROOT / "bin" / "nvcc"
+    return shutil.which("nvcc") or shutil.which(str(default)), ["PATH", str(default)]
 
 
 def nvcc_release(nvcc: str) -> str:

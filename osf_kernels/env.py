@@ -90,10 +90,8 @@ VARIABLES: Mapping[str, Variable] = {
             "compiler processes at a time; unset: by cores and memory",
             read="at build",
         ),
-        _variable("CUDA_HOME", "", _PATH, "CUDA toolkit, searched first for nvcc", read="at build"),
-        _variable(
-            "CUDA_PATH", "", _PATH, "CUDA toolkit, searched after CUDA_HOME", read="at build"
-        ),
+        _variable("CUDA_HOME", "", _PATH, "the CUDA toolkit whose nvcc is used", read="at build"),
+        _variable("CUDA_PATH", "", _PATH, "likewise, where CUDA_HOME is unset", read="at build"),
     )
 }
 
