@@ -360,9 +360,8 @@ class BuildCuda(build_ext):
 class SourceDist(sdist):
     """An sdist holds csrc/ wherever it was made, with or without a CUDA toolkit."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        self.filelist.extend([*cuda_sources(), *cuda_headers()])
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, sorted({*files, *cuda_sources(), *cuda_headers()}))
 
 
 def main() -> None:
