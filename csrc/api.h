@@ -1,0 +1,76 @@
+// The library's host interface: plain structs of pointers, sizes and strides, and two calls.
+//
+// The structs are also the wire format: Python packs them as little-endian 8-byte fields in this
+// order (osf_kernels/backends/cuda.py), so every member is exactly 8 bytes wide.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace osf {
+
+enum class DType : int64_t { none = 0, bf16 = 1, f16 = 2, f32 = 3 };
+
+// A matrix of any strides (in elements). Absent when its dtype is none.
+struct MatrixRef {
+  void* data;
+  int64_t stride0;
+  int64_t stride1;
+  DType dtype;
+
+  bool present() const { return dtype != DType::none; }
+};
+
+// A = Uᵀ x (r, n) and B = x V (m, k); with S also A −= diag(S) Vᵀ and B −= U diag(S).
+struct CoefficientsJob {
+  int64_t m, n, r, k;
+  MatrixRef x;  // (m, n)
+  MatrixRef U;  // (m, r), absent together with A
+  MatrixRef V;  // (n, k), absent together with B
+  MatrixRef A;  // (r, n)
+  MatrixRef B;  // (m, k)
+  const float* S;
+  int64_t S_stride;
+};
+
+// out = beta·x + alpha·(L1 R1 + L2 R2) + addend; beta = 0 never reads x. out may be x.
+struct UpdateJob {
+  int64_t m, n, r, k;
+  MatrixRef out;     // (m, n)
+  MatrixRef x;       // (m, n)
+  MatrixRef addend;  // (m, n), may be absent
+  MatrixRef L1;      // (m, r) basis, absent together with R1
+  MatrixRef R1;      // (r, n) coefficient
+  MatrixRef L2;      // (m, k) coefficient, absent together with R2
+  MatrixRef R2;      // (k, n) basis
+  double alpha, beta;
+};
+
+static_assert(sizeof(MatrixRef) == 4 * 8, "wire format");
+static_assert(sizeof(CoefficientsJob) == (4 + 5 * 4 + 2) * 8, "wire format");
+static_assert(sizeof(UpdateJob) == (4 + 7 * 4 + 2) * 8, "wire format");
+
+// What the work is cut by. The cut never depends on the other jobs of a list, so a matrix has the
+// same bits alone and in a list.
+struct Machine {
+  int multiprocessors;
+};
+
+// Bytes of 16-byte aligned device memory that `coefficients` needs for its partial sums.
+int64_t coefficients_workspace_bytes(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
+                                     const Machine& machine);
+
+// Both enqueue their launches on `stream` of the current device and return; they throw
+// std::invalid_argument on a job they cannot run and std::runtime_error on a CUDA error.
+void coefficients(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
+                  const Machine& machine, void* workspace, cudaStream_t stream);
+void update(const UpdateJob* jobs, int64_t count, bool allow_tf32, const Machine& machine,
+            cudaStream_t stream);
+
+// Compute capabilities this library was compiled for, as 100·major + 10·minor, ended by a 0.
+const int* compiled_architectures();
+// The compiler, as 1000·major + 10·minor.
+int compiler_version();
+
+}  // namespace osf

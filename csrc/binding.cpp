@@ -1,0 +1,144 @@
+// The Python module osf_kernels._cuda: integer addresses, packed records and a stream handle in,
+// launches out. Importing it makes no CUDA call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace py = pybind11;
+
+namespace osf {
+namespace {
+
+// Blocks ask for up to 160 KB of shared memory; sm_86 and sm_89 have 99 KB.
+constexpr int kSharedBytes = 163 * 1024;
+
+void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("osf_kernels: ") + call +
+                             " failed: " + cudaGetErrorString(error));
+  }
+}
+
+// Makes `device` current and restores the caller's device.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    changed_ = before_ != device;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+int attribute(int device, cudaDeviceAttr which, const char* name) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device),
+        (std::string("cudaDeviceGetAttribute(") + name + ")").c_str());
+  return value;
+}
+
+Machine machine_of(int device) {
+  static std::mutex mutex;
+  static std::vector<int> multiprocessors;  // 0 where not asked yet
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device < 0) throw std::invalid_argument("osf_kernels: a negative device index");
+  if (static_cast<int>(multiprocessors.size()) <= device) multiprocessors.resize(device + 1);
+  int& count = multiprocessors[device];
+  if (count == 0) {
+    count = attribute(device, cudaDevAttrMultiProcessorCount, "MultiProcessorCount");
+  }
+  return {count};
+}
+
+// Why the kernels cannot run on a device, or nothing.
+std::optional<std::string> unsupported(int device) {
+  const int shared =
+      attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin, "MaxSharedMemoryPerBlockOptin");
+  if (shared >= kSharedBytes) return std::nullopt;
+  return "its blocks have " + std::to_string(shared) +
+         " bytes of shared memory, the kernels need " + std::to_string(kSharedBytes);
+}
+
+template <class Job>
+std::vector<Job> jobs_of(const py::bytes& records) {
+  const std::string_view view = records;
+  if (view.size() % sizeof(Job) != 0) {
+    throw std::invalid_argument("osf_kernels: expected records of " + std::to_string(sizeof(Job)) +
+                                " bytes, got " + std::to_string(view.size()) + " bytes");
+  }
+  std::vector<Job> jobs(view.size() / sizeof(Job));
+  std::memcpy(static_cast<void*>(jobs.data()), view.data(), view.size());
+  return jobs;
+}
+
+int64_t workspace_bytes(const py::bytes& records, int device, bool allow_tf32) {
+  const auto jobs = jobs_of<CoefficientsJob>(records);
+  return coefficients_workspace_bytes(jobs.data(), static_cast<int64_t>(jobs.size()), allow_tf32,
+                                      machine_of(device));
+}
+
+void run_coefficients(const py::bytes& records, int device, bool allow_tf32, uintptr_t workspace,
+                      int64_t bytes, uintptr_t stream) {
+  const auto jobs = jobs_of<CoefficientsJob>(records);
+  const auto count = static_cast<int64_t>(jobs.size());
+  const Machine machine = machine_of(device);
+  const int64_t needed = coefficients_workspace_bytes(jobs.data(), count, allow_tf32, machine);
+  if (bytes < needed) {
+    throw std::invalid_argument("osf_kernels: expected a workspace of " + std::to_string(needed) +
+                                " bytes, got " + std::to_string(bytes));
+  }
+  const DeviceGuard guard(device);
+  coefficients(jobs.data(), count, allow_tf32, machine, reinterpret_cast<void*>(workspace),
+               reinterpret_cast<cudaStream_t>(stream));
+}
+
+void run_update(const py::bytes& records, int device, bool allow_tf32, uintptr_t stream) {
+  const auto jobs = jobs_of<UpdateJob>(records);
+  const DeviceGuard guard(device);
+  update(jobs.data(), static_cast<int64_t>(jobs.size()), allow_tf32, machine_of(device),
+         reinterpret_cast<cudaStream_t>(stream));
+}
+
+std::string architectures() {
+  std::string text;
+  for (const int* arch = compiled_architectures(); *arch != 0; ++arch) {
+    if (!text.empty()) text += ' ';
+    text += std::to_string(*arch / 100) + '.' + std::to_string(*arch % 100 / 10);
+  }
+  return text;
+}
+
+}  // namespace
+}  // namespace osf
+
+PYBIND11_MODULE(_cuda, module) {
+  const int compiler = osf::compiler_version();
+  module.doc() = "Grouped CUDA kernels of osf_kernels; called by osf_kernels.backends.cuda.";
+  module.attr("nvcc_version") =
+      std::to_string(compiler / 1000) + '.' + std::to_string(compiler % 1000 / 10);
+  module.attr("cuda_archs") = osf::architectures();
+  module.def("unsupported", &osf::unsupported, py::arg("device"));
+  module.def("coefficients_workspace_bytes", &osf::workspace_bytes, py::arg("records"),
+             py::arg("device"), py::arg("allow_tf32"));
+  module.def("coefficients", &osf::run_coefficients, py::arg("records"), py::arg("device"),
+             py::arg("allow_tf32"), py::arg("workspace"), py::arg("workspace_bytes"),
+             py::arg("stream"));
+  module.def("update", &osf::run_update, py::arg("records"), py::arg("device"),
+             py::arg("allow_tf32"), py::arg("stream"));
+}

@@ -1,0 +1,90 @@
+// What the kernels receive: arrays of problems, passed by value as one kernel parameter, so that no
+// copy to the device precedes a launch and a CUDA graph captures the whole of it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace osf {
+
+// Storage types: the kernels convert through ptx.cuh only.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Values of DType (api.h), as the byte that fits in an Operand.
+enum : int8_t { kNone = 0, kBf16 = 1, kF16 = 2, kF32 = 3 };
+
+// A matrix as the loaders see it.
+struct Operand {
+  const void* data;
+  int64_t stride[2];    // elements
+  int8_t dtype;         // kNone when absent
+  int8_t inner;         // the dimension that is contiguous (1 where none is)
+  int8_t vector_bytes;  // widest access along `inner` that every line is aligned to: 16, 8, 4, or
+                        // 0 where elements have to be read one by one
+};
+
+// One product of `coefficients`, after the host chose its orientation: A is written as one partial
+// sum per row block, B as one per split of the columns.
+struct CoefficientsProblem {
+  Operand x;      // (m, n)
+  Operand U;      // (m, r), may be absent
+  Operand V;      // (n, k)
+  float* part_a;  // (row_blocks, r, ld_a)
+  float* part_b;  // (splits, m, ld_b)
+  int m, n, r, k;
+  int ld_a, ld_b;
+  int row_blocks, splits, tiles_per_split, rank_chunks;
+  int unit_begin;  // of this launch's work units, the first that is this problem's
+};
+
+// out = Σ_slices part − offset, in the order of the slices.
+struct ReduceProblem {
+  const float* part;  // (slices, rows, ld)
+  void* out;          // (rows, cols)
+  const float* S;     // null without offset
+  Operand basis;      // (rows, cols) view of the basis that S scales
+  int64_t out_stride[2];
+  int64_t slice_stride;
+  int64_t S_stride[2];  // of S along rows and along columns; one of them is 0
+  int slices, rows, cols, ld;
+  int out_dtype;
+  int unit_begin;
+};
+
+struct UpdateProblem {
+  Operand out, x, addend;  // (m, n); x is absent when beta = 0
+  Operand L[2];            // (m, rank[i])
+  Operand R[2];            // (rank[i], n)
+  int rank[2];
+  int m, n, column_tiles;
+  float alpha, beta;
+  int unit_begin;
+};
+
+// CUDA 12.1 raised the limit on kernel parameters from 4 KB.
+#if CUDART_VERSION >= 12010
+constexpr size_t kParameterBytes = 32764;
+#else
+constexpr size_t kParameterBytes = 4096;
+#endif
+
+template <class Problem>
+struct Params {
+  static constexpr int kCapacity = static_cast<int>((kParameterBytes - 16) / sizeof(Problem));
+  int count;
+  int units;
+  Problem problem[kCapacity];
+};
+
+static_assert(sizeof(Params<CoefficientsProblem>) <= kParameterBytes, "kernel parameter");
+static_assert(sizeof(Params<ReduceProblem>) <= kParameterBytes, "kernel parameter");
+static_assert(sizeof(Params<UpdateProblem>) <= kParameterBytes, "kernel parameter");
+
+}  // namespace osf

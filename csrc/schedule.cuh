@@ -1,0 +1,28 @@
+// The persistent schedule: a launch has as many blocks as the machine holds at once, and block b
+// takes the units b, b + gridDim.x, ... of all problems laid end to end.
+#pragma once
+
+#include "params.h"
+#include "ptx.cuh"
+
+namespace osf {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// The problem that `unit` belongs to: the last whose unit_begin does not exceed it.
+template <class Problem>
+__device__ __forceinline__ const Problem& problem_of(const Params<Problem>& params, int unit) {
+  int low = 0, high = params.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (params.problem[middle].unit_begin <= unit) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return params.problem[low];
+}
+
+}  // namespace osf

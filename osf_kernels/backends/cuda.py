@@ -1,0 +1,225 @@
+"""CUDA backend: the two grouped kernels of ``backends.forms``, compiled ahead of time from csrc/.
+
+The extension is built where nvcc was found and links neither torch nor the driver, so its absence
+is a reason kept here, not an import error. A call hands over pointers, sizes and strides: one
+packed record a job, in the layout of ``csrc/api.h``.
+
+What runs in which arithmetic (accumulators are always float32; nothing is converted by a copy,
+the kernels convert while they load):
+
+=========================================  ==================  ===================
+x and both bases                           coefficients        update
+=========================================  ==================  ===================
+bfloat16                                   bf16                bf16, the coefficient rounded to it
+float16                                    fp16                tf32: a coefficient may exceed 65504
+float32, TF32 allowed by torch             tf32                tf32
+float32, and every mixture of dtypes       tf32x3              tf32x3
+=========================================  ==================  ===================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.errors import BackendUnavailableError, describe
+
+__all__ = ["build_info", "coefficients", "pack", "unavailable_reason", "update"]
+
+JobT = TypeVar("JobT", Coefficients, Update)
+Address = Callable[[Tensor], int]
+
+_DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_ABSENT = (0, 0, 0, 0)
+_COEFFICIENTS = struct.Struct("<26q")
+_UPDATE = struct.Struct("<32q2d")
+
+
+class BuildInfo(TypedDict):
+    nvcc_version: str
+    architectures: list[str]
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> ModuleType | str:
+    """The extension, or why there is none."""
+    try:
+        return importlib.import_module("osf_kernels._cuda")
+    except ModuleNotFoundError:
+        return "the CUDA extension was not built (OSF_CUDA=1 pip install says what is missing)"
+    except Exception as error:
+        return f"the CUDA extension cannot be loaded: {type(error).__name__}: {error}"
+
+
+def build_info() -> BuildInfo | None:
+    """What the extension was compiled with and for; None where there is none."""
+    extension = _load()
+    if isinstance(extension, str):
+        return None
+    return {
+        "nvcc_version": extension.nvcc_version,
+        "architectures": extension.cuda_archs.split(),
+    }
+
+
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """Why this backend cannot serve a device (default: the current CUDA device), or None."""
+    extension = _load()
+    if isinstance(extension, str):
+        return extension
+    if torch.version.hip is not None:
+        return f"the CUDA extension runs on NVIDIA GPUs, torch {torch.__version__} is built for AMD"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if device is None:
+        device = torch.device("cuda")
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or later, {device} has {_version(capability)}"
+    reason: str | None = extension.unsupported(_index(device))
+    return reason
+
+
+def coefficients(jobs: Sequence[Coefficients]) -> None:
+    """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
+
+    Two launches for all jobs of one arithmetic (see the module's table): products into partial
+    sums in a float32 workspace, and their sum in a fixed order. x is read once for ranks up to
+    128 (64 in tf32 and tf32x3), and once more for each further block of as many. Writes each
+    job's A and B entirely; never synchronizes; two calls agree bit for bit, and a list with a
+    loop over it.
+
+    Args:
+        jobs: bfloat16, float16 or float32 matrices of any strides, each job on one device.
+
+    Raises:
+        TypeError: another dtype. BackendUnavailableError: no extension. RuntimeError: a call of
+            the CUDA runtime failed; the message names it.
+    """
+    extension = _extension()
+    for device, mine in _by_device(jobs).items():
+        records = pack(mine, Tensor.data_ptr)
+        index, allow_tf32 = _index(device), _tf32_allowed()
+        with torch.cuda.device(device):
+            size = extension.coefficients_workspace_bytes(records, index, allow_tf32)
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            extension.coefficients(
+                records, index, allow_tf32, workspace.data_ptr(), workspace.numel(), stream
+            )
+
+
+def update(jobs: Sequence[Update]) -> None:
+    """out = beta·x + alpha·(L1 R1 + L2 R2) + addend for every job of the list.
+
+    One launch for all jobs of one arithmetic (see the module's table). x is read once (with
+    beta = 0 not at all) and out written once; ``out`` may be x. Sums are float32 and rounded
+    once. Never synchronizes; two calls agree bit for bit, and a list with a loop over it.
+
+    Args and Raises: as :func:`coefficients`.
+    """
+    extension = _extension()
+    for device, mine in _by_device(jobs).items():
+        records = pack(mine, Tensor.data_ptr)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        extension.update(records, _index(device), _tf32_allowed(), stream)
+
+
+def pack(jobs: Iterable[Coefficients | Update], address: Address) -> bytes:
+    """The jobs as records of ``csrc/api.h``; ``address`` gives a tensor's first element.
+
+    Raises:
+        TypeError: a dtype the kernels do not compute.
+    """
+    return b"".join(
+        _pack_coefficients(job, address)
+        if isinstance(job, Coefficients)
+        else _pack_update(job, address)
+        for job in jobs
+    )
+
+
+def _pack_coefficients(job: Coefficients, address: Address) -> bytes:
+    m, n = job.x.shape
+    S = job.S
+    if S is not None and S.dtype is not torch.float32:
+        raise TypeError(describe("coefficients", "S", "float32", S.dtype))
+    return _COEFFICIENTS.pack(
+        m,
+        n,
+        0 if job.U is None else job.U.shape[1],
+        0 if job.V is None else job.V.shape[1],
+        *_matrix("x", job.x, address),
+        *_matrix("U", job.U, address),
+        *_matrix("V", job.V, address),
+        *_matrix("A", job.A, address),
+        *_matrix("B", job.B, address),
+        0 if S is None else address(S),
+        0 if S is None else S.stride(0),
+    )
+
+
+def _pack_update(job: Update, address: Address) -> bytes:
+    m, n = job.out.shape
+    return _UPDATE.pack(
+        m,
+        n,
+        0 if job.L1 is None else job.L1.shape[1],
+        0 if job.L2 is None else job.L2.shape[1],
+        *_matrix("out", job.out, address),
+        *_matrix("x", job.x, address),
+        *_matrix("addend", job.addend, address),
+        *_matrix("L1", job.L1, address),
+        *_matrix("R1", job.R1, address),
+        *_matrix("L2", job.L2, address),
+        *_matrix("R2", job.R2, address),
+        job.alpha,
+        job.beta,
+    )
+
+
+def _matrix(name: str, tensor: Tensor | None, address: Address) -> tuple[int, int, int, int]:
+    if tensor is None:
+        return _ABSENT
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        expected = 'bfloat16, float16 or float32 with backend "cuda"'
+        remedy = 'other dtypes run on "torch" or "auto"'
+        raise TypeError(describe("use_backend", name, expected, tensor.dtype, remedy))
+    return address(tensor), tensor.stride(0), tensor.stride(1), dtype
+
+
+def _extension() -> ModuleType:
+    extension = _load()
+    if isinstance(extension, str):
+        raise BackendUnavailableError(f'osf_kernels: backend "cuda" is not available: {extension}')
+    return extension
+
+
+def _by_device(jobs: Iterable[JobT]) -> dict[torch.device, list[JobT]]:
+    found: dict[torch.device, list[JobT]] = {}
+    for job in jobs:
+        found.setdefault(job.x.device, []).append(job)
+    return found
+
+
+def _tf32_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
