@@ -6,7 +6,6 @@ what an operator would meet.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -16,7 +15,7 @@ import torch
 
 from osf_kernels import env
 from osf_kernels._version import __version__
-from osf_kernels.backends import NAMES, unavailable_reason
+from osf_kernels.backends import NAMES, cuda, unavailable_reason
 
 __all__ = ["Info", "collect", "render"]
 
@@ -61,13 +60,10 @@ def _installed(distribution: str) -> str | None:
 
 def _extension() -> str | None:
     """What the compiled extension was built with, or None where it was not built."""
-    try:
-        extension = importlib.import_module("osf_kernels._cuda")
-    except ModuleNotFoundError:
+    built = cuda.build_info()
+    if built is None:
         return None
-    except ImportError as error:
-        return f"does not load: {error}"
-    return f"built by nvcc {extension.nvcc_version} for {extension.cuda_archs}"
+    return f"nvcc {built['nvcc_version']} for {', '.join(built['architectures'])}"
 
 
 def _versions() -> dict[str, str | None]:
