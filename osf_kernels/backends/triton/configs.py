@@ -88,61 +88,62 @@ ONE_PASS_RANK_SUM = 64
 
 REDUCE = Reduce(32, 32, num_warps=4, num_stages=1)
 
-# Keyed by the bytes of a dot operand, then by rank block, ascending; the last serves any rank.
-_ONE_PASS: dict[str, dict[int, tuple[OnePass, ...]]] = {
+# Keyed by the bytes of a dot operand, then by rank block, ascending; the last serves any rank
+# (of one_pass: up to its block).
+_ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
     "sm_80": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 1)),
-        4: (OnePass(32, 128, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        4: (OnePass(64, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
     },
     "sm_90": {
-        2: (OnePass(64, 256, 32, 8, 3, 1), OnePass(64, 128, 64, 8, 3, 1)),
-        4: (OnePass(32, 128, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        2: (OnePass(64, 256, 32, 8, 2, 2), OnePass(64, 128, 64, 8, 2, 2)),
+        4: (OnePass(64, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
     },
     "sm_100": {
-        2: (OnePass(64, 256, 32, 8, 3, 1), OnePass(64, 128, 64, 8, 3, 1)),
-        4: (OnePass(32, 128, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 2)),
+        4: (OnePass(64, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
     },
     "gfx942": {
-        2: (OnePass(64, 128, 32, 8, 1, 2), OnePass(64, 128, 64, 8, 1, 2)),
-        4: (OnePass(32, 128, 32, 8, 1, 2), OnePass(32, 64, 64, 8, 1, 2)),
+        2: (OnePass(64, 128, 32, 8, 1, 1), OnePass(64, 128, 64, 8, 1, 1)),
+        4: (OnePass(32, 128, 32, 8, 1, 1), OnePass(32, 64, 64, 8, 1, 1)),
     },
 }
 
-_TWO_PASS: dict[str, dict[int, tuple[TwoPass, ...]]] = {
+_TWO_PASS: dict[str, dict[int, tuple[TwoPass, TwoPass]]] = {
     "sm_80": {
         2: (TwoPass(128, 64, 64, 4, 3, 2), TwoPass(128, 64, 128, 8, 3, 1)),
         4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "sm_90": {
-        2: (TwoPass(128, 64, 64, 4, 4, 2), TwoPass(128, 64, 128, 8, 4, 1)),
-        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
+        2: (TwoPass(128, 64, 64, 4, 3, 3), TwoPass(128, 64, 128, 8, 4, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 3), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "sm_100": {
-        2: (TwoPass(128, 64, 64, 4, 4, 2), TwoPass(128, 64, 128, 8, 4, 1)),
-        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
+        2: (TwoPass(128, 64, 64, 4, 3, 2), TwoPass(128, 64, 128, 8, 4, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 3), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "gfx942": {
-        2: (TwoPass(128, 64, 64, 4, 2, 2), TwoPass(128, 32, 128, 8, 2, 2)),
-        4: (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 2)),
+        2: (TwoPass(128, 64, 64, 8, 2, 1), TwoPass(128, 32, 128, 8, 2, 1)),
+        4: (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 1)),
     },
 }
 
-_UPDATE: dict[str, dict[int, tuple[Update, ...]]] = {
+_UPDATE: dict[str, dict[int, tuple[Update, Update]]] = {
     "sm_80": {
-        2: (Update(128, 128, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
-        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 2, 1)),
+        2: (Update(64, 128, 32, 8, 4, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
+        4: (Update(64, 64, 16, 8, 4, 2, 2), Update(64, 128, 16, 8, 8, 2, 1)),
     },
     "sm_90": {
-        2: (Update(128, 128, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 3, 1)),
-        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 3, 1)),
+        2: (Update(128, 64, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
+        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 16, 8, 8, 2, 1)),
     },
     "sm_100": {
-        2: (Update(128, 128, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 3, 1)),
-        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 3, 1)),
+        2: (Update(128, 64, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
+        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 2, 1)),
     },
     "gfx942": {
-        2: (Update(128, 128, 32, 8, 8, 1, 2), Update(128, 128, 64, 8, 8, 1, 2)),
-        4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 32, 8, 8, 1, 2)),
+        2: (Update(128, 128, 32, 8, 8, 1, 1), Update(128, 128, 64, 8, 8, 1, 1)),
+        4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 32, 8, 8, 1, 1)),
     },
 }
 # Up to this rank the first row of _UPDATE serves, beyond it the second.

@@ -8,7 +8,8 @@ problem. The records (field: meaning; a view is an address and two strides in el
 OnePass    0 x, 3 m, 4 n, 5 U, 8 r, 9 V, 12 k, 13 offset of the parts of Aᵀ, 14 of B,
            15 rows a split
 Reduction  0 x, 3 q, 4 summed length, 5 basis, 8 rank, 9 parts, 10 length of a part, 11 side
-           (0 A, 1 B), 12 offset of the parts, 13 out (q, rank), 16 S, 17 the other basis (q, rank)
+           (0 A, 1 B), 12 offset of the parts, 13 out (q, rank), 16 S, 17 the other basis
+           (q, rank), 20 stride of S
 Update     0 out, 3 x, 6 m, 7 n, 8 alpha's float32 bits, 9 beta, 10 L1, 13 R1, 16 r,
            17 L2, 20 R2, 23 k, 24 addend
 
@@ -199,27 +200,29 @@ def coefficients_launches(
     groups: dict[tuple[object, ...], _CoefficientsGroup] = {}
     for job in jobs:
         x = View.of(job.x)
-        u = View.of(job.U) if job.U is not None and job.U.shape[1] else None
-        v = View.of(job.V) if job.V is not None and job.V.shape[1] else None
-        a = View.of(job.A).mT if u is not None and job.A is not None else None  # (n, r)
-        b = View.of(job.B) if v is not None and job.B is not None else None
-        if a is None or not a.rows:
-            u = a = None
-        if b is None or not b.rows:
-            v = b = None
+        u = View.of(job.U) if job.U is not None else None
+        v = View.of(job.V) if job.V is not None else None
+        a = View.of(job.A).mT if job.A is not None and job.A.numel() else None  # (n, r)
+        b = View.of(job.B) if job.B is not None and job.B.numel() else None
         if a is None and b is None:
             continue
         if x.runs_down:
             x, u, v, a, b = x.mT, v, u, b, a
-        scale = job.S.data_ptr() if job.S is not None else 0
-        _check_scale(job.S)
+        scale = (job.S.data_ptr(), job.S.stride(0)) if job.S is not None else (0, 0)
+        if job.S is not None and job.S.dtype != torch.float32:
+            raise TypeError(
+                f"osf_kernels.backends.triton: expected S to be float32, got {job.S.dtype}"
+            )
         # An absent side borrows the other's dtype, so that it makes no launch of its own.
         u_dtype, v_dtype = (u or v).dtype, (v or u).dtype  # type: ignore[union-attr]
         dot, precision = dot_rule(x.dtype, (u_dtype, v_dtype), (), float32_precision)
-        r, k = (u.columns if u else 0), (v.columns if v else 0)
+        r, k = (a.columns if a else 0), (b.columns if b else 0)
         config = choose(job, dot.itemsize, r, k)
-        if isinstance(config, configs.OnePass) and not (x.rows and x.columns):
-            raise ValueError("osf_kernels.backends.triton: one_pass needs a matrix with elements")
+        if isinstance(config, configs.OnePass) and not 0 < min(r, k) <= max(r, k) <= config.block_r:
+            raise ValueError(
+                "osf_kernels.backends.triton: expected two sides of ranks up to "
+                f"{config.block_r} for this one_pass config, got r={r}, k={k}; use two_pass"
+            )
         constants: dict[str, object] = {
             "X": x.dtype,
             "U": u_dtype,
@@ -241,14 +244,6 @@ def coefficients_launches(
             groups[key] = _CoefficientsGroup(config, constants, fill)
         groups[key].add(x, u, v, a, b, scale)
     return [group.batch() for group in groups.values()]
-
-
-def _check_scale(scale: Tensor | None) -> None:
-    if scale is not None and (scale.dtype != torch.float32 or scale.stride(0) != 1):
-        raise TypeError(
-            "osf_kernels.backends.triton: expected S to be contiguous float32, got "
-            f"{scale.dtype} with stride {scale.stride(0)}"
-        )
 
 
 class _CoefficientsGroup:
@@ -274,7 +269,7 @@ class _CoefficientsGroup:
         v: View | None,
         a: View | None,
         b: View | None,
-        scale: int,
+        scale: tuple[int, int],
     ) -> None:
         if isinstance(self.config, configs.OnePass):
             assert u is not None
@@ -284,7 +279,8 @@ class _CoefficientsGroup:
             self._add_one_pass(self.config, x, u, v, a, b, scale)
             return
         for side, basis, out, other in ((0, u, a, v), (1, v, b, u)):
-            if basis is not None and out is not None:
+            if out is not None:
+                assert basis is not None
                 self._add_reduction(self.config, side, x, basis, out, other, scale)
 
     def _workspace(self, parts: int, rows: int, rank: int) -> int:
@@ -293,7 +289,14 @@ class _CoefficientsGroup:
         return offset
 
     def _add_one_pass(
-        self, config: configs.OnePass, x: View, u: View, v: View, a: View, b: View, scale: int
+        self,
+        config: configs.OnePass,
+        x: View,
+        u: View,
+        v: View,
+        a: View,
+        b: View,
+        scale: tuple[int, int],
     ) -> None:
         m, n, r, k = x.rows, x.columns, u.columns, v.columns
         strips = _ceil_div(n, config.block_n)
@@ -313,7 +316,7 @@ class _CoefficientsGroup:
         basis: View,
         out: View,
         other: View | None,
-        scale: int,
+        scale: tuple[int, int],
     ) -> None:
         q, length, rank = out.rows, basis.rows, basis.columns
         tiles = _ceil_div(q, config.block_q) * _ceil_div(rank, config.block_r)
@@ -335,7 +338,7 @@ class _CoefficientsGroup:
         part: int,
         offset: int,
         out: View,
-        scale: int,
+        scale: tuple[int, int],
         other: View | None,
     ) -> None:
         reduce = configs.REDUCE
@@ -360,7 +363,7 @@ def _tail(
     part: int,
     offset: int,
     out: View,
-    scale: int,
+    scale: tuple[int, int],
     other: View | None,
 ) -> tuple[int, ...]:
     """A reduction record with no x and no basis."""
@@ -375,8 +378,9 @@ def _tail(
         side,
         offset,
         *out.fields,
-        scale,
+        scale[0],
         *(other.fields if other else _NO_VIEW),
+        scale[1],
     )
 
 

@@ -50,7 +50,7 @@ def store_result(
     if HAS_OFFSET:
         other = load_view(record, 17, 3, 8, OTHER, OTHER_LAYOUT)
         scales = tl.load(record + 16).to(tl.pointer_type(tl.float32))
-        scale = tl.load(scales + ranks, mask=ranks < out[4], other=0.0)
+        scale = tl.load(scales + ranks * tl.load(record + 20), mask=ranks < out[4], other=0.0)
         values -= widen(load_tile(other, rows, ranks, OTHER_LAYOUT), INTERPRET) * scale[None, :]
     store_tile(out, rows, ranks, values, OUT, OUT_LAYOUT, INTERPRET)
 
@@ -198,7 +198,7 @@ def two_pass_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         problem = find_problem(meta, problems, tile)
         local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 20
+        record = meta + (problems + 1) + problem * 21
         is_a = tl.load(record + 11) == 0
         if HAS_A:  # noqa: SIM102 (the outer test is taken while compiling)
             if is_a:
@@ -269,7 +269,7 @@ def reduce_parts_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         problem = find_problem(meta, problems, tile)
         local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 20
+        record = meta + (problems + 1) + problem * 21
         q_count = tl.load(record + 3).to(tl.int32)
         rank_count = tl.load(record + 8).to(tl.int32)
         parts = tl.load(record + 9).to(tl.int32)

@@ -1,0 +1,245 @@
+"""A = Uᵀx and B = xV under Triton's interpreter (see test_interpreter.py)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from osf_kernels.backends import triton as backend
+from osf_kernels.backends.forms import Coefficients
+from osf_kernels.backends.triton import configs, schedule
+from tests.triton.jobs import LAYOUTS, assert_coefficients, draw, draw_coefficients, seeded
+
+# Small tiles, so that small matrices have several and every edge is ragged.
+CONFIGS: dict[str, configs.OnePass | configs.TwoPass] = {
+    "one_pass": configs.OnePass(32, 16, 32, 4, 1),
+    "two_pass": configs.TwoPass(32, 32, 16, 4, 1),
+}
+VARIANTS = tuple(CONFIGS)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split sums of small matrices too."""
+    monkeypatch.setattr(configs, "SHORTEST_SPLIT", 32)
+
+
+def run(jobs: list[Coefficients], variant: str = "two_pass", **options: str) -> None:
+    backend.coefficients(jobs, config=CONFIGS[variant], **options)  # type: ignore[arg-type]
+
+
+def bits(job: Coefficients) -> list[torch.Tensor]:
+    return [t.clone() for t in (job.A, job.B) if t is not None]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64(variant: str, dtype: torch.dtype) -> None:
+    g = seeded(variant, dtype)
+    job = draw_coefficients((75, 41), (20, 13), g, dtype=dtype)
+    run([job], variant)
+    assert_coefficients(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("dtype", "basis"),
+    [pair for pair in itertools.product(DTYPES, DTYPES) if pair[0] != pair[1]],
+    ids=str,
+)
+def test_mixed_dtypes(variant: str, dtype: torch.dtype, basis: torch.dtype) -> None:
+    g = seeded(variant, dtype, basis)
+    job = draw_coefficients((70, 34), (9, 17), g, dtype=dtype, basis=basis)
+    run([job], variant)
+    assert_coefficients(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("basis_layout", LAYOUTS)
+def test_strides(variant: str, x_layout: str, basis_layout: str) -> None:
+    """Every class of strides gives the numbers of contiguous copies."""
+    g = seeded(variant, x_layout, basis_layout)
+    job = draw_coefficients(
+        (72, 40),
+        (16, 8),
+        g,
+        dtype=torch.float16,
+        x_layout=x_layout,
+        basis_layout=basis_layout,
+        offset=False,
+    )
+    run([job], variant)
+    assert_coefficients(job)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_expanded_and_transposed_views(variant: str) -> None:
+    g = seeded(variant)
+    row = torch.randn(1, 40, generator=g)
+    x = row.expand(56, 40)
+    Vh = draw(8, 40, torch.float32, g)
+    U = draw(56, 1, torch.float32, g).expand(56, 6)
+    A = torch.full((40, 6), torch.nan).mT
+    B = torch.full((8, 56), torch.nan).mT
+    for matrix, left, right, a, b in ((x, U, Vh.mT, A, B), (x.mT, Vh.mT, U, B.mT, A.mT)):
+        job = Coefficients(matrix, left, right, a, b)
+        run([job], variant)
+        assert_coefficients(job)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_list_of_mixed_shapes(variant: str) -> None:
+    """Any mix of shapes, ranks and dtypes in one call, to the bit what a loop and a rerun give."""
+    g = seeded("list", variant)
+    shapes = [((33, 70), (5, 5)), ((8, 8), (1, 3)), ((100, 17), (17, 4)), ((64, 32), (32, 16))]
+    jobs = [
+        draw_coefficients(shape, ranks, g, dtype=dtype)
+        for (shape, ranks), dtype in zip(
+            shapes, (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16), strict=True
+        )
+    ]
+    run(jobs, variant)
+    for job in jobs:
+        assert_coefficients(job)
+    listed = [bits(job) for job in jobs]
+    for again in (jobs, *([job] for job in jobs)):
+        for job in again:
+            for out in (job.A, job.B):
+                out.fill_(torch.nan)  # type: ignore[union-attr]
+        run(list(again), variant)
+        for job in again:
+            before = listed[[other is job for other in jobs].index(True)]
+            assert all(map(torch.equal, bits(job), before))
+
+
+def test_sums_are_split_and_ordered() -> None:
+    """The cases above do split sums: parts are written, and added by the second launch."""
+    g = seeded("split")
+    job = draw_coefficients((130, 41), (20, 13), g)
+    for config in CONFIGS.values():
+        (batch,) = schedule.coefficients_launches(
+            [job], fill=128, float32_precision="ieee", choose=lambda *_, c=config: c
+        )
+        assert [launch.kernel for launch in batch.launches][1:] == ["reduce_parts"]
+        sums = batch.launches[1]
+        parts = sums.metadata[sums.problems + 1 + 9]  # of A, the first record
+        assert parts == 3
+        assert batch.workspace_elements >= parts * 41 * 20
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("basis_layout", ["rows", "unaligned"])
+def test_offset(variant: str, basis_layout: str) -> None:
+    g = seeded(variant, basis_layout)
+    job = draw_coefficients((72, 40), (12, 12), g, basis_layout=basis_layout, offset=True)
+    strided = torch.rand(36, generator=g)[::3]
+    for S in (job.S, strided):
+        each = job._replace(S=S)
+        run([each], variant)
+        assert_coefficients(each)
+
+
+def test_offset_without_a_split() -> None:
+    """Where one program holds the whole sum, it subtracts the offset itself."""
+    g = seeded("direct")
+    job = draw_coefficients((20, 24), (7, 7), g, offset=True, dtype=torch.bfloat16)
+    run([job], "two_pass")
+    assert_coefficients(job)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_in_the_dtype_of_x(variant: str, dtype: torch.dtype) -> None:
+    g = seeded(variant, dtype, "out")
+    job = draw_coefficients((70, 40), (9, 10), g, dtype=dtype, out=dtype)
+    run([job], variant)
+    assert_coefficients(job)
+
+
+@pytest.mark.parametrize("ranks", [(None, 9), (9, None), (0, 9), (9, 0), (0, 0)])
+def test_one_side(ranks: tuple[int | None, int | None]) -> None:
+    g = seeded(ranks)
+    job = draw_coefficients((40, 50), ranks, g, dtype=torch.bfloat16)
+    run([job])
+    assert_coefficients(job)
+    columns = job._replace(x=job.x.mT.contiguous().mT)
+    run([columns])
+    assert_coefficients(columns)
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (12, 0), (0, 0), (1, 1), (1, 50), (50, 1)])
+def test_degenerate_shapes(shape: tuple[int, int]) -> None:
+    """A sum over nothing is zero, written all the same, less the offset."""
+    g = seeded(shape)
+    for offset in (False, True):
+        job = draw_coefficients(shape, (3, 3), g, offset=offset)
+        backend.coefficients([job])
+        assert_coefficients(job)
+
+
+def test_empty_list() -> None:
+    backend.coefficients([])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rank_beyond_the_block(dtype: torch.dtype) -> None:
+    g = seeded("rank", dtype)
+    job = draw_coefficients((50, 70), (45, 37), g, dtype=dtype)
+    run([job], "two_pass")
+    assert_coefficients(job)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("variant", VARIANTS)
+# numpy, under the interpreter, warns of an Inf times a zero.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_non_finite_values_stay(variant: str, value: float) -> None:
+    g = seeded(variant, value)
+    for dtype in (torch.float32, torch.bfloat16):
+        job = draw_coefficients((70, 40), (9, 10), g, dtype=dtype)
+        job.x[37, 21] = value
+        run([job], variant)
+        assert job.A is not None
+        assert job.B is not None
+        assert not bool(job.A[:, 21].isfinite().any())
+        assert not bool(job.B[37].isfinite().any())
+        clean = torch.ones(40, dtype=torch.bool)
+        clean[21] = False
+        assert bool(job.A[:, clean].isfinite().all())
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_float32_precisions(precision: str) -> None:
+    g = seeded(precision)
+    job = draw_coefficients((70, 40), (9, 10), g)
+    run([job], "one_pass", float32_precision=precision)
+    assert_coefficients(job, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pinned_configs(variant: str, dtype: torch.dtype) -> None:
+    """The table's own tiles, chosen by rule and by name, on a list."""
+    g = seeded(variant, dtype, "pinned")
+    shapes = [((200, 300), (40, 24)), ((150, 90), (8, 30)), ((300, 520), (64, 60))]
+    jobs = [draw_coefficients(shape, ranks, g, dtype=dtype) for shape, ranks in shapes]
+    backend.coefficients(jobs, variant=variant)
+    for job in jobs:
+        assert_coefficients(job)
+
+
+@pytest.mark.slow
+def test_ill_scaled_values() -> None:
+    """Columns over twenty decades: the error follows each one's own size."""
+    g = seeded("scales")
+    job = draw_coefficients((70, 40), (9, 10), g)
+    job.x.mul_(torch.logspace(-10, 10, 40))
+    run([job], "one_pass")
+    assert_coefficients(job)

@@ -1,0 +1,49 @@
+"""Runs the interpreted tests: Triton must see TRITON_INTERPRET=1 before it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+FILES = ("interpreted_coefficients", "interpreted_update", "interpreted_projection")
+
+
+def run_interpreted(root: Path, name: str, marker: str) -> None:
+    """The tests of one file with that marker expression, in a process of their own."""
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "--no-header", "-rf"),
+        *("-p", "no:cacheprovider", "-m", marker, f"tests/triton/{name}.py"),
+    ]
+    result = subprocess.run(
+        command,
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=560,
+        check=False,
+    )
+    if result.returncode:
+        tail = "\n".join((result.stdout + result.stderr).splitlines()[-80:])
+        pytest.fail(f"{' '.join(command)}\n{tail}", pytrace=False)
+    assert " passed" in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted(root: Path, name: str) -> None:
+    run_interpreted(root, name, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted_slow(root: Path, name: str) -> None:
+    run_interpreted(root, name, "slow")
