@@ -10,7 +10,8 @@ import torch
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Coefficients
 from osf_kernels.backends.triton import configs, schedule
-from tests.triton.jobs import LAYOUTS, assert_coefficients, draw, draw_coefficients, seeded
+from tests.helpers import generator_for
+from tests.triton.jobs import LAYOUTS, assert_coefficients, draw, draw_coefficients
 
 # Small tiles, so that small matrices have several and every edge is ragged.
 CONFIGS: dict[str, configs.OnePass | configs.TwoPass] = {
@@ -38,7 +39,7 @@ def bits(job: Coefficients) -> list[torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(variant: str, dtype: torch.dtype) -> None:
-    g = seeded(variant, dtype)
+    g = generator_for(variant, dtype)
     job = draw_coefficients((75, 41), (20, 13), g, dtype=dtype)
     run([job], variant)
     assert_coefficients(job)
@@ -52,7 +53,7 @@ def test_against_float64(variant: str, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_mixed_dtypes(variant: str, dtype: torch.dtype, basis: torch.dtype) -> None:
-    g = seeded(variant, dtype, basis)
+    g = generator_for(variant, dtype, basis)
     job = draw_coefficients((70, 34), (9, 17), g, dtype=dtype, basis=basis)
     run([job], variant)
     assert_coefficients(job)
@@ -64,7 +65,7 @@ def test_mixed_dtypes(variant: str, dtype: torch.dtype, basis: torch.dtype) -> N
 @pytest.mark.parametrize("basis_layout", LAYOUTS)
 def test_strides(variant: str, x_layout: str, basis_layout: str) -> None:
     """Every class of strides gives the numbers of contiguous copies."""
-    g = seeded(variant, x_layout, basis_layout)
+    g = generator_for(variant, x_layout, basis_layout)
     job = draw_coefficients(
         (72, 40),
         (16, 8),
@@ -80,7 +81,7 @@ def test_strides(variant: str, x_layout: str, basis_layout: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_expanded_and_transposed_views(variant: str) -> None:
-    g = seeded(variant)
+    g = generator_for(variant)
     row = torch.randn(1, 40, generator=g)
     x = row.expand(56, 40)
     Vh = draw(8, 40, torch.float32, g)
@@ -96,7 +97,7 @@ def test_expanded_and_transposed_views(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_list_of_mixed_shapes(variant: str) -> None:
     """Any mix of shapes, ranks and dtypes in one call, to the bit what a loop and a rerun give."""
-    g = seeded("list", variant)
+    g = generator_for("list", variant)
     shapes = [((33, 70), (5, 5)), ((8, 8), (1, 3)), ((100, 17), (17, 4)), ((64, 32), (32, 16))]
     jobs = [
         draw_coefficients(shape, ranks, g, dtype=dtype)
@@ -120,7 +121,7 @@ def test_list_of_mixed_shapes(variant: str) -> None:
 
 def test_sums_are_split_and_ordered() -> None:
     """The cases above do split sums: parts are written, and added by the second launch."""
-    g = seeded("split")
+    g = generator_for("split")
     job = draw_coefficients((130, 41), (20, 13), g)
     for config in CONFIGS.values():
         (batch,) = schedule.coefficients_launches(
@@ -136,7 +137,7 @@ def test_sums_are_split_and_ordered() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("basis_layout", ["rows", "unaligned"])
 def test_offset(variant: str, basis_layout: str) -> None:
-    g = seeded(variant, basis_layout)
+    g = generator_for(variant, basis_layout)
     job = draw_coefficients((72, 40), (12, 12), g, basis_layout=basis_layout, offset=True)
     strided = torch.rand(36, generator=g)[::3]
     for S in (job.S, strided):
@@ -147,7 +148,7 @@ def test_offset(variant: str, basis_layout: str) -> None:
 
 def test_offset_without_a_split() -> None:
     """Where one program holds the whole sum, it subtracts the offset itself."""
-    g = seeded("direct")
+    g = generator_for("direct")
     job = draw_coefficients((20, 24), (7, 7), g, offset=True, dtype=torch.bfloat16)
     run([job], "two_pass")
     assert_coefficients(job)
@@ -156,7 +157,7 @@ def test_offset_without_a_split() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_in_the_dtype_of_x(variant: str, dtype: torch.dtype) -> None:
-    g = seeded(variant, dtype, "out")
+    g = generator_for(variant, dtype, "out")
     job = draw_coefficients((70, 40), (9, 10), g, dtype=dtype, out=dtype)
     run([job], variant)
     assert_coefficients(job)
@@ -164,7 +165,7 @@ def test_output_in_the_dtype_of_x(variant: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("ranks", [(None, 9), (9, None), (0, 9), (9, 0), (0, 0)])
 def test_one_side(ranks: tuple[int | None, int | None]) -> None:
-    g = seeded(ranks)
+    g = generator_for(ranks)
     job = draw_coefficients((40, 50), ranks, g, dtype=torch.bfloat16)
     run([job])
     assert_coefficients(job)
@@ -176,7 +177,7 @@ def test_one_side(ranks: tuple[int | None, int | None]) -> None:
 @pytest.mark.parametrize("shape", [(0, 12), (12, 0), (0, 0), (1, 1), (1, 50), (50, 1)])
 def test_degenerate_shapes(shape: tuple[int, int]) -> None:
     """A sum over nothing is zero, written all the same, less the offset."""
-    g = seeded(shape)
+    g = generator_for(shape)
     for offset in (False, True):
         job = draw_coefficients(shape, (3, 3), g, offset=offset)
         backend.coefficients([job])
@@ -189,7 +190,7 @@ def test_empty_list() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rank_beyond_the_block(dtype: torch.dtype) -> None:
-    g = seeded("rank", dtype)
+    g = generator_for("rank", dtype)
     job = draw_coefficients((50, 70), (45, 37), g, dtype=dtype)
     run([job], "two_pass")
     assert_coefficients(job)
@@ -200,7 +201,7 @@ def test_rank_beyond_the_block(dtype: torch.dtype) -> None:
 # numpy, under the interpreter, warns of an Inf times a zero.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_non_finite_values_stay(variant: str, value: float) -> None:
-    g = seeded(variant, value)
+    g = generator_for(variant, value)
     for dtype in (torch.float32, torch.bfloat16):
         job = draw_coefficients((70, 40), (9, 10), g, dtype=dtype)
         job.x[37, 21] = value
@@ -216,7 +217,7 @@ def test_non_finite_values_stay(variant: str, value: float) -> None:
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
 def test_float32_precisions(precision: str) -> None:
-    g = seeded(precision)
+    g = generator_for(precision)
     job = draw_coefficients((70, 40), (9, 10), g)
     run([job], "one_pass", float32_precision=precision)
     assert_coefficients(job, precision)
@@ -227,7 +228,7 @@ def test_float32_precisions(precision: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pinned_configs(variant: str, dtype: torch.dtype) -> None:
     """The table's own tiles, chosen by rule and by name, on a list."""
-    g = seeded(variant, dtype, "pinned")
+    g = generator_for(variant, dtype, "pinned")
     shapes = [((200, 300), (40, 24)), ((150, 90), (8, 30)), ((300, 520), (64, 60))]
     jobs = [draw_coefficients(shape, ranks, g, dtype=dtype) for shape, ranks in shapes]
     backend.coefficients(jobs, variant=variant)
@@ -238,7 +239,7 @@ def test_pinned_configs(variant: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_ill_scaled_values() -> None:
     """Columns over twenty decades: the error follows each one's own size."""
-    g = seeded("scales")
+    g = generator_for("scales")
     job = draw_coefficients((70, 40), (9, 10), g)
     job.x.mul_(torch.logspace(-10, 10, 40))
     run([job], "one_pass")

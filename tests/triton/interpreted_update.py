@@ -10,7 +10,8 @@ import torch
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Update
 from osf_kernels.backends.triton import configs
-from tests.triton.jobs import LAYOUTS, assert_frame_kept, assert_update, draw, guarded, seeded
+from tests.helpers import generator_for
+from tests.triton.jobs import LAYOUTS, assert_frame_kept, assert_update, draw, guarded
 
 CONFIG = configs.Update(32, 16, 16, 2, 4, 1)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,7 +64,7 @@ def run(*jobs: Update, **options: str) -> None:
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_against_float64(dtype: torch.dtype, beta: float) -> None:
     """With beta = 0 both x and out hold NaN, so that a read of either shows."""
-    g = seeded(dtype, beta)
+    g = generator_for(dtype, beta)
     job = draw_update((50, 37), (20, 13), g, dtype=dtype, beta=beta)
     run(job)
     if not beta:
@@ -81,7 +82,7 @@ def test_against_float64(dtype: torch.dtype, beta: float) -> None:
     ids=str,
 )
 def test_mixed_dtypes(dtype: torch.dtype, basis: torch.dtype, coefficient: torch.dtype) -> None:
-    g = seeded(dtype, basis, coefficient)
+    g = generator_for(dtype, basis, coefficient)
     run(draw_update((40, 34), (9, 17), g, dtype=dtype, basis=basis, coefficient=coefficient))
 
 
@@ -89,7 +90,7 @@ def test_mixed_dtypes(dtype: torch.dtype, basis: torch.dtype, coefficient: torch
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("factor_layout", LAYOUTS)
 def test_strides(layout: str, factor_layout: str) -> None:
-    g = seeded(layout, factor_layout)
+    g = generator_for(layout, factor_layout)
     run(
         draw_update(
             (40, 48),
@@ -104,7 +105,7 @@ def test_strides(layout: str, factor_layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["strided", "unaligned"])
 def test_writes_nothing_else(layout: str) -> None:
-    g = seeded(layout, "frame")
+    g = generator_for(layout, "frame")
     job = draw_update((40, 33), (9, 8), g, layout=layout)
     storage = torch.empty(0).set_(job.x.untyped_storage())
     outside = torch.ones(storage.numel(), dtype=torch.bool)
@@ -114,14 +115,14 @@ def test_writes_nothing_else(layout: str) -> None:
 
 
 def test_out_of_place_from_an_expanded_x() -> None:
-    g = seeded("expanded")
+    g = generator_for("expanded")
     job = draw_update((40, 33), (9, 8), g, beta=0.0)
     run(job._replace(x=torch.randn(1, 33, generator=g).expand(40, 33), beta=1.0))
 
 
 def test_transposed_list_equals_loop_and_rerun() -> None:
     """A list of mixed shapes, dtypes and orientations is to the bit what a loop gives."""
-    g = seeded("list")
+    g = generator_for("list")
     jobs = [
         draw_update((33, 70), (5, 5), g),
         draw_update((8, 8), (1, 3), g, dtype=torch.bfloat16),
@@ -144,14 +145,14 @@ def test_transposed_list_equals_loop_and_rerun() -> None:
 
 @pytest.mark.parametrize("ranks", [(None, 9), (9, None), (0, 9), (9, 0), (None, None), (0, 0)])
 def test_missing_terms(ranks: tuple[int | None, int | None]) -> None:
-    g = seeded(ranks)
+    g = generator_for(ranks)
     for beta in (0.0, 1.0):
         run(draw_update((24, 33), ranks, g, beta=beta, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (12, 0), (1, 1), (1, 40), (40, 1)])
 def test_degenerate_shapes(shape: tuple[int, int]) -> None:
-    g = seeded(shape)
+    g = generator_for(shape)
     job = draw_update(shape, (3, 3), g)
     before = job.x.clone()
     backend.update([job])
@@ -161,24 +162,24 @@ def test_degenerate_shapes(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_addend(dtype: torch.dtype, layout: str) -> None:
-    g = seeded(dtype, layout, "addend")
+    g = generator_for(dtype, layout, "addend")
     run(draw_update((40, 33), (9, 8), g, dtype=dtype, layout=layout, addend=True))
 
 
 def test_addend_alone() -> None:
-    g = seeded("addend alone")
+    g = generator_for("addend alone")
     run(draw_update((20, 33), (None, None), g, addend=True, beta=0.0))
 
 
 def test_coefficients_as_x() -> None:
     """B −= U C on float32 coefficients with bfloat16 bases keeps float32 accuracy."""
-    g = seeded("B -= U C")
+    g = generator_for("B -= U C")
     run(draw_update((40, 20), (24, None), g, basis=torch.bfloat16))
     run(draw_update((12, 40), (None, 12), g, basis=torch.bfloat16))
 
 
 def test_float16_takes_coefficients_beyond_its_range() -> None:
-    g = seeded("range")
+    g = generator_for("range")
     job = draw_update((40, 33), (9, 8), g, dtype=torch.float16)
     assert job.L1 is not None
     assert job.R1 is not None
@@ -193,7 +194,7 @@ def test_float16_takes_coefficients_beyond_its_range() -> None:
 # numpy, under the interpreter, warns of an Inf times a zero.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_non_finite_values_stay(value: float, dtype: torch.dtype) -> None:
-    g = seeded(value, dtype)
+    g = generator_for(value, dtype)
     for name, place, rows, columns in (
         ("x", (21, 17), slice(21, 22), slice(17, 18)),
         ("R1", (3, 17), slice(None), slice(17, 18)),
@@ -211,7 +212,7 @@ def test_non_finite_values_stay(value: float, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pinned_configs(dtype: torch.dtype) -> None:
-    g = seeded(dtype, "pinned")
+    g = generator_for(dtype, "pinned")
     jobs = [
         draw_update(shape, ranks, g, dtype=dtype)
         for shape, ranks in (((150, 200), (40, 24)), ((90, 150), (8, 30)), ((130, 260), (70, 60)))

@@ -7,7 +7,6 @@ dtype. They scale with |U|ᵀ|x| and the like, element by element.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 
 import torch
@@ -26,11 +25,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": lambda t: _inside(t, (2, 3)),
     "unaligned": lambda t: _unaligned(t),
 }
-
-
-def seeded(*key: object) -> torch.Generator:
-    """A generator of its own for every combination of parameters, the same in every process."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def _inside(t: Tensor, step: tuple[int, int]) -> Tensor:
