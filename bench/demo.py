@@ -27,12 +27,14 @@ from bench.contenders import COMPILED, HAND, NAIVE, OURS
 from bench.timing import Clock, Timed, interleave, percentile
 from bench.training import (
     Run,
+    Triplets,
     batches,
     leak,
     matrices,
     raw_gradients,
     share,
-    top_subspace,
+    squares,
+    top_triplets,
     train,
 )
 
@@ -107,7 +109,7 @@ def verdict(lines: Sequence[Line], losses: Sequence[float]) -> tuple[bool, str]:
 
 def times_by_kind(
     gradients: Mapping[str, Tensor],
-    bases: Mapping[str, tuple[Tensor, Tensor]],
+    bases: Mapping[str, Triplets],
     rounds: int,
     say: Callable[[str], object],
 ) -> tuple[dict[str, dict[str, float | None]], str]:
@@ -162,37 +164,41 @@ def times_by_kind(
 
 
 def lists(
-    names: Sequence[str], grads: Mapping[str, Tensor], bases: Mapping[str, tuple[Tensor, Tensor]]
+    names: Sequence[str], grads: Mapping[str, Tensor], bases: Mapping[str, Triplets]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return [grads[n] for n in names], [bases[n][0] for n in names], [bases[n][1] for n in names]
+    return [grads[n] for n in names], [bases[n].U for n in names], [bases[n].V for n in names]
 
 
 def lines_of(
     raw: Mapping[str, Tensor],
-    bases: Mapping[str, tuple[Tensor, Tensor]],
+    bases: Mapping[str, Triplets],
     without: Run,
     restored: Run,
     times: Mapping[str, dict[str, float | None]],
 ) -> list[Line]:
     """The table's rows: one a layer kind, and one over everything."""
 
-    def line(kind: str, names: Sequence[str]) -> Line:
-        def share_of(x: Mapping[str, Tensor]) -> float:
-            return share((x[n], *bases[n]) for n in names)
+    found = {
+        what: {name: squares(x, bases[name]) for name, x in matrices_of.items()}
+        for what, matrices_of in {
+            "raw": raw,
+            "projected": restored.projected,
+            "drift": without.change,
+            "restored": restored.change,
+        }.items()
+    }
 
+    def line(kind: str, names: Sequence[str]) -> Line:
+        raw_share, projected_share, drift, restored_drift = (
+            share([parts[n] for n in names]) for parts in found.values()
+        )
+        worst = max(leak(found["raw"][n], found["projected"][n]) for n in names)
         return Line(
-            kind,
-            len(names),
-            share_of(raw),
-            share_of(restored.projected),
-            max(leak(raw[n], restored.projected[n], *bases[n]) for n in names),
-            share_of(without.change),
-            share_of(restored.change),
-            times[kind],
+            kind, len(names), raw_share, projected_share, worst, drift, restored_drift, times[kind]
         )
 
-    found = [line(kind, [n for n in raw if minilm.kind_of(n) == kind]) for kind in KINDS]
-    return [*found, line(EVERYTHING, list(raw))]
+    lines = [line(kind, [n for n in raw if minilm.kind_of(n) == kind]) for kind in KINDS]
+    return [*lines, line(EVERYTHING, list(raw))]
 
 
 def draw_table(lines: Sequence[Line], rho: float, steps: int) -> Table:
@@ -239,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--steps", type=int, default=24, help="AdamW steps of each of the two runs")
     top.add_argument("--rho", type=float, default=0.5, help="protected share of the shorter side")
     top.add_argument("--rounds", type=int, default=5, help="timing rounds")
-    top.add_argument("--batch", type=int, default=16, help="sentence pairs a step")
+    top.add_argument("--batch", type=int, default=12, help="sentence pairs a step")
     return top
 
 
@@ -283,17 +289,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoded = list(zip(tokens[::2], tokens[1::2], strict=True))
         generator = torch.Generator().manual_seed(0)
         todo = batches(encoded, arguments.batch, arguments.steps, generator)
-        subspaces = {}
+        bases = {}
         for name, weight in weights.items():
             say(f"torch.linalg.svd of {name}")
-            subspaces[name] = top_subspace(weight, arguments.rho)
-        bases = {name: (s.U, s.V) for name, s in subspaces.items()}
+            bases[name] = top_triplets(weight, arguments.rho)
         say("one raw gradient")
         raw = raw_gradients(model, todo[0])
         without, restored = (
             train(
                 copy.deepcopy(model),
-                subspaces,
+                bases,
                 todo,
                 restore=restore,
                 on_step=partial(say, f"AdamW {'with' if restore else 'without'} restore"),

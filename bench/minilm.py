@@ -180,7 +180,7 @@ def load(directory: Path) -> SentenceEncoder:
 
 
 def encode(
-    sentences: Sequence[str], directory: Path, max_length: int = 64
+    sentences: Sequence[str], directory: Path, max_length: int = 40
 ) -> list[tuple[Tensor, Tensor]]:
     """(ids, mask) of each sentence, cut at ``max_length`` tokens and padded to it."""
     from tokenizers import Tokenizer

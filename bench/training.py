@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import osf_torch
-from bench.contenders import naive
 
 TEMPERATURE = 0.05
 LEARNING_RATE = 2e-4
@@ -29,10 +29,19 @@ def contrastive_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
+def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
+    """Without the columns where every sentence is padding."""
+    length = int(mask.sum(1).max())
+    return ids[:, :length], mask[:, :length]
+
+
 def batches(
     encoded: Sequence[tuple[Tokens, Tokens]], size: int, steps: int, generator: torch.Generator
 ) -> list[Batch]:
-    """``steps`` batches of ``size`` pairs, reshuffled whenever the pairs run out."""
+    """``steps`` batches of ``size`` pairs, reshuffled whenever the pairs run out.
+
+    A batch is as long as its longest sentence.
+    """
     if len(encoded) < size:
         raise ValueError(f"bench: expected at least {size} sentence pairs, got {len(encoded)}")
     order: list[int] = []
@@ -43,7 +52,7 @@ def batches(
         picked, order = order[:size], order[size:]
         sides = [[encoded[i][side] for i in picked] for side in (0, 1)]
         first, second = (
-            (torch.stack([ids for ids, _ in side]), torch.stack([mask for _, mask in side]))
+            trimmed(torch.stack([ids for ids, _ in side]), torch.stack([mask for _, mask in side]))
             for side in sides
         )
         found.append((first, second))
@@ -55,36 +64,48 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 2}
 
 
-def top_subspace(weight: Tensor, rho: float) -> osf_torch.Subspace:
-    """The top singular triplets, ρ of the shorter side of them, from ``torch.linalg.svd``."""
+class Triplets(NamedTuple):
+    """Top singular triplets of a weight (m, n)."""
+
+    U: Tensor  # (m, r)
+    S: Tensor  # (r,)
+    V: Tensor  # (n, r)
+
+
+def top_triplets(weight: Tensor, rho: float) -> Triplets:
+    """ρ of the shorter side of them, at least one, from ``torch.linalg.svd``."""
     rank = max(1, round(rho * min(weight.shape)))
     U, S, Vh = torch.linalg.svd(weight.detach(), full_matrices=False)
-    return osf_torch.Subspace(
-        U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].mT.contiguous()
-    )
+    return Triplets(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].mT.contiguous())
 
 
-def in_span(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """x − P(x) in float64: the part of x (m, n) that P removes."""
-    x64 = x.double()
-    return x64 - naive(x64, U.double(), V.double())
+class Squares(NamedTuple):
+    """Of one matrix, in float64: ‖Uᵀx‖², ‖xV‖², ‖x − P(x)‖² and ‖x‖²."""
+
+    left: float
+    right: float
+    removed: float
+    whole: float
 
 
-def share(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """‖x − P(x)‖ / ‖x‖ over all (x, U, V) together; 0 where every x is zero."""
-    inside = whole = 0.0
-    for x, U, V in parts:
-        inside += float(in_span(x, U, V).square().sum())
-        whole += float(x.double().square().sum())
-    return math.sqrt(inside / whole) if whole > 0 else 0.0
+def squares(x: Tensor, basis: Triplets) -> Squares:
+    """x − P(x) is a sum of three orthogonal parts: ‖x − P(x)‖² = ‖Uᵀx‖² + ‖xV‖² − ‖UᵀxV‖²."""
+    x64, U, V = x.double(), basis.U.double(), basis.V.double()
+    A = U.mT @ x64  # (r, n)
+    left, right, both, whole = (float(part.square().sum()) for part in (A, x64 @ V, A @ V, x64))
+    return Squares(left, right, left + right - both, whole)
 
 
-def leak(raw: Tensor, projected: Tensor, U: Tensor, V: Tensor) -> float:
-    """The larger of ‖Uᵀg'‖/‖Uᵀg‖ and ‖g'V‖/‖gV‖, in float64."""
-    U64, V64, raw64, projected64 = U.double(), V.double(), raw.double(), projected.double()
-    left = (U64.mT @ projected64).norm() / (U64.mT @ raw64).norm()
-    right = (projected64 @ V64).norm() / (raw64 @ V64).norm()
-    return max(float(left), float(right))
+def share(parts: Sequence[Squares]) -> float:
+    """‖x − P(x)‖ / ‖x‖ over several matrices together; 0 where every x is zero."""
+    whole = sum(part.whole for part in parts)
+    removed = max(0.0, sum(part.removed for part in parts))
+    return math.sqrt(removed / whole) if whole > 0 else 0.0
+
+
+def leak(raw: Squares, projected: Squares) -> float:
+    """The larger of ‖Uᵀg'‖/‖Uᵀg‖ and ‖g'V‖/‖gV‖."""
+    return math.sqrt(max(projected.left / raw.left, projected.right / raw.right))
 
 
 @dataclass
@@ -109,7 +130,7 @@ def raw_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def train(
     model: nn.Module,
-    subspaces: Mapping[str, osf_torch.Subspace],
+    triplets: Mapping[str, Triplets],
     todo: Sequence[Batch],
     *,
     restore: bool,
@@ -119,6 +140,7 @@ def train(
     weights = matrices(model)
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    subspaces = {n: osf_torch.Subspace(U=t.U, V=t.V, S=t.S) for n, t in triplets.items()}
     guard = osf_torch.protect(model, subspaces, optimizer=optimizer, restore=restore)
     run = Run()
 
@@ -136,6 +158,7 @@ def train(
         run.losses.append(float(loss.detach()))
         on_step()
     handle.remove()
+    guard.verify()
     guard.remove()
     run.change = {name: p.detach() - before[name] for name, p in weights.items()}
     return run
