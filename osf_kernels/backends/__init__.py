@@ -135,9 +135,8 @@ def summary(entries: Sequence[tuple[Matrix, Step, str, str]], mode: Mode, device
     """The Plan of a list of matrices that were decided one by one."""
     launches = 0
     for name in NAMES:
-        mine = [step for _, step, backend, _ in entries if backend == name]
-        calls = [forms.CALLS[step.form] for step in mine]
-        launches += sum(calls) if name == "torch" else max(calls, default=0)
+        mine = [step.form for _, step, backend, _ in entries if backend == name]
+        launches += sum(map(forms.library_calls, mine)) if name == "torch" else forms.launches(mine)
     return Plan(
         form=_joined(step.label for _, step, _, _ in entries) or "nothing to do",
         flops=sum(step.flops for _, step, _, _ in entries),

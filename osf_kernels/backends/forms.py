@@ -14,7 +14,7 @@ With E = U Uᵀ and F = V Vᵀ of the columns a caller passed, whatever they spa
 form           value X                           steps
 =============  ================================  ===================================
 dual           E g + g F − E g F                 A, B | C = A V | B −= U C | U A + B Vᵀ
-sequential     the same, one side at a time      A | g −= U A | B | g −= B Vᵀ
+sequential     the same, one side at a time      A | g −= U A | B | g −= B Vᵀ  (see below)
 mixed, left    E g (I − F)                       A | C = A V | A −= C Vᵀ | U A
 mixed, right   (I − E) g F                       B | C = Uᵀ B | B −= U C | B Vᵀ
 inner, left    E g F                             A | C = A V | A = C Vᵀ | U A
@@ -22,7 +22,8 @@ inner, right   E g F                             B | C = Uᵀ B | B = U C | B V�
 left / right   E g  /  g F                       A | U A   /   B | B Vᵀ
 =============  ================================  ===================================
 
-and the result is beta·g + alpha·X + addend. Complement and core, high and low bases are
+and the result is beta·g + alpha·X + addend. Sequential with beta = 0 does its steps on a
+workspace and subtracts that from g. Complement and core, high and low bases are
 choices of form, alpha and beta (see ``osf_kernels/plan.py``); restoring is the same with an
 offset on the coefficients (S) or a dense addend.
 
@@ -31,7 +32,7 @@ May import: torch and ``osf_kernels.plan``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -83,16 +84,16 @@ class Kernels(Protocol):
     def update(self, jobs: Sequence[Update]) -> None: ...
 
 
-# Kernel calls of each form: what steps() below yields.
-CALLS = {
-    "identity": 0,
-    "zero": 1,
-    "left": 2,
-    "right": 2,
-    "dual": 4,
-    "sequential": 4,
-    "mixed": 4,
-    "inner": 4,
+# The kernels of each form in order, C for coefficients and U for update: what steps() yields.
+SEQUENCES = {
+    "identity": "",
+    "zero": "",
+    "left": "CU",
+    "right": "CU",
+    "dual": "CCUU",
+    "sequential": "CUCU",
+    "mixed": "CCUU",
+    "inner": "CCUU",
 }
 
 
@@ -145,12 +146,16 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
         return x.new_empty((*x.shape[:-2], rows, columns), dtype=dtype)
 
     if form == "sequential":
-        A = new(r, n)
+        rest = out if step.beta else torch.empty_like(x)
+        A, B = new(r, n), new(m, k)
         yield Coefficients(x, U, None, A, None)
-        yield Update(out, x, U, A, None, None, -1.0, 1.0)
-        B = new(m, k)
-        yield Coefficients(out, None, V, None, B)
-        yield Update(out, out, None, None, B, Vt, -1.0, 1.0, addend)
+        yield Update(rest, x, U, A, None, None, -1.0, 1.0)
+        yield Coefficients(rest, None, V, None, B)
+        yield Update(rest, rest, None, None, B, Vt, -1.0, 1.0, addend if step.beta else None)
+        if not step.beta:
+            torch.sub(x, rest, out=out)
+            if addend is not None:
+                out.add_(addend)
         return
 
     two_sided = form in ("dual", "mixed", "inner")
@@ -187,23 +192,39 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
 
 
 def run(problems: Sequence[Problem], kernels: Kernels) -> None:
-    """Runs all problems side by side: at every step one launch of each kernel for all of them."""
-    pending = [steps(problem, coefficient_dtype(problem)) for problem in problems]
-    while pending:
-        reductions: list[Coefficients] = []
-        updates: list[Update] = []
-        still: list[Iterator[Coefficients | Update]] = []
-        for generator in pending:
-            job = next(generator, None)
-            if job is None:
-                continue
-            still.append(generator)
-            if isinstance(job, Coefficients):
-                reductions.append(job)
-            else:
-                updates.append(job)
+    """Runs all problems side by side, each kernel for as many of them at once as can be.
+
+    Updates wait until no matrix wants coefficients, so that short forms share the launches of
+    long ones: a list takes as many launches as its longest form, one more with sequential ones.
+    """
+    generators = [steps(problem, coefficient_dtype(problem)) for problem in problems]
+    wanting = [(steps_, job) for steps_ in generators if (job := next(steps_, None))]
+    while wanting:
+        reductions = [job for _, job in wanting if isinstance(job, Coefficients)]
+        updates = [job for _, job in wanting if isinstance(job, Update)]
         if reductions:
             kernels.coefficients(reductions)
-        if updates:
+        else:
             kernels.update(updates)
-        pending = still
+        ran = Coefficients if reductions else Update
+        wanting = [
+            (steps_, following)
+            for steps_, job in wanting
+            if (following := next(steps_, None) if isinstance(job, ran) else job)
+        ]
+
+
+def launches(forms: Iterable[str]) -> int:
+    """How many kernel calls :func:`run` makes for a list of these forms."""
+    wanting = [SEQUENCES[form] for form in forms]
+    count = 0
+    while wanting := [rest for rest in wanting if rest]:
+        ran = "C" if any(rest[0] == "C" for rest in wanting) else "U"
+        wanting = [rest[1:] if rest[0] == ran else rest for rest in wanting]
+        count += 1
+    return count
+
+
+def library_calls(form: str) -> int:
+    """How many library calls the torch backend makes for one matrix of this form."""
+    return len(SEQUENCES[form]) or (form == "zero")

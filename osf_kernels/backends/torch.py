@@ -14,7 +14,8 @@ May import: torch, ``osf_kernels.backends.forms``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,24 +76,24 @@ def _working_dtype(
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _identity(x, out, U, V, step, S, A, B):
+def _identity(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     if out is not x:
         out.copy_(x)
 
 
-def _zero(x, out, U, V, step, S, A, B):
+def _zero(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     torch.mul(x, 0, out=out)  # not zero_(): NaN and Inf stay visible
 
 
-def _left(x, out, U, V, step, S, A, B):
+def _left(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     _update(out, x, U, _mm(U.mT, x) if A is None else A, step)
 
 
-def _right(x, out, U, V, step, S, A, B):
+def _right(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     _update(out, x, _mm(x, V) if B is None else B, V.mT, step)
 
 
-def _dual(x, out, U, V, step, S, A, B):
+def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     ready = A is not None
     if not ready:
         A, B = _mm(U.mT, x), _mm(x, V)
@@ -108,12 +109,16 @@ def _dual(x, out, U, V, step, S, A, B):
         _add(out, B, V.mT, step.alpha, out)
 
 
-def _sequential(x, out, U, V, step, S, A, B):
-    _update(out, x, U, _mm(U.mT, x), step)
-    _update(out, out, _mm(out, V), V.mT, step)
+def _sequential(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+    if step.beta:
+        _update(out, x, U, _mm(U.mT, x), step)
+        _update(out, out, _mm(out, V), V.mT, step)
+    else:
+        rest = _add(x, _mm(x, V), V.mT, -1.0, None)
+        torch.sub(x, _add(rest, U, _mm(U.mT, rest), -1.0, rest), out=out)
 
 
-def _mixed(x, out, U, V, step, S, A, B):
+def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
     if step.first == "left":
         core = _mm(U.mT, x) if A is None else A
@@ -126,7 +131,7 @@ def _mixed(x, out, U, V, step, S, A, B):
         _update(out, x, core, V.mT, step)
 
 
-def _inner(x, out, U, V, step, S, A, B):
+def _inner(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
     if A is not None:
         C = _mm(A, V)
     else:
@@ -139,7 +144,7 @@ def _inner(x, out, U, V, step, S, A, B):
         _update(out, x, _mm(U, C), V.mT, step)
 
 
-_FORMS = {
+_FORMS: dict[str, Callable[..., None]] = {
     "identity": _identity,
     "zero": _zero,
     "left": _left,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def decide(
         request = backends.requested()
         return admit(op, g_meta, u_meta, v_meta, mode, u_spans, v_spans, request, choice)
     except (TypeError, ValueError):
-        check(op, names, g_meta, u_meta, v_meta)
+        check(op, names, g_meta, u_meta, v_meta, choice == "shard")
         raise
 
 
@@ -60,7 +60,7 @@ def unbatch(item: Item, backend: str) -> list[Item]:
     if not batch:
         return [item]
     lead = batch[:-1] if backend == "torch" else batch
-    whole = {
+    whole: dict[str, Any] = {
         name: t.expand(*batch, *t.shape[t.dim() - (1 if name == "S" else 2) :])
         for name, t in item._asdict().items()
         if isinstance(t, Tensor)

@@ -23,7 +23,9 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 _NAMES[torch.float64] = "float64"
 
 Meta = tuple[Any, ...]  # (shape, dtype, device) of a tensor
-Choice = Literal["any", "once", "pinned"]  # which forms the planner may take
+# Which forms the planner may take: any, those that round once, those of ready coefficients of a
+# shard (whose bases may be wider than what is held of their side), those that pin to S.
+Choice = Literal["any", "once", "shard", "pinned"]
 
 
 def meta(t: Tensor) -> Meta:
@@ -83,7 +85,9 @@ def check_matrix(op: str, name: str, g: Meta) -> None:
         )
 
 
-def check_basis(op: str, name: str, basis: Meta, g: Meta, left: bool) -> None:
+def check_basis(
+    op: str, name: str, basis: Meta, g: Meta, *, left: bool, shard: bool = False
+) -> None:
     shape, dtype, device = basis
     size = g[0][-2] if left else g[0][-1]
     letters = ("(..., m, r)", "m") if left else ("(..., n, k)", "n")
@@ -98,7 +102,7 @@ def check_basis(op: str, name: str, basis: Meta, g: Meta, left: bool) -> None:
         rows = shape[-1] == size
         remedy = f"pass {name}.mT if it holds rows" if rows else ""
         raise ValueError(describe(op, name, expected, tuple(shape), remedy))
-    if shape[-1] > size:
+    if shape[-1] > size and not shard:
         raise ValueError(
             describe(
                 op,
@@ -113,7 +117,7 @@ def check_basis(op: str, name: str, basis: Meta, g: Meta, left: bool) -> None:
         a != b and a != 1 for a, b in zip(reversed(lead), reversed(batch), strict=False)
     ):
         raise ValueError(
-            describe(op, name, f"to broadcast to the batch dimensions {tuple(batch)}", tuple(shape))
+            describe(op, name, f"broadcastable to batch dimensions {tuple(batch)}", tuple(shape))
         )
     if device != g[2]:
         raise ValueError(describe(op, name, f"on {g[2]} like the matrix", f"on {device}"))
@@ -129,19 +133,28 @@ def check_basis(op: str, name: str, basis: Meta, g: Meta, left: bool) -> None:
         )
 
 
-def check(op: str, names: Sequence[str], g: Meta, U: Meta | None, V: Meta | None) -> None:
+def check(
+    op: str,
+    names: Sequence[str],
+    g: Meta,
+    U: Meta | None,
+    V: Meta | None,
+    shard: bool = False,
+) -> None:
     check_matrix(op, names[0], g)
     if U is not None:
-        check_basis(op, names[1], U, g, left=True)
+        check_basis(op, names[1], U, g, left=True, shard=shard)
     if V is not None:
-        check_basis(op, names[2], V, g, left=False)
+        check_basis(op, names[2], V, g, left=False, shard=shard)
 
 
-def shape_check(op: str, g: Tensor, U: Tensor | None, V: Tensor | None, mode: str) -> None:
+def shape_check(
+    op: str, g: Tensor, U: Tensor | None, V: Tensor | None, mode: str, shard: bool = False
+) -> None:
     """The same refusals where shapes may be symbolic: in a fake kernel."""
     require_mode(op, mode)
     u_meta, v_meta = None if U is None else meta(U), None if V is None else meta(V)
-    check(op, "gUV", meta(g), u_meta, v_meta)
+    check(op, "gUV", meta(g), u_meta, v_meta, shard)
 
 
 @lru_cache(maxsize=8192)
@@ -158,7 +171,7 @@ def admit(
 ) -> tuple[Matrix, Step, str, str]:
     """(Matrix, Step, backend, why) of one matrix, or the refusal."""
     require_mode(op, mode)
-    check(op, ("g", "U", "V"), g, U, V)
+    check(op, ("g", "U", "V"), g, U, V, choice == "shard")
     shape, dtype, device = g
     held = [t[1] for t in (U, V) if t is not None]
     x = Matrix(
@@ -175,7 +188,7 @@ def admit(
     if choice == "pinned":
         step = choose_pinned(x, mode, device.type)
     else:
-        step = choose(x, mode, device.type, once=choice == "once")
+        step = choose(x, mode, device.type, once=choice != "any", shard=choice == "shard")
     backend, why = select(request, device, x, step)
     return x, step, backend, why
 
@@ -221,9 +234,9 @@ def require_no_leaf(op: str, name: str, g: Tensor) -> None:
 def _extent(t: Tensor) -> tuple[int, int, int]:
     """(storage, first byte, one past the last byte)."""
     size = t.element_size()
-    start = t.storage_offset() * size
+    start = int(t.storage_offset()) * size
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().data_ptr(), start, start + (last + 1) * size
+    return t.untyped_storage().data_ptr(), start, start + (int(last) + 1) * size
 
 
 def overlaps(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem
-from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, unbatch
 from osf_kernels.ops._library import aligned, register
@@ -114,7 +113,7 @@ def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[
 
 def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     op = "coefficients"
-    _, _, backend, _ = decide(op, "gUV", g, U, V, "complement", "high", "high", "pinned")
+    _, _, backend, _ = decide(op, "gUV", g, U, V, "complement", "high", "high", "shard")
     A, B = _empty_coefficients(g, U, V)
     if g.numel() == 0:
         return A.zero_(), B.zero_()  # sums of no products
@@ -126,7 +125,7 @@ def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[T
 
 
 def _coefficients_fake(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape_check("coefficients", g, U, V, "complement")
+    shape_check("coefficients", g, U, V, "complement", shard=True)
     return _empty_coefficients(g, U, V)
 
 
@@ -145,7 +144,7 @@ def _apply__impl(
     v_spans: str,
 ) -> None:
     op = "apply_"
-    _, step, backend, _ = decide(op, "gUV", g, U, V, mode, u_spans, v_spans, "once")
+    _, step, backend, _ = decide(op, "gUV", g, U, V, mode, u_spans, v_spans, "shard")
     wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
@@ -161,7 +160,7 @@ def _apply__impl(
 
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, mode: str, u: str, v: str) -> None:
-    shape_check("apply_", g, U, V, mode)
+    shape_check("apply_", g, U, V, mode, shard=True)
 
 
 _coefficients = register(

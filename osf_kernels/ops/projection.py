@@ -144,14 +144,13 @@ def project_many_(
     rights = [columns(op, f"Vs[{i}]", V) for i, V in enumerate(Vs)]
     held_U, u_spans = [U for U, _ in lefts], [spans for _, spans in lefts]
     held_V, v_spans = [V for V, _ in rights], [spans for _, spans in rights]
-    if torch.is_grad_enabled() and any(_needs_grad(*t) for t in zip(grads, held_U, held_V)):
+    if _needs_grad(*grads, *held_U, *held_V):
         for i, g in enumerate(grads):
             require_no_leaf(op, f"grads[{i}]", g)
-        results = [
-            _project(g, U, V, mode, u, v)
-            for g, U, V, u, v in zip(grads, held_U, held_V, u_spans, v_spans)
-        ]
-        for g, result in zip(grads, results):
+            require_writable(op, (f"grads[{i}]",), g)
+        arguments = zip(grads, held_U, held_V, u_spans, v_spans, strict=True)
+        results = [_project(g, U, V, mode, u, v) for g, U, V, u, v in arguments]
+        for g, result in zip(grads, results, strict=True):
             g.copy_(result)
         return
     _project_many_(list(grads), held_U, held_V, mode, u_spans, v_spans)
@@ -179,13 +178,13 @@ def plan(
     Mutates nothing, computes nothing, doesn't synchronise.
     """
     many = isinstance(g, (list, tuple))
-    grads = list(g) if many else [g]
+    grads: list[Any] = list(g) if many else [g]
     Us = _as_list(U, many, len(grads))
     Vs = _as_list(V, many, len(grads))
     require_lengths("plan", g=grads, U=Us, V=Vs)
     require_mode("plan", mode)
     entries = []
-    for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs)):
+    for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs, strict=True)):
         tail = f"[{i}]" if many else ""
         require_tensor("plan", f"g{tail}", matrix)
         held_U, u_spans = columns("plan", f"U{tail}", left)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from osf_kernels import Basis, Mode, plan, project
 from torch import Tensor
+
+from osf_kernels import Basis, Mode, plan, project
 
 
 def project_grad(
@@ -38,7 +39,7 @@ def project_grad(
             plan(x, U, V, mode=mode)
         except (TypeError, ValueError) as error:
             raise type(error)(f"osf_torch.project_grad: {error}") from None
-    result: Tensor = _ProjectGrad.apply(x, *_split(U), *_split(V), mode)  # type: ignore[no-untyped-call]
+    result: Tensor = _ProjectGrad.apply(x, *_split(U), *_split(V), mode)
     return result
 
 
@@ -61,7 +62,7 @@ class _ProjectGrad(torch.autograd.Function):
         ctx.save_for_backward(U, V)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         U, V = ctx.saved_tensors
         bases = _held(U, ctx.u_spans), _held(V, ctx.v_spans)
         return project(grad, *bases, mode=ctx.mode), None, None, None, None, None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from osf_kernels import Basis, Mode, plan, project, project_, project_many_, restore_many_
 from torch import Tensor, nn
+
+from osf_kernels import Basis, Mode, plan, project, project_, project_many_, restore_many_
 
 When = Literal["auto", "step", "backward"]
 

@@ -1,0 +1,98 @@
+"""The planner: forms, costs, and a plan a person can read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from osf_kernels import Basis, plan
+from osf_kernels.plan import FLOPS_PER_BYTE, Matrix, choose
+
+
+def bases(size: int, protected: int, spans: str, device: str = "meta") -> Basis:
+    width = protected if spans == "high" else size - protected
+    return Basis(torch.empty(size, width, device=device), spans)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rho", "left", "right", "label"),
+    [
+        (0.02, "high", "high", "dual"),
+        (0.5, "high", "high", "sequential"),
+        (0.5, "low", "high", "mixed, left first"),
+        (0.5, "high", "low", "mixed, right first"),
+        (0.8, "low", "low", "low/low, left first"),
+    ],
+)
+def test_forms_of_the_issue(rho, left, right, label):
+    n = 4096
+    r = int(rho * n)
+    g = torch.empty(n, n)
+    chosen = plan(g, bases(n, r, left, "cpu"), bases(n, r, right, "cpu"))
+    assert chosen.form == label
+    assert chosen.backend == "torch"
+
+
+def test_flops_of_each_form_in_cubes_of_n():
+    """The method's table for square matrices, ρ = r/n and c = 1 − ρ."""
+    n, rho = 1000, 0.8
+    r, c = 800, 200
+    cube = n**3
+
+    def flops(left, right):
+        widths = {"high": r, "low": c}
+        x = Matrix(n, n, widths[left], widths[right], left, right)
+        return choose(x, "complement", "cpu").flops / cube
+
+    assert flops("high", "high") == pytest.approx(8 * rho)
+    assert flops("low", "low") == pytest.approx(4 * 0.2 * 1.2)
+    assert flops("low", "high") == pytest.approx(4 * (1 - rho**2))
+
+
+def test_dual_reads_g_twice_and_writes_it_once():
+    step = choose(Matrix(4096, 4096, 64, 64), "complement", "cuda")
+    assert (step.form, step.passes) == ("dual", 3)
+    assert step.bytes == pytest.approx(3 * 4096 * 4096 * 4, rel=0.15)
+
+
+def test_dual_gives_way_where_its_correction_costs_more_than_two_passes():
+    """The boundary is where 2 r k (m+n) FLOPs take as long as the passes that dual saves."""
+    previous = "dual"
+    for r in range(16, 2048, 16):
+        form = choose(Matrix(4096, 4096, r, r), "complement", "cpu").form
+        assert (previous, form) != ("sequential", "dual"), "one crossing"
+        previous = form
+    assert previous == "sequential"
+    assert FLOPS_PER_BYTE["cpu"] < FLOPS_PER_BYTE["cuda"], "a GPU has more FLOPs a byte"
+
+
+def test_the_smaller_intermediate_goes_first():
+    tall = Matrix(4096, 256, 3000, 64, "low", "low")
+    assert choose(tall, "complement", "cpu").first == "right"
+    wide = Matrix(256, 4096, 64, 3000, "low", "low")
+    assert choose(wide, "complement", "cpu").first == "left"
+    for x in (tall, wide):
+        step = choose(x, "complement", "cpu")
+        p, q = x.r, x.k
+        orders = (4 * x.m * x.n * p + 4 * p * x.n * q, 4 * x.m * x.n * q + 4 * x.m * p * q)
+        assert step.flops == min(orders)
+
+
+def test_printed():
+    g = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    U = torch.empty(4096, 64, dtype=torch.bfloat16, device="meta")
+    text = str(plan([g, g, g], [U, U, None], [U, U, U]))
+    for part in ("form", "FLOPs", "bytes", "launches", "backend", "why", "2 × 4096×4096 bfloat16"):
+        assert part in text
+    assert "dual" in text
+    assert "one-sided (right, high)" in text
+
+
+def test_meta_tensors_plan_what_lists_of_them_cost():
+    g = torch.empty(512, 256, device="meta")
+    U, V = torch.empty(512, 32, device="meta"), torch.empty(256, 16, device="meta")
+    one, two = plan(g, U, V), plan([g, g], [U, U], [V, V])
+    assert two.flops == 2 * one.flops
+    assert two.bytes == 2 * one.bytes
+    batch = plan(torch.empty(5, 512, 256, device="meta"), U, V)
+    assert batch.flops == 5 * one.flops
