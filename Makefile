@@ -26,7 +26,9 @@ $(READY):
 
 build: $(BUILT)  ## Install the package in place, with the CUDA extension where nvcc is found
 $(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
+	@# pip hides what a build prints: the first command shows it, the second finds it done.
 	@echo "== build: osf-kernels in place, with the CUDA extension where nvcc is found"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
