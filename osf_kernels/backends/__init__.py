@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 
-import torch
+from torch import device as Device  # the name torch is this package's backend
 
 from osf_kernels import env
 from osf_kernels.backends import forms
@@ -25,13 +25,14 @@ NAMES = ("torch", "triton", "cuda")
 _choice: ContextVar[str | None] = ContextVar("osf_kernels.backend", default=None)
 
 
+@lru_cache(maxsize=8)
 def module(name: str) -> ModuleType:
     """The backend's module, imported on first use."""
     return importlib.import_module(f"osf_kernels.backends.{name}")
 
 
 @lru_cache(maxsize=64)
-def unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
+def unavailable_reason(name: str, device: Device | None = None) -> str | None:
     """None where the backend can serve a device, else why not in a few words."""
     reason: str | None = module(name).unavailable_reason(device)
     return reason
@@ -74,7 +75,7 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def _require(name: str, device: torch.device | None) -> None:
+def _require(name: str, device: Device | None) -> None:
     reason = unavailable_reason(name, device)
     if reason is not None:
         where = f" on {device}" if device is not None else ""
@@ -84,7 +85,7 @@ def _require(name: str, device: torch.device | None) -> None:
         )
 
 
-def select(request: str, device: torch.device, x: Matrix, step: Step) -> tuple[str, str]:
+def select(request: str, device: Device, x: Matrix, step: Step) -> tuple[str, str]:
     """(backend, why) for one matrix.
 
     Raises:
@@ -121,10 +122,8 @@ def select(request: str, device: torch.device, x: Matrix, step: Step) -> tuple[s
 
 def run(problems: Sequence[forms.Problem], names: Sequence[str]) -> None:
     """Runs each problem on its backend, all of one backend in the fewest launches."""
-    for name in NAMES:
+    for name in dict.fromkeys(names):
         mine = [problem for problem, wanted in zip(problems, names, strict=True) if wanted == name]
-        if not mine:
-            continue
         if name == "torch":
             module(name).run(mine)
         else:
