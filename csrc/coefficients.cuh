@@ -130,7 +130,6 @@ __global__ __launch_bounds__(kThreads, 1) void coefficients_kernel(
       const int row = row0 + warp * Traits::kWarpRows + lane / 4;
       store_partial(part, b, row, rank0 + lane % 4 * 2, p.m, p.k, p.ld_b);
     }
-    ptx::cp_async_wait<0>();
     __syncthreads();  // the next unit overwrites U and the stages
   }
 }

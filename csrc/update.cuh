@@ -259,7 +259,6 @@ __global__ __launch_bounds__(kThreads,
                               r_at(c), warp % Traits::kColumnWarps * Traits::kWarpColumns, 0);
       if (next < chunks) end_load(next);
     }
-    ptx::cp_async_wait<0>();
     __syncthreads();  // write_out overwrites the stages
     write_out<Traits>(p, row0, column0, acc);
     __syncthreads();  // the next unit overwrites what write_out holds there

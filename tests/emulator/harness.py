@@ -68,10 +68,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build(*, sanitize: bool = False, mutations: Mutations | None = None) -> Path:
+def build(*, sanitize: bool = False, mutations: Mutations | None = None, only: str = "*") -> Path:
     """The emulator's path, compiled where its sources changed.
 
-    ``mutations`` maps names of files of csrc/ to functions of their text, applied to a copy.
+    ``mutations`` maps names of files of csrc/ to functions of their text, applied to a copy that
+    the sources matching ``only`` (relative to csrc/) are compiled from.
     """
     with tempfile.TemporaryDirectory() as scratch:
         source = CSRC
@@ -83,7 +84,7 @@ def build(*, sanitize: bool = False, mutations: Mutations | None = None) -> Path
                 changed = mutate(text)
                 assert changed != text, f"the mutation leaves {name} as it is"
                 (source / name).write_text(changed)
-        return _compile(source, (*FLAGS, *(SANITIZED if sanitize else FAST)))
+        return _compile(source, only, (*FLAGS, *(SANITIZED if sanitize else FAST)))
 
 
 def run(
@@ -154,7 +155,9 @@ def _read(data: bytes, sizes: list[int], storages: _Storages, seeds: int) -> lis
         at += 8 * len(counts)
         buffers = []
         for size in sizes:
-            buffers.append(torch.frombuffer(bytearray(data[at : at + size] or b"\0"), dtype=torch.uint8))
+            buffers.append(
+                torch.frombuffer(bytearray(data[at : at + size] or b"\0"), dtype=torch.uint8)
+            )
             at += size
         results, read, written = {}, {}, {}
         for key, tensor in storages.tensors.items():
@@ -172,17 +175,21 @@ def _read(data: bytes, sizes: list[int], storages: _Storages, seeds: int) -> lis
 # --- compiling ------------------------------------------------------------------------------
 
 
-def _compile(source: Path, flags: tuple[str, ...]) -> Path:
-    includes = (HERE / "include", source)
-    units = [
-        *sorted(source.rglob("*.cu")),
-        *(p for p in sorted(source.rglob("*.cpp")) if p.name != "binding.cpp"),
-        HERE / "simt.cpp",
-        HERE / "main.cpp",
-    ]
+def _compile(source: Path, only: str, flags: tuple[str, ...]) -> Path:
+    units = []
+    for unit in sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]):
+        relative = unit.relative_to(CSRC)
+        if relative.name != "binding.cpp":
+            units.append((source if relative.match(only) else CSRC) / relative)
+    units += [HERE / "simt.cpp", HERE / "main.cpp"]
+
+    def compile_unit(unit: Path) -> Path:
+        folder = source if unit.is_relative_to(source) else CSRC
+        return _object(unit, flags, (HERE / "include", folder))
+
     CACHE.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda unit: _object(unit, flags, includes), units))
+        objects = list(pool.map(compile_unit, units))
     program = CACHE / f"emulator-{_digest(*(o.name for o in objects), *flags)}"
     if not program.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

@@ -54,9 +54,9 @@ inline uint16_t round_f16(float value) {
   const float magnitude = std::fabs(value);
   if (magnitude >= 65520.0f) return sign | 0x7c00;  // halfway to the next power rounds to infinity
   // The spacing of fp16 numbers here; ten fraction bits, and 2^-24 below the normal numbers.
-  int exponent;
-  std::frexp(magnitude, &exponent);
-  const int spacing = std::max(exponent - 11, -24);
+  int exponent = -13;
+  if (magnitude >= 0x1p-14f) std::frexp(magnitude, &exponent);
+  const int spacing = exponent - 11;
   const float steps = std::nearbyint(std::ldexp(magnitude, -spacing));  // ties to even
   const uint32_t count = static_cast<uint32_t>(steps);
   if (spacing == -24) return static_cast<uint16_t>(sign | count);

@@ -1,0 +1,184 @@
+"""The CUDA kernels on a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import cuda
+from osf_kernels.backends.forms import Coefficients, Update
+from tests.emulator import draws
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, F16, F32)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(autouse=True)
+def extension() -> None:
+    reason = cuda.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def to_device(job: draws.JobT) -> draws.JobT:
+    """The job on the GPU in the same memory layout."""
+    moved: dict[int, Tensor] = {}
+
+    def move(a: object) -> object:
+        if not isinstance(a, Tensor):
+            return a
+        if id(a) not in moved:
+            storage = torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())  # type: ignore[call-overload]
+            moved[id(a)] = storage.cuda().as_strided(a.shape, a.stride(), a.storage_offset())
+        return moved[id(a)]
+
+    return type(job)(*map(move, job))  # type: ignore[arg-type]
+
+
+def check_coefficients(jobs: list[Coefficients], on_device: list[Coefficients]) -> None:
+    for job, device_job in zip(jobs, on_device, strict=True):
+        outputs = [out.cpu() for out in (device_job.A, device_job.B) if out is not None]
+        truths = draws.true_coefficients(job, torch.float64)
+        eagers = draws.true_coefficients(job, F32)
+        terms = draws.true_coefficients(draws.magnitude(job), torch.float64)
+        for out, truth, eager, term in zip(outputs, truths, eagers, terms, strict=True):
+            draws.assert_as_accurate(out, truth, eager.to(out.dtype), term)
+
+
+def check_update(jobs: list[Update], on_device: list[Update]) -> None:
+    for job, device_job in zip(jobs, on_device, strict=True):
+        truth, terms = (draws.true_update(j, torch.float64) for j in (job, draws.magnitude(job)))
+        eager = draws.true_update(job, job.out.dtype)
+        draws.assert_as_accurate(device_job.out.cpu(), truth, eager, terms)
+
+
+def mixed_coefficients() -> list[Coefficients]:
+    g = torch.Generator().manual_seed(11)
+    jobs = [
+        draws.coefficients_job(m, n, r, k, dtype, g, layouts=(layout, "rows", "columns"))
+        for dtype in DTYPES
+        for layout in draws.LAYOUTS
+        for m, n, r, k in ((700, 333, 40, 64), (65, 1030, 60, 150))
+    ]
+    jobs += [draws.coefficients_job(300, 200, 16, None, dtype, g) for dtype in DTYPES]
+    jobs += [draws.coefficients_job(300, 200, None, 16, dtype, g) for dtype in DTYPES]
+    jobs += [draws.coefficients_job(300, 200, 16, 16, dtype, g, offset=True) for dtype in DTYPES]
+    jobs += [draws.coefficients_job(300, 200, 16, 8, BF16, g, basis_dtype=F32)]
+    return jobs
+
+
+def mixed_updates() -> list[Update]:
+    g = torch.Generator().manual_seed(12)
+    jobs = [
+        draws.update_job(m, n, r, k, dtype, g, layouts=(layout, "rows", "columns"))
+        for dtype in DTYPES
+        for layout in draws.LAYOUTS
+        for m, n, r, k in ((700, 333, 40, 64), (65, 1030, 60, 150))
+    ]
+    jobs += [draws.update_job(300, 200, 16, None, dtype, g, beta=0.0) for dtype in DTYPES]
+    jobs += [draws.update_job(300, 200, None, 16, dtype, g, addend=F32) for dtype in DTYPES]
+    jobs += [draws.update_job(300, 200, 16, 8, BF16, g, basis_dtype=F32, out_layout="columns")]
+    return jobs
+
+
+def test_a_mixed_list_of_coefficients() -> None:
+    jobs = mixed_coefficients()
+    on_device = [to_device(job) for job in jobs]
+    cuda.coefficients(on_device)
+    check_coefficients(jobs, on_device)
+
+
+def test_a_mixed_list_of_updates() -> None:
+    jobs = mixed_updates()
+    on_device = [to_device(job) for job in jobs]
+    cuda.update(on_device)
+    check_update(jobs, on_device)
+
+
+def test_two_runs_and_a_loop_agree_bit_for_bit() -> None:
+    jobs = mixed_coefficients()
+    lists = [[to_device(job) for job in jobs] for _ in range(3)]
+    cuda.coefficients(lists[0])
+    cuda.coefficients(lists[1])
+    for job in lists[2]:
+        cuda.coefficients([job])
+    for one, two, alone in zip(*lists, strict=True):
+        for name in ("A", "B"):
+            first = getattr(one, name)
+            if first is not None:
+                assert torch.equal(first, getattr(two, name))
+                assert torch.equal(first, getattr(alone, name))
+
+
+def test_a_stream_that_is_not_the_default() -> None:
+    g = torch.Generator().manual_seed(13)
+    job = draws.coefficients_job(2000, 1500, 64, 64, BF16, g)
+    device_job = to_device(job)
+    source = device_job.x.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        device_job.x.zero_()
+        torch.cuda._sleep(50_000_000)
+        device_job.x.copy_(source)
+        cuda.coefficients([device_job])
+    torch.cuda.current_stream().wait_stream(stream)
+    check_coefficients([job], [device_job])
+
+
+def test_capture_in_a_graph_and_replay() -> None:
+    g = torch.Generator().manual_seed(14)
+    first = draws.coefficients_job(500, 400, 32, 48, BF16, g)
+    second = draws.update_job(500, 400, 32, 48, BF16, g, out_layout="rows")
+    on_device = to_device(first), to_device(second)
+    cuda.coefficients([on_device[0]])
+    cuda.update([on_device[1]])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda.coefficients([on_device[0]])
+        cuda.update([on_device[1]])
+    x = draws.randn(500, 400, dtype=BF16, generator=g)
+    on_device[0].x.copy_(x)
+    on_device[1].x.copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    check_coefficients([first._replace(x=x)], [on_device[0]])
+    check_update([second._replace(x=x)], [on_device[1]])
+
+
+def test_a_matrix_of_more_than_two_to_the_31_elements() -> None:
+    """Row and column offsets beyond 32 bits: the far corner is as right as the near one."""
+    m, n, r = 70_000, 31_000, 8
+    free, _ = torch.cuda.mem_get_info()
+    needed = 2 * 2 * m * n + 4 * 600 * n * r
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    x = torch.randn(m, n, device="cuda", dtype=BF16)
+    U, V = (
+        torch.randn(m, r, device="cuda", dtype=BF16),
+        torch.randn(n, r, device="cuda", dtype=BF16),
+    )
+    A, B = torch.empty(r, n, device="cuda"), torch.empty(m, r, device="cuda")
+    cuda.coefficients([Coefficients(x, U, V, A, B)])
+    columns, rows = slice(n - 50, n), slice(m - 50, m)
+    true_A = U.double().mT @ x[:, columns].double()
+    true_B = x[rows].double() @ V.double()
+    assert (A[:, columns] - true_A).norm() <= 1e-5 * true_A.norm()
+    assert (B[rows] - true_B).norm() <= 1e-5 * true_B.norm()
+
+    out = torch.empty_like(x)
+    cuda.update([Update(out, x, U, A, None, None, -1.0, 1.0)])
+    truth = x[rows, columns].double() - U[rows].double() @ A[:, columns].double()
+    assert (out[rows, columns].double() - truth).norm() <= 1e-2 * truth.norm()
+
+
+def test_a_failed_call_is_named() -> None:
+    from osf_kernels import _cuda  # type: ignore[attr-defined]
+
+    with pytest.raises(RuntimeError, match="cudaSetDevice failed|cudaDeviceGetAttribute.* failed"):
+        _cuda.update(b"", 9999, False, 0)
+    with pytest.raises(ValueError, match="expected records of"):
+        _cuda.update(b"12345", 0, False, 0)

@@ -1,0 +1,150 @@
+"""The emulator's gates bite: a fault planted in a copy of a kernel is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from osf_kernels.backends.forms import Coefficients, Update
+from tests.emulator import draws
+from tests.emulator.harness import EmulatorError, build, compiler, run
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++)")
+
+SEEDS = tuple(range(1, 13))
+BARRIER = "__syncthreads();"
+WAIT = "ptx::cp_async_wait<STAGES - 2>();"
+
+
+def without(text: str, nth: int) -> Callable[[str], str]:
+    """Drops the nth occurrence of a piece of the source."""
+
+    def mutate(source: str) -> str:
+        parts = source.split(text)
+        assert nth + 1 < len(parts), f"expected {nth + 1} of {text!r}, found {len(parts) - 1}"
+        return text.join(parts[: nth + 1]) + text.join(["", *parts[nth + 1 :]])[len(text) :]
+
+    return mutate
+
+
+def replaced(old: str, new: str) -> Callable[[str], str]:
+    def mutate(source: str) -> str:
+        assert source.count(old) == 1, f"expected one {old!r}, found {source.count(old)}"
+        return source.replace(old, new)
+
+    return mutate
+
+
+def coefficients_job() -> Coefficients:
+    """Two row blocks of several tiles each, on one multiprocessor: every stage is reused."""
+    g = torch.Generator().manual_seed(1)
+    return draws.coefficients_job(260, 300, 20, 24, torch.bfloat16, g)
+
+
+def update_job() -> Update:
+    """Two tiles of more chunks than stages, in float32: both factors come by cp.async.
+
+    Six chunks: the last one's stage lies where write_out's scratch does.
+    """
+    g = torch.Generator().manual_seed(2)
+    return draws.update_job(140, 100, 100, 40, torch.float32, g)
+
+
+def mistakes(job: Coefficients | Update, **mutation: object) -> list[str]:
+    """What goes wrong under each seed that something goes wrong under."""
+    emulator = build(**mutation)  # type: ignore[arg-type]
+    found = []
+    for seed in SEEDS:
+        try:
+            done = run([job], seeds=(seed,), emulator=emulator, multiprocessors=1)[0]  # type: ignore[list-item]
+        except EmulatorError as error:
+            found.append(str(error))
+            continue
+        if isinstance(job, Coefficients):
+            assert job.A is not None
+            assert job.B is not None
+            truths = draws.true_coefficients(job, torch.float64)
+            pairs = list(zip((done[job.A], done[job.B]), truths, strict=True))
+        else:
+            pairs = [(done[job.out], draws.true_update(job, torch.float64))]
+        if any(not (got.double() - truth).norm() < 1e-2 * truth.norm() for got, truth in pairs):
+            found.append("wrong result")
+        if len(found) == 2:
+            break
+    return found
+
+
+@pytest.mark.parametrize("job", [coefficients_job(), update_job()], ids=["coefficients", "update"])
+def test_the_kernels_as_they_are_make_no_mistake(job: Coefficients | Update) -> None:
+    assert mistakes(job) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", [0, 1])
+def test_coefficients_needs_each_barrier(nth: int) -> None:
+    mutation = {"coefficients.cuh": without(BARRIER, nth)}
+    assert mistakes(coefficients_job(), mutations=mutation, only="inst/coefficients_bf16_64.cu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_update_needs_each_barrier(nth: int) -> None:
+    mutation = {"update.cuh": without(BARRIER, nth)}
+    assert mistakes(update_job(), mutations=mutation, only="inst/update_tf32x3.cu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nth", [0, 1])
+def test_update_needs_each_warp_barrier(nth: int) -> None:
+    mutation = {"update.cuh": without("__syncwarp();", nth)}
+    assert mistakes(update_job(), mutations=mutation, only="inst/update_tf32x3.cu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["", "ptx::cp_async_wait<STAGES - 1>();"])
+@pytest.mark.parametrize(
+    ("file", "only", "job"),
+    [
+        ("coefficients.cuh", "inst/coefficients_bf16_64.cu", coefficients_job()),
+        ("update.cuh", "inst/update_tf32x3.cu", update_job()),
+    ],
+    ids=["coefficients", "update"],
+)
+def test_no_wait_for_copies(file: str, only: str, job: Coefficients | Update, change: str) -> None:
+    """Dropped, or one group short."""
+    assert mistakes(job, mutations={file: replaced(WAIT, change)}, only=only)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "message"),
+    [
+        (replaced(WAIT, f"{WAIT} if (threadIdx.x < 32) {BARRIER}"), "divergent barrier"),
+        (replaced(WAIT, f"{WAIT} if (threadIdx.x == 5) __syncwarp();"), "divergent"),
+        (replaced("kStages = 4;", "kStages = 40;"), "bytes of shared memory, the machine has"),
+        (replaced("? kPipelineBytes : kScratchBytes;", "? 128 : 128;"), "outside shared memory"),
+    ],
+    ids=["barrier", "warp", "shared memory", "too little shared memory"],
+)
+def test_what_no_machine_would_run(mutation: Callable[[str], str], message: str) -> None:
+    emulator = build(mutations={"update.cuh": mutation}, only="inst/update_tf32x3.cu")
+    with pytest.raises(EmulatorError, match=message):
+        run([update_job()], emulator=emulator)
+
+
+# One line more than the matrix has.
+BEYOND = replaced("row0, rank0, p.m, p.rank[term]", "row0, rank0, p.m + 1, p.rank[term]")
+
+
+def test_a_planted_out_of_bounds_read() -> None:
+    mutated = build(mutations={"update.cuh": BEYOND}, only="inst/update_tf32x3.cu")
+    with pytest.raises(EmulatorError, match="outside every buffer"):
+        run([update_job()], emulator=mutated)
+
+
+@pytest.mark.slow
+def test_the_sanitizer_sees_a_planted_out_of_bounds_read() -> None:
+    mutated = build(sanitize=True, mutations={"update.cuh": BEYOND}, only="inst/update_tf32x3.cu")
+    with pytest.raises(EmulatorError, match="AddressSanitizer: heap-buffer-overflow"):
+        run([update_job()], emulator=mutated)
