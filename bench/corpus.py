@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 SOURCE = "pydoc_data/topics.py, the Python language reference as CPython ships it for help()"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
-_MARKUP = re.compile(r"[*\"`]|\[\d+\]")
+_MARKUP = re.compile(r"[*\"`]|\s*\[\d+\]")
 
 
 def topics() -> Mapping[str, str]:
