@@ -79,6 +79,7 @@ def test_strides(variant: str, x_layout: str, basis_layout: str) -> None:
     assert_coefficients(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_expanded_and_transposed_views(variant: str) -> None:
     g = generator_for(variant)
@@ -154,6 +155,7 @@ def test_offset_without_a_split() -> None:
     assert_coefficients(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_in_the_dtype_of_x(variant: str, dtype: torch.dtype) -> None:
@@ -188,6 +190,7 @@ def test_empty_list() -> None:
     backend.coefficients([])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rank_beyond_the_block(dtype: torch.dtype) -> None:
     g = generator_for("rank", dtype)
@@ -196,6 +199,7 @@ def test_rank_beyond_the_block(dtype: torch.dtype) -> None:
     assert_coefficients(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("variant", VARIANTS)
 # numpy, under the interpreter, warns of an Inf times a zero.
@@ -215,6 +219,7 @@ def test_non_finite_values_stay(variant: str, value: float) -> None:
         assert bool(job.A[:, clean].isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
 def test_float32_precisions(precision: str) -> None:
     g = generator_for(precision)

@@ -63,9 +63,8 @@ def check_list(mode: str, held: tuple[str | None, str | None], dtype: torch.dtyp
         assert_error_within(g, reference, project_eager(x, U, V, mode=mode), scale=x)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_project_many(dtype: torch.dtype) -> None:
-    check_list("complement", ("high", "high"), dtype)
+def test_project_many() -> None:
+    check_list("complement", ("high", "high"), torch.bfloat16)
 
 
 @pytest.mark.slow
@@ -164,6 +163,7 @@ def test_operator_reads_twice_and_writes_once() -> None:
     assert (traffic.loaded, traffic.stored) == (2 * size, size)
 
 
+@pytest.mark.slow
 def test_counter_sees_another_read() -> None:
     """Two reductions do read the matrix twice, and rank chunks once more each."""
     gen = generator_for("two reads")

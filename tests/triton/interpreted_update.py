@@ -143,6 +143,7 @@ def test_transposed_list_equals_loop_and_rerun() -> None:
             assert torch.equal(job.out, outs[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(None, 9), (9, None), (0, 9), (9, 0), (None, None), (0, 0)])
 def test_missing_terms(ranks: tuple[int | None, int | None]) -> None:
     g = generator_for(ranks)
@@ -159,6 +160,7 @@ def test_degenerate_shapes(shape: tuple[int, int]) -> None:
     assert_update(job, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_addend(dtype: torch.dtype, layout: str) -> None:
@@ -171,6 +173,7 @@ def test_addend_alone() -> None:
     run(draw_update((20, 33), (None, None), g, addend=True, beta=0.0))
 
 
+@pytest.mark.slow
 def test_coefficients_as_x() -> None:
     """B −= U C on float32 coefficients with bfloat16 bases keeps float32 accuracy."""
     g = generator_for("B -= U C")
@@ -189,6 +192,7 @@ def test_float16_takes_coefficients_beyond_its_range() -> None:
     assert bool(job.out.isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # numpy, under the interpreter, warns of an Inf times a zero.

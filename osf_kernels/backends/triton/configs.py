@@ -93,7 +93,7 @@ REDUCE = Reduce(32, 32, num_warps=4, num_stages=1)
 _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
     "sm_80": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 1)),
-        4: (OnePass(64, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        4: (OnePass(32, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
     },
     "sm_90": {
         2: (OnePass(64, 256, 32, 8, 2, 2), OnePass(64, 128, 64, 8, 2, 2)),

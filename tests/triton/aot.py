@@ -1,0 +1,208 @@
+"""Compiles a launch for an architecture with no driver, and says what is wrong with the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.triton import configs, launch, schedule
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory a program may use, and what a processor has for all of its programs (each of
+# which the driver charges another KB).
+SHARED_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
+REGISTERS = 65536
+TENSOR_CORE = {
+    "sm_80": r"mma\.sync",
+    "sm_86": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Class(NamedTuple):
+    """What the operands of a launch are."""
+
+    x: torch.dtype
+    basis: torch.dtype
+    float32_precision: str
+
+
+class Compiled(NamedTuple):
+    """One kernel's machine code, in figures."""
+
+    name: str
+    architecture: str
+    tensor_core: int
+    fallback: int  # mma.sync of the generation before, where a newer instruction is wanted
+    spilled_bytes: int
+    registers: int
+    shared_bytes: int
+    wide_loads: int
+    narrow_loads: int
+    # A TF32 operand must run along the summed dimension, so where float32 x enters transposed
+    # Triton copies it 4 bytes at a time (still a warp's 128 bytes at once).
+    transposes_float32: bool = False
+
+
+def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) -> schedule.Launch:
+    """The launch a config makes of contiguous matrices, metadata and all."""
+    shape = (256, 512) if aligned else (255, 511)
+    m, n = shape
+    rank = 64 if aligned else 63
+    if isinstance(config, configs.OnePass):
+        rank = config.block_r if aligned else config.block_r - 1
+    x = torch.empty(m, n, dtype=kind.x)
+    U, V = torch.empty(m, rank, dtype=kind.basis), torch.empty(n, rank, dtype=kind.basis)
+    A, B = torch.empty(rank, n), torch.empty(m, rank)
+    if isinstance(config, configs.Update):
+        (batch,) = schedule.update_launches(
+            [Update(x, x, U, A, B, V.mT, -1.0, 1.0)],
+            float32_precision=kind.float32_precision,
+            choose=lambda *_: config,
+        )
+        return batch.launches[0]
+    products = configs.TwoPass(64, 32, 32, 4, 1) if isinstance(config, configs.Reduce) else config
+    (batch,) = schedule.coefficients_launches(
+        [Coefficients(x, U, V, A, B)],
+        fill=4096,
+        float32_precision=kind.float32_precision,
+        choose=lambda *_: products,
+    )
+    return batch.launches[1 if isinstance(config, configs.Reduce) else 0]
+
+
+def operand_bytes(config: configs.Config, kind: Class) -> int:
+    """Which rows of the config table a class of operands uses."""
+    dot = launches_of(config, kind).constants["DOT"]
+    assert isinstance(dot, torch.dtype)
+    return dot.itemsize
+
+
+def compile_launch(made: schedule.Launch, architecture: str) -> Compiled:
+    kernel = launch.kernel_of(made)
+    constants = launch.constexprs(made)
+    pointers = {"meta": "*i64", "workspace": "*fp32"}
+    signature = {
+        name: pointers.get(name, "constexpr" if name in constants else "i32")
+        for name in kernel.arg_names
+    }
+    position = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={position[name]: value for name, value in constants.items()},
+        attrs={position[name]: [["tt.divisibility", 16]] for name in pointers if name in signature},
+    )
+    compiled = triton.compile(
+        source, target=TARGETS[architecture], options=launch.compile_options(made.config)
+    )
+    kind = ", ".join(str(v).removeprefix("torch.") for v in list(made.constants.values())[:7])
+    name = f"{made.kernel} {made.config} [{kind}] on {architecture}"
+    read = _hip if architecture.startswith("gfx") else _cuda
+    transposes = made.kernel == "two_pass" and made.constants["DOT"] == torch.float32
+    return read(name, architecture, compiled)._replace(transposes_float32=transposes)
+
+
+def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    # The scheduler's own scalars are 64 bits wide; a narrower access is a part of a tile.
+    widths = [
+        int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
+    ]
+    for kind in re.findall(r"ld\.global(\S*)", ptx):
+        vector, element = re.search(r"\.v(\d)", kind), re.search(r"\.[bfsu](\d+)$", kind)
+        assert element, kind
+        widths.append(int(element[1]) * (int(vector[1]) if vector else 1) // 8)
+    return Compiled(
+        name,
+        architecture,
+        len(re.findall(TENSOR_CORE[architecture], ptx)),
+        len(re.findall(r"mma\.sync", ptx)),
+        stack + local,
+        registers,
+        int(compiled.metadata.shared),
+        sum(width >= 16 for width in widths),
+        sum(width < 8 for width in widths),
+    )
+
+
+def _hip(name: str, architecture: str, compiled: Any) -> Compiled:
+    text = compiled.asm["amdgcn"]
+
+    def figure(key: str) -> int:
+        return sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
+
+    return Compiled(
+        name,
+        architecture,
+        len(re.findall(TENSOR_CORE[architecture], text)),
+        0,
+        4 * (figure("vgpr_spill_count") + figure("sgpr_spill_count"))
+        + figure("private_segment_fixed_size"),
+        figure("vgpr_count"),
+        int(compiled.metadata.shared),
+        len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        len(re.findall(r"(?:global|buffer)_load_(?:u?short|d16|u?byte|sbyte)", text)),
+    )
+
+
+def faults(
+    compiled: Compiled, config: configs.Config, *, tensor_core: bool = True, aligned: bool = True
+) -> list[str]:
+    """What a config must not do to its kernel."""
+    found = []
+    limit = SHARED_LIMIT[compiled.architecture]
+    if tensor_core and not compiled.tensor_core:
+        found.append("no tensor-core instruction")
+    if compiled.spilled_bytes:
+        found.append(f"spills {compiled.spilled_bytes} bytes a thread")
+    if compiled.shared_bytes > limit:
+        found.append(f"{compiled.shared_bytes} bytes of shared memory, limit {limit}")
+    if aligned and not compiled.wide_loads:
+        found.append("no 16-byte load")
+    if aligned and compiled.narrow_loads and not compiled.transposes_float32:
+        found.append(f"{compiled.narrow_loads} loads of under 8 bytes")
+    if compiled.architecture.startswith("sm_"):
+        resident = config.programs_per_sm
+        registers = compiled.registers * config.num_warps * 32 * resident
+        if registers > REGISTERS:
+            found.append(f"{resident} programs a processor hold {registers} registers")
+        if (compiled.shared_bytes + 1024) * resident > limit + 1024:
+            found.append(f"{resident} programs a processor do not fit its shared memory")
+    return found

@@ -1,0 +1,79 @@
+"""A search as a call starts it, under the interpreter: on copies, never on a caller's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from osf_kernels.backends import triton as backend
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.triton import autotune, configs, dispatch, launch
+from tests.helpers import generator_for, randn
+from tests.triton.jobs import assert_coefficients, assert_update
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Addresses in the metadata of every launch, in order, with a search switched on."""
+    monkeypatch.setenv("OSF_AUTOTUNE", "1")
+    seen: list[list[int]] = []
+    ready = launch._launch
+
+    def watching(metadata: torch.Tensor, made: object, device: torch.device) -> object:
+        seen.append(list(made.metadata))  # type: ignore[attr-defined]
+        return ready(metadata, made, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launch, "_launch", watching)
+    return seen
+
+
+def rank_by(monkeypatch: pytest.MonkeyPatch, wanted: int) -> list[int]:
+    """Replaces the clock: the wanted candidate is the fastest. Returns the runs it saw."""
+    runs: list[int] = []
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        runs.append(len(runs))
+        return 1.0 if runs[-1] == wanted else 2.0
+
+    tuner = autotune.Tuner(timer)
+    monkeypatch.setattr(dispatch, "_tuner", lambda: tuner)
+    return runs
+
+
+def test_coefficients(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> None:
+    runs = rank_by(monkeypatch, 2)
+    g = generator_for("autotune")
+    x = randn(40, 48, dtype=torch.float32, generator=g)
+    U, V = (randn(size, 8, dtype=x.dtype, generator=g) for size in x.shape)
+    job = Coefficients(x, U, V, torch.empty(8, 48), torch.empty(40, 8))
+    backend.coefficients([job])
+    assert_coefficients(job)
+    pinned = configs.coefficients_config("sm_80", 4, 8, 8)
+    assert len(runs) == len(configs.candidates(pinned))
+    touching = [any(t.data_ptr() in data for t in job if t is not None) for data in watched]
+    # Products and sums: the search's launches know no address of the job, the last two do.
+    assert touching == [False] * (2 * len(runs)) + [True, True]
+
+
+def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> None:
+    """An update searched on the caller's matrix would have been applied once a candidate."""
+    runs = rank_by(monkeypatch, 1)
+    g = generator_for("autotune update")
+    x = randn(40, 48, dtype=torch.bfloat16, generator=g)
+    U, V = (randn(size, 8, dtype=x.dtype, generator=g) for size in x.shape)
+    before = x.clone()
+    factors = (U, torch.randn(8, 48, generator=g), torch.randn(40, 8, generator=g), V.mT)
+    kept = [factor.clone() for factor in factors]
+    job = Update(x, x, *factors, -1.0, 1.0)
+    backend.update([job])
+    assert_update(job, before)
+    assert all(map(torch.equal, factors, kept))
+    assert [x.data_ptr() in data for data in watched] == [False] * len(runs) + [True]
+    job.x.copy_(before)
+    count = len(runs)
+    backend.update([job])
+    assert len(runs) == count, "the bucket's choice is remembered"
+    assert_update(job, before)

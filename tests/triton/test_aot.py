@@ -1,0 +1,139 @@
+"""Every pinned config, compiled ahead of time for every architecture, with no driver.
+
+The gate: tensor-core instructions, no spills, shared memory within the limit, 16-byte loads where
+rows are aligned, and as many programs resident on a processor as the grid counts on. It proves
+that the code is what was meant, not that it is fast.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from osf_kernels.backends.triton import configs
+from tests.triton import aot
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CLASSES = {
+    "bf16": aot.Class(BF16, BF16, "tf32x3"),
+    "fp16": aot.Class(FP16, FP16, "tf32x3"),
+    "fp32": aot.Class(FP32, FP32, "tf32x3"),
+    "tf32": aot.Class(FP32, FP32, "tf32"),
+    "mixed": aot.Class(BF16, FP32, "tf32x3"),
+    "coefficients": aot.Class(FP32, BF16, "tf32x3"),
+}
+
+
+def on(architecture: str, kind: aot.Class) -> aot.Class:
+    """A class as it is computed there: AMD's matrix cores take float32 as it is."""
+    native = architecture == "gfx942" and kind.float32_precision == "tf32x3"
+    return kind._replace(float32_precision="ieee") if native else kind
+
+
+def check(architecture: str, name: str, *, aligned: bool = True) -> int:
+    """Compiles every config that serves a class of operands; returns how many."""
+    kind = on(architecture, CLASSES[name])
+    wrong = []
+    checked = 0
+    rows = configs.shipped(architecture)
+    for width, config in rows:
+        reduces = isinstance(config, configs.Reduce)
+        if not reduces and width != aot.operand_bytes(config, kind):
+            continue
+        compiled = aot.compile_launch(aot.launches_of(config, kind, aligned=aligned), architecture)
+        found = aot.faults(compiled, config, tensor_core=not reduces, aligned=aligned)
+        wrong += [f"{compiled.name}: {fault}" for fault in found]
+        checked += 1
+    assert not wrong, "\n".join(wrong)
+    return checked
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
+def test_bfloat16(architecture: str) -> None:
+    assert check(architecture, "bf16") == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_every_config(architecture: str, name: str) -> None:
+    assert check(architecture, name) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_unaligned_strides(architecture: str) -> None:
+    """Odd widths compile to other code, which must not spill either."""
+    assert check(architecture, "bf16", aligned=False) == 7
+
+
+@pytest.mark.slow
+def test_small_shared_memory() -> None:
+    """Capabilities 8.6, 8.9 and 12.x (99 KB) take gfx942's tiles."""
+    for name in ("bf16", "fp32"):
+        kind = CLASSES[name]
+        for width, config in configs.shipped(configs.architecture_of_capability(8, 6)):
+            if width == aot.operand_bytes(config, kind):
+                compiled = aot.compile_launch(aot.launches_of(config, kind), "sm_86")
+                found = aot.faults(compiled, config)
+                assert not found, f"{compiled.name}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "kind", "fault"),
+    [
+        ("sm_80", configs.Update(128, 128, 64, 8, 1, 2), "fp32", "spills"),
+        ("gfx942", configs.TwoPass(128, 128, 128, 4, 2), "bf16", "shared memory, limit 65536"),
+    ],
+)
+def test_gate_reports_a_bad_config(
+    architecture: str, config: configs.Config, kind: str, fault: str
+) -> None:
+    compiled = aot.compile_launch(aot.launches_of(config, CLASSES[kind]), architecture)
+    assert any(fault in found for found in aot.faults(compiled, config)), compiled
+
+
+def test_gate_reports_missing_tensor_cores_and_narrow_loads() -> None:
+    """IEEE float32 runs on NVIDIA's ordinary cores; odd strides load one element at a time."""
+    ieee = aot.Class(FP32, FP32, "ieee")
+    config = configs.Update(32, 32, 16, 8, 4, 1)
+    compiled = aot.compile_launch(aot.launches_of(config, ieee), "sm_80")
+    assert aot.faults(compiled, config) == ["no tensor-core instruction"]
+    made = aot.launches_of(config, CLASSES["bf16"], aligned=False)
+    found = aot.faults(aot.compile_launch(made, "sm_80"), config)
+    assert any("under 8 bytes" in fault for fault in found), found
+
+
+def test_gate_reports_programs_that_do_not_fit() -> None:
+    config = configs.Update(128, 128, 64, 8, 8, 2, programs_per_sm=3)
+    compiled = aot.compile_launch(aot.launches_of(config, CLASSES["bf16"]), "sm_80")
+    assert any("3 programs" in fault for fault in aot.faults(compiled, config))
+
+
+def test_float64_is_not_compiled() -> None:
+    """There is no class of it: the launcher refuses before a kernel is chosen."""
+    with pytest.raises(TypeError, match="float64 runs on the torch backend"):
+        aot.launches_of(configs.REDUCE, aot.Class(torch.float64, torch.float64, "ieee"))
+
+
+def test_rows_are_all_reachable() -> None:
+    """Every row of the tables is chosen by some rank, and no rule names a row they lack."""
+    for architecture in configs.ARCHITECTURES:
+        chosen = {(4, configs.REDUCE)}
+        for width in (2, 4):
+            for rank in (1, 20, 32, 33, 64, 65, 500):
+                chosen.add((width, configs.update_config(architecture, width, rank)))
+                chosen.add((width, configs.coefficients_config(architecture, width, rank, 0)))
+                if rank <= 64:
+                    chosen.add(
+                        (
+                            width,
+                            configs.coefficients_config(architecture, width, rank, 1, "one_pass"),
+                        )
+                    )
+        assert chosen == set(configs.shipped(architecture))

@@ -1,0 +1,104 @@
+"""The search behind OSF_AUTOTUNE=1: what it tries, what it keeps, what it must not touch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.triton import autotune, configs
+
+
+class Unusable(Exception):
+    """Stands for a candidate that does not compile."""
+
+
+PINNED = configs.update_config("sm_90", 2, 64)
+
+
+def test_takes_the_fastest_and_remembers_it() -> None:
+    wanted = configs.candidates(PINNED)[3]
+    tried: list[configs.Config] = []
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        return 1.0 if tried[-1] == wanted else 2.0
+
+    tuner = autotune.Tuner(timer)
+    assert tuner.choose("key", PINNED, lambda: tried.append) == wanted
+    assert tried == configs.candidates(PINNED)
+    assert tuner.choose("key", PINNED, lambda: pytest.fail("searched again")) == wanted
+    assert tuner.choose("other", PINNED, lambda: tried.append) == wanted
+    assert len(tried) == 2 * len(configs.candidates(PINNED))
+
+
+def test_skips_what_does_not_compile() -> None:
+    def run(config: configs.Config) -> None:
+        if config != PINNED._replace(num_warps=4):
+            raise Unusable
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        return 5.0
+
+    tuner = autotune.Tuner(timer, unusable=(Unusable,))
+    assert tuner.choose("key", PINNED, lambda: run) == PINNED._replace(num_warps=4)
+
+
+def test_other_failures_are_not_swallowed() -> None:
+    def run(config: configs.Config) -> None:
+        raise RuntimeError("device lost")
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        autotune.Tuner(timer, unusable=(Unusable,)).choose("key", PINNED, lambda: run)
+
+
+def test_falls_back_to_the_pinned_config() -> None:
+    def timer(run: Callable[[], None]) -> float:
+        raise Unusable
+
+    tuner = autotune.Tuner(timer, unusable=(Unusable,))
+    assert tuner.choose("key", PINNED, lambda: lambda config: None) == PINNED
+
+
+def test_candidates_are_a_short_list_with_the_pinned_config_first() -> None:
+    for architecture in configs.ARCHITECTURES:
+        for _, config in configs.shipped(architecture):
+            found = configs.candidates(config)
+            assert found[0] == config
+            assert len(found) == len(set(found)) <= 8
+
+
+def test_buckets() -> None:
+    assert [autotune.bucket(size) for size in (0, 1, 2, 3, 64, 65, 4096)] == [
+        *(0, 1, 2, 4, 64, 128, 4096)
+    ]
+
+
+def test_scratch_shares_no_memory() -> None:
+    x = torch.randn(12, 10).mT
+    U, V = torch.randn(10, 3), torch.randn(1, 2).expand(12, 2)
+    A, B = torch.randn(3, 12), torch.randn(10, 2)
+    job = Coefficients(x, U, V, A, B)
+    copy = autotune.scratch_coefficients(job)
+    update = Update(x, x, U, A, B, V.mT, -1.0, 1.0)
+    other = autotune.scratch_update(update)
+    assert other.out is other.x, "in place as the job is"
+    assert (other.alpha, other.beta, other.addend) == (-1.0, 1.0, None)
+    mine = {t.untyped_storage().data_ptr() for t in job if t is not None}
+    for scratch in (*copy, *other):
+        if isinstance(scratch, torch.Tensor):
+            assert scratch.untyped_storage().data_ptr() not in mine
+    assert copy.x.stride() == x.stride()
+
+
+def test_median_of_times() -> None:
+    calls: list[None] = []
+    assert autotune.time_ms(lambda: calls.append(None)) >= 0.0
+    assert len(calls) == 6

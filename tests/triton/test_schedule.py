@@ -1,0 +1,227 @@
+"""Which jobs share a launch, what their records say, which config serves them. No triton needed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.triton import configs, schedule
+from osf_kernels.backends.triton.schedule import Layout, View
+
+
+def job(m: int, n: int, r: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Coefficients:
+    def matrix(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device="meta")
+
+    A, B = matrix(r, n, torch.float32), matrix(m, k, torch.float32)
+    return Coefficients(matrix(m, n), matrix(m, r), matrix(n, k), A, B)
+
+
+def launches(jobs: list[Coefficients], architecture: str = "sm_90") -> list[schedule.Batch]:
+    return schedule.coefficients_launches(
+        jobs,
+        fill=configs.FILL[architecture],
+        float32_precision="tf32x3",
+        choose=lambda _, width, r, k: configs.coefficients_config(architecture, width, r, k),
+    )
+
+
+def update_job(c: Coefficients, beta: float = 1.0) -> Update:
+    assert c.V is not None
+    return Update(c.x, c.x, c.U, c.A, c.B, c.V.mT, -1.0, beta)
+
+
+def update_launches(jobs: list[Update]) -> list[schedule.Batch]:
+    return schedule.update_launches(
+        jobs,
+        float32_precision="tf32x3",
+        choose=lambda _, width, rank: configs.update_config("sm_90", width, rank),
+    )
+
+
+def test_whole_model_takes_three_launches() -> None:
+    """A hundred matrices of many shapes: product, ordered sum, update."""
+    shapes = [(64 * i, 128 * (1 + i % 5)) for i in range(1, 101)]
+    jobs = [job(m, n, 32, 32) for m, n in shapes]
+    (coefficients,) = launches(jobs)
+    assert [launch.kernel for launch in coefficients.launches] == ["one_pass", "reduce_parts"]
+    assert coefficients.launches[0].problems == 100
+    (update,) = update_launches([update_job(each) for each in jobs])
+    assert [launch.kernel for launch in update.launches] == ["update"]
+    assert update.launches[0].problems == 100
+
+
+def test_variant_follows_the_rank_sum() -> None:
+    kinds = {
+        ranks: type(configs.coefficients_config("sm_90", 2, *ranks))
+        for ranks in ((32, 32), (60, 4), (33, 32), (64, 64), (0, 8), (8, 0))
+    }
+    assert [ranks for ranks, kind in kinds.items() if kind is configs.OnePass] == [
+        (32, 32),
+        (60, 4),
+    ]
+
+
+def test_variant_can_be_named_or_refused() -> None:
+    assert isinstance(configs.coefficients_config("sm_80", 2, 64, 64, "one_pass"), configs.OnePass)
+    assert isinstance(configs.coefficients_config("sm_80", 2, 4, 4, "two_pass"), configs.TwoPass)
+    with pytest.raises(ValueError, match="use two_pass"):
+        configs.coefficients_config("sm_80", 2, 65, 8, "one_pass")
+    with pytest.raises(ValueError, match="use two_pass"):
+        configs.coefficients_config("sm_80", 2, 8, 0, "one_pass")
+    with pytest.raises(ValueError, match="'three'"):
+        configs.coefficients_config("sm_80", 2, 8, 8, "three")
+
+
+def test_split_depends_on_the_matrix_alone() -> None:
+    """Each side of a matrix takes as many tiles in a list as by itself."""
+    jobs = [job(4096, 512, 128, 128), job(512, 4096, 128, 104), job(64, 64, 96, 72)]
+
+    def tiles(batch: schedule.Batch) -> list[int]:
+        products = batch.launches[0]
+        starts = products.metadata[: products.problems + 1]
+        return [after - before for before, after in itertools.pairwise(starts)]
+
+    alone = [tiles(launches([each])[0]) for each in jobs]
+    (batch,) = launches(jobs)
+    assert tiles(batch) == list(itertools.chain(*alone))
+    assert max(map(max, alone)) > 1
+
+
+def test_parts_cover_the_sum_once() -> None:
+    for tiles in (1, 7, 32, 500):
+        for length in (1, 31, 255, 256, 4096, 5000):
+            for step in (32, 64):
+                parts, part = schedule._parts(tiles, length, step, 128)
+                assert part % step == 0
+                assert (parts - 1) * part < length <= parts * part
+                assert parts == 1 or part >= min(configs.SHORTEST_SPLIT, length) // 2
+
+
+def test_small_output_fills_the_machine() -> None:
+    """A 64-wide output over a long sum is split into about as many tiles as there are SMs."""
+    (batch,) = launches([job(16384, 64, 64, 64)])
+    assert batch.launches[0].tiles >= 128
+
+
+@pytest.mark.parametrize(
+    ("view", "layout"),
+    [
+        (torch.zeros(64, 64), Layout.ROW),
+        (torch.zeros(64, 64).mT, Layout.COLUMN),
+        (torch.zeros(64, 66), Layout.GENERAL),  # rows of 264 bytes
+        (torch.zeros(64, 65)[:, :64], Layout.GENERAL),
+        (torch.zeros(64, 68)[:, 1:65], Layout.GENERAL),  # starts off a boundary
+        (torch.zeros(64, 72)[:, 4:68], Layout.ROW),
+        (torch.zeros(64, 128)[:, ::2], Layout.GENERAL),
+        (torch.zeros(1, 64).expand(64, 64), Layout.ROW),
+    ],
+)
+def test_layout(view: Tensor, layout: Layout) -> None:
+    assert View.of(view).layout is layout
+    flipped = {Layout.ROW: Layout.COLUMN, Layout.COLUMN: Layout.ROW}.get(layout, layout)
+    assert View.of(view).mT.layout is flipped
+
+
+def test_columns_are_scheduled_as_rows() -> None:
+    """x.mT in column order is the same launch as x, bases and outputs exchanged."""
+    c = job(128, 256, 16, 32)
+    assert c.U is not None
+    assert c.V is not None
+    assert c.A is not None
+    assert c.B is not None
+    turned = Coefficients(c.x.mT, c.V, c.U, c.B.mT, c.A.mT)
+    assert launches([c]) == launches([turned])
+    update = update_job(c)
+    other = Update(c.x.mT, c.x.mT, c.V, c.B.mT, c.A.mT, c.U.mT, -1.0, 1.0)
+    assert update_launches([update]) == update_launches([other])
+
+
+def test_dot_rule() -> None:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    assert schedule.dot_rule(bf16, (bf16,), (fp32,), "tf32x3") == (bf16, "ieee")
+    assert schedule.dot_rule(fp16, (fp16,), (), "tf32x3") == (fp16, "ieee")
+    assert schedule.dot_rule(fp16, (fp16,), (fp32,), "tf32x3") == (fp32, "tf32")
+    assert schedule.dot_rule(bf16, (fp16,), (), "tf32x3") == (fp32, "tf32")
+    for dtypes in ((fp32, fp32), (fp32, bf16), (bf16, fp32)):
+        for precision in ("tf32x3", "tf32", "ieee"):
+            assert schedule.dot_rule(*((dtypes[0]), dtypes[1:]), (), precision) == (fp32, precision)
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="got float64; float64 runs on the torch backend"):
+        launches([job(8, 8, 2, 2, torch.float64)])
+    with pytest.raises(TypeError, match="expected S to be float32"):
+        launches([job(8, 8, 2, 2)._replace(S=torch.zeros(2, dtype=torch.float64))])
+    with pytest.raises(ValueError, match="beta to be 0 or 1"):
+        update_launches([update_job(job(8, 8, 2, 2), beta=0.5)])
+    long = torch.zeros(1).expand(1, 2**31)
+    with pytest.raises(ValueError, match="no dimension beyond"):
+        View.of(long)
+
+
+def test_nothing_to_do_launches_nothing() -> None:
+    assert launches([]) == []
+    assert launches([job(0, 0, 2, 2), job(8, 8, 0, 0)]) == []
+    assert update_launches([update_job(job(0, 8, 2, 2)), update_job(job(8, 0, 2, 2))]) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "gfx942"),
+        ((8, 9), "gfx942"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "gfx942"),
+    ],
+)
+def test_capability(capability: tuple[int, int], row: str) -> None:
+    assert configs.architecture_of_capability(*capability) == row
+
+
+def run_python(root: Path, code: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+
+
+def test_imports_without_triton(root: Path) -> None:
+    """The package imports, and says why it cannot be used."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from osf_kernels.backends import triton\n"
+        "print(triton.unavailable_reason())"
+    )
+    assert "triton cannot be imported: " in run_python(root, code)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_unavailable_on_a_cpu_unless_interpreted(root: Path) -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import torch\nfrom osf_kernels.backends import triton\n"
+        "print(triton.unavailable_reason(torch.device('cpu')), triton.unavailable_reason())"
+    )
+    assert "only with TRITON_INTERPRET=1" in run_python(root, code, TRITON_INTERPRET="0")
+    assert run_python(root, code, TRITON_INTERPRET="1").split() == ["None", "None"]
+
+
+def test_import_does_not_load_triton(root: Path) -> None:
+    code = "import sys, osf_kernels, osf_kernels.backends.triton\nprint('triton' in sys.modules)"
+    assert run_python(root, code).strip() == "False"
