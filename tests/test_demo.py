@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_paragraphs_keep_prose_and_leave_out_the_rest() -> None:
         "+---+---+\n| a | b |\n+---+---+\n\n"
         "no full stop\nat the end\n"
     )
-    assert corpus.paragraphs(text) == ["A class has attributes and methods . It is an object."]
+    assert corpus.paragraphs(text) == ["A class has attributes and methods. It is an object."]
 
 
 def test_pairs_are_consecutive_and_none_is_twice() -> None:
@@ -181,9 +182,8 @@ def test_share_and_leak() -> None:
     assert training.leak(raw, projected) < 1e-6
     mixed = training.squares(outside + inside, basis)
     both = math.sqrt(mixed.removed / (mixed.whole + raw.whole))
-    assert training.share([mixed, training.Squares(0.0, 0.0, 0.0, raw.whole)]) == pytest.approx(
-        both
-    )
+    idle = training.Squares(0.0, 0.0, 0.0, raw.whole)
+    assert training.share([mixed, idle]) == pytest.approx(both)
 
 
 def small_batches(steps: int) -> list[training.Batch]:
@@ -306,7 +306,7 @@ def test_verdict_fails_when_slower_or_restoring_did_little() -> None:
 def test_table_says_where_to_find_a_missing_time() -> None:
     from rich.console import Console
 
-    console = Console(width=150, file=open("/dev/null", "w"), record=True)  # noqa: SIM115
+    console = Console(width=150, file=io.StringIO(), record=True)
     console.print(demo.draw_table([line(), line(demo.EVERYTHING)], 0.5, 24))
     text = console.export_text()
     assert "see below" in text
