@@ -39,6 +39,10 @@ FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 156.0, "meta": 156.0}
 # are ahead of it: the bf16 ridge rank of sm_90. To be replaced by a measured table.
 GROUPED_RANK_LIMIT = 160
 
+# Without a kernel of our own, two updates joined into one cost a copy of their factors and save a
+# read and a write of g: worth it while the joined rank is under this part of the smaller side.
+JOIN_LIMIT = 0.25
+
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -70,6 +74,7 @@ class Step:
     passes: int  # reads and writes of g itself
     why: str
     label: str  # the form in the words a person uses
+    joined: bool = False  # dual: both terms in one product of [U, B] and [A; Vᵀ]
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,8 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         ("dual", 0.0): "dual of two low bases",
         ("sequential", 0.0): "g less its sequential complement",
     }.get((form, beta), f"{form}, {first} first" if form == "mixed" else form)
-    return Step(form, first, alpha, beta, flops, moved, passes, _reason(form, beta), label)
+    joined = (x.r or 0) + (x.k or 0) <= JOIN_LIMIT * min(x.m, x.n)
+    return Step(form, first, alpha, beta, flops, moved, passes, _reason(form, beta), label, joined)
 
 
 def _reason(form: Form, beta: float) -> str:

@@ -23,10 +23,6 @@ from torch import Tensor
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.plan import Step
 
-# Two updates joined into one cost a copy of their factors and save a read and a write of the
-# matrix: worth it while the joined rank is under this part of the smaller side.
-JOIN_LIMIT = 0.25
-
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
@@ -51,29 +47,32 @@ def run(problems: Sequence[Problem]) -> None:
 
 def _run(problem: Problem) -> None:
     x, out, U, V, step, S, addend, A, B = problem
-    pinned = addend is not None or S is not None or A is not None or B is not None
-    dtype = _working_dtype(x.dtype, U, V, pinned)
+    dtypes = x.dtype, None if U is None else U.dtype, None if V is None else V.dtype
+    dtype = _working_dtype(*dtypes)
+    if dtype == torch.bfloat16 and any(t is not None for t in (S, addend, A, B)):
+        dtype = torch.float32  # what is pinned, or came in float32, is rounded once at the end
     target = out
     if x.dtype != dtype:
         x = target = x.to(dtype)
-    if U is not None and U.dtype != dtype:
-        U = U.to(dtype)
-    if V is not None and V.dtype != dtype:
-        V = V.to(dtype)
-    _FORMS[step.form](x, target, U, V, step, S, A, B)
+    U = None if U is None else U.to(dtype)
+    V = None if V is None else V.to(dtype)
+    FORMS[step.form](x, target, U, V, step, S, A, B)
     if addend is not None:
         target.add_(addend)
     if target is not out:
         out.copy_(target)
 
 
-def _working_dtype(
-    dtype: torch.dtype, U: Tensor | None, V: Tensor | None, pinned: bool
-) -> torch.dtype:
-    if dtype == torch.bfloat16:
-        same = (U is None or U.dtype == dtype) and (V is None or V.dtype == dtype)
-        return dtype if same and not pinned else torch.float32
-    return torch.float32 if dtype == torch.float16 else dtype
+def _working_dtype(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | None) -> torch.dtype:
+    """float32 for 16-bit matrices, but bfloat16 where everything is."""
+    if x == torch.bfloat16 and U in (x, None) and V in (x, None):
+        return x
+    return torch.float64 if x == torch.float64 else torch.float32
+
+
+def needs_no_conversion(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | None) -> bool:
+    """Whether a matrix and its bases are all of the dtype they are multiplied in."""
+    return {x, U or x, V or x} == {_working_dtype(x, U, V)}
 
 
 def _identity(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
@@ -102,7 +101,7 @@ def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B:
         B.sub_(U * S.unsqueeze(-2))
     correction = _mm(A, V)
     B = _add(B, U, correction, -1.0, None if ready else B)
-    if U.shape[-1] + V.shape[-1] <= JOIN_LIMIT * min(x.shape[-2:]):
+    if step.joined:
         _update(out, x, torch.cat((U, B), -1), torch.cat((A, V.mT), -2), step)
     else:
         _update(out, x, U, A, step)
@@ -144,7 +143,7 @@ def _inner(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B
         _update(out, x, _mm(U, C), V.mT, step)
 
 
-_FORMS: dict[str, Callable[..., None]] = {
+FORMS: dict[str, Callable[..., None]] = {
     "identity": _identity,
     "zero": _zero,
     "left": _left,

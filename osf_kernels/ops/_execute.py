@@ -11,8 +11,8 @@ from torch import Tensor
 import osf_kernels.backends.torch as torch_backend
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem
-from osf_kernels.ops._validation import Choice, admit, check, meta
-from osf_kernels.plan import Matrix, Mode, Step
+from osf_kernels.ops._validation import Choice, Decision, admit, check
+from osf_kernels.plan import Mode
 
 
 def decide(
@@ -25,11 +25,11 @@ def decide(
     u_spans: str,
     v_spans: str,
     choice: Choice = "any",
-) -> tuple[Matrix, Step, str, str]:
+) -> Decision:
     """``admit``, with the caller's own argument names in a refusal."""
-    g_meta = meta(g)
-    u_meta = None if U is None else meta(U)
-    v_meta = None if V is None else meta(V)
+    g_meta = (g.shape, g.dtype, g.device)
+    u_meta = None if U is None else (U.shape, U.dtype, U.device)
+    v_meta = None if V is None else (V.shape, V.dtype, V.device)
     try:
         request = backends.requested()
         return admit(op, g_meta, u_meta, v_meta, mode, u_spans, v_spans, request, choice)
@@ -38,11 +38,18 @@ def decide(
         raise
 
 
+def execute_one(
+    decided: Decision, g: Tensor, out: Tensor, U: Tensor | None, V: Tensor | None
+) -> None:
+    """One projection; straight into torch where nothing has to be converted or unbatched."""
+    if decided.direct:
+        torch_backend.FORMS[decided.step.form](g, out, U, V, decided.step, None, None, None)
+    else:
+        execute([Problem(g, out, U, V, decided.step)], [decided.backend])
+
+
 def execute(problems: Sequence[Problem], names: Sequence[str]) -> None:
     """Runs problems of any batch shape, each on the backend of that name."""
-    if len(problems) == 1 and names[0] == "torch" and problems[0].x.dim() == 2:
-        torch_backend.run(problems)  # straight, as a small matrix feels every microsecond
-        return
     flat: list[Problem] = []
     flat_names: list[str] = []
     for problem, name in zip(problems, names, strict=True):

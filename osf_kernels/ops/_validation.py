@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+import osf_kernels.backends.torch as torch_backend
 from osf_kernels.backends import select
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
@@ -157,6 +158,16 @@ def shape_check(
     check(op, "gUV", meta(g), u_meta, v_meta, shard)
 
 
+class Decision(NamedTuple):
+    """What one matrix runs."""
+
+    matrix: Matrix
+    step: Step
+    backend: str
+    why: str
+    direct: bool  # on torch, one matrix, every operand in the working dtype
+
+
 @lru_cache(maxsize=8192)
 def admit(
     op: str,
@@ -168,8 +179,8 @@ def admit(
     v_spans: str,
     request: str,
     choice: Choice,
-) -> tuple[Matrix, Step, str, str]:
-    """(Matrix, Step, backend, why) of one matrix, or the refusal."""
+) -> Decision:
+    """What one matrix runs, or the refusal."""
     require_mode(op, mode)
     check(op, ("g", "U", "V"), g, U, V, choice == "shard")
     shape, dtype, device = g
@@ -190,7 +201,9 @@ def admit(
     else:
         step = choose(x, mode, device.type, once=choice != "any", shard=choice == "shard")
     backend, why = select(request, device, x, step)
-    return x, step, backend, why
+    dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
+    direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)
+    return Decision(x, step, backend, why, direct)
 
 
 def require_writable(op: str, names: Sequence[str], g: Tensor, *read: Tensor | None) -> None:
@@ -199,10 +212,10 @@ def require_writable(op: str, names: Sequence[str], g: Tensor, *read: Tensor | N
     ``names`` are those of g and of what is read, in order.
     """
     storage = g.untyped_storage().data_ptr()
-    for name, t in zip(names[1:], read, strict=False):
+    for i, t in enumerate(read, 1):
         if t is not None and t.untyped_storage().data_ptr() == storage and overlaps(g, t):
-            remedy = "use the in-place operator" if name == "g" else f"clone {name} first"
-            expected = f"apart from {name}"
+            remedy = "use the in-place operator" if names[i] == "g" else f"clone {names[i]} first"
+            expected = f"apart from {names[i]}"
             raise ValueError(describe(op, names[0], expected, "overlapping memory", remedy))
     if not g.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True)

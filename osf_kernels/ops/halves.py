@@ -113,13 +113,14 @@ def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[
 
 def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     op = "coefficients"
-    _, _, backend, _ = decide(op, "gUV", g, U, V, "complement", "high", "high", "shard")
+    decided = decide(op, "gUV", g, U, V, "complement", "high", "high", "shard")
     A, B = _empty_coefficients(g, U, V)
     if g.numel() == 0:
         return A.zero_(), B.zero_()  # sums of no products
     left, right = (U, A) if A.numel() else (None, None), (V, B) if B.numel() else (None, None)
     if A.numel() or B.numel():
         job = Coefficients(g, left[0], right[0], left[1], right[1])
+        backend = decided.backend
         backends.module(backend).coefficients(unbatch(job, backend))
     return A, B
 
@@ -144,7 +145,7 @@ def _apply__impl(
     v_spans: str,
 ) -> None:
     op = "apply_"
-    _, step, backend, _ = decide(op, "gUV", g, U, V, mode, u_spans, v_spans, "shard")
+    decided = decide(op, "gUV", g, U, V, mode, u_spans, v_spans, "shard")
     wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
@@ -155,8 +156,8 @@ def _apply__impl(
         if t.dtype != coefficient_dtype(g):
             raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
     require_writable(op, "gUVAB", g, U, V, A, B)
-    ready = Problem(g, g, U, V, step, A=None if U is None else A, B=None if V is None else B)
-    execute([ready], [backend])
+    A_, B_ = None if U is None else A, None if V is None else B
+    execute([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend])
 
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, mode: str, u: str, v: str) -> None:

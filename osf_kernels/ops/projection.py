@@ -12,7 +12,7 @@ from osf_kernels import backends
 from osf_kernels.backends.forms import Problem
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
-from osf_kernels.ops._execute import decide, execute
+from osf_kernels.ops._execute import decide, execute, execute_one
 from osf_kernels.ops._library import aligned, register
 from osf_kernels.ops._validation import (
     columns,
@@ -28,6 +28,7 @@ from osf_kernels.ops._validation import (
 from osf_kernels.plan import Mode, Plan
 
 BasisLike = Tensor | Basis | None
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 _FLIPPED = {"high": "low", "low": "high"}
 
 
@@ -69,7 +70,12 @@ def project(
     U, u_spans = columns("project", "U", U)
     V, v_spans = columns("project", "V", V)
     if out is None:
-        result: Tensor = _project(g, U, V, mode, u_spans, v_spans)
+        result: Tensor
+        if torch.compiler.is_compiling() or _needs_grad(g, U, V):
+            result = _project(g, U, V, mode, u_spans, v_spans)
+        else:
+            with _below_autograd():  # the registered Autograd kernel costs 6 µs to find that out
+                result = _project(g, U, V, mode, u_spans, v_spans)
         return result
     require_tensor("project", "out", out)
     if _needs_grad(g, U, V, out):
@@ -190,10 +196,8 @@ def plan(
         held_U, u_spans = columns("plan", f"U{tail}", left)
         held_V, v_spans = columns("plan", f"V{tail}", right)
         names = [f"{letter}{tail}" for letter in "gUV"]
-        x, step, backend, why = decide(
-            "plan", names, matrix, held_U, held_V, mode, u_spans, v_spans
-        )
-        entries.append((x, step, backend, why))
+        decided = decide("plan", names, matrix, held_U, held_V, mode, u_spans, v_spans)
+        entries.append(decided[:4])
     return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
 
 
@@ -213,9 +217,9 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def _project_impl(
     g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
 ) -> Tensor:
-    _, step, backend, _ = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
+    decided = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
     out = torch.empty_like(g)
-    execute([Problem(g, out, U, V, step)], [backend])
+    execute_one(decided, g, out, U, V)
     return out
 
 
@@ -228,21 +232,21 @@ def _project_out_impl(
     v_spans: str,
     out: Tensor,
 ) -> None:
-    _, step, backend, _ = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
+    decided = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
     if meta(out) != meta(g):
         expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
         raise ValueError(describe("project", "out", expected, got))
     require_writable("project", ("out", "g", "U", "V"), out, g, U, V)
-    execute([Problem(g, out, U, V, step)], [backend])
+    execute_one(decided, g, out, U, V)
 
 
 def _project__impl(
     g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
 ) -> None:
-    _, step, backend, _ = decide("project_", "gUV", g, U, V, mode, u_spans, v_spans)
+    decided = decide("project_", "gUV", g, U, V, mode, u_spans, v_spans)
     require_writable("project_", "gUV", g, U, V)
-    execute([Problem(g, g, U, V, step)], [backend])
+    execute_one(decided, g, g, U, V)
 
 
 def _project_many__impl(
@@ -257,10 +261,10 @@ def _project_many__impl(
     problems, names = [], []
     for i, (g, U, V, u, v) in enumerate(zip(grads, Us, Vs, u_spans, v_spans, strict=True)):
         arguments = (f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]")
-        _, step, backend, _ = decide(op, arguments, g, U, V, mode, u, v)
+        decided = decide(op, arguments, g, U, V, mode, u, v)
         require_writable(op, arguments, g, U, V)
-        problems.append(Problem(g, g, U, V, step))
-        names.append(backend)
+        problems.append(Problem(g, g, U, V, decided.step))
+        names.append(decided.backend)
     require_distinct(op, "grads", grads)
     execute(problems, names)
 

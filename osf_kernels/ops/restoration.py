@@ -198,11 +198,11 @@ def _impl(
         names = _names(i, single)
         # Two updates would round a 16-bit weight twice.
         choice = "pinned" if S is not None else "once" if W.element_size() == 2 else "any"
-        _, step, backend, _ = decide(op, names, W, U, V, mode, u, v, choice)  # type: ignore[arg-type]
+        decided = decide(op, names, W, U, V, mode, u, v, choice)  # type: ignore[arg-type]
         _check_pinned(op, names, W, U, V, S, addend, (u, v))
         require_writable(op, names, W, U, V, S, addend)
-        problems.append(Problem(W, W, U, V, step, S, addend))
-        backend_names.append(backend)
+        problems.append(Problem(W, W, U, V, decided.step, S, addend))
+        backend_names.append(decided.backend)
     require_distinct(op, "Ws", Ws)
     execute(problems, backend_names)
 
