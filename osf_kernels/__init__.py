@@ -2,6 +2,10 @@
 
 ``import osf_kernels`` works with no GPU, no Triton and no compiled extension; what then runs,
 and why, is what ``python -m osf_kernels info`` and :func:`plan` say.
+
+This package owns the operators: definition and validation (``ops/``), planning (``plan.py``),
+backends (``backends/``), and what a test of them needs (``testing.py``). It imports torch, and
+triton and the compiled extension lazily; imports run one way, downward in that order.
 """
 
 from osf_kernels._version import __version__

@@ -85,7 +85,8 @@ class Plan:
         form: the form, or the forms of a list, joined by " + ".
         flops: floating-point operations of all matrices (a multiply-add is two).
         bytes: bytes read and written, each operand once a step.
-        launches: kernel launches (library calls on the torch backend).
+        launches: calls of the two grouped kernels for the whole list; on the torch backend,
+            matmuls.
         backend: the backend, or the backends of a list, joined by " + ".
         why: the reason for the form and for the backend.
         matrices: (Matrix, Step, backend) of each matrix in order.
