@@ -69,14 +69,19 @@ class Line:
     times_ms: dict[str, float | None]
 
 
+def badness(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
 def verdict(lines: Sequence[Line], losses: Sequence[float]) -> tuple[bool, str]:
     """Whether what the demo is to show held, and the one sentence that says so, from the figures.
 
     ``lines`` ends with the line over all matrices; ``losses`` are the restored run's.
     """
     total = lines[-1]
-    worst_leak = max(line.leak for line in lines)
-    worst = max(lines, key=lambda line: line.restored_drift / line.rounding)
+    # NaN counts as worst; max() alone would pass over it.
+    worst_leak = max((line.leak for line in lines), key=badness)
+    worst = max(lines, key=lambda line: badness(line.restored_drift / line.rounding))
     quarter = max(1, len(losses) // 4)
     first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
     times = total.times_ms

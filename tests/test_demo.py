@@ -287,7 +287,7 @@ def test_verdict_says_what_was_measured() -> None:
 def test_verdict_fails_when_one_kind_fails(
     changes: dict[str, object], losses: list[float], reason: str
 ) -> None:
-    held, sentence = demo.verdict([line(**changes), line(demo.EVERYTHING)], losses)
+    held, sentence = demo.verdict([line(), line(**changes), line(demo.EVERYTHING)], losses)
     assert not held
     assert sentence.startswith("Not shown: ")
     assert reason in sentence
