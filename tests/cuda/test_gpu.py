@@ -178,7 +178,7 @@ def test_a_matrix_of_more_than_two_to_the_31_elements() -> None:
 def test_a_failed_call_is_named() -> None:
     from osf_kernels import _cuda  # type: ignore[attr-defined]
 
-    with pytest.raises(RuntimeError, match="cudaSetDevice failed|cudaDeviceGetAttribute.* failed"):
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice failed|cudaDeviceGetAttribute.* failed"):
         _cuda.update(b"", 9999, False, 0)
     with pytest.raises(ValueError, match="expected records of"):
         _cuda.update(b"12345", 0, False, 0)

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/: no spills, tensor-core and cp.async instructions, an importable module."""
+"""What nvcc makes of csrc/: no spills, tensor-core instructions, a module that imports."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def compile_kernel(source: Path, architecture: int, folder: Path) -> Report:
     virtual = f"compute_{architecture}"
     command = [str(nvcc()), "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-I", str(CSRC)]
     command += ["-Xptxas", "-v", f"-gencode=arch={virtual},code=sm_{architecture}"]
-    command += ["-keep", "-keep-dir", str(folder), "-c", str(source), "-o", str(folder / "out.o")]
+    command += ["-keep", "-keep-dir", str(folder)]
+    command += ["-cubin", str(source), "-o", str(folder / "out.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     said = done.stderr
@@ -112,7 +113,7 @@ def test_a_spill_is_reported(tmp_path: Path) -> None:
     """The gate bites: the same kernel, squeezed into half the registers, spills."""
     source = tmp_path / "squeezed.cu"
     text = (CSRC / "update.cuh").read_text()
-    changed = text.replace("__launch_bounds__(kThreads, 1)", "__launch_bounds__(kThreads, 2)")
+    changed = re.sub(r"__launch_bounds__\(kThreads,\s*1\)", "__launch_bounds__(kThreads, 2)", text)
     assert changed != text
     (tmp_path / "update.cuh").write_text(changed)
     source.write_text((CSRC / "inst" / "update_bf16.cu").read_text())
@@ -146,7 +147,7 @@ def test_dynamic_shared_memory_fits(tmp_path: Path) -> None:
     said = subprocess.run([str(built)], capture_output=True, text=True, check=True, timeout=60)
     sizes = [int(line) for line in said.stdout.split()]
     assert len(sizes) == len(KERNELS) - 1
-    assert 0 < min(sizes)
+    assert min(sizes) > 0
     assert max(sizes) <= SHARED_LIMIT
 
 

@@ -1,4 +1,4 @@
-"""Builds the SIMT emulator around the sources of csrc/ and runs jobs of ``backends.forms`` in it."""
+"""Builds the SIMT emulator around csrc/ and runs jobs of ``backends.forms`` in it."""
 
 from __future__ import annotations
 
