@@ -7,7 +7,7 @@ import torch
 
 from osf_kernels.backends.forms import Coefficients, Update
 from tests.emulator import draws
-from tests.emulator.harness import build, compiler, run
+from tests.emulator.harness import Run, build, compiler, run
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, F16, F32)
@@ -19,7 +19,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(sum(map(ord, str(key))))
 
 
-def check_coefficients(jobs: list[Coefficients], **options: object) -> None:
+def check_coefficients(jobs: list[Coefficients], **options: object) -> Run:
     """Every job against float64, and every seed against the first, bit for bit."""
     runs = run(jobs, **options)  # type: ignore[arg-type]
     for job in jobs:
@@ -32,9 +32,10 @@ def check_coefficients(jobs: list[Coefficients], **options: object) -> None:
             draws.assert_as_accurate(got, truth, eager.to(out.dtype), term)
             for other in runs[1:]:
                 assert torch.equal(got, other[out]), "another schedule, other bits"
+    return runs[0]
 
 
-def check_update(jobs: list[Update], **options: object) -> None:
+def check_update(jobs: list[Update], **options: object) -> Run:
     runs = run(jobs, **options)  # type: ignore[arg-type]
     for job in jobs:
         got = runs[0][job.out]
@@ -42,6 +43,7 @@ def check_update(jobs: list[Update], **options: object) -> None:
         draws.assert_as_accurate(got, truth, draws.true_update(job, job.out.dtype), terms)
         for other in runs[1:]:
             assert torch.equal(got, other[job.out]), "another schedule, other bits"
+    return runs[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,8 +126,7 @@ def test_a_list_of_every_shape_and_dtype() -> None:
         draws.coefficients_job(1, 1, 1, 1, F32, g),
         draws.coefficients_job(65, 33, 10, 10, BF16, g, offset=True),
     ]
-    check_coefficients(coefficients, multiprocessors=13)
-    together = run(coefficients, multiprocessors=13)[0]
+    together = check_coefficients(coefficients, multiprocessors=13)
     for job in coefficients[:3]:
         assert job.A is not None
         assert torch.equal(together[job.A], run([job], multiprocessors=13)[0][job.A])
@@ -139,9 +140,8 @@ def test_a_list_of_every_shape_and_dtype() -> None:
         draws.update_job(1, 1, 1, 1, F32, g),
         draws.update_job(30, 30, 7, 7, BF16, g, coefficient_dtype=BF16),
     ]
-    check_update(updates, multiprocessors=2)
-    alone = run(updates[:1])[0][updates[0].out]
-    assert torch.equal(run(updates)[0][updates[0].out], alone)
+    together = check_update(updates, multiprocessors=2)
+    assert torch.equal(together[updates[0].out], run(updates[:1])[0][updates[0].out])
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,7 @@ def test_ranks_beyond_a_block(dtype: torch.dtype, r: int, k: int, reads: int) ->
     """x is read once more for each further block of the larger rank."""
     g = generator("rank", dtype)
     job = draws.coefficients_job(160, 150, r, k, dtype, g)
-    check_coefficients([job])
-    found = run([job])[0].bytes_read[id(job.x)]
+    found = check_coefficients([job]).bytes_read[id(job.x)]
     assert found == reads * job.x.numel() * job.x.element_size()
     check_update([draws.update_job(160, 150, r, k, dtype, g)])
 
@@ -184,8 +183,7 @@ def test_addend_and_beta(dtype: torch.dtype, addend: torch.dtype | None) -> None
         70, 45, 6, 9, dtype, g, alpha=0.5, beta=0.0, addend=addend, out_layout="rows"
     )
     job.x.fill_(draws.NAN)
-    check_update([job])
-    assert run([job])[0].bytes_read[id(job.x)] == 0
+    assert check_update([job]).bytes_read[id(job.x)] == 0
     check_update([draws.update_job(70, 45, 6, 9, dtype, g, alpha=-2.0, addend=addend)])
 
 
@@ -312,7 +310,7 @@ def test_the_dual_form_reads_x_twice_and_writes_it_once(dtype: torch.dtype) -> N
     first = draws.coefficients_job(150, 140, 20, 24, dtype, g)
     second = draws.update_job(150, 140, 20, 24, dtype, g)
     size = first.x.numel() * first.x.element_size()
-    coefficients, update = run([first])[0], run([second])[0]
+    coefficients, update = check_coefficients([first]), check_update([second])
     assert coefficients.launches == 2
     assert update.launches == 1
     read = coefficients.bytes_read[id(first.x)] + update.bytes_read[id(second.x)]
@@ -324,12 +322,10 @@ def test_the_dual_form_reads_x_twice_and_writes_it_once(dtype: torch.dtype) -> N
 @pytest.mark.slow
 def test_more_matrices_than_one_launch_holds() -> None:
     g = generator("many")
-    jobs = [draws.coefficients_job(9, 1 + i % 40, 2, 3, F32, g) for i in range(230)]
-    check_coefficients(jobs)
-    assert run(jobs)[0].launches == 5  # 2 of products, 3 of 460 sums
-    updates = [draws.update_job(9, 1 + i % 40, 2, 3, F32, g) for i in range(100)]
-    check_update(updates)
-    assert run(updates)[0].launches == 2
+    jobs = [draws.coefficients_job(9, 3 + i % 40, 2, 3, F32, g) for i in range(230)]
+    assert check_coefficients(jobs).launches == 4  # 2 of products, 2 of 460 sums
+    updates = [draws.update_job(9, 3 + i % 40, 2, 3, F32, g) for i in range(130)]
+    assert check_update(updates).launches == 2
 
 
 @pytest.mark.slow
@@ -365,7 +361,7 @@ def test_under_the_sanitizers(dtype: torch.dtype) -> None:
     check_coefficients(
         [
             draws.coefficients_job(131, 67, 5, 9, dtype, g),
-            draws.coefficients_job(35, 45, 70, 9, dtype, g, layouts=("columns",) * 3),
+            draws.coefficients_job(75, 45, 70, 9, dtype, g, layouts=("columns",) * 3),
             draws.coefficients_job(35, 45, 7, None, dtype, g, layouts=("unaligned",) * 3),
             draws.coefficients_job(35, 45, 7, 7, dtype, g, offset=True, out_layout="strided"),
         ],
@@ -374,7 +370,7 @@ def test_under_the_sanitizers(dtype: torch.dtype) -> None:
     check_update(
         [
             draws.update_job(131, 67, 5, 9, dtype, g),
-            draws.update_job(35, 45, 40, 9, dtype, g, layouts=("columns",) * 3, addend=dtype),
+            draws.update_job(45, 45, 40, 9, dtype, g, layouts=("columns",) * 3, addend=dtype),
             draws.update_job(35, 45, 7, None, dtype, g, layouts=("unaligned",) * 3),
         ],
         **options,

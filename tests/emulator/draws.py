@@ -41,8 +41,14 @@ def randn(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor
 
 def columns(n: int, r: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """(n, r) orthonormal columns, rounded to dtype."""
-    q = torch.linalg.qr(torch.randn(n, max(r, 1), dtype=torch.float64, generator=generator))[0]
-    return q[:, :r].to(dtype).contiguous()
+    assert r <= n
+    q = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64, generator=generator))[0]
+    return q.to(dtype).contiguous()
+
+
+def dense(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous: torch's bfloat16 products on a CPU may read the NaNs between a view's lines."""
+    return a.to(dtype).contiguous()
 
 
 def coefficients_job(
@@ -76,17 +82,17 @@ def coefficients_job(
 
 def true_coefficients(job: Coefficients, dtype: torch.dtype) -> list[Tensor]:
     """A and B (where present) computed in another dtype."""
-    x = job.x.to(dtype)
+    x = dense(job.x, dtype)
     found = []
     if job.U is not None:
-        A = job.U.to(dtype).mT @ x
+        A = dense(job.U, dtype).mT @ x
         if job.S is not None and job.V is not None:
-            A = A - job.S.to(dtype)[:, None] * job.V.to(dtype).mT
+            A = A - dense(job.S, dtype)[:, None] * dense(job.V, dtype).mT
         found.append(A)
     if job.V is not None:
-        B = x @ job.V.to(dtype)
+        B = x @ dense(job.V, dtype)
         if job.S is not None and job.U is not None:
-            B = B - job.U.to(dtype) * job.S.to(dtype)
+            B = B - dense(job.U, dtype) * dense(job.S, dtype)
         found.append(B)
     return found
 
@@ -128,13 +134,13 @@ def true_update(job: Update, dtype: torch.dtype) -> Tensor:
     """out computed in another dtype."""
     out = torch.zeros(job.out.shape, dtype=dtype)
     if job.beta:
-        out = out + job.beta * job.x.to(dtype)
+        out = out + job.beta * dense(job.x, dtype)
     if job.L1 is not None and job.R1 is not None:
-        out = out + job.alpha * (job.L1.to(dtype) @ job.R1.to(dtype))
+        out = out + job.alpha * (dense(job.L1, dtype) @ dense(job.R1, dtype))
     if job.L2 is not None and job.R2 is not None:
-        out = out + job.alpha * (job.L2.to(dtype) @ job.R2.to(dtype))
+        out = out + job.alpha * (dense(job.L2, dtype) @ dense(job.R2, dtype))
     if job.addend is not None:
-        out = out + job.addend.to(dtype)
+        out = out + dense(job.addend, dtype)
     return out
 
 
