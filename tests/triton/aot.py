@@ -63,15 +63,14 @@ class Compiled(NamedTuple):
     shared_bytes: int
     wide_loads: int
     narrow_loads: int
-    # A TF32 operand must run along the summed dimension, so where float32 x enters transposed
-    # Triton copies it 4 bytes at a time (still a warp's 128 bytes at once).
-    transposes_float32: bool = False
+    # A TF32 operand must run along the summed dimension. One that does not is turned on its way
+    # into shared memory, by copies of 4 bytes (still a warp's 128 bytes at once).
+    float32_operands: bool = False
 
 
 def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) -> schedule.Launch:
     """The launch a config makes of contiguous matrices, metadata and all."""
-    shape = (256, 512) if aligned else (255, 511)
-    m, n = shape
+    m, n = (512, 512) if aligned else (513, 511)  # long enough for every sum to be split
     rank = 64 if aligned else 63
     if isinstance(config, configs.OnePass):
         rank = config.block_r if aligned else config.block_r - 1
@@ -123,8 +122,8 @@ def compile_launch(made: schedule.Launch, architecture: str) -> Compiled:
     kind = ", ".join(str(v).removeprefix("torch.") for v in list(made.constants.values())[:7])
     name = f"{made.kernel} {made.config} [{kind}] on {architecture}"
     read = _hip if architecture.startswith("gfx") else _cuda
-    transposes = made.kernel == "two_pass" and made.constants["DOT"] == torch.float32
-    return read(name, architecture, compiled)._replace(transposes_float32=transposes)
+    float32_operands = made.constants["DOT"] == torch.float32
+    return read(name, architecture, compiled)._replace(float32_operands=float32_operands)
 
 
 def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
@@ -188,7 +187,8 @@ def faults(
     """What a config must not do to its kernel."""
     found = []
     limit = SHARED_LIMIT[compiled.architecture]
-    if tensor_core and not compiled.tensor_core:
+    # Small tiles of odd strides may use the instruction of the generation before.
+    if tensor_core and not (compiled.tensor_core or (compiled.fallback and not aligned)):
         found.append("no tensor-core instruction")
     if compiled.spilled_bytes:
         found.append(f"spills {compiled.spilled_bytes} bytes a thread")
@@ -196,7 +196,7 @@ def faults(
         found.append(f"{compiled.shared_bytes} bytes of shared memory, limit {limit}")
     if aligned and not compiled.wide_loads:
         found.append("no 16-byte load")
-    if aligned and compiled.narrow_loads and not compiled.transposes_float32:
+    if aligned and compiled.narrow_loads and not compiled.float32_operands:
         found.append(f"{compiled.narrow_loads} loads of under 8 bytes")
     if compiled.architecture.startswith("sm_"):
         resident = config.programs_per_sm

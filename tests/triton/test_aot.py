@@ -35,17 +35,23 @@ def on(architecture: str, kind: aot.Class) -> aot.Class:
     return kind._replace(float32_precision="ieee") if native else kind
 
 
-def check(architecture: str, name: str, *, aligned: bool = True) -> int:
-    """Compiles every config that serves a class of operands; returns how many."""
+def check(architecture: str, name: str, *, aligned: bool = True, strided: bool = False) -> int:
+    """Compiles every config that serves a class of operands; returns how many.
+
+    Not aligned: rows of odd width. Strided: no unit stride anywhere.
+    """
     kind = on(architecture, CLASSES[name])
     wrong = []
     checked = 0
-    rows = configs.shipped(architecture)
+    rows = configs.shipped(architecture, aligned)
     for width, config in rows:
         reduces = isinstance(config, configs.Reduce)
         if not reduces and width != aot.operand_bytes(config, kind):
             continue
-        compiled = aot.compile_launch(aot.launches_of(config, kind, aligned=aligned), architecture)
+        made = aot.launches_of(config, kind, aligned=aligned)
+        if strided:
+            made.constants.update({key: 0 for key in made.constants if key.endswith("_LAYOUT")})
+        compiled = aot.compile_launch(made, architecture)
         found = aot.faults(compiled, config, tensor_core=not reduces, aligned=aligned)
         wrong += [f"{compiled.name}: {fault}" for fault in found]
         checked += 1
@@ -66,10 +72,12 @@ def test_every_config(architecture: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
 @pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
-def test_unaligned_strides(architecture: str) -> None:
-    """Odd widths compile to other code, which must not spill either."""
-    assert check(architecture, "bf16", aligned=False) == 7
+def test_unaligned_strides(architecture: str, name: str, strided: bool) -> None:
+    """Odd widths and strides compile to other code, which must not spill either."""
+    assert check(architecture, name, aligned=False, strided=strided) == 6
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ def launches(jobs: list[Coefficients], architecture: str = "sm_90") -> list[sche
         jobs,
         fill=configs.FILL[architecture],
         float32_precision="tf32x3",
-        choose=lambda _, width, r, k: configs.coefficients_config(architecture, width, r, k),
+        choose=lambda _, width, r, k, aligned: configs.coefficients_config(
+            architecture, width, r, k, aligned=aligned
+        ),
     )
 
 
@@ -43,7 +45,7 @@ def update_launches(jobs: list[Update]) -> list[schedule.Batch]:
     return schedule.update_launches(
         jobs,
         float32_precision="tf32x3",
-        choose=lambda _, width, rank: configs.update_config("sm_90", width, rank),
+        choose=lambda _, width, rank, aligned: configs.update_config("sm_90", width, rank, aligned),
     )
 
 
@@ -117,9 +119,9 @@ def test_small_output_fills_the_machine() -> None:
     [
         (torch.zeros(64, 64), Layout.ROW),
         (torch.zeros(64, 64).mT, Layout.COLUMN),
-        (torch.zeros(64, 66), Layout.GENERAL),  # rows of 264 bytes
-        (torch.zeros(64, 65)[:, :64], Layout.GENERAL),
-        (torch.zeros(64, 68)[:, 1:65], Layout.GENERAL),  # starts off a boundary
+        (torch.zeros(64, 66), Layout.UNALIGNED_ROW),  # rows of 264 bytes
+        (torch.zeros(64, 65)[:, :64], Layout.UNALIGNED_ROW),
+        (torch.zeros(64, 68)[:, 1:65], Layout.UNALIGNED_ROW),  # starts off a boundary
         (torch.zeros(64, 72)[:, 4:68], Layout.ROW),
         (torch.zeros(64, 128)[:, ::2], Layout.GENERAL),
         (torch.zeros(1, 64).expand(64, 64), Layout.ROW),
@@ -127,7 +129,12 @@ def test_small_output_fills_the_machine() -> None:
 )
 def test_layout(view: Tensor, layout: Layout) -> None:
     assert View.of(view).layout is layout
-    flipped = {Layout.ROW: Layout.COLUMN, Layout.COLUMN: Layout.ROW}.get(layout, layout)
+    turned = {
+        Layout.ROW: Layout.COLUMN,
+        Layout.UNALIGNED_ROW: Layout.UNALIGNED_COLUMN,
+        Layout.GENERAL: Layout.GENERAL,
+    }
+    flipped = turned.get(layout, Layout.ROW)
     assert View.of(view).mT.layout is flipped
 
 

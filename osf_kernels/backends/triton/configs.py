@@ -97,11 +97,11 @@ _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
     },
     "sm_90": {
         2: (OnePass(64, 256, 32, 8, 2, 2), OnePass(64, 128, 64, 8, 2, 2)),
-        4: (OnePass(64, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        4: (OnePass(64, 64, 32, 8, 1, 1), OnePass(32, 64, 64, 8, 1, 1)),
     },
     "sm_100": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 2)),
-        4: (OnePass(64, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        4: (OnePass(64, 64, 32, 8, 1, 1), OnePass(32, 64, 64, 8, 1, 1)),
     },
     "gfx942": {
         2: (OnePass(64, 128, 32, 8, 1, 1), OnePass(64, 128, 64, 8, 1, 1)),
@@ -135,23 +135,33 @@ _UPDATE: dict[str, dict[int, tuple[Update, Update]]] = {
     },
     "sm_90": {
         2: (Update(128, 64, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
-        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 16, 8, 8, 2, 1)),
+        4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 16, 8, 8, 2, 1)),
     },
     "sm_100": {
         2: (Update(128, 64, 32, 8, 8, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
-        4: (Update(64, 64, 32, 8, 4, 2, 2), Update(64, 128, 32, 8, 8, 2, 1)),
+        4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 32, 8, 8, 2, 1)),
     },
     "gfx942": {
         2: (Update(128, 128, 32, 8, 8, 1, 1), Update(128, 128, 64, 8, 8, 1, 1)),
         4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 32, 8, 8, 1, 1)),
     },
 }
+# Where some row is not a multiple of 16 bytes every element has an address of its own, and the
+# tiles above would spill; these serve every architecture and any width of operand.
+_UNALIGNED_ONE_PASS = (OnePass(32, 32, 32, 4, 1, 1), OnePass(32, 32, 64, 8, 1, 1))
+_UNALIGNED_TWO_PASS = TwoPass(64, 32, 32, 4, 1, 2)
+_UNALIGNED_UPDATE = Update(64, 32, 16, 8, 4, 1, 2)
 # Up to this rank the first row of _UPDATE serves, beyond it the second.
 _SMALL_UPDATE_RANK = 32
 
 
 def coefficients_config(
-    architecture: str, operand_bytes: int, r: int, k: int, variant: str | None = None
+    architecture: str,
+    operand_bytes: int,
+    r: int,
+    k: int,
+    variant: str | None = None,
+    aligned: bool = True,
 ) -> OnePass | TwoPass:
     """The pinned config of A = Uᵀx, B = xV at ranks r and k (0: that side is absent).
 
@@ -160,6 +170,7 @@ def coefficients_config(
         operand_bytes: width of a dot operand, 2 or 4.
         r, k: ranks.
         variant: "one_pass" or "two_pass" to override the rule.
+        aligned: whether every matrix has rows or columns of whole, aligned 16-byte vectors.
 
     Raises:
         ValueError: one_pass asked for where it cannot serve (a side absent, or the rank beyond
@@ -169,7 +180,7 @@ def coefficients_config(
     if variant is None:
         variant = "one_pass" if both and r + k <= ONE_PASS_RANK_SUM else "two_pass"
     if variant == "one_pass":
-        rows = _ONE_PASS[architecture][operand_bytes]
+        rows = _ONE_PASS[architecture][operand_bytes] if aligned else _UNALIGNED_ONE_PASS
         if not both or max(r, k) > rows[-1].block_r:
             raise ValueError(
                 "osf_kernels.backends.triton: expected both sides and ranks of at most "
@@ -177,6 +188,8 @@ def coefficients_config(
             )
         return next(row for row in rows if max(r, k) <= row.block_r)
     if variant == "two_pass":
+        if not aligned:
+            return _UNALIGNED_TWO_PASS
         small, large = _TWO_PASS[architecture][operand_bytes]
         return small if max(r, k) <= small.block_r else large
     raise ValueError(
@@ -185,8 +198,10 @@ def coefficients_config(
     )
 
 
-def update_config(architecture: str, operand_bytes: int, rank: int) -> Update:
+def update_config(architecture: str, operand_bytes: int, rank: int, aligned: bool = True) -> Update:
     """The pinned config of a rank-``rank`` update (the larger rank of its two terms)."""
+    if not aligned:
+        return _UNALIGNED_UPDATE
     small, large = _UPDATE[architecture][operand_bytes]
     return small if rank <= _SMALL_UPDATE_RANK else large
 
@@ -209,9 +224,12 @@ def candidates(config: Config) -> list[Config]:
     return nearby
 
 
-def shipped(architecture: str) -> list[tuple[int, Config]]:
+def shipped(architecture: str, aligned: bool = True) -> list[tuple[int, Config]]:
     """Every (operand bytes, config) a rule of this file can choose on an architecture."""
     rows: list[tuple[int, Config]] = []
+    if not aligned:
+        general = (*_UNALIGNED_ONE_PASS, _UNALIGNED_TWO_PASS, _UNALIGNED_UPDATE, REDUCE)
+        return [(width, config) for width in (2, 4) for config in general]
     for table in (_ONE_PASS, _TWO_PASS, _UPDATE):
         for operand_bytes, configs in table[architecture].items():
             rows.extend((operand_bytes, config) for config in configs)

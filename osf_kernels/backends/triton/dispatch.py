@@ -52,12 +52,14 @@ def _plan_coefficients(
 ) -> list[schedule.Batch]:
     architecture = launch.architecture(device)
 
-    def choose(job: Coefficients, width: int, r: int, k: int) -> configs.OnePass | configs.TwoPass:
+    def choose(
+        job: Coefficients, width: int, r: int, k: int, aligned: bool
+    ) -> configs.OnePass | configs.TwoPass:
         if config is not None:
             return config
         # A matrix without elements still has coefficients (zero, less the offset).
         wanted = variant if job.x.numel() else "two_pass"
-        pinned = configs.coefficients_config(architecture, width, r, k, wanted)
+        pinned = configs.coefficients_config(architecture, width, r, k, wanted, aligned)
         if not _searching():
             return pinned
 
@@ -65,7 +67,7 @@ def _plan_coefficients(
             scratch = [autotune.scratch_coefficients(job)]
             return lambda chosen: coefficients(scratch, None, chosen, precision)  # type: ignore[arg-type]
 
-        key = ("coefficients", architecture, type(pinned), *_bucket(job, job.x, r, k))
+        key = ("coefficients", architecture, aligned, variant, *_bucket(job, job.x, r, k))
         return _tuner().choose(key, pinned, runner)
 
     return schedule.coefficients_launches(
@@ -81,10 +83,10 @@ def _plan_update(
 ) -> list[schedule.Batch]:
     architecture = launch.architecture(device)
 
-    def choose(job: Update, width: int, rank: int) -> configs.Update:
+    def choose(job: Update, width: int, rank: int, aligned: bool) -> configs.Update:
         if config is not None:
             return config
-        pinned = configs.update_config(architecture, width, rank)
+        pinned = configs.update_config(architecture, width, rank, aligned)
         if not _searching():
             return pinned
 
@@ -93,7 +95,7 @@ def _plan_update(
             return lambda chosen: update(scratch, chosen, precision)  # type: ignore[arg-type]
 
         return _tuner().choose(
-            ("update", architecture, *_bucket(job, job.out, rank)), pinned, runner
+            ("update", architecture, aligned, *_bucket(job, job.out, rank)), pinned, runner
         )
 
     return schedule.update_launches(jobs, float32_precision=precision, choose=choose)

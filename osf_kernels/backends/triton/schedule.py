@@ -50,6 +50,12 @@ class Layout(IntEnum):
     GENERAL = 0
     ROW = 1  # unit stride along dim 1; address, other stride and width multiples of 16 bytes
     COLUMN = 2  # the same along dim 0
+    UNALIGNED_ROW = 3  # unit stride along dim 1 and no more
+    UNALIGNED_COLUMN = 4  # unit stride along dim 0 and no more
+
+    @property
+    def aligned(self) -> bool:
+        return self in (Layout.ROW, Layout.COLUMN)
 
 
 class View(NamedTuple):
@@ -100,7 +106,9 @@ class View(NamedTuple):
                 return Layout.ROW
             if self.row_stride == 1 and not (self.column_stride % vector or self.rows % vector):
                 return Layout.COLUMN
-        return Layout.GENERAL
+        if self.column_stride == 1:
+            return Layout.UNALIGNED_ROW
+        return Layout.UNALIGNED_COLUMN if self.row_stride == 1 else Layout.GENERAL
 
     @property
     def runs_down(self) -> bool:
@@ -190,9 +198,9 @@ def coefficients_launches(
     *,
     fill: int,
     float32_precision: str,
-    choose: Callable[[Coefficients, int, int, int], configs.OnePass | configs.TwoPass],
+    choose: Callable[[Coefficients, int, int, int, bool], configs.OnePass | configs.TwoPass],
 ) -> list[Batch]:
-    """Group jobs into launches; ``choose(job, operand bytes, r, k)`` picks a job's config.
+    """Group jobs into launches; ``choose(job, operand bytes, r, k, aligned)`` picks a config.
 
     Jobs share a launch when they agree on config, dtypes, layouts and which sides they ask for.
     Each batch is one or two launches: the reductions, then the ordered sum of their parts.
@@ -217,7 +225,8 @@ def coefficients_launches(
         u_dtype, v_dtype = (u or v).dtype, (v or u).dtype  # type: ignore[union-attr]
         dot, precision = dot_rule(x.dtype, (u_dtype, v_dtype), (), float32_precision)
         r, k = (a.columns if a else 0), (b.columns if b else 0)
-        config = choose(job, dot.itemsize, r, k)
+        aligned = all(view.layout.aligned for view in (x, u, v, a, b) if view)
+        config = choose(job, dot.itemsize, r, k, aligned)
         if isinstance(config, configs.OnePass) and not 0 < min(r, k) <= max(r, k) <= config.block_r:
             raise ValueError(
                 "osf_kernels.backends.triton: expected two sides of ranks up to "
@@ -388,9 +397,9 @@ def update_launches(
     jobs: Sequence[Update],
     *,
     float32_precision: str,
-    choose: Callable[[Update, int, int], configs.Update],
+    choose: Callable[[Update, int, int, bool], configs.Update],
 ) -> list[Batch]:
-    """Group jobs into launches; ``choose(job, operand bytes, larger rank)`` picks a config."""
+    """Group jobs into launches; ``choose(job, operand bytes, larger rank, aligned)`` as above."""
     groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], _Group]] = {}
     for job in jobs:
         if job.beta not in (0, 1):
@@ -423,7 +432,9 @@ def update_launches(
             float32_precision,
         )
         ranks = [term[0].columns if term else 0 for term in (first, second)]
-        config = choose(job, dot.itemsize, max(ranks))
+        views = [out, x if job.beta else out, *(first or ()), *(second or ()), addend or out]
+        aligned = all(view.layout.aligned for view in views)
+        config = choose(job, dot.itemsize, max(ranks), aligned)
         constants: dict[str, object] = {
             "OUT": out.dtype,
             "X": x.dtype,

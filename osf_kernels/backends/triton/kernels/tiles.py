@@ -60,9 +60,9 @@ def tile_pointers(view, rows, columns, LAYOUT: tl.constexpr):
     """Addresses of the tile rows[:, None], columns[None, :] of a view."""
     wide_rows = rows.to(tl.int64)[:, None]
     wide_columns = columns.to(tl.int64)[None, :]
-    if LAYOUT == 1:
+    if LAYOUT == 1 or LAYOUT == 3:
         pointers = view[0] + wide_rows * view[1] + wide_columns
-    elif LAYOUT == 2:
+    elif LAYOUT == 2 or LAYOUT == 4:
         pointers = view[0] + wide_columns * view[2] + wide_rows
     else:
         pointers = view[0] + wide_rows * view[1] + wide_columns * view[2]

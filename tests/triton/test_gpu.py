@@ -1,0 +1,236 @@
+"""The Triton kernels on a GPU: float64 parity, determinism, streams, graphs, 64-bit offsets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from osf_kernels.backends import triton as backend
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.triton import configs
+from tests.helpers import generator_for, randn
+from tests.triton.jobs import assert_coefficients, assert_update
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRECISIONS = ("tf32x3", "tf32", "ieee")
+# Large and small, wide and tall, aligned and odd, below and beyond the rank block.
+SHAPES = [
+    ((1024, 1024), (64, 64)),
+    ((4096, 384), (16, 24)),
+    ((384, 4096), (100, 130)),
+    ((257, 1031), (33, 7)),
+    ((64, 64), (8, 8)),
+    ((3000, 2049), (200, 0)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _usable() -> None:
+    reason = backend.unavailable_reason(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def on_device(job: Coefficients) -> Coefficients:
+    return Coefficients(*(None if t is None else t.cuda() for t in job))  # type: ignore[arg-type]
+
+
+def draw(
+    shape: tuple[int, int],
+    ranks: tuple[int, int],
+    dtype: torch.dtype,
+    g: torch.Generator,
+    *,
+    offset: bool = False,
+) -> Coefficients:
+    (m, n), (r, k) = shape, ranks
+    job = Coefficients(
+        randn(m, n, dtype=dtype, generator=g),
+        randn(m, r, dtype=dtype, generator=g),
+        randn(n, k, dtype=dtype, generator=g),
+        torch.full((r, n), torch.nan),
+        torch.full((m, k), torch.nan),
+        torch.rand(r, generator=g) + 0.5 if offset else None,
+    )
+    return on_device(job)
+
+
+def update_of(job: Coefficients) -> Update:
+    assert job.V is not None
+    return Update(job.x, job.x, job.U, job.A, job.B, job.V.mT, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_list_of_mixed_shapes(dtype: torch.dtype, precision: str) -> None:
+    g = generator_for("gpu", dtype, precision)
+    jobs = [draw(shape, ranks, dtype, g) for shape, ranks in SHAPES]
+    backend.coefficients(jobs, float32_precision=precision)
+    for job in jobs:
+        assert_coefficients(job, precision)
+    before = [job.x.clone() for job in jobs]
+    updates = [update_of(job) for job in jobs]
+    backend.update(updates, float32_precision=precision)
+    for update, x in zip(updates, before, strict=True):
+        assert_update(update, x, precision)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["one_pass", "two_pass"])
+def test_variants_and_offset(dtype: torch.dtype, variant: str) -> None:
+    g = generator_for("gpu", dtype, variant)
+    for ranks in ((32, 32), (64, 64)):
+        jobs = [draw((1500, 900), ranks, dtype, g, offset=True)]
+        assert jobs[0].A is not None
+        assert jobs[0].B is not None
+        columns = jobs[0].x.mT.contiguous().mT
+        A, B = torch.empty_like(jobs[0].A), torch.empty_like(jobs[0].B)
+        jobs.append(jobs[0]._replace(x=columns, A=A, B=B))
+        backend.coefficients(jobs, variant=variant)
+        for job in jobs:
+            assert_coefficients(job, "tf32x3")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_in_a_list_a_loop_and_again(dtype: torch.dtype) -> None:
+    g = generator_for("gpu bits", dtype)
+    jobs = [draw(shape, ranks, dtype, g) for shape, ranks in SHAPES]
+    inputs = [job.x.clone() for job in jobs]
+    outcomes = []
+    for batches in ([jobs], [jobs], [[job] for job in jobs]):
+        for job, x in zip(jobs, inputs, strict=True):
+            job.x.copy_(x)
+        for batch in batches:
+            backend.coefficients(batch)
+            backend.update([update_of(job) for job in batch])
+        outcomes.append([t.clone() for job in jobs for t in (job.x, job.A, job.B) if t is not None])
+    for other in outcomes[1:]:
+        assert all(map(torch.equal, outcomes[0], other))
+
+
+def test_non_finite_values_stay() -> None:
+    g = generator_for("gpu nan")
+    for dtype in DTYPES:
+        for value in (torch.nan, torch.inf):
+            job = draw((300, 200), (16, 16), dtype, g)
+            job.x[37, 21] = value
+            backend.coefficients([job])
+            assert job.A is not None
+            assert not bool(job.A[:, 21].isfinite().any())
+            backend.update([update_of(job)])
+            assert not bool(job.x[:, 21].isfinite().any())
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_graph_capture_and_replay(warm: bool) -> None:
+    """Replays follow new contents of the same tensors, whether or not the call had run before."""
+    g = generator_for("gpu graph", warm)
+    # Compiles kernels and reserves pinned memory: a capture can do neither.
+    compiled = [draw((512, 640), (32, 48), torch.bfloat16, g)]
+    backend.coefficients(compiled)
+    backend.update([update_of(compiled[0])])
+    job = draw((512, 640), (32, 48), torch.bfloat16, g)
+    original = job.x.clone()
+    if warm:
+        backend.coefficients([job])
+        backend.update([update_of(job)])
+        job.x.copy_(original)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.coefficients([job])
+        backend.update([update_of(job)])
+    for _ in range(3):
+        fresh = torch.randn_like(original)
+        job.x.copy_(fresh)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_coefficients(job._replace(x=fresh))
+        assert_update(update_of(job), fresh)
+
+
+def test_stream_of_the_caller() -> None:
+    """Work follows the current stream's order: a slow fill before it is seen."""
+    g = generator_for("gpu stream")
+    job = draw((1024, 768), (32, 32), torch.bfloat16, g)
+    fresh = torch.randn_like(job.x)
+    job.x.fill_(torch.nan)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        job.x.copy_(fresh)
+        backend.coefficients([job])
+        backend.update([update_of(job)])
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_coefficients(job._replace(x=fresh))
+    assert_update(update_of(job), fresh)
+
+
+def test_repeated_call_copies_nothing() -> None:
+    """The second call with the same tensors finds its metadata on the device."""
+    g = generator_for("gpu cache")
+    job = draw((512, 512), (16, 16), torch.bfloat16, g)
+    backend.coefficients([job])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        backend.coefficients([job])
+        torch.cuda.synchronize()
+    assert not [event.key for event in profile.key_averages() if "Memcpy" in event.key]
+
+
+def test_search_leaves_the_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OSF_AUTOTUNE", "1")
+    g = generator_for("gpu autotune")
+    job = draw((700, 900), (40, 40), torch.bfloat16, g)
+    before = job.x.clone()
+    backend.coefficients([job])
+    assert_coefficients(job)
+    assert torch.equal(job.x, before)
+    backend.update([update_of(job)])
+    assert_update(update_of(job), before)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    """Offsets beyond 2³¹ elements: the last rows are right, checked in float64 by the row."""
+    m, n, r = 2**16 + 64, 2**15 + 256, 16
+    needed_bytes = 2 * m * n * 2
+    free_bytes = torch.cuda.mem_get_info()[0]
+    if free_bytes < needed_bytes * 1.25:
+        pytest.skip(f"needs {needed_bytes >> 30} GiB of free device memory")
+    assert m * n > 2**31
+    x = torch.randn(m, n, dtype=torch.bfloat16, device="cuda")
+    U = torch.randn(m, r, dtype=torch.bfloat16, device="cuda")
+    V = torch.randn(n, r, dtype=torch.bfloat16, device="cuda")
+    A = torch.full((r, n), torch.nan, device="cuda")
+    B = torch.full((m, r), torch.nan, device="cuda")
+    backend.coefficients([Coefficients(x, U, V, A, B)])
+    tail, last = slice(m - 64, m), slice(n - 64, n)
+    assert_coefficients(Coefficients(x[tail], None, V, None, B[tail].clone()))
+    assert_coefficients(Coefficients(x[:, last], U, None, A[:, last].clone(), None))
+    before = x[tail].clone()
+    backend.update([Update(x, x, U, A, B, V.mT, -1.0, 1.0)])
+    assert_update(Update(x[tail], before, U[tail], A, B[tail], V.mT, -1.0, 1.0), before)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_every_pinned_config_of_this_device(width: int) -> None:
+    """Whatever the rules choose among, forced in turn."""
+    from osf_kernels.backends.triton import launch
+
+    g = generator_for("gpu configs", width)
+    dtype = torch.bfloat16 if width == 2 else torch.float32
+    for row_width, config in configs.shipped(launch.architecture(torch.device("cuda"))):
+        if row_width != width:
+            continue
+        job = draw((1000, 776), (24, 32), dtype, g)
+        if isinstance(config, configs.Update):
+            backend.coefficients([job])
+            before = job.x.clone()
+            backend.update([update_of(job)], config=config)
+            assert_update(update_of(job), before, "tf32x3")
+        elif not isinstance(config, configs.Reduce):
+            backend.coefficients([job], config=config)
+            assert_coefficients(job, "tf32x3")
