@@ -214,7 +214,7 @@ def _by_device(jobs: Iterable[JobT]) -> dict[torch.device, list[JobT]]:
 
 
 def _tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 def _index(device: torch.device) -> int:

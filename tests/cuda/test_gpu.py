@@ -12,6 +12,9 @@ from tests.emulator import draws
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, F16, F32)
+# Tensor cores cut off, and do not round, what they add to an accumulator: over the 64 steps of
+# the longest sum here (K = 1030) the error may grow to a few roundings of the sum of all terms.
+ROUNDINGS = 8.0
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -45,14 +48,14 @@ def check_coefficients(jobs: list[Coefficients], on_device: list[Coefficients]) 
         eagers = draws.true_coefficients(job, F32)
         terms = draws.true_coefficients(draws.magnitude(job), torch.float64)
         for out, truth, eager, term in zip(outputs, truths, eagers, terms, strict=True):
-            draws.assert_as_accurate(out, truth, eager.to(out.dtype), term)
+            draws.assert_as_accurate(out, truth, eager.to(out.dtype), term, ROUNDINGS)
 
 
 def check_update(jobs: list[Update], on_device: list[Update]) -> None:
     for job, device_job in zip(jobs, on_device, strict=True):
         truth, terms = (draws.true_update(j, torch.float64) for j in (job, draws.magnitude(job)))
         eager = draws.true_update(job, job.out.dtype)
-        draws.assert_as_accurate(device_job.out.cpu(), truth, eager, terms)
+        draws.assert_as_accurate(device_job.out.cpu(), truth, eager, terms, ROUNDINGS)
 
 
 def mixed_coefficients() -> list[Coefficients]:

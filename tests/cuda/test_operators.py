@@ -1,0 +1,125 @@
+"""The public operators with backend "cuda", its kernels in the emulator: every form, in lists."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from osf_kernels import Basis, backends, plan, project_many_, restore_, use_backend
+from osf_kernels.backends import cuda
+from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.testing import (
+    leak,
+    project_eager,
+    project_reference,
+    random_basis,
+    relative_error,
+)
+from tests.emulator.harness import compiler, run
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++)")
+
+
+class Emulated:
+    """The two entry points of the CUDA backend on CPU tensors, counting what they do."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self.read: Counter[int] = Counter()
+        self.written: Counter[int] = Counter()
+
+    def __call__(self, jobs: Sequence[Coefficients] | Sequence[Update]) -> None:
+        done = run(jobs, seeds=(5,), multiprocessors=6)[0]
+        self.launches += done.launches
+        for tensor in {id(t): t for job in jobs for t in job if isinstance(t, Tensor)}.values():
+            address = tensor.data_ptr()
+            self.read[address] += done.bytes_read[id(tensor)]
+            self.written[address] += done.bytes_written[id(tensor)]
+        for job in jobs:
+            outputs = (job.A, job.B) if isinstance(job, Coefficients) else (job.out,)
+            for out in outputs:
+                if out is not None:
+                    out.copy_(done[out])
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
+    kernels = Emulated()
+    monkeypatch.setattr(cuda, "coefficients", kernels)
+    monkeypatch.setattr(cuda, "update", kernels)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda device=None: None)
+    backends.unavailable_reason.cache_clear()
+    with use_backend("cuda"):
+        yield kernels
+    backends.unavailable_reason.cache_clear()
+
+
+def draw(
+    m: int, n: int, r: int | None, k: int | None, spans: str, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Basis | None, Basis | None]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, n, generator=g, dtype=torch.float64).to(dtype)
+    u_spans, v_spans = spans.split("-")
+    U = None if r is None else random_basis(m, r, spans=u_spans, dtype=dtype, generator=g)  # type: ignore[arg-type]
+    V = None if k is None else random_basis(n, k, spans=v_spans, dtype=dtype, generator=g)  # type: ignore[arg-type]
+    return x, U, V
+
+
+CASES = [
+    (70, 90, 8, 12, "high-high"),
+    (70, 90, 60, 80, "low-low"),
+    (70, 90, 60, 12, "low-high"),
+    (70, 90, 8, 80, "high-low"),
+    (70, 90, 45, 60, "high-high"),
+    (90, 70, 8, None, "high-high"),
+    (90, 70, None, 60, "high-low"),
+]
+
+
+@pytest.mark.parametrize("mode", ["complement", "core"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_list_of_every_form(emulated: Emulated, dtype: torch.dtype, mode: str) -> None:
+    """Both modes, high and low bases, one list: as accurate as eager torch in the same dtype."""
+    drawn = [draw(*case, dtype, seed) for seed, case in enumerate(CASES)]
+    if mode == "core":
+        drawn = [(x, U, V) for x, U, V in drawn if U is not None and V is not None]
+    grads = [x.clone() for x, _, _ in drawn]
+    Us, Vs = [U for _, U, _ in drawn], [V for _, _, V in drawn]
+    project_many_(grads, Us, Vs, mode=mode)  # type: ignore[arg-type]
+    assert emulated.launches > 0
+    for got, (x, U, V) in zip(grads, drawn, strict=True):
+        truth = project_reference(x, U, V, mode=mode)
+        allowed = 2 * relative_error(project_eager(x, U, V, mode=mode), truth, x)
+        assert relative_error(got, truth, x) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dual_reads_each_gradient_twice_and_writes_it_once(
+    emulated: Emulated, dtype: torch.dtype
+) -> None:
+    x, U, V = draw(120, 100, 6, 6, "high-high", dtype, 3)
+    assert plan(x, U, V).matrices[0][1].form == "dual"
+    before = x.clone()
+    project_many_([x], [U], [V])
+    size, address = x.numel() * x.element_size(), x.data_ptr()
+    assert emulated.read[address] == 2 * size
+    assert emulated.written[address] == size
+    assert emulated.launches == 6  # coefficients twice, each with its sums, and update twice
+    assert U is not None
+    assert leak(x, before, U) <= (4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_restore_pins_the_singular_values() -> None:
+    g = torch.Generator().manual_seed(9)
+    reference = torch.randn(80, 60, generator=g, dtype=torch.float64)
+    left, S, right = torch.linalg.svd(reference, full_matrices=False)
+    U, V, S = left[:, :10].float(), right[:10].mT.float(), S[:10].float()
+    W = (reference + 1e-2 * torch.randn(80, 60, generator=g, dtype=torch.float64)).float()
+    restore_(W, U, V, S=S)
+    for pinned, wanted in ((U.mT @ W, S[:, None] * V.mT), (W @ V, U * S)):
+        assert (pinned - wanted).norm() <= 1e-5 * S.norm()
