@@ -34,7 +34,7 @@ def to_device(job: draws.JobT) -> draws.JobT:
         if not isinstance(a, Tensor):
             return a
         if id(a) not in moved:
-            storage = torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())  # type: ignore[call-overload]
+            storage = torch.empty(0, dtype=a.dtype).set_(a.untyped_storage())
             moved[id(a)] = storage.cuda().as_strided(a.shape, a.stride(), a.storage_offset())
         return moved[id(a)]
 

@@ -79,7 +79,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], R
     folder = tmp_path_factory.mktemp("nvcc")
     wanted = [(source, architecture) for source in KERNELS for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda job: compile_kernel(*job, folder), wanted)
+        made = pool.map(lambda job: compile_kernel(job[0], job[1], folder), wanted)
         return {(s.stem, a): report for (s, a), report in zip(wanted, made, strict=True)}
 
 

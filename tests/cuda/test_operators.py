@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis, backends, plan, project_many_, restore_, use_backend
-from osf_kernels.backends import cuda
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels import Basis, backends, project_many_, restore_, use_backend
+from osf_kernels.backends import cuda, forms
+from osf_kernels.backends.forms import Coefficients, Problem, Update
+from osf_kernels.plan import Matrix, Mode, Step, choose
 from osf_kernels.testing import (
     leak,
     project_eager,
@@ -32,7 +33,13 @@ class Emulated:
         self.read: Counter[int] = Counter()
         self.written: Counter[int] = Counter()
 
-    def __call__(self, jobs: Sequence[Coefficients] | Sequence[Update]) -> None:
+    def coefficients(self, jobs: Sequence[Coefficients]) -> None:
+        self._run(jobs)
+
+    def update(self, jobs: Sequence[Update]) -> None:
+        self._run(jobs)
+
+    def _run(self, jobs: Sequence[Coefficients] | Sequence[Update]) -> None:
         done = run(jobs, seeds=(5,), multiprocessors=6)[0]
         self.launches += done.launches
         for tensor in {id(t): t for job in jobs for t in job if isinstance(t, Tensor)}.values():
@@ -49,8 +56,8 @@ class Emulated:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     kernels = Emulated()
-    monkeypatch.setattr(cuda, "coefficients", kernels)
-    monkeypatch.setattr(cuda, "update", kernels)
+    monkeypatch.setattr(cuda, "coefficients", kernels.coefficients)
+    monkeypatch.setattr(cuda, "update", kernels.update)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda device=None: None)
     backends.unavailable_reason.cache_clear()
     with use_backend("cuda"):
@@ -80,37 +87,71 @@ CASES = [
 ]
 
 
+def step_on_a_gpu(x: Tensor, U: Basis | None, V: Basis | None, mode: Mode) -> Step:
+    """The form that the planner chooses where these kernels run."""
+    matrix = Matrix(
+        x.shape[0],
+        x.shape[1],
+        r=None if U is None else U.columns.shape[1],
+        k=None if V is None else V.columns.shape[1],
+        u_spans="high" if U is None else U.spans,
+        v_spans="high" if V is None else V.spans,
+        dtype=str(x.dtype).removeprefix("torch."),
+        basis_dtype=str(x.dtype).removeprefix("torch."),
+    )
+    return choose(matrix, mode, "cuda")
+
+
 @pytest.mark.parametrize("mode", ["complement", "core"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_list_of_every_form(emulated: Emulated, dtype: torch.dtype, mode: str) -> None:
+def test_a_list_of_every_form(dtype: torch.dtype, mode: Mode) -> None:
     """Both modes, high and low bases, one list: as accurate as eager torch in the same dtype."""
     drawn = [draw(*case, dtype, seed) for seed, case in enumerate(CASES)]
     if mode == "core":
         drawn = [(x, U, V) for x, U, V in drawn if U is not None and V is not None]
-    grads = [x.clone() for x, _, _ in drawn]
-    Us, Vs = [U for _, U, _ in drawn], [V for _, _, V in drawn]
-    project_many_(grads, Us, Vs, mode=mode)  # type: ignore[arg-type]
-    assert emulated.launches > 0
-    for got, (x, U, V) in zip(grads, drawn, strict=True):
+    problems = [
+        Problem(
+            x.clone(),
+            torch.empty_like(x),
+            None if U is None else U.columns,
+            None if V is None else V.columns,
+            step_on_a_gpu(x, U, V, mode),
+        )
+        for x, U, V in drawn
+    ]
+    forms.run(problems, Emulated())
+    planned = {problem.step.form for problem in problems}
+    assert planned >= ({"inner"} if mode == "core" else {"dual", "mixed", "left", "right"})
+    for problem, (x, U, V) in zip(problems, drawn, strict=True):
         truth = project_reference(x, U, V, mode=mode)
         allowed = 2 * relative_error(project_eager(x, U, V, mode=mode), truth, x)
-        assert relative_error(got, truth, x) <= allowed
+        assert relative_error(problem.out, truth, x) <= allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dual_reads_each_gradient_twice_and_writes_it_once(
-    emulated: Emulated, dtype: torch.dtype
-) -> None:
+def test_dual_reads_each_gradient_twice_and_writes_it_once(dtype: torch.dtype) -> None:
     x, U, V = draw(120, 100, 6, 6, "high-high", dtype, 3)
-    assert plan(x, U, V).matrices[0][1].form == "dual"
-    before = x.clone()
-    project_many_([x], [U], [V])
-    size, address = x.numel() * x.element_size(), x.data_ptr()
-    assert emulated.read[address] == 2 * size
-    assert emulated.written[address] == size
-    assert emulated.launches == 6  # coefficients twice, each with its sums, and update twice
     assert U is not None
+    assert V is not None
+    step = step_on_a_gpu(x, U, V, "complement")
+    assert step.form == "dual"
+    before, kernels = x.clone(), Emulated()
+    forms.run([Problem(x, x, U.columns, V.columns, step)], kernels)
+    size, address = x.numel() * x.element_size(), x.data_ptr()
+    assert kernels.read[address] == 2 * size
+    assert kernels.written[address] == size
+    assert kernels.launches == 6  # coefficients twice, each with its sums, and update twice
     assert leak(x, before, U) <= (4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_the_list_operator_calls_the_kernels(emulated: Emulated) -> None:
+    drawn = [draw(*case, torch.float32, seed) for seed, case in enumerate(CASES)]
+    grads = [x.clone() for x, _, _ in drawn]
+    project_many_(grads, [U for _, U, _ in drawn], [V for _, _, V in drawn])
+    assert emulated.launches > 0
+    for got, (x, U, V) in zip(grads, drawn, strict=True):
+        truth = project_reference(x, U, V)
+        assert relative_error(got, truth, x) <= 2 * relative_error(project_eager(x, U, V), truth, x)
 
 
 @pytest.mark.usefixtures("emulated")

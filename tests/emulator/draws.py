@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def randn(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor
 def columns(n: int, r: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """(n, r) orthonormal columns, rounded to dtype."""
     assert r <= n
-    q = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64, generator=generator))[0]
+    q: Tensor = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64, generator=generator))[0]
     return q.to(dtype).contiguous()
 
 
@@ -146,7 +146,7 @@ def true_update(job: Update, dtype: torch.dtype) -> Tensor:
 
 def magnitude(job: JobT) -> JobT:
     """The job whose result bounds every partial sum: all terms positive."""
-    positive = [a.abs() if isinstance(a, Tensor) else a for a in job]
+    positive: list[Any] = [a.abs() if isinstance(a, Tensor) else a for a in job]
     if isinstance(job, Coefficients):
         positive[-1] = None if job.S is None else -job.S.abs()
     else:

@@ -12,8 +12,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ class EmulatorError(RuntimeError):
     """The emulator or a sanitizer stopped the kernel; the message is what it said."""
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """One seed's outcome, a tensor of the jobs to what it became."""
 
     results: dict[int, Tensor]
@@ -132,7 +133,7 @@ class _Storages:
         self.found.setdefault(storage.data_ptr(), _whole(tensor))
         self.tensors[id(tensor)] = tensor
         index = list(self.found).index(storage.data_ptr())
-        return (1 + index) << 40 | tensor.storage_offset() * tensor.element_size()
+        return (1 + index) << 40 | int(tensor.storage_offset()) * tensor.element_size()
 
     def index(self, tensor: Tensor) -> int:
         return list(self.found).index(tensor.untyped_storage().data_ptr())
@@ -141,7 +142,7 @@ class _Storages:
 def _whole(tensor: Tensor) -> Tensor:
     """All bytes of a tensor's storage."""
     storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 def _bytes_of(whole: Tensor) -> bytes:
@@ -163,7 +164,7 @@ def _read(data: bytes, sizes: list[int], storages: _Storages, seeds: int) -> lis
         for key, tensor in storages.tensors.items():
             index = storages.index(tensor)
             buffer = buffers[index].untyped_storage()
-            results[key] = torch.empty(0, dtype=tensor.dtype).set_(  # type: ignore[call-overload]
+            results[key] = torch.empty(0, dtype=tensor.dtype).set_(
                 buffer, tensor.storage_offset(), tensor.shape, tensor.stride()
             )
             read[key], written[key] = counts[2 * index], counts[2 * index + 1]
