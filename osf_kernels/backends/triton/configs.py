@@ -148,7 +148,7 @@ _UPDATE: dict[str, dict[int, tuple[Update, Update]]] = {
 }
 # Where some row is not a multiple of 16 bytes every element has an address of its own, and the
 # tiles above would spill; these serve every architecture and any width of operand.
-_UNALIGNED_ONE_PASS = (OnePass(32, 32, 32, 4, 1, 1), OnePass(32, 32, 64, 8, 1, 1))
+_UNALIGNED_ONE_PASS = (OnePass(32, 32, 32, 8, 1, 1), OnePass(32, 32, 64, 8, 1, 1))
 _UNALIGNED_TWO_PASS = TwoPass(64, 32, 32, 4, 1, 2)
 _UNALIGNED_UPDATE = Update(64, 32, 16, 8, 4, 1, 2)
 # Up to this rank the first row of _UPDATE serves, beyond it the second.
