@@ -52,8 +52,9 @@ format: $(READY)  ## Format Python and C++ in place
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT)  ## Measure the projection on the MiniLM shapes of this machine
-	$(BIN)/python -m bench projection --model minilm
+bench: $(BUILT)  ## Measure the projection on the CPU against its peers, write the committed CSV and picture
+	$(BIN)/python -m bench cpu-suite
+	$(BIN)/python -m bench overhead --csv bench/results/overhead_cpu.csv
 
 gpu-session:  ## On a GPU machine, with its own Python: build, gpu tests, sanitizer, bench into OUT
 	bash bench/gpu_session.sh $(OUT)

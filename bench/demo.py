@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -135,26 +136,20 @@ def times_by_kind(
     why = ""
     say("compiling the formula with torch.compile")
     try:
-        compiled(*lists(list(gradients), work, bases))
+        compiled(*lists(COMPILED, list(gradients), work, bases))
         runs[COMPILED] = compiled
     except Exception as error:
         why = f"{COMPILED} did not run here: {contenders.first_line(error)}"
 
     timed = {}
     for kind, names in groups.items():
-        arguments = lists(names, work, bases)
 
         def prepare(names: list[str] = names) -> None:
             for name in names:
                 work[name].copy_(gradients[name])
 
         for contender, run in runs.items():
-
-            def call(
-                run: Callable[..., object] = run, arguments: tuple[list[Tensor], ...] = arguments
-            ) -> None:
-                run(*arguments)
-
+            call = partial(run, *lists(contender, names, work, bases))
             timed[f"{kind}/{contender}"] = Timed(call, prepare)
     times = interleave(
         timed,
@@ -173,9 +168,18 @@ def times_by_kind(
 
 
 def lists(
-    names: Sequence[str], grads: Mapping[str, Tensor], bases: Mapping[str, Triplets]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return [grads[n] for n in names], [bases[n].U for n in names], [bases[n].V for n in names]
+    contender: str,
+    names: Sequence[str],
+    grads: Mapping[str, Tensor],
+    bases: Mapping[str, Triplets],
+) -> tuple[list[Any], ...]:
+    """A contender's arguments: ours takes the smaller basis of each side, which its peers lack."""
+    held = [bases[n] for n in names]
+    if contender == OURS:
+        sides = [t.smaller_U for t in held], [t.smaller_V for t in held]
+    else:
+        sides = [t.U for t in held], [t.V for t in held]
+    return [grads[n] for n in names], *sides
 
 
 def lines_of(

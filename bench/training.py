@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import osf_torch
+from osf_kernels import Basis
 
 TEMPERATURE = 0.05
 LEARNING_RATE = 2e-4
@@ -65,11 +66,13 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Triplets(NamedTuple):
-    """Top singular triplets of a weight (m, n)."""
+    """Top singular triplets of a weight (m, n), and their subspaces as cheaply as they are held."""
 
     U: Tensor  # (m, r)
     S: Tensor  # (r,)
     V: Tensor  # (n, r)
+    smaller_U: Tensor | Basis  # U, or the low basis of its complement where that is no wider
+    smaller_V: Tensor | Basis
 
 
 def top_triplets(weight: Tensor, rho: float) -> Triplets:
@@ -81,8 +84,17 @@ def top_triplets(weight: Tensor, rho: float) -> Triplets:
     """
     rank = max(1, round(rho * min(weight.shape)))
     U, S, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    U, S, V = (part.to(weight.dtype) for part in (U[:, :rank], S[:rank], Vh[:rank].mT))
-    return Triplets(U.contiguous(), S.contiguous(), V.contiguous())
+
+    def split(columns: Tensor) -> tuple[Tensor, Tensor | Basis]:
+        """The first ``rank`` columns, and the rest where it is all of their complement."""
+        high, low = (
+            part.to(weight.dtype).contiguous() for part in (columns[:, :rank], columns[:, rank:])
+        )
+        whole = columns.shape[0] == columns.shape[1]
+        return high, Basis(low, "low") if whole and low.shape[1] <= rank else high
+
+    (U, smaller_U), (V, smaller_V) = split(U), split(Vh.mT)
+    return Triplets(U, S[:rank].to(weight.dtype), V, smaller_U, smaller_V)
 
 
 class Squares(NamedTuple):

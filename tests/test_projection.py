@@ -163,6 +163,25 @@ def test_strides_do_not_matter(left, right):
     assert (wide[:, 1::3] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_lies_between_padded_rows_is_not_read(dtype):
+    gen = generator_for("padded", dtype)
+    m, n, r = 202, 70, 41
+
+    def padded(t):
+        room = torch.full((t.shape[0], t.shape[1] + 8), float("nan"), dtype=dtype)
+        room[:, : t.shape[1]] = t
+        return room[:, : t.shape[1]]
+
+    g = randn(m, n, dtype=dtype, generator=gen)
+    for left, right in (("high", "high"), ("low", "high"), ("low", "low"), ("high", None)):
+        U, V = draw_basis(m, r, left, dtype, gen), draw_basis(n, 33, right, dtype, gen)
+        wide = [b and Basis(padded(b.columns), b.spans) for b in (U, V)]
+        actual = project_(padded(g), *wide)
+        reference, peer = project_reference(g, U, V), project_eager(g, U, V)
+        assert_error_within(actual, reference, peer, scale=g)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("left", "right"), [k for k in itertools.product(KINDS, KINDS) if any(k)])
 @pytest.mark.parametrize("mode", MODES)

@@ -56,6 +56,10 @@ def _run(problem: Problem) -> None:
         x = target = x.to(dtype)
     U = None if U is None else U.to(dtype)
     V = None if V is None else V.to(dtype)
+    if dtype == torch.bfloat16 and x.device.type == "cpu":
+        U, V = _dense(U), _dense(V)
+        if _dense(x) is not x:
+            x = target = x.contiguous()
     FORMS[step.form](x, target, U, V, step, S, A, B)
     if addend is not None:
         target.add_(addend)
@@ -70,9 +74,17 @@ def _working_dtype(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | None)
     return torch.float64 if x == torch.float64 else torch.float32
 
 
+def _dense(t: Tensor | None) -> Tensor | None:
+    """A copy where rows are padded: torch 2.13's bfloat16 matmul on the CPU reads the padding, and
+    a NaN there comes out in the product."""
+    if t is None or t.is_contiguous() or t.mT.is_contiguous():
+        return t
+    return t.contiguous()
+
+
 def needs_no_conversion(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | None) -> bool:
-    """Whether a matrix and its bases are all of the dtype they are multiplied in."""
-    return {x, U or x, V or x} == {_working_dtype(x, U, V)}
+    """Whether a matrix and its bases are, whatever their strides, multiplied as they are."""
+    return x != torch.bfloat16 and {x, U or x, V or x} == {_working_dtype(x, U, V)}
 
 
 def _identity(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
