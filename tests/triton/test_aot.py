@@ -82,7 +82,7 @@ def test_unaligned_strides(architecture: str, name: str, strided: bool) -> None:
 
 @pytest.mark.slow
 def test_small_shared_memory() -> None:
-    """Capabilities 8.6, 8.9 and 12.x (99 KB) take gfx942's tiles."""
+    """Capabilities 8.6, 8.9 and 12.x (99 KB) take sm_80's tiles."""
     for name in ("bf16", "fp32"):
         kind = CLASSES[name]
         for width, config in configs.shipped(configs.architecture_of_capability(8, 6)):
@@ -96,7 +96,7 @@ def test_small_shared_memory() -> None:
     ("architecture", "config", "kind", "fault"),
     [
         ("sm_80", configs.Update(128, 128, 64, 8, 1, 2), "fp32", "spills"),
-        ("gfx942", configs.TwoPass(128, 128, 128, 4, 2), "bf16", "shared memory, limit 65536"),
+        ("gfx942", configs.TwoPass(256, 128, 128, 8, 2), "bf16", "shared memory, limit 65536"),
     ],
 )
 def test_gate_reports_a_bad_config(

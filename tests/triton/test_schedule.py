@@ -185,11 +185,11 @@ def test_nothing_to_do_launches_nothing() -> None:
     ("capability", "row"),
     [
         ((8, 0), "sm_80"),
-        ((8, 6), "gfx942"),
-        ((8, 9), "gfx942"),
+        ((8, 6), "sm_80"),
+        ((8, 9), "sm_80"),
         ((9, 0), "sm_90"),
         ((10, 0), "sm_100"),
-        ((12, 0), "gfx942"),
+        ((12, 0), "sm_80"),
     ],
 )
 def test_capability(capability: tuple[int, int], row: str) -> None:

@@ -130,7 +130,7 @@ _TWO_PASS: dict[str, dict[int, tuple[TwoPass, TwoPass]]] = {
 
 _UPDATE: dict[str, dict[int, tuple[Update, Update]]] = {
     "sm_80": {
-        2: (Update(64, 128, 32, 8, 4, 2, 2), Update(128, 128, 64, 8, 8, 2, 1)),
+        2: (Update(64, 128, 32, 8, 4, 2, 2), Update(64, 128, 64, 8, 8, 2, 1)),
         4: (Update(64, 64, 16, 8, 4, 2, 2), Update(64, 128, 16, 8, 8, 2, 1)),
     },
     "sm_90": {
@@ -240,12 +240,9 @@ def shipped(architecture: str, aligned: bool = True) -> list[tuple[int, Config]]
 def architecture_of_capability(major: int, minor: int) -> str:
     """The row of the tables for an NVIDIA compute capability.
 
-    Capabilities with no row of their own take the nearest one that fits their shared memory:
-    8.6, 8.9 and 12.x have 99 KB, for which gfx942's tiles (64 KB) are compiled too.
+    Capabilities with no row of their own (8.6, 8.9, 12.x: 99 KB of shared memory) take sm_80's,
+    whose tiles fit them.
     """
-    exact = {(8, 0): "sm_80", (8, 7): "sm_80", (9, 0): "sm_90"}
-    if (major, minor) in exact:
-        return exact[major, minor]
-    if major in (10, 11):
-        return "sm_100"
-    return "gfx942"
+    if (major, minor) == (9, 0):
+        return "sm_90"
+    return "sm_100" if major in (10, 11) else "sm_80"
