@@ -88,7 +88,8 @@ def test_small_shared_memory() -> None:
         for width, config in configs.shipped(configs.architecture_of_capability(8, 6)):
             if width == aot.operand_bytes(config, kind):
                 compiled = aot.compile_launch(aot.launches_of(config, kind), "sm_86")
-                found = aot.faults(compiled, config)
+                reduces = isinstance(config, configs.Reduce)
+                found = aot.faults(compiled, config, tensor_core=not reduces)
                 assert not found, f"{compiled.name}: {found}"
 
 
