@@ -105,6 +105,19 @@ def test_a_list_with_both_ways_equals_a_loop():
     restore_many_([], [], [])
 
 
+def test_what_is_pinned_may_be_wider_than_the_weight():
+    gen = generator_for("wide pins")
+    for dtype in (torch.float32, torch.bfloat16):
+        W0 = randn(20, 16, dtype=dtype, generator=gen)
+        U, S, V = triplets(W0, 5, torch.float32)
+        W = (W0.float() + 0.1 * torch.randn(20, 16)).to(dtype)
+        reference = restore_reference(W, U, V, S=S)
+        protected = (U.double() * S.double()) @ V.double().mT
+        for pin in ({"S": S.double()}, {"protected": protected}):
+            restored = restore_(W.clone(), U, V, **pin)
+            assert relative_error(restored, reference, W) <= 2 * torch.finfo(dtype).eps
+
+
 def test_batched_restore():
     gen = generator_for("batched restore")
     W0 = randn(3, 14, 12, dtype=torch.float32, generator=gen)

@@ -201,6 +201,11 @@ def _impl(
         decided = decide(op, names, W, U, V, mode, u, v, choice)  # type: ignore[arg-type]
         _check_pinned(op, names, W, U, V, S, addend, (u, v))
         require_writable(op, names, W, U, V, S, addend)
+        if W.dtype != torch.float64:
+            S = None if S is None else S.float()
+            addend = (
+                addend.float() if addend is not None and addend.dtype == torch.float64 else addend
+            )
         problems.append(Problem(W, W, U, V, decided.step, S, addend))
         backend_names.append(decided.backend)
     require_distinct(op, "Ws", Ws)
