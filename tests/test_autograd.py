@@ -105,16 +105,15 @@ def cases():
     g, h = torch.randn(6, 5), torch.randn(6, 5)
     U, V = torch.linalg.qr(torch.randn(6, 2))[0], torch.linalg.qr(torch.randn(5, 2))[0]
     leaf = g.clone().requires_grad_()
-    high = ["high", "high"]
     return {
-        "project": (leaf, U, V, "complement", "high", "low"),
-        "project core": (leaf, None, V, "core", "high", "high"),
-        "project_out": (g, U, V, "complement", "high", "high", torch.empty_like(g)),
-        "project_": (g, U, V, "core", "low", "high"),
-        "project_many_": ([g, h], [U, None], [None, V], "complement", high, high),
+        "project": (leaf, U, V, "complement:high:low"),
+        "project core": (leaf, None, V, "core:high:high"),
+        "project_out": (g, U, V, "complement:high:high", torch.empty_like(g)),
+        "project_": (g, U, V, "core:low:high"),
+        "project_many_": ([g, h], [U, None], [None, V], ["complement:high:high"] * 2),
         "coefficients": (leaf, U, V),
-        "apply_": (g, U, V, U.mT @ g, g @ V, "complement", "high", "high"),
-        "restore_many_": ([g], [U], [V], [torch.ones(2)], [None], "core", ["high"], ["high"], True),
+        "apply_": (g, U, V, U.mT @ g, g @ V, "complement:high:high"),
+        "restore_many_": ([g], [U], [V], [torch.ones(2)], [None], ["core:high:high"], True),
     }
 
 

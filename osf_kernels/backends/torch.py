@@ -174,7 +174,10 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 def _update(out: Tensor, x: Tensor, L: Tensor, R: Tensor, step: Step) -> None:
     """out = beta·x + alpha·L R; with beta = 0, where alpha is 1, x is not read."""
     if step.beta:
-        _add(x, L, R, step.alpha, out)
+        if out is x and x.dim() == 2:
+            x.addmm_(L, R, alpha=step.alpha)
+        else:
+            _add(x, L, R, step.alpha, out)
     elif L.dim() == 2:
         torch.mm(L, R, out=out)
     else:

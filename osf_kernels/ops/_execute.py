@@ -12,7 +12,6 @@ import osf_kernels.backends.torch as torch_backend
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.ops._validation import Choice, Decision, admit, check
-from osf_kernels.plan import Mode
 
 
 def decide(
@@ -21,9 +20,7 @@ def decide(
     g: Tensor,
     U: Tensor | None,
     V: Tensor | None,
-    mode: Mode,
-    u_spans: str,
-    v_spans: str,
+    kind: str,
     choice: Choice = "any",
 ) -> Decision:
     """``admit``, with the caller's own argument names in a refusal."""
@@ -32,7 +29,7 @@ def decide(
     v_meta = None if V is None else (V.shape, V.dtype, V.device)
     try:
         request = backends.requested()
-        return admit(op, g_meta, u_meta, v_meta, mode, u_spans, v_spans, request, choice)
+        return admit(op, g_meta, u_meta, v_meta, kind, request, choice)
     except (TypeError, ValueError):
         check(op, names, g_meta, u_meta, v_meta, choice == "shard")
         raise

@@ -14,6 +14,7 @@ from osf_kernels.ops._execute import decide, execute, unbatch
 from osf_kernels.ops._library import aligned, register
 from osf_kernels.ops._validation import (
     columns,
+    kind_of,
     require_no_leaf,
     require_tensor,
     require_writable,
@@ -85,11 +86,13 @@ def apply_(
     U, u_spans = columns(op, "U", U)
     V, v_spans = columns(op, "V", V)
     require_no_leaf(op, "g", g)
-    _apply_(g, U, V, A, B, mode, u_spans, v_spans)
+    _apply_(g, U, V, A, B, kind_of(op, mode, u_spans, v_spans))
     return g
 
 
 # --- torch.library -------------------------------------------------------------------------
+
+_KIND = kind_of("coefficients", "complement", "high", "high")  # coefficients are of columns as held
 
 
 def coefficient_dtype(g: Tensor) -> torch.dtype:
@@ -113,7 +116,7 @@ def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[
 
 def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     op = "coefficients"
-    decided = decide(op, "gUV", g, U, V, "complement", "high", "high", "shard")
+    decided = decide(op, "gUV", g, U, V, _KIND, "shard")
     A, B = _empty_coefficients(g, U, V)
     if g.numel() == 0:
         return A.zero_(), B.zero_()  # sums of no products
@@ -126,7 +129,7 @@ def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[T
 
 
 def _coefficients_fake(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape_check("coefficients", g, U, V, "complement", shard=True)
+    shape_check("coefficients", g, U, V, _KIND, shard=True)
     return _empty_coefficients(g, U, V)
 
 
@@ -140,12 +143,10 @@ def _apply__impl(
     V: Tensor | None,
     A: Tensor,
     B: Tensor,
-    mode: Mode,
-    u_spans: str,
-    v_spans: str,
+    kind: str,
 ) -> None:
     op = "apply_"
-    decided = decide(op, "gUV", g, U, V, mode, u_spans, v_spans, "shard")
+    decided = decide(op, "gUV", g, U, V, kind, "shard")
     wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
@@ -160,8 +161,8 @@ def _apply__impl(
     execute([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend])
 
 
-def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, mode: str, u: str, v: str) -> None:
-    shape_check("apply_", g, U, V, mode, shard=True)
+def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:
+    shape_check("apply_", g, U, V, kind, shard=True)
 
 
 _coefficients = register(
@@ -171,8 +172,7 @@ _coefficients = register(
     _coefficients_vmap,
 )
 _apply_ = register(
-    "apply_(Tensor(a!) g, Tensor? U, Tensor? V, Tensor A, Tensor B, str formula, str u_spans, "
-    "str v_spans) -> ()",
+    "apply_(Tensor(a!) g, Tensor? U, Tensor? V, Tensor A, Tensor B, str kind) -> ()",
     _apply__impl,
     _apply__fake,
 )

@@ -16,10 +16,11 @@ from osf_kernels.ops._execute import decide, execute, execute_one
 from osf_kernels.ops._library import aligned, register
 from osf_kernels.ops._validation import (
     columns,
+    kind_of,
     meta,
+    parts_of,
     require_distinct,
     require_lengths,
-    require_mode,
     require_no_leaf,
     require_tensor,
     require_writable,
@@ -69,13 +70,14 @@ def project(
     require_tensor("project", "g", g)
     U, u_spans = columns("project", "U", U)
     V, v_spans = columns("project", "V", V)
+    kind = kind_of("project", mode, u_spans, v_spans)
     if out is None:
         result: Tensor
         if torch.compiler.is_compiling() or _needs_grad(g, U, V):
-            result = _project(g, U, V, mode, u_spans, v_spans)
+            result = _project(g, U, V, kind)
         else:
             with _below_autograd():  # the registered Autograd kernel costs 6 µs to find that out
-                result = _project(g, U, V, mode, u_spans, v_spans)
+                result = _project(g, U, V, kind)
         return result
     require_tensor("project", "out", out)
     if _needs_grad(g, U, V, out):
@@ -88,7 +90,7 @@ def project(
                 "use torch.no_grad() or leave out unset",
             )
         )
-    _project_out(g, U, V, mode, u_spans, v_spans, out)
+    _project_out(g, U, V, kind, out)
     return out
 
 
@@ -112,10 +114,11 @@ def project_(
     require_tensor("project_", "g", g)
     U, u_spans = columns("project_", "U", U)
     V, v_spans = columns("project_", "V", V)
+    kind = kind_of("project_", mode, u_spans, v_spans)
     if _needs_grad(g, U, V):
         require_no_leaf("project_", "g", g)
-        return g.copy_(_project(g, U, V, mode, u_spans, v_spans))
-    _project_(g, U, V, mode, u_spans, v_spans)
+        return g.copy_(_project(g, U, V, kind))
+    _project_(g, U, V, kind)
     return g
 
 
@@ -148,18 +151,18 @@ def project_many_(
         require_tensor(op, f"grads[{i}]", g)
     lefts = [columns(op, f"Us[{i}]", U) for i, U in enumerate(Us)]
     rights = [columns(op, f"Vs[{i}]", V) for i, V in enumerate(Vs)]
-    held_U, u_spans = [U for U, _ in lefts], [spans for _, spans in lefts]
-    held_V, v_spans = [V for V, _ in rights], [spans for _, spans in rights]
+    held_U, held_V = [U for U, _ in lefts], [V for V, _ in rights]
+    kinds = [kind_of(op, mode, u, v) for (_, u), (_, v) in zip(lefts, rights, strict=True)]
     if _needs_grad(*grads, *held_U, *held_V):
         for i, g in enumerate(grads):
             require_no_leaf(op, f"grads[{i}]", g)
             require_writable(op, (f"grads[{i}]",), g)
-        arguments = zip(grads, held_U, held_V, u_spans, v_spans, strict=True)
-        results = [_project(g, U, V, mode, u, v) for g, U, V, u, v in arguments]
+        arguments = zip(grads, held_U, held_V, kinds, strict=True)
+        results = [_project(g, U, V, kind) for g, U, V, kind in arguments]
         for g, result in zip(grads, results, strict=True):
             g.copy_(result)
         return
-    _project_many_(list(grads), held_U, held_V, mode, u_spans, v_spans)
+    _project_many_(list(grads), held_U, held_V, kinds)
 
 
 def plan(
@@ -188,7 +191,7 @@ def plan(
     Us = _as_list(U, many, len(grads))
     Vs = _as_list(V, many, len(grads))
     require_lengths("plan", g=grads, U=Us, V=Vs)
-    require_mode("plan", mode)
+    kind_of("plan", mode, "high", "high")
     entries = []
     for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs, strict=True)):
         tail = f"[{i}]" if many else ""
@@ -196,7 +199,8 @@ def plan(
         held_U, u_spans = columns("plan", f"U{tail}", left)
         held_V, v_spans = columns("plan", f"V{tail}", right)
         names = [f"{letter}{tail}" for letter in "gUV"]
-        decided = decide("plan", names, matrix, held_U, held_V, mode, u_spans, v_spans)
+        kind = kind_of("plan", mode, u_spans, v_spans)
+        decided = decide("plan", names, matrix, held_U, held_V, kind)
         entries.append(decided[:4])
     return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
 
@@ -214,25 +218,17 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 # --- torch.library -------------------------------------------------------------------------
 
 
-def _project_impl(
-    g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
-) -> Tensor:
-    decided = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
+def _project_impl(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> Tensor:
+    decided = decide("project", "gUV", g, U, V, kind)
     out = torch.empty_like(g)
     execute_one(decided, g, out, U, V)
     return out
 
 
 def _project_out_impl(
-    g: Tensor,
-    U: Tensor | None,
-    V: Tensor | None,
-    mode: Mode,
-    u_spans: str,
-    v_spans: str,
-    out: Tensor,
+    g: Tensor, U: Tensor | None, V: Tensor | None, kind: str, out: Tensor
 ) -> None:
-    decided = decide("project", "gUV", g, U, V, mode, u_spans, v_spans)
+    decided = decide("project", "gUV", g, U, V, kind)
     if meta(out) != meta(g):
         expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
@@ -241,10 +237,8 @@ def _project_out_impl(
     execute_one(decided, g, out, U, V)
 
 
-def _project__impl(
-    g: Tensor, U: Tensor | None, V: Tensor | None, mode: Mode, u_spans: str, v_spans: str
-) -> None:
-    decided = decide("project_", "gUV", g, U, V, mode, u_spans, v_spans)
+def _project__impl(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> None:
+    decided = decide("project_", "gUV", g, U, V, kind)
     require_writable("project_", "gUV", g, U, V)
     execute_one(decided, g, g, U, V)
 
@@ -253,15 +247,13 @@ def _project_many__impl(
     grads: list[Tensor],
     Us: list[Tensor | None],
     Vs: list[Tensor | None],
-    mode: Mode,
-    u_spans: list[str],
-    v_spans: list[str],
+    kinds: list[str],
 ) -> None:
     op = "project_many_"
     problems, names = [], []
-    for i, (g, U, V, u, v) in enumerate(zip(grads, Us, Vs, u_spans, v_spans, strict=True)):
+    for i, (g, U, V, kind) in enumerate(zip(grads, Us, Vs, kinds, strict=True)):
         arguments = (f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]")
-        decided = decide(op, arguments, g, U, V, mode, u, v)
+        decided = decide(op, arguments, g, U, V, kind)
         require_writable(op, arguments, g, U, V)
         problems.append(Problem(g, g, U, V, decided.step))
         names.append(decided.backend)
@@ -269,46 +261,40 @@ def _project_many__impl(
     execute(problems, names)
 
 
-def _project_fake(
-    g: Tensor, U: Tensor | None, V: Tensor | None, mode: str, u_spans: str, v_spans: str
-) -> Tensor:
-    shape_check("project", g, U, V, mode)
+def _project_fake(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> Tensor:
+    shape_check("project", g, U, V, kind)
     return torch.empty_like(g)
 
 
-def _project_out_fake(g: Tensor, U: Any, V: Any, mode: str, u: str, v: str, out: Tensor) -> None:
-    shape_check("project", g, U, V, mode)
+def _project_out_fake(g: Tensor, U: Any, V: Any, kind: str, out: Tensor) -> None:
+    shape_check("project", g, U, V, kind)
 
 
-def _project__fake(g: Tensor, U: Any, V: Any, mode: str, u_spans: str, v_spans: str) -> None:
-    shape_check("project_", g, U, V, mode)
+def _project__fake(g: Tensor, U: Any, V: Any, kind: str) -> None:
+    shape_check("project_", g, U, V, kind)
 
 
-def _project_many__fake(grads: Any, Us: Any, Vs: Any, mode: str, u: Any, v: Any) -> None:
-    for g, U, V in zip(grads, Us, Vs, strict=True):
-        shape_check("project_many_", g, U, V, mode)
+def _project_many__fake(grads: Any, Us: Any, Vs: Any, kinds: list[str]) -> None:
+    for g, U, V, kind in zip(grads, Us, Vs, kinds, strict=True):
+        shape_check("project_many_", g, U, V, kind)
 
 
-def _project_vmap(
-    info: Any, in_dims: Any, g: Any, U: Any, V: Any, mode: Mode, u_spans: str, v_spans: str
-) -> tuple[Tensor, int]:
+def _project_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[Tensor, int]:
     g, U, V = aligned(info, in_dims, (g, U, V))
-    return _project(g, U, V, mode, u_spans, v_spans), 0
+    return _project(g, U, V, kind), 0
 
 
-def _project__vmap(
-    info: Any, in_dims: Any, g: Any, U: Any, V: Any, mode: Mode, u_spans: str, v_spans: str
-) -> tuple[None, None]:
+def _project__vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[None, None]:
     if in_dims[0] is None:
         raise ValueError(
             describe("project_", "g", "vmapped where a basis is", "one g for the whole batch")
         )
     g, U, V = aligned(info, in_dims, (g, U, V))
-    _project_(g, U, V, mode, u_spans, v_spans)
+    _project_(g, U, V, kind)
     return None, None
 
 
-_ARGUMENTS = "Tensor? U, Tensor? V, str formula, str u_spans, str v_spans"
+_ARGUMENTS = "Tensor? U, Tensor? V, str kind"
 _project = register(
     f"project(Tensor g, {_ARGUMENTS}) -> Tensor", _project_impl, _project_fake, _project_vmap
 )
@@ -321,15 +307,14 @@ _project_ = register(
     f"project_(Tensor(a!) g, {_ARGUMENTS}) -> ()", _project__impl, _project__fake, _project__vmap
 )
 _project_many_ = register(
-    "project_many_(Tensor(a!)[] grads, Tensor?[] Us, Tensor?[] Vs, str formula, str[] u_spans, "
-    "str[] v_spans) -> ()",
+    "project_many_(Tensor(a!)[] grads, Tensor?[] Us, Tensor?[] Vs, str[] kinds) -> ()",
     _project_many__impl,
     _project_many__fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    g, U, V, ctx.mode, ctx.u_spans, ctx.v_spans = inputs
+    g, U, V, ctx.kind = inputs
     # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
     bases = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(g if bases else None, U, V)
@@ -339,22 +324,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """P is self-adjoint: the gradient in g is P(grad). In U, with s = −1 for high columns and 1
     for low ones and h = g on its right side done, it is s·(grad hᵀ U + h gradᵀ U)."""
     g, U, V = ctx.saved_tensors
-    mode, u_spans, v_spans = ctx.mode, ctx.u_spans, ctx.v_spans
+    mode, u_spans, v_spans = parts_of("project", ctx.kind)
     for_g = for_U = for_V = None
     if ctx.needs_input_grad[0]:
-        for_g = _project(grad, U, V, mode, u_spans, v_spans)
+        for_g = _project(grad, U, V, ctx.kind)
     if ctx.needs_input_grad[1]:
-        h = g if V is None else _project(g, None, V, "complement", "high", _other(mode, v_spans))
+        h = g if V is None else _project(g, None, V, _one_side(mode, "high", v_spans))
         for_U = _basis_gradient(grad, h, U, u_spans)
     if ctx.needs_input_grad[2]:
-        h = g if U is None else _project(g, U, None, "complement", _other(mode, u_spans), "high")
+        h = g if U is None else _project(g, U, None, _one_side(mode, u_spans, "high"))
         for_V = _basis_gradient(grad.mT, h.mT, V, v_spans)
-    return for_g, for_U, for_V, None, None, None
+    return for_g, for_U, for_V, None
 
 
-def _other(mode: str, spans: str) -> str:
+def _one_side(mode: str, u_spans: str, v_spans: str) -> str:
     """core keeps g H' where complement keeps g (I − H')."""
-    return _FLIPPED[spans] if mode == "core" else spans
+    if mode == "core":
+        u_spans, v_spans = _FLIPPED[u_spans], _FLIPPED[v_spans]
+    return kind_of("project", "complement", u_spans, v_spans)
 
 
 def _basis_gradient(grad: Tensor, h: Tensor, U: Tensor, spans: str) -> Tensor:

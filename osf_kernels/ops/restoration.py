@@ -15,12 +15,14 @@ from osf_kernels.ops._library import register
 from osf_kernels.ops._validation import (
     DTYPES,
     columns,
+    kind_of,
+    parts_of,
     require_distinct,
     require_lengths,
-    require_mode,
     require_no_leaf,
     require_tensor,
     require_writable,
+    shape_check,
 )
 from osf_kernels.ops.projection import BasisLike
 from osf_kernels.plan import Mode
@@ -135,9 +137,7 @@ def _restore(
         [V for V, _ in rights],
         list(Ss),
         list(addends),
-        mode,
-        [spans for _, spans in lefts],
-        [spans for _, spans in rights],
+        [kind_of(op, mode, u, v) for (_, u), (_, v) in zip(lefts, rights, strict=True)],
         single,
     )
 
@@ -187,20 +187,18 @@ def _impl(
     Vs: list[Tensor | None],
     Ss: list[Tensor | None],
     addends: list[Tensor | None],
-    mode: Mode,
-    u_spans: list[str],
-    v_spans: list[str],
+    kinds: list[str],
     single: bool,
 ) -> None:
     op = "restore_" if single else "restore_many_"
     problems, backend_names = [], []
-    columns_ = zip(Ws, Us, Vs, Ss, addends, u_spans, v_spans, strict=True)
-    for i, (W, U, V, S, addend, u, v) in enumerate(columns_):
+    arguments = zip(Ws, Us, Vs, Ss, addends, kinds, strict=True)
+    for i, (W, U, V, S, addend, kind) in enumerate(arguments):
         names = _names(i, single)
         # Two updates would round a 16-bit weight twice.
         choice = "pinned" if S is not None else "once" if W.element_size() == 2 else "any"
-        decided = decide(op, names, W, U, V, mode, u, v, choice)  # type: ignore[arg-type]
-        _check_pinned(op, names, W, U, V, S, addend, (u, v))
+        decided = decide(op, names, W, U, V, kind, choice)  # type: ignore[arg-type]
+        _check_pinned(op, names, W, U, V, S, addend, parts_of(op, kind)[1:])
         require_writable(op, names, W, U, V, S, addend)
         if W.dtype != torch.float64:
             S = None if S is None else S.float()
@@ -213,15 +211,15 @@ def _impl(
     execute(problems, backend_names)
 
 
-def _fake(
-    Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, mode: str, u: Any, v: Any, single: bool
-) -> None:
-    require_mode("restore_" if single else "restore_many_", mode)
+def _fake(Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, kinds: list[str], single: bool) -> None:
+    op = "restore_" if single else "restore_many_"
+    for W, U, V, kind in zip(Ws, Us, Vs, kinds, strict=True):
+        shape_check(op, W, U, V, kind)
 
 
 _restore_many_ = register(
     "restore_many_(Tensor(a!)[] Ws, Tensor?[] Us, Tensor?[] Vs, Tensor?[] S, Tensor?[] protected, "
-    "str formula, str[] u_spans, str[] v_spans, bool single) -> ()",
+    "str[] kinds, bool single) -> ()",
     _impl,
     _fake,
 )
