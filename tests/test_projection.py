@@ -299,6 +299,16 @@ def test_properties(problem, mode):
 
 
 @settings(deadline=None, max_examples=60)
+@given(st.lists(problems(), max_size=5), st.sampled_from(MODES))
+def test_a_list_equals_a_loop(drawn, mode):
+    grads = [randn(m, n, dtype=torch.float64, generator=gen) for m, n, _, _, gen in drawn]
+    Us, Vs = [U for _, _, U, _, _ in drawn], [V for _, _, _, V, _ in drawn]
+    looped = [project(g, U, V, mode=mode) for g, U, V in zip(grads, Us, Vs, strict=True)]
+    project_many_(grads, Us, Vs, mode=mode)
+    assert all(torch.equal(a, b) for a, b in zip(grads, looped, strict=True))
+
+
+@settings(deadline=None, max_examples=60)
 @given(problems(), st.sampled_from(MODES))
 def test_high_and_low_bases_of_one_subspace_agree(problem, mode):
     m, n, U, V, gen = problem
