@@ -216,10 +216,12 @@ def admit(
         basis_dtype=_NAMES[max(held, key=lambda d: d.itemsize) if held else dtype],
         batch=shape[:-2].numel(),
     )
+    # Kernels for a GPU are planned for one, wherever they are interpreted.
+    planned_for = "cuda" if request in ("triton", "cuda") else device.type
     if choice == "pinned":
-        step = choose_pinned(x, mode, device.type)
+        step = choose_pinned(x, mode, planned_for)
     else:
-        step = choose(x, mode, device.type, once=choice != "any", shard=choice == "shard")
+        step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
     backend, why = select(request, device, x, step)
     dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
     direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)

@@ -50,6 +50,6 @@ def test_interpreted(root: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "interpreted_autotune"])
 def test_interpreted_slow(root: Path, name: str) -> None:
     run_interpreted(root, name, "slow")
