@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from torch import Tensor
 
 from osf_kernels.errors import describe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Spans = Literal["high", "low"]
 
@@ -28,6 +27,7 @@ class Basis:
         spans: "high" or "low".
 
     Raises:
+        TypeError: columns is no tensor.
         ValueError: spans is neither.
     """
 
@@ -35,5 +35,8 @@ class Basis:
     spans: Spans = "high"
 
     def __post_init__(self) -> None:
+        columns: object = self.columns
+        if not isinstance(columns, Tensor):
+            raise TypeError(describe("Basis", "columns", "a tensor", type(columns).__name__))
         if self.spans not in ("high", "low"):
             raise ValueError(describe("Basis", "spans", '"high" or "low"', repr(self.spans)))

@@ -111,6 +111,11 @@ def test_mode_and_spans():
         Basis(U, "mid")
 
 
+def test_a_basis_holds_a_tensor():
+    with pytest.raises(TypeError, match=r"Basis: expected columns to be a tensor, got list"):
+        Basis([[1.0]], "low")
+
+
 def test_a_list_is_refused_whole():
     g, U, V = good()
     h, first, second = g.clone(), g.clone(), g.clone()

@@ -121,12 +121,13 @@ def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B:
 
 
 def _sequential(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+    mm = torch.mm if x.dim() == 2 else torch.bmm
     if step.beta:
-        _update(out, x, U, _mm(U.mT, x), step)
-        _update(out, out, _mm(out, V), V.mT, step)
+        _add(x, U, mm(U.mT, x), -1.0, out)
+        _add(out, mm(out, V), V.mT, -1.0, out)
     else:
-        rest = _add(x, _mm(x, V), V.mT, -1.0, None)
-        torch.sub(x, _add(rest, U, _mm(U.mT, rest), -1.0, rest), out=out)
+        rest = _add(x, mm(x, V), V.mT, -1.0, None)
+        torch.sub(x, _add(rest, U, mm(U.mT, rest), -1.0, rest), out=out)
 
 
 def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
@@ -143,16 +144,18 @@ def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B
 
 
 def _inner(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+    mm = torch.mm if x.dim() == 2 else torch.bmm
+    left_first = step.first == "left"
     if A is not None:
-        C = _mm(A, V)
+        C = mm(A, V)
     else:
-        C = _mm(_mm(U.mT, x), V) if step.first == "left" else _mm(U.mT, _mm(x, V))
+        C = mm(mm(U.mT, x), V) if left_first else mm(U.mT, mm(x, V))
     if S is not None:
         C.diagonal(dim1=-2, dim2=-1).sub_(S)
-    if step.first == "left":
-        _update(out, x, U, _mm(C, V.mT), step)
+    if left_first:
+        _update(out, x, U, mm(C, V.mT), step)
     else:
-        _update(out, x, _mm(U, C), V.mT, step)
+        _update(out, x, mm(U, C), V.mT, step)
 
 
 FORMS: dict[str, Callable[..., None]] = {
@@ -174,10 +177,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 def _update(out: Tensor, x: Tensor, L: Tensor, R: Tensor, step: Step) -> None:
     """out = beta·x + alpha·L R; with beta = 0, where alpha is 1, x is not read."""
     if step.beta:
-        if out is x and x.dim() == 2:
-            x.addmm_(L, R, alpha=step.alpha)
-        else:
-            _add(x, L, R, step.alpha, out)
+        _add(x, L, R, step.alpha, out)
     elif L.dim() == 2:
         torch.mm(L, R, out=out)
     else:

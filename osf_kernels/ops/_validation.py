@@ -45,11 +45,10 @@ def meta(t: Tensor) -> Meta:
 
 def columns(op: str, name: str, basis: Tensor | Basis | None) -> tuple[Tensor | None, str]:
     """The columns of a basis argument and what they span."""
+    if isinstance(basis, Basis):
+        return basis.columns, basis.spans
     if basis is None or isinstance(basis, Tensor):
         return basis, "high"
-    if isinstance(basis, Basis):
-        require_tensor(op, f"{name}.columns", basis.columns)
-        return basis.columns, basis.spans
     raise TypeError(
         describe(op, name, "a tensor, a Basis or None", type(basis).__name__, "wrap it in a tensor")
     )

@@ -212,7 +212,11 @@ def _as_list(basis: Any, many: bool, count: int) -> list[Any]:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would cost a small matrix 0.3 µs more
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 # --- torch.library -------------------------------------------------------------------------
