@@ -230,7 +230,8 @@ def draw_table(lines: Sequence[Line], rho: float, steps: int) -> Table:
     table = Table(
         title=f"all-MiniLM-L6-v2, rho = {rho:g}, {steps} AdamW steps, float32 on the CPU",
         caption="gradient, drift: share of the gradient's / the update's norm inside the protected "
-        "span. leak: worst of |U'g'|/|U'g| and |g'V|/|gV|. Times: medians of interleaved rounds.",
+        "span. leak: worst of |U'g'|/|U'g| and |g'V|/|gV|. Times: medians of interleaved rounds; "
+        "project_many_ holds the smaller basis of each side, the others the protected one.",
         title_justify="left",
         caption_justify="left",
     )

@@ -32,13 +32,17 @@ MODES: tuple[Mode, ...] = ("complement", "core")
 
 # FLOPs a device does in the time it moves one byte; it only weighs a pass over g against extra
 # FLOPs. GPUs: bf16 ridge ranks 117 (sm_80) and 155 (sm_90) of three passes, times 4/3.
-# CPU: two AVX-512 cores, fp32, 150 GFLOP/s against 12 GB/s measured on large addmm_.
-FLOPS_PER_BYTE = {"cpu": 12.0, "cuda": 156.0, "meta": 156.0}
+FLOPS_PER_BYTE = 156.0
+# Two AVX-512/AMX cores: 0.19 TFLOP/s fp32 and 0.6 bf16 against copies of 16 GB/s, of which large
+# in-place updates reach 25 (bench/results/projection_cpu.csv).
+CPU_FLOPS_PER_BYTE = {"bfloat16": 24.0}
+CPU_FLOPS_PER_BYTE_ELSE = 12.0
 
-# A matrix this small stays in a CPU's caches, where passes over it cost nothing beside the calls:
-# on two cores with 4 MiB of L2 the dual form took 1.0 to 2 times as long as the sequential one at
-# 384² to 2048² float32, and 0.9 of it at 3072².
-CPU_CACHE_BYTES = 32 * 2**20
+# A matrix this small stays in a CPU's caches, where passes over it cost nothing beside the calls.
+# Measured, dual over sequential time: fp32 1.0-2 at 384² to 2048², 0.9 at 3072²; bf16 1.0-1.4 at
+# 384² to 1024², 0.7-0.98 at 2048² with r ≤ n/8.
+CPU_CACHE_BYTES = {"bfloat16": 4 * 2**20}
+CPU_CACHE_BYTES_ELSE = 32 * 2**20
 
 # Above this many columns a side a grouped hand-written kernel is FLOP-bound and library GEMMs
 # are ahead of it: the bf16 ridge rank of sm_90. To be replaced by a measured table.
@@ -208,6 +212,7 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
     """Complement of (left, right), or for core g minus the complement of the flipped sides."""
     high_left, high_right = (left == "high") != flip, (right == "high") != flip
     candidates: list[tuple[Form, Literal["left", "right"]]]
+    joined = (x.r or 0) + (x.k or 0) <= JOIN_LIMIT * min(x.m, x.n)
     if high_left and high_right:
         beta, alpha = (0.0, 1.0) if flip else (1.0, -1.0)
         # E g + g F − E g F of wide low bases adds three terms of g's own size: float32 error 2.3
@@ -216,15 +221,20 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         candidates = [("sequential", "left")] if wide and not once else [("dual", "left")]
         if not flip and not once:
             candidates.append(("sequential", "left"))
+            if device == "cpu" and not joined:  # two updates are as many passes as sequential's
+                del candidates[0]
     else:
         beta, alpha = (1.0, -1.0) if flip else (0.0, 1.0)
         if high_left or high_right:
             candidates = [("mixed", "right" if high_left else "left")]
         else:
-            candidates = [("inner", "left"), ("inner", "right")]
-    balance = FLOPS_PER_BYTE.get(device, FLOPS_PER_BYTE["cuda"])
-    if device == "cpu" and x.m * x.n * BYTES[x.dtype] <= CPU_CACHE_BYTES:
-        balance = 0.0
+            # Right first on a tie: g V needs no transpose, and in bf16 on a CPU took 0.6 of Uᵀ g.
+            candidates = [("inner", "right"), ("inner", "left")]
+    balance = FLOPS_PER_BYTE
+    if device == "cpu":
+        in_cache = CPU_CACHE_BYTES.get(x.dtype, CPU_CACHE_BYTES_ELSE)
+        balance = CPU_FLOPS_PER_BYTE.get(x.dtype, CPU_FLOPS_PER_BYTE_ELSE)
+        balance = 0.0 if x.m * x.n * BYTES[x.dtype] <= in_cache else balance
     costs = [cost(x, form, first, beta) for form, first in candidates]
     times = [flops + balance * moved for flops, moved, _ in costs]
     best = times.index(min(times))
@@ -236,7 +246,6 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         ("dual", 0.0): "dual of two low bases",
         ("sequential", 0.0): "g less its sequential complement",
     }.get((form, beta), f"{form}, {first} first" if form == "mixed" else form)
-    joined = (x.r or 0) + (x.k or 0) <= JOIN_LIMIT * min(x.m, x.n)
     return Step(form, first, alpha, beta, flops, moved, passes, _reason(form, beta), label, joined)
 
 
