@@ -50,7 +50,7 @@ VARIABLES: Mapping[str, Variable] = {
             "auto",
             _choice("auto", "torch", "triton", "cuda"),
             "backend of every operator; a named one works or raises",
-            read="at each call",
+            read="at an operator's first call",
         ),
         _variable(
             "OSF_AUTOTUNE",

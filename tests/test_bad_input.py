@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -233,3 +236,37 @@ def test_a_backend_by_name_works_or_raises():
             expected = pytest.raises(BackendUnavailableError, match=f'"{name}" was asked for')
             with expected, use_backend(name):
                 project(g, U, V)
+
+
+@pytest.mark.parametrize(
+    ("value", "outcome"),
+    [
+        ("torch", "ran"),
+        ("auto", "ran"),
+        ("triton", 'BackendUnavailableError: osf_kernels: backend "triton" was asked for'),
+        ("fast", "ValueError: "),
+    ],
+)
+def test_a_backend_named_by_the_environment(root, value, outcome):
+    """In a process of its own: the variable is read once."""
+    program = (
+        "import torch, osf_kernels\n"
+        "try:\n"
+        "    osf_kernels.project(torch.ones(3, 2), torch.eye(3)[:, :1])\n"
+        "    print('ran')\n"
+        "except Exception as error:\n"
+        "    print(f'{type(error).__name__}: {error}')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"OSF_BACKEND": value, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith(outcome)
+    if value == "fast":
+        assert "OSF_BACKEND" in done.stdout

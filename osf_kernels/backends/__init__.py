@@ -14,6 +14,7 @@ from functools import lru_cache
 from types import ModuleType
 
 from torch import device as Device  # the name torch is this package's backend
+from torch.cuda import is_available as is_cuda_available
 
 from osf_kernels import env
 from osf_kernels.backends import forms
@@ -108,6 +109,8 @@ def select(request: str, device: Device, x: Matrix, step: Step) -> tuple[str, st
                     )
                 )
         return request, "asked for"
+    if device.type == "meta" and is_cuda_available():
+        device = Device("cuda")  # planned for the machine's GPU
     if device.type != "cuda":
         return "torch", f"the backend for {device.type} tensors"
     if x.dtype == "float64":
