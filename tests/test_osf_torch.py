@@ -151,6 +151,10 @@ def test_refusals_attach_nothing():
         call = {"subspaces": subspaces, "optimizer": optimizer} | arguments
         with pytest.raises(ValueError, match=text):
             protect(model, **call)
+    s = subspaces["0.weight"]
+    foreign = Subspace(s.U, s.V, s.S * 1.5)
+    with pytest.raises(ValueError, match=r"parameter '0.weight' to be singular triplets of"):
+        protect(model, {"0.weight": foreign}, optimizer=optimizer)
     frozen = copy.deepcopy(model).requires_grad_(False)
     with pytest.raises(ValueError, match="every named parameter is frozen"):
         protect(frozen, subspaces, restore=False)
