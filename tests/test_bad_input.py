@@ -146,10 +146,23 @@ def test_unequal_lists():
         restore_many_([g], [U], [V], S=[])
 
 
-def test_the_same_matrix_twice():
+def test_a_list_that_shares_memory():
     g, U, V = good()
-    with pytest.raises(ValueError, match=r"expected grads\[1\] to be a matrix of its own"):
+    with pytest.raises(ValueError, match=r"expected grads\[1\] to be apart from grads\[0\].*tied"):
         project_many_([g, g], [U, U], [V, V])
+    buffer = torch.randn(4 * M * N)
+    views = [buffer[i * M * N : (i + 1) * M * N].view(M, N) for i in range(4)]
+    project_many_(views, [U] * 4, [V] * 4)  # one buffer, apart: fine
+    late = buffer[M * N + N : 2 * M * N + N].view(M, N)
+    before = buffer.clone()
+    with pytest.raises(ValueError, match=r"expected grads\[2\] to be apart from grads\[1\]"):
+        project_many_([views[0], views[1], late], [U] * 3, [V] * 3)
+    basis = views[3][:, :R]
+    with pytest.raises(ValueError, match=r"expected grads\[1\] to be apart from Us\[0\]"):
+        project_many_([g, views[3]], [basis, U], [V, V])
+    assert torch.equal(buffer, before)
+    fused = torch.randn(M, 2 * N)
+    project_many_([fused[:, :N], fused[:, N:]], [U, U], [V, V])  # column blocks: fine
 
 
 def test_overlapping_memory():

@@ -6,7 +6,8 @@ a call that was seen before pays for building the key alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -290,18 +291,37 @@ def overlaps(a: Tensor, b: Tensor) -> bool:
     return True
 
 
-def require_distinct(op: str, name: str, written: Sequence[Tensor]) -> None:
-    """No matrix of a list is written twice."""
-    seen: dict[int, int] = {}
+def require_distinct(
+    op: str, name: str, written: Sequence[Tensor], read: Mapping[str, Sequence[Tensor | None]]
+) -> None:
+    """No matrix of a list shares memory with another that is written, nor with what is read.
+
+    Only tensors of one storage are compared, so gradients that are views of one buffer cost a
+    sort, and everything else a dictionary entry.
+    """
+    writers: dict[int, list[int]] = {}
     for i, g in enumerate(written):
-        first = seen.setdefault(g.data_ptr(), i) if g.numel() else i
-        if first != i:
-            raise ValueError(
-                describe(
-                    op,
-                    f"{name}[{i}]",
-                    "a matrix of its own",
-                    f"the memory of {name}[{first}]",
-                    "pass a tied weight once",
-                )
-            )
+        if g.numel():
+            writers.setdefault(g.untyped_storage().data_ptr(), []).append(i)
+    for members in writers.values():
+        if len(members) > 1:
+            members.sort(key=lambda i: _extent(written[i])[1])
+            for before, i in itertools.pairwise(members):
+                if overlaps(written[before], written[i]):
+                    first, second = sorted((before, i))
+                    expected = f"apart from {name}[{first}]"
+                    remedy = "pass a tied weight once"
+                    raise ValueError(
+                        describe(op, f"{name}[{second}]", expected, "overlapping memory", remedy)
+                    )
+    for other, tensors in read.items():
+        for j, t in enumerate(tensors):
+            if t is None:
+                continue
+            for i in writers.get(t.untyped_storage().data_ptr(), ()):
+                if overlaps(written[i], t):
+                    expected = f"apart from {other}[{j}]"
+                    remedy = f"clone {other}[{j}] first"
+                    raise ValueError(
+                        describe(op, f"{name}[{i}]", expected, "overlapping memory", remedy)
+                    )

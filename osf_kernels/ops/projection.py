@@ -261,7 +261,7 @@ def _project_many__impl(
         require_writable(op, arguments, g, U, V)
         problems.append(Problem(g, g, U, V, decided.step))
         names.append(decided.backend)
-    require_distinct(op, "grads", grads)
+    require_distinct(op, "grads", grads, {"Us": Us, "Vs": Vs})
     execute(problems, names)
 
 

@@ -207,7 +207,9 @@ def _impl(
             )
         problems.append(Problem(W, W, U, V, decided.step, S, addend))
         backend_names.append(decided.backend)
-    require_distinct(op, "Ws", Ws)
+    if not single:
+        read = {"Us": Us, "Vs": Vs, "S": Ss, "protected": addends}
+        require_distinct(op, "Ws", Ws, read)
     execute(problems, backend_names)
 
 
