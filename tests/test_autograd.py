@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from osf_kernels import Basis, coefficients, project, project_, project_many_, restore_
+from osf_kernels import Basis, apply_, coefficients, project, project_, project_many_, restore_
 from tests.helpers import KINDS, draw_basis, generator_for, randn
 
 OPS = torch.ops.osf_kernels
@@ -96,6 +96,14 @@ def test_vmap():
     A, B = torch.vmap(coefficients, in_dims=(0, 0, None))(g, U, V)
     assert torch.allclose(A, U.mT @ g)
     assert torch.allclose(B, g @ V)
+    finished = g.clone()
+    torch.vmap(apply_, in_dims=(0, 0, None, 0, 0))(finished, U, V, A, B)
+    assert torch.allclose(finished, looped, rtol=0, atol=1e-14)
+    out = torch.empty(6, 4, 5, dtype=g.dtype)
+    torch.vmap(lambda x, u, o: project(x, u, V, out=o), in_dims=(0, 0, 1))(g, U, out)
+    assert torch.allclose(out.movedim(1, 0), looped, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="expected g to be vmapped where an argument is"):
+        torch.vmap(project_, in_dims=(None, 0, None))(g[0], U, V)
     in_place = g.clone()
     torch.vmap(project_, in_dims=(0, 0, None))(in_place, U, V)
     assert torch.allclose(in_place, looped, rtol=0, atol=1e-14)

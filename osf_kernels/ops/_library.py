@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels.errors import describe
+
 NAMESPACE = "osf_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -31,6 +33,13 @@ def register(
         torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=library)
     overload: Callable[..., Any] = getattr(torch.ops.osf_kernels, name).default
     return overload
+
+
+def require_vmapped(op: str, name: str, dim: int | None) -> None:
+    """What is written has an element for each of a batch that is read."""
+    if dim is None:
+        expected = "vmapped where an argument is"
+        raise ValueError(describe(op, name, expected, "one for the whole batch"))
 
 
 def aligned(info: Any, in_dims: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

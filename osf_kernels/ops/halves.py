@@ -11,7 +11,7 @@ from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, unbatch
-from osf_kernels.ops._library import aligned, register
+from osf_kernels.ops._library import aligned, register, require_vmapped
 from osf_kernels.ops._validation import (
     columns,
     kind_of,
@@ -165,6 +165,16 @@ def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:
     shape_check("apply_", g, U, V, kind, shard=True)
 
 
+def _apply__vmap(
+    info: Any, in_dims: Any, g: Any, U: Any, V: Any, A: Any, B: Any, kind: str
+) -> tuple[None, None]:
+    require_vmapped("apply_", "g", in_dims[0])
+    g, U, V, A, B = aligned(info, in_dims, (g, U, V, A, B))
+    batch = g.shape[:-2]
+    _apply_(g, U, V, A.expand(*batch, *A.shape[-2:]), B.expand(*batch, *B.shape[-2:]), kind)
+    return None, None
+
+
 _coefficients = register(
     "coefficients(Tensor g, Tensor? U, Tensor? V) -> (Tensor, Tensor)",
     _coefficients_impl,
@@ -175,6 +185,7 @@ _apply_ = register(
     "apply_(Tensor(a!) g, Tensor? U, Tensor? V, Tensor A, Tensor B, str kind) -> ()",
     _apply__impl,
     _apply__fake,
+    _apply__vmap,
 )
 
 

@@ -13,7 +13,7 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, execute_one
-from osf_kernels.ops._library import aligned, register
+from osf_kernels.ops._library import aligned, register, require_vmapped
 from osf_kernels.ops._validation import (
     columns,
     kind_of,
@@ -289,12 +289,18 @@ def _project_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) ->
 
 
 def _project__vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[None, None]:
-    if in_dims[0] is None:
-        raise ValueError(
-            describe("project_", "g", "vmapped where a basis is", "one g for the whole batch")
-        )
+    require_vmapped("project_", "g", in_dims[0])
     g, U, V = aligned(info, in_dims, (g, U, V))
     _project_(g, U, V, kind)
+    return None, None
+
+
+def _project_out_vmap(
+    info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str, out: Any
+) -> tuple[None, None]:
+    require_vmapped("project", "out", in_dims[4])
+    g, U, V = aligned(info, in_dims, (g, U, V))
+    _project_out(g, U, V, kind, out.movedim(in_dims[4], 0))
     return None, None
 
 
@@ -306,6 +312,7 @@ _project_out = register(
     f"project_out(Tensor g, {_ARGUMENTS}, Tensor(a!) out) -> ()",
     _project_out_impl,
     _project_out_fake,
+    _project_out_vmap,
 )
 _project_ = register(
     f"project_(Tensor(a!) g, {_ARGUMENTS}) -> ()", _project__impl, _project__fake, _project__vmap
