@@ -218,11 +218,15 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         # E g + g F − E g F of wide low bases adds three terms of g's own size: float32 error 2.3
         # times eager's at p = 0.9 m. Beyond half a side g minus the rest is subtracted instead.
         wide = flip and (2 * (x.r or 0) > x.m or 2 * (x.k or 0) > x.n)
-        candidates = [("sequential", "left")] if wide and not once else [("dual", "left")]
-        if not flip and not once:
-            candidates.append(("sequential", "left"))
-            if device == "cpu" and not joined:  # two updates are as many passes as sequential's
-                del candidates[0]
+        # Without the join, dual's two updates on a CPU are as many passes as sequential's.
+        if once:
+            candidates = [("dual", "left")]
+        elif flip:
+            candidates = [("sequential" if wide else "dual", "left")]
+        elif device == "cpu" and not joined:
+            candidates = [("sequential", "left")]
+        else:
+            candidates = [("dual", "left"), ("sequential", "left")]
     else:
         beta, alpha = (1.0, -1.0) if flip else (0.0, 1.0)
         if high_left or high_right:

@@ -111,9 +111,9 @@ class Problem(NamedTuple):
     B: Tensor | None = None  # (m, k)
 
 
-def coefficient_dtype(problem: Problem) -> torch.dtype:
-    """float32, or float64 for a float64 problem: a coefficient sums m or n products."""
-    return torch.float64 if problem.x.dtype == torch.float64 else torch.float32
+def coefficient_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 matrix: a coefficient sums m or n products."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Update]:
@@ -197,7 +197,7 @@ def run(problems: Sequence[Problem], kernels: Kernels) -> None:
     Updates wait until no matrix wants coefficients, so that short forms share the launches of
     long ones: a list takes as many launches as its longest form, one more with sequential ones.
     """
-    generators = [steps(problem, coefficient_dtype(problem)) for problem in problems]
+    generators = [steps(problem, coefficient_dtype(problem.x)) for problem in problems]
     wanting = [(steps_, job) for steps_ in generators if (job := next(steps_, None))]
     while wanting:
         reductions = [job for _, job in wanting if isinstance(job, Coefficients)]

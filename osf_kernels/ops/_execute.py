@@ -70,7 +70,11 @@ def unbatch(item: Item, backend: str) -> list[Item]:
         for name, t in item._asdict().items()
         if isinstance(t, Tensor)
     }
-    return [
-        item._replace(**{name: t[index] for name, t in whole.items()})
-        for index in itertools.product(*map(range, lead))
-    ]
+    in_place = isinstance(item, Problem) and item.out is item.x
+    parts = []
+    for index in itertools.product(*map(range, lead)):
+        part = {name: t[index] for name, t in whole.items()}
+        if in_place:  # the same object still, or a backend would copy x onto itself
+            part["out"] = part["x"]
+        parts.append(item._replace(**part))
+    return parts

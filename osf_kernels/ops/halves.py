@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import backends
-from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, unbatch
 from osf_kernels.ops._library import aligned, register, require_vmapped
@@ -93,10 +93,6 @@ def apply_(
 # --- torch.library -------------------------------------------------------------------------
 
 _KIND = kind_of("coefficients", "complement", "high", "high")  # coefficients are of columns as held
-
-
-def coefficient_dtype(g: Tensor) -> torch.dtype:
-    return torch.float64 if g.dtype == torch.float64 else torch.float32
 
 
 def coefficient_shapes(
