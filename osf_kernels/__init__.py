@@ -12,6 +12,8 @@ from osf_kernels._version import __version__
 from osf_kernels.backends import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError
+from osf_kernels.linalg.result import TruncatedSVD
+from osf_kernels.linalg.truncated import truncated_svd
 from osf_kernels.ops.halves import apply_, coefficients
 from osf_kernels.ops.projection import plan, project, project_, project_many_
 from osf_kernels.ops.restoration import restore_, restore_many_
@@ -22,6 +24,7 @@ __all__ = [
     "Basis",
     "Mode",
     "Plan",
+    "TruncatedSVD",
     "__version__",
     "apply_",
     "coefficients",
@@ -31,5 +34,6 @@ __all__ = [
     "project_many_",
     "restore_",
     "restore_many_",
+    "truncated_svd",
     "use_backend",
 ]

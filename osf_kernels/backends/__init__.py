@@ -14,6 +14,8 @@ from functools import lru_cache
 from types import ModuleType
 
 from torch import device as Device  # the name torch is this package's backend
+from torch import dtype as DType
+from torch import float64
 from torch.cuda import is_available as is_cuda_available
 
 from osf_kernels import env
@@ -121,6 +123,22 @@ def select(request: str, device: Device, x: Matrix, step: Step) -> tuple[str, st
     if reason is not None:
         return "torch", f"triton is not available: {reason}"
     return "triton", f"bytes and launches are the bound up to rank {GROUPED_RANK_LIMIT}"
+
+
+def choose_for_products(device: Device, dtype: DType) -> str:
+    """The backend of plain products (``primitives.py``): Triton on a GPU, torch elsewhere.
+
+    Raises:
+        BackendUnavailableError: an explicit choice can't serve this device.
+    """
+    request = requested()
+    if request != "auto":
+        if request != "torch":
+            _require(request, device)
+        return request if dtype is not float64 else "torch"
+    if device.type != "cuda" or dtype is float64 or unavailable_reason("triton", device):
+        return "torch"
+    return "triton"
 
 
 def run(problems: Sequence[forms.Problem], names: Sequence[str]) -> None:

@@ -1,0 +1,157 @@
+"""What the factorizations of ``osf_kernels.linalg`` are made of, and which backend computes it.
+
+Four primitives over batches of matrices of one shape, each float32 in and out (float64 stays):
+products with a sketch, Gram matrices, Cholesky with the triangular inverse, a small SVD. torch
+serves all of them on any device; on a GPU Triton computes products and the compiled extension
+factorizes what its shared memory holds.
+
+``use_backend`` names who computes the products, or raises. Factorizations exist in torch and
+cuda alone: "triton" leaves them to torch, "cuda" computes them where a block's shared memory holds
+the matrix, as ``largest_cholesky`` and ``largest_jacobi`` say.
+
+May import: torch, ``osf_kernels.backends``, ``osf_kernels.plan`` and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from osf_kernels import backends
+
+Side = Literal["left", "right"]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for all but float64: what factors are computed and returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def products_backend(x: Tensor) -> str:
+    """Who multiplies: "torch" or "triton", and "cuda" where it is asked for.
+
+    Raises:
+        BackendUnavailableError: an explicit choice can't serve this device.
+    """
+    return backends.choose_for_products(x.device, x.dtype)
+
+
+def multiply(As: Sequence[Tensor], Q: Tensor, *, transpose: bool = False) -> Tensor:
+    """Y_i = A_i Q_i, or A_iᵀ Q_i, to float32 accuracy whatever the dtype of A.
+
+    Args:
+        As: b matrices (m, n) of one shape, dtype and device, any strides.
+        Q: (b, n, l), or (1, n, l) for one sketch that serves all; (·, m, l) to transpose.
+        transpose: multiply by A_iᵀ.
+
+    Returns:
+        (b, m, l), or (b, n, l), of the working dtype.
+    """
+    first = As[0]
+    rows = first.shape[1] if transpose else first.shape[0]
+    out = Q.new_empty(len(As), rows, Q.shape[-1])
+    name = products_backend(first)
+    if name != "torch":
+        backends.module(name).multiply(As, Q, out, transpose=transpose)
+        return out
+    for i, A in enumerate(As):
+        A = A.to(Q.dtype)
+        torch.matmul(A.mT if transpose else A, Q[i if len(Q) > 1 else 0], out=out[i])
+    return out
+
+
+# Blocks a side that are multiplied one triangle at a time: at 2048² 4 × 4 blocks take 10/16 of
+# the products and BLAS still runs at its full rate.
+_GRAM_BLOCKS = 4
+_GRAM_BLOCKED_FROM = 1024
+
+
+def gram(As: Sequence[Tensor], *, side: Side = "right") -> Tensor:
+    """A_iᵀA_i, or on the left A_iA_iᵀ: exactly symmetric, one triangle of it computed.
+
+    Args:
+        As: b matrices (m, n) of one shape, dtype and device, any strides.
+
+    Returns:
+        (b, n, n), or (b, m, m), of the working dtype.
+    """
+    first = As[0]
+    size = first.shape[1 if side == "right" else 0]
+    out = first.new_empty(len(As), size, size, dtype=working_dtype(first.dtype))
+    name = products_backend(first)
+    if name != "torch":
+        backends.module(name).gram(As, out, side=side)
+        return out
+    for i, A in enumerate(As):
+        A = A.to(out.dtype)
+        _gram(A if side == "right" else A.mT, out[i])
+    return out
+
+
+def _gram(X: Tensor, out: Tensor) -> None:
+    """out = XᵀX by the blocks of its upper triangle."""
+    n = X.shape[1]
+    blocks = _GRAM_BLOCKS if n >= _GRAM_BLOCKED_FROM else 1
+    bounds = [n * i // blocks for i in range(blocks + 1)]
+    for i in range(blocks):
+        a, b = bounds[i], bounds[i + 1]
+        torch.matmul(X[:, a:b].mT, X[:, a:], out=out[a:b, a:])
+        out[b:, a:b] = out[a:b, b:].mT
+    for i in range(blocks):
+        a, b = bounds[i], bounds[i + 1]
+        block = out[a:b, a:b]
+        block.copy_(torch.triu(block) + torch.triu(block, 1).mT)
+
+
+def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
+    """(R⁻¹, info) of G = RᵀR with R upper triangular, of a batch.
+
+    Args:
+        G: (b, l, l) symmetric positive definite.
+
+    Returns:
+        R⁻¹ (b, l, l) upper triangular, all NaN where the factorization failed; info (b,) int32,
+        0 or the index from 1 of the first pivot that isn't positive. Never synchronizes on
+        cuda's kernels; torch's own factorization doesn't either.
+    """
+    name = _factorization_backend(G, "largest_cholesky")
+    if name != "torch":
+        pair: tuple[Tensor, Tensor] = backends.module(name).cholesky_inverse(G)
+        return pair
+    R, info = torch.linalg.cholesky_ex(G, upper=True)
+    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
+    inverse = torch.linalg.solve_triangular(R, eye, upper=True)
+    failed = (info != 0)[:, None, None]
+    return inverse.masked_fill(failed, float("nan")), info
+
+
+def small_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V) of M = U diag(S) Vᵀ, S descending, of a batch of small matrices.
+
+    Args:
+        M: (b, p, l) with p ≥ l.
+
+    Returns:
+        U (b, p, l), S (b, l), V (b, l, l).
+    """
+    name = _factorization_backend(M, "largest_jacobi")
+    if name != "torch":
+        U, S, V, info = backends.module(name).jacobi_svd(M)
+        if not bool((info != 0).any()):  # one synchronization
+            return U, S, V
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U, S, Vh.mT
+
+
+def _factorization_backend(x: Tensor, largest: str) -> str:
+    """ "cuda" where its kernel holds the matrix and wasn't ruled out, else "torch"."""
+    requested = backends.requested()
+    if x.device.type != "cuda" or x.dtype != torch.float32 or requested not in ("auto", "cuda"):
+        return "torch"
+    if backends.unavailable_reason("cuda", x.device) is not None:
+        return "torch"
+    held: int = getattr(backends.module("cuda"), largest)(x.device)
+    return "cuda" if max(x.shape[-2:]) <= held else "torch"

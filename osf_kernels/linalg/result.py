@@ -1,0 +1,63 @@
+"""TruncatedSVD: singular triplets, and how right they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from osf_kernels.basis import Basis
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TruncatedSVD:
+    """The leading singular triplets A ≈ U diag(S) Vᵀ, and how right they are.
+
+    Two figures, since they differ: ``residual`` says how nearly these are singular triplets of A,
+    ``captured`` how much of A they hold. Neither says that they are the *leading* ones where σ_r
+    and σ_{r+1} are close: there no leading subspace is well defined, and residual and captured
+    are what is promised.
+
+    Attributes:
+        U: (..., m, r) orthonormal columns, float32 (float64 of a float64 A).
+        S: (..., r) singular values, descending.
+        V: (..., n, r) orthonormal columns; V.mT are rows. In each column the element of largest
+            magnitude is positive, which fixes the sign of U's.
+        residual: (...) max over the triplets of √(‖A v − σ u‖² + ‖Aᵀu − σ v‖²) / σ₁.
+        captured: (...) ‖A V‖²_F / ‖A‖²_F, between 0 and 1; 1 for A = 0.
+        iterations: how often the method multiplied by A and by Aᵀ; 1 for direct methods.
+        method: "randomized", "gram", "warm", "deflated" or "exact": what ran.
+        converged: (...) boolean, residual ≤ tol; None where no tol was given.
+        U_low: (..., m, m − r) orthonormal, orthogonal to U; None unless complement=True.
+        V_low: (..., n, n − r) likewise of V.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    residual: Tensor
+    captured: Tensor
+    iterations: int
+    method: str
+    converged: Tensor | None = None
+    U_low: Tensor | None = None
+    V_low: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r, the number of triplets."""
+        return self.S.shape[-1]
+
+    def left(self) -> Basis:
+        """The protected span of the left side, held by the smaller basis there is."""
+        return _smaller(self.U, self.U_low)
+
+    def right(self) -> Basis:
+        """The protected span of the right side, held by the smaller basis there is."""
+        return _smaller(self.V, self.V_low)
+
+
+def _smaller(high: Tensor, low: Tensor | None) -> Basis:
+    if low is not None and low.shape[-1] < high.shape[-1]:
+        return Basis(low, "low")
+    return Basis(high, "high")
