@@ -12,6 +12,7 @@ from osf_kernels._version import __version__
 from osf_kernels.backends import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError
+from osf_kernels.linalg.orthonormal import orthonormalize
 from osf_kernels.linalg.result import TruncatedSVD
 from osf_kernels.linalg.truncated import truncated_svd
 from osf_kernels.ops.halves import apply_, coefficients
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "apply_",
     "coefficients",
+    "orthonormalize",
     "plan",
     "project",
     "project_",
