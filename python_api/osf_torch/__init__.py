@@ -1,4 +1,4 @@
-"""The thin API for training code: subspaces of a model, hooks, gradients.
+"""The thin API for training code: subspaces of a model, hooks, gradients, files.
 
 It owns what knows of models and optimizers, and no mathematics: everything it computes is an
 operator of ``osf_kernels``, of which it imports public names only.
@@ -6,5 +6,19 @@ operator of ``osf_kernels``, of which it imports public names only.
 
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard, Leak, Subspace, protect
+from osf_torch.refresh import refresh
+from osf_torch.storage import load_subspaces, save_subspaces
+from osf_torch.subspaces import Decomposition, Subspaces
 
-__all__ = ["Guard", "Leak", "Subspace", "project_grad", "protect"]
+__all__ = [
+    "Decomposition",
+    "Guard",
+    "Leak",
+    "Subspace",
+    "Subspaces",
+    "load_subspaces",
+    "project_grad",
+    "protect",
+    "refresh",
+    "save_subspaces",
+]

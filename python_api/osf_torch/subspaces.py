@@ -1,0 +1,236 @@
+"""Subspaces: what a refresh found, by parameter name, as ``protect`` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from osf_kernels import Basis, TruncatedSVD
+from osf_torch.guard import Subspace
+
+Keep = Literal["smaller", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decomposition(Subspace):
+    """The Subspace of one weight, with the factors kept of it and how right they are.
+
+    U and V are Basis objects, each side held by the smallest basis kept of it. S (r,) is always
+    kept; ``protect`` restores from it where U and V are both high.
+
+    Attributes:
+        svd: the singular triplets, with the low bases that were kept; None where only smaller
+            low bases were. A warm or deflated refresh starts from it.
+        shape: (m, n) of the weight.
+        rank: r.
+        method, iterations: what ran, as in ``osf_kernels.TruncatedSVD``.
+        residual: of the triplets, relative to σ₁.
+        captured: share of ‖W‖²_F that they hold.
+        converged: residual ≤ tol; None where no tol was given.
+        seconds: of the decomposition, an equal share of its batch's.
+    """
+
+    svd: TruncatedSVD | None
+    shape: tuple[int, int]
+    rank: int
+    method: str
+    iterations: int
+    residual: float
+    captured: float
+    converged: bool | None
+    seconds: float
+
+    def factors(self) -> dict[str, Tensor]:
+        """The tensors kept, each once: of U, U_low, S, V, V_low those there are."""
+        assert self.S is not None
+        found = {"S": self.S}
+        for side, basis in (("U", self.U), ("V", self.V)):
+            assert isinstance(basis, Basis)
+            found[side if basis.spans == "high" else f"{side}_low"] = basis.columns
+        if self.svd is not None:
+            kept = {name: getattr(self.svd, name) for name in ("U", "U_low", "V", "V_low")}
+            found |= {name: factor for name, factor in kept.items() if factor is not None}
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Of the factors kept."""
+        return sum(factor.nbytes for factor in self.factors().values())
+
+
+def assemble(factors: Mapping[str, Tensor], **facts: Any) -> Decomposition:
+    """A Decomposition of the factors kept: for each side U, U_low or both, and S.
+
+    Args:
+        factors: tensors named as the fields of ``osf_kernels.TruncatedSVD``.
+        facts: the fields of Decomposition that are no tensors.
+    """
+    S = factors["S"]
+    svd = None
+    if "U" in factors and "V" in factors:
+        converged = facts["converged"]
+        svd = TruncatedSVD(
+            factors["U"],
+            S,
+            factors["V"],
+            torch.tensor(facts["residual"], dtype=S.dtype),
+            torch.tensor(facts["captured"], dtype=S.dtype),
+            facts["iterations"],
+            facts["method"],
+            None if converged is None else torch.tensor(converged),
+            factors.get("U_low"),
+            factors.get("V_low"),
+        )
+    return Decomposition(
+        U=_smallest(factors, "U"), V=_smallest(factors, "V"), S=S, svd=svd, **facts
+    )
+
+
+def smaller(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors without the larger basis of each side that has both."""
+    kept = {"S": factors["S"]}
+    for side in "UV":
+        basis = _smallest(factors, side)
+        kept[side if basis.spans == "high" else f"{side}_low"] = basis.columns
+    return kept
+
+
+def _smallest(factors: Mapping[str, Tensor], side: str) -> Basis:
+    high, low = factors.get(side), factors.get(f"{side}_low")
+    if high is None or (low is not None and low.shape[-1] < high.shape[-1]):
+        assert low is not None
+        return Basis(low, "low")
+    return Basis(high, "high")
+
+
+class Subspaces(Mapping[str, Decomposition]):
+    """Decompositions by parameter name, in the model's order; made by ``refresh``.
+
+    ``protect`` takes it as it is; a plain dict of some of its items too.
+
+    Attributes:
+        seed: what the random sketches were drawn from.
+    """
+
+    def __init__(self, decompositions: Mapping[str, Decomposition], *, seed: int) -> None:
+        self._decompositions = dict(decompositions)
+        self.seed = seed
+
+    def __getitem__(self, name: str) -> Decomposition:
+        return self._decompositions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decompositions)
+
+    def __len__(self) -> int:
+        return len(self._decompositions)
+
+    def __repr__(self) -> str:
+        methods: dict[str, int] = {}
+        for entry in self.values():
+            methods[entry.method] = methods.get(entry.method, 0) + 1
+        counts = ", ".join(f"{count} {method}" for method, count in methods.items())
+        worst = max((entry.residual for entry in self.values()), default=0.0)
+        return (
+            f"Subspaces({len(self)} weights: {counts or 'none'}; worst residual {worst:.1e}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of all factors kept."""
+        return sum(entry.nbytes for entry in self.values())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Subspaces:
+        """The same on another device, or with bases of another dtype; S keeps its own.
+
+        Bases of bfloat16 take half the memory, leak 6e-4 held low and 3e-3 held high, and serve
+        a later refresh as a sketch only.
+        """
+        moved = {}
+        for name, entry in self.items():
+            factors = {
+                part: factor.to(device, dtype if part != "S" else None)
+                for part, factor in entry.factors().items()
+            }
+            moved[name] = assemble(factors, **facts_of(entry))
+        return Subspaces(moved, seed=self.seed)
+
+    def summary(self) -> str:
+        """A table, a line a weight and one over all of them."""
+        header = (
+            "parameter",
+            "shape",
+            "rank",
+            "held",
+            "method",
+            "residual",
+            "captured",
+            "seconds",
+            "MiB",
+        )
+        lines = [
+            (
+                name,
+                "x".join(map(str, entry.shape)),
+                str(entry.rank),
+                _spans(entry),
+                entry.method + ("" if entry.converged in (None, True) else ", above tol"),
+                f"{entry.residual:.1e}",
+                f"{entry.captured:.4f}",
+                f"{entry.seconds:.3f}",
+                f"{entry.nbytes / 2**20:.1f}",
+            )
+            for name, entry in self.items()
+        ]
+        entries = list(self.values())
+        lines.append(
+            (
+                f"all {len(entries)}",
+                "",
+                "",
+                "",
+                "",
+                f"{max((e.residual for e in entries), default=0.0):.1e}",
+                f"{min((e.captured for e in entries), default=1.0):.4f}",
+                f"{sum(e.seconds for e in entries):.3f}",
+                f"{self.nbytes / 2**20:.1f}",
+            )
+        )
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        rows = [header, tuple("-" * width for width in widths), *lines]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+FACTS = (
+    "shape",
+    "rank",
+    "method",
+    "iterations",
+    "residual",
+    "captured",
+    "converged",
+    "seconds",
+)
+
+
+def facts_of(entry: Decomposition) -> dict[str, Any]:
+    """The fields of a Decomposition that ``assemble`` takes beside the factors."""
+    return {name: getattr(entry, name) for name in FACTS}
+
+
+def _spans(entry: Decomposition) -> str:
+    sides = (entry.U, entry.V)
+    return "/".join(basis.spans if isinstance(basis, Basis) else "high" for basis in sides)

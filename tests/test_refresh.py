@@ -1,0 +1,484 @@
+"""osf_torch.refresh: which weights, how right, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from osf_kernels import Basis, TruncatedSVD
+from osf_kernels.testing import matrix_with_spectrum, orthonormality_ratio, project_reference
+from osf_torch import Subspaces, protect, refresh, selection
+from tests.helpers import generator_for
+
+REFRESH = importlib.import_module("osf_torch.refresh")
+
+
+def power_law(count: int) -> torch.Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float64) ** -0.5
+
+
+def linear(m: int, n: int, *key: object, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A layer whose weight has the spectrum i^-1/2, whose top subspace is well defined."""
+    layer = nn.Linear(n, m, bias=False, dtype=dtype)
+    A, _, _ = matrix_with_spectrum(m, n, power_law(min(m, n)), generator=generator_for(m, n, *key))
+    layer.weight.data.copy_(A)
+    return layer
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(linear(24, 16, 0), nn.Tanh(), linear(16, 24, 1), linear(24, 16, 2))
+
+
+class Recorder:
+    """truncated_svd, with a record of what it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[dict] = []
+        self._run = REFRESH.truncated_svd
+        monkeypatch.setattr(REFRESH, "truncated_svd", self)
+
+    def __call__(self, A, rank, **options):
+        self.calls.append({"A": A, "rank": rank} | options)
+        return self._run(A, rank, **options)
+
+
+# what it finds
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=4),
+    rho=st.floats(0.05, 1.0),
+    keep=st.sampled_from(["smaller", "all"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_bases_are_orthonormal_and_split_the_space(shapes, rho, keep, dtype):
+    model = nn.ModuleList(linear(m, n, i, dtype=dtype) for i, (m, n) in enumerate(shapes))
+    found = refresh(model, rho, keep=keep)
+    assert list(found) == [f"{i}.weight" for i in range(len(shapes))]
+    for (m, n), layer, entry in zip(shapes, model, found.values(), strict=True):
+        W = layer.weight.detach().double()
+        r = max(1, round(rho * min(m, n)))
+        assert (entry.shape, entry.rank) == ((m, n), r)
+        truth = torch.linalg.svdvals(W)
+        rounding = torch.finfo(entry.S.dtype).eps
+        assert (entry.S.double() - truth[:r]).abs().max() < 30 * max(m, n) * rounding * truth[0]
+        for basis, size in ((entry.U, m), (entry.V, n)):
+            width = r if basis.spans == "high" else size - r
+            assert basis.columns.shape == (size, width)
+            assert orthonormality_ratio(basis.columns) < 30
+            if keep == "smaller":
+                assert basis.spans == "high" or width < r
+        # what is left of W without the top subspaces, however they are held, is its tail
+        free = project_reference(W, entry.U, entry.V).norm()
+        slack = 30 * max(m, n) * rounding * truth.norm()
+        assert (free - truth[r:].norm()).abs() < slack
+
+
+def test_figures_are_those_of_the_weight():
+    model = small_model()
+    found = refresh(model, 6)
+    for name, entry in found.items():
+        W = model.get_parameter(name).detach().double()
+        U, V, S = entry.U.columns.double(), entry.V.columns.double(), entry.S.double()
+        errors = ((W @ V - U * S).square().sum(0) + (W.mT @ U - V * S).square().sum(0)).sqrt()
+        assert float(errors.max() / S[0]) < entry.residual + 1e-6
+        captured = float((W @ V).square().sum() / W.square().sum())
+        assert entry.captured == pytest.approx(captured, abs=1e-5)
+        assert entry.method
+        assert entry.iterations >= 1
+        assert entry.seconds > 0
+
+
+def test_low_bases_are_kept_where_they_are_smaller():
+    model = nn.Sequential(linear(20, 20, 0), linear(20, 20, 1), linear(80, 20, 2))
+    ranks = {"0.weight": 10, "1.weight": 11, "2.weight": 16}
+    found = refresh(model, ranks)
+    spans = {name: (s.U.spans, s.V.spans) for name, s in found.items()}
+    high, low = ("high", "high"), ("low", "low")
+    assert spans == {"0.weight": high, "1.weight": low, "2.weight": high}
+    # of a 4:1 weight the longer side's low basis is many times its high one: asked for only
+    asked = refresh(model, {"2.*": 16}, complement=True, filter="2.*")["2.weight"]
+    assert (asked.U.spans, asked.V.spans) == ("high", "low")
+    assert asked.svd is None
+    none = refresh(model, 0.9, complement=False)
+    assert {(s.U.spans, s.V.spans) for s in none.values()} == {high}
+
+
+def test_keep_all_holds_every_factor_and_says_its_bytes():
+    model = nn.Sequential(linear(20, 20))
+    smaller = refresh(model, 15)["0.weight"]
+    everything = refresh(model, 15, keep="all")["0.weight"]
+    assert smaller.svd is None
+    assert isinstance(everything.svd, TruncatedSVD)
+    assert smaller.nbytes == 4 * (15 + 2 * 20 * 5)
+    assert everything.nbytes == 4 * (15 + 2 * 20 * 20)
+    assert torch.equal(smaller.U.columns, everything.U.columns)
+    assert torch.equal(everything.svd.U_low, everything.U.columns)
+    high = refresh(model, 5, keep="all")
+    assert high.nbytes == 4 * (5 + 2 * 20 * 5)
+
+
+def test_nothing_kept_holds_on_to_more_memory():
+    found = refresh(nn.Sequential(linear(20, 20), linear(20, 20)), 15)
+    for entry in found.values():
+        for factor in entry.factors().values():
+            assert factor.untyped_storage().nbytes() == factor.nbytes
+
+
+@pytest.mark.parametrize("rho", [0.25, 0.8])
+@pytest.mark.parametrize("keep", ["smaller", "all"])
+def test_protect_takes_it_and_the_protected_part_holds(rho, keep):
+    model = nn.Sequential(linear(16, 16, 0), nn.Tanh(), linear(10, 16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    guard = protect(model, refresh(model, rho, keep=keep), optimizer=optimizer, record=True)
+    generator = generator_for(rho)
+    for _ in range(10):
+        optimizer.zero_grad()
+        x = torch.randn(8, 16, generator=generator)
+        (model(x) - x[:, :10]).square().mean().backward()
+        optimizer.step()
+    guard.verify()
+    assert max(guard.drift().values()) < 1e-5
+    assert max(leak.applied for leak in guard.leak().values()) < 1e-5
+    assert all((p - before[name]).norm() > 1e-3 for name, p in model.named_parameters())
+
+
+def test_batching_changes_nothing(monkeypatch):
+    model = nn.Sequential(*(linear(12, 12, i) for i in range(5)))
+    together = refresh(model, 4)
+    recorder = Recorder(monkeypatch)
+    apart = refresh(model, 4, max_workspace_bytes=4 * (2 * 12 * 4 + 4) * 2)
+    assert [len(call["A"]) for call in recorder.calls] == [2, 2, 1]
+    for name, entry in together.items():
+        torch.testing.assert_close(apart[name].S, entry.S, rtol=1e-5, atol=1e-6)
+        overlap = (apart[name].V.columns.mT @ entry.V.columns).square().sum() / 4
+        assert overlap > 0.9999
+
+
+def test_weights_of_one_kind_go_together(monkeypatch):
+    model = nn.Sequential(
+        linear(12, 12, 0), linear(8, 12, 1), linear(12, 12, 2), linear(12, 12, 3).bfloat16()
+    )
+    recorder = Recorder(monkeypatch)
+    found = refresh(model, 4)
+    assert list(found) == ["0.weight", "1.weight", "2.weight", "3.weight"]
+    kinds = [[(tuple(a.shape), a.dtype) for a in call["A"]] for call in recorder.calls]
+    assert kinds == [
+        [((12, 12), torch.float32)] * 2,
+        [((8, 12), torch.float32)],
+        [((12, 12), torch.bfloat16)],
+    ]
+    assert found["3.weight"].S.dtype == torch.float32
+
+
+def test_the_seed_decides_and_the_global_generator_is_left_alone(monkeypatch):
+    model = small_model()
+    recorder = Recorder(monkeypatch)
+    state = torch.random.get_rng_state()
+    found = refresh(model, 4, seed=7)
+    assert found.seed == 7
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert {call["generator"].initial_seed() for call in recorder.calls} == {7}
+    again = refresh(model, 4, seed=7)
+    assert all(torch.equal(again[n].V.columns, found[n].V.columns) for n in found)
+
+
+def test_weights_are_left_as_they_are():
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    versions = {name: p._version for name, p in model.named_parameters()}
+    found = refresh(model, 0.6)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p._version == versions[name]
+        assert p.grad is None
+    assert not any(f.requires_grad for s in found.values() for f in s.factors().values())
+
+
+# which weights
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(18, 12)
+        self.inner = linear(12, 12)
+        self.head = nn.Linear(12, 18, bias=False)
+        self.again = self.inner
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_are_decomposed_once_by_their_first_name():
+    model = Tied()
+    found = refresh(model, 3)
+    assert list(found) == ["embedding.weight", "inner.weight"]
+    named = refresh(model, {"head.weight": 2, "again.*": 5}, filter=["head.*", "again.*"])
+    assert {name: s.rank for name, s in named.items()} == {"embedding.weight": 2, "inner.weight": 5}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert "2 parameters" in repr(protect(model, found, optimizer=optimizer))
+
+
+def test_frozen_weights_are_left_out_unless_a_filter_takes_them():
+    model = small_model()
+    model[2].weight.requires_grad_(False)
+    assert list(refresh(model, 3)) == ["0.weight", "3.weight"]
+    assert list(refresh(model, 3, filter="2.*")) == ["2.weight"]
+
+
+def test_filters():
+    model = nn.ModuleDict({"emb": nn.Embedding(10, 6), "a": nn.Linear(6, 6), "b": linear(6, 6)})
+    assert list(refresh(model, 2)) == ["a.weight", "b.weight"]
+    assert list(refresh(model, 2, filter="*")) == ["emb.weight", "a.weight", "b.weight"]
+    assert list(refresh(model, 2, filter=["b.*", "emb.*"])) == ["emb.weight", "b.weight"]
+    small = refresh(model, 2, filter=lambda name, p: p.shape[0] == 6 and name < "b")
+    assert list(small) == ["a.weight"]
+
+
+def test_ranks_by_name_then_by_the_first_pattern():
+    model = nn.ModuleDict({"q": linear(12, 12), "k": linear(12, 12), "up": linear(24, 12)})
+    found = refresh(model, {"[qk].*": 0.25, "q.weight": 7, "*": 1.0})
+    assert {name: s.rank for name, s in found.items()} == {
+        "q.weight": 7,
+        "k.weight": 3,
+        "up.weight": 12,
+    }
+
+
+def test_a_share_is_of_the_shorter_side_and_at_least_one():
+    found = refresh(nn.Sequential(linear(24, 8), linear(2, 24)), 0.1)
+    assert [s.rank for s in found.values()] == [1, 1]
+
+
+# previous
+
+
+def drifted(model: nn.Module, size: float) -> None:
+    for i, p in enumerate(model.parameters()):
+        noise = torch.randn(p.shape, generator=generator_for("drift", i))
+        p.data += size * noise * p.data.norm() / noise.norm()
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_the_next_refresh_starts_from_the_previous_one(monkeypatch, offload):
+    model = nn.Sequential(linear(48, 48, 0), linear(32, 48, 1))
+    first = refresh(model, 8, offload=offload)
+    drifted(model, 1e-3)
+    recorder = Recorder(monkeypatch)
+    second = refresh(model, 8, previous=first)
+    starts = [start for call in recorder.calls for start in call["warm_start"]]
+    for start, entry in zip(starts, first.values(), strict=True):
+        assert isinstance(start, TruncatedSVD)
+        assert torch.equal(start.V, entry.V.columns)
+    cold = refresh(model, 8)
+    for name, entry in second.items():
+        assert entry.captured == pytest.approx(cold[name].captured, rel=1e-4)
+
+
+def test_a_previous_of_rounded_bases_is_a_sketch(monkeypatch):
+    model = nn.Sequential(linear(16, 16))
+    first = refresh(model, 4, dtype=torch.bfloat16)
+    assert first["0.weight"].V.columns.dtype == torch.bfloat16
+    assert first["0.weight"].S.dtype == torch.float32
+    recorder = Recorder(monkeypatch)
+    refresh(model, 4, previous=first)
+    (start,) = recorder.calls[0]["warm_start"]
+    assert isinstance(start, torch.Tensor)
+    assert start.dtype == torch.float32
+
+
+def test_a_previous_that_does_not_fit_is_refused_by_name():
+    model = small_model()
+    first = refresh(model, 4, filter="0.*")
+    with pytest.raises(ValueError, match=r"got none for 2\.weight, 3\.weight"):
+        refresh(model, 4, previous=first)
+    other = nn.Sequential(linear(30, 16))
+    with pytest.raises(ValueError, match=r"'0\.weight' with shape \(30, 16\), got \(24, 16\)"):
+        refresh(other, 4, previous=first)
+    square = nn.Sequential(linear(16, 16))
+    low = refresh(square, 0.75)
+    with pytest.raises(ValueError, match=r"got low bases alone for 0\.weight.*keep='all'"):
+        refresh(square, 0.75, previous=low)
+    assert refresh(square, 0.75, previous=refresh(square, 0.75, keep="all"))
+    with pytest.raises(TypeError, match=r"expected previous to be the Subspaces.*got dict"):
+        refresh(model, 4, previous=dict(first))
+
+
+# moving
+
+
+def test_to_moves_and_casts_all_but_the_singular_values():
+    model = nn.Sequential(linear(16, 16, 0), linear(16, 16, 1))
+    found = refresh(model, {"0.weight": 4, "1.weight": 12}, keep="all")
+    half = found.to(dtype=torch.bfloat16)
+    assert isinstance(half, Subspaces)
+    for name, entry in half.items():
+        assert entry.S.dtype == torch.float32
+        assert all(f.dtype == torch.bfloat16 for p, f in entry.factors().items() if p != "S")
+        assert torch.equal(entry.svd.V, found[name].svd.V.bfloat16())
+        assert (entry.residual, entry.method) == (found[name].residual, found[name].method)
+    assert half.nbytes < 0.51 * found.nbytes + 100
+    meta = found.to("meta")
+    assert all(f.device.type == "meta" for s in meta.values() for f in s.factors().values())
+
+
+def test_offload_moves_every_result():
+    found = refresh(small_model(), 4, offload="meta")
+    assert {f.device.type for s in found.values() for f in s.factors().values()} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_results_stay_on_each_weights_device_or_go_to_the_host():
+    model = nn.Sequential(linear(64, 48, 0).cuda(), linear(64, 48, 0))
+    found = refresh(model, 8)
+    assert [s.V.columns.device.type for s in found.values()] == ["cuda", "cpu"]
+    torch.testing.assert_close(found["0.weight"].S.cpu(), found["1.weight"].S, rtol=1e-5, atol=0)
+    offloaded = refresh(model, 8, offload="cpu")
+    assert {s.V.columns.device.type for s in offloaded.values()} == {"cpu"}
+    assert refresh(model, 8, previous=offloaded)["0.weight"].V.columns.is_cuda
+
+
+# showing
+
+
+def test_summary_has_a_line_for_every_weight_and_one_for_all():
+    model = nn.Sequential(linear(16, 16, 0), linear(24, 16, 1))
+    found = refresh(model, {"0.weight": 12, "1.weight": 4})
+    lines = found.summary().splitlines()
+    assert len(lines) == 2 + len(found) + 1
+    assert lines[2].split()[:4] == ["0.weight", "16x16", "12", "low/low"]
+    assert lines[3].split()[:4] == ["1.weight", "24x16", "4", "high/high"]
+    assert lines[4].startswith("all 2")
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert "2 weights" in repr(found)
+    assert found.nbytes == sum(s.nbytes for s in found.values())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_bar_off_a_terminal(capsys):
+    refresh(small_model(), 4)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_always_prints_a_line_a_batch_off_a_terminal(capsys):
+    refresh(small_model(), 4, progress="always")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("refresh 2/3 [")
+    assert "24x16 r=4 0.weight" in lines[0]
+    assert "refresh 3/3 [########################]" in lines[1]
+    assert "0:00 left" in lines[1]
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_a_bar_on_a_terminal(monkeypatch, with_rich):
+    if with_rich:
+        pytest.importorskip("rich", reason="rich draws this bar")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    refresh(small_model(), 4)
+    assert "refresh 3/3" in stream.getvalue()
+    silent = Terminal()
+    monkeypatch.setattr(sys, "stderr", silent)
+    refresh(small_model(), 4, progress=False)
+    assert silent.getvalue() == ""
+
+
+# bad input
+
+
+def test_nothing_matching_names_what_there_is():
+    model = nn.ModuleDict({"emb": nn.Embedding(10, 6), "conv": nn.Conv2d(3, 3, 3)})
+    with pytest.raises(ValueError, match=r"nn\.Linear weights.*emb\.weight \(10x6\).*filter="):
+        refresh(model, 2)
+    with pytest.raises(ValueError, match=r"filter='decoder\.\*'.*among its 3: 0\.weight \(24x16\)"):
+        refresh(small_model(), 2, filter="decoder.*")
+    frozen = nn.Sequential(linear(6, 6)).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.weight \(6x6, frozen\)"):
+        refresh(frozen, 2)
+    with pytest.raises(ValueError, match="among its 0: none"):
+        refresh(nn.ReLU(), 2)
+
+
+def test_many_names_are_cut_short():
+    model = nn.Sequential(*(nn.Embedding(3, 3) for _ in range(20)))
+    with pytest.raises(ValueError, match=f"and {20 - selection.LISTED} more"):
+        refresh(model, 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named_before_anything_runs(monkeypatch, bad):
+    model = small_model()
+    model[3].weight.data[2, 3] = bad
+    model[3].weight.data[4, 1] = bad
+    recorder = Recorder(monkeypatch)
+    with pytest.raises(ValueError, match=r"NaN or Inf: '3\.weight' has 2 such entries"):
+        refresh(model, 4)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "message"),
+    [
+        (17, ValueError, r"'0\.weight' to be from 1 to min\(m, n\) = 16 of its shape .*got 17"),
+        (0, ValueError, "got 0"),
+        (-1, ValueError, "got -1"),
+        (0.0, ValueError, r"float in \(0, 1\], got 0\.0"),
+        (1.5, ValueError, r"float in \(0, 1\], got 1\.5"),
+        (float("nan"), ValueError, "got nan"),
+        (True, TypeError, "got True"),
+        ("half", TypeError, "got 'half'"),
+        ({"0.*": 4}, ValueError, r"rank for every weight.*got none for 2\.weight, 3\.weight"),
+        ({"*": 4, "lm_head.*": 2}, ValueError, r"every key of ranks.*got 'lm_head\.\*'"),
+        ({"*": 4, "3.weight": 99}, ValueError, r"'3\.weight'.*got 99"),
+    ],
+)
+def test_bad_ranks_are_refused_by_name(ranks, kind, message):
+    with pytest.raises(kind, match=message):
+        refresh(small_model(), ranks)
+
+
+def test_other_bad_input():
+    model = small_model()
+    with pytest.raises(ValueError, match='expected keep to be "smaller" or "all", got \'low\''):
+        refresh(model, 4, keep="low")
+    with pytest.raises(TypeError, match="expected filter to be a function"):
+        refresh(model, 4, filter=[3])
+    with pytest.raises(ValueError, match=r"'0\.weight' to have values, got a meta tensor"):
+        refresh(nn.Sequential(nn.Linear(4, 4, device="meta")), 2)
+    model.register_parameter("codes", nn.Parameter(torch.zeros(4, 4).int(), requires_grad=False))
+    with pytest.raises(TypeError, match=r"'codes' to be one of float32.*got torch\.int32"):
+        refresh(model, 4, filter="codes")
+
+
+def test_an_error_of_the_solver_names_the_parameters(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no convergence")
+
+    monkeypatch.setattr(REFRESH, "truncated_svd", fail)
+    with pytest.raises(RuntimeError, match=r"osf_torch\.refresh: 0\.weight, 3\.weight: no conv"):
+        refresh(small_model(), 4)
+
+
+def test_a_basis_of_the_result_is_an_operators_argument():
+    entry = refresh(nn.Sequential(linear(16, 16)), 12)["0.weight"]
+    assert isinstance(entry.U, Basis)
+    with pytest.raises(AttributeError):
+        entry.rank = 3
