@@ -135,15 +135,20 @@ def small_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         M: (b, p, l) with p ≥ l.
 
     Returns:
-        U (b, p, l), S (b, l), V (b, l, l).
+        U (b, p, l), S (b, l), V (b, l, l). S is NaN where cuda's kernel did not converge. Never
+        synchronizes there; torch's own SVD does.
     """
-    name = _factorization_backend(M, "largest_jacobi")
-    if name != "torch":
-        U, S, V, info = backends.module(name).jacobi_svd(M)
-        if not bool((info != 0).any()):  # one synchronization
-            return U, S, V
+    if small_svd_backend(M) == "cuda":
+        U, S, V, info = backends.module("cuda").jacobi_svd(M)
+        failed = (info != 0)[:, None]
+        return U, S.masked_fill(failed, float("nan")), V
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     return U, S, Vh.mT
+
+
+def small_svd_backend(M: Tensor) -> str:
+    """Who computes :func:`small_svd`: "cuda" or "torch"."""
+    return _factorization_backend(M, "largest_jacobi")
 
 
 def _factorization_backend(x: Tensor, largest: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,9 +45,42 @@ class TruncatedSVD:
     V_low: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., m, n) of the matrix that was decomposed."""
+        return (*self.U.shape[:-1], self.V.shape[-2])
+
+    @property
     def rank(self) -> int:
         """r, the number of triplets."""
         return self.S.shape[-1]
+
+    def unbind(self) -> list[TruncatedSVD]:
+        """The results of a batch's matrices, one after another; views."""
+        count = math.prod(self.shape[:-2])
+
+        def each(value: Tensor | None, dims: int) -> list[Tensor | None]:
+            if value is None:
+                return [None] * count
+            return list(value.reshape(count, *value.shape[value.dim() - dims :]))
+
+        fields = {
+            "U": each(self.U, 2),
+            "S": each(self.S, 1),
+            "V": each(self.V, 2),
+            "residual": each(self.residual, 0),
+            "captured": each(self.captured, 0),
+            "converged": each(self.converged, 0),
+            "U_low": each(self.U_low, 2),
+            "V_low": each(self.V_low, 2),
+        }
+        return [
+            TruncatedSVD(
+                **{name: values[i] for name, values in fields.items()},  # type: ignore[arg-type]
+                iterations=self.iterations,
+                method=self.method,
+            )
+            for i in range(count)
+        ]
 
     def left(self) -> Basis:
         """The protected span of the left side, held by the smaller basis there is."""

@@ -1,0 +1,34 @@
+"""Which method ``auto`` takes.
+
+The thresholds come from bench/results/refresh_auto_cpu.csv, which ``python -m bench refresh-auto``
+wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
+
+# Up to this share of min(m, n) a Krylov space of three times the rank is built in less time than
+# the Gram matrix is decomposed.
+KRYLOV_RANK_RATIO = 0.14
+# Below this size the iterations' many small products take longer than one decomposition.
+KRYLOV_SIZE = 256
+# From this share on the low block is small enough to be worth its two wide products.
+DEFLATION_RANK_RATIO = 0.35
+
+
+def choose(m: int, n: int, rank: int, *, warm: bool, deflatable: bool) -> Method:
+    """The method for one matrix, by shape, rank and what is known of it."""
+    size = min(m, n)
+    if size == 0 or rank == 0:
+        return "exact"
+    ratio = rank / size
+    if deflatable and ratio >= DEFLATION_RANK_RATIO:
+        return "deflated"
+    if warm and ratio <= 0.5:
+        return "warm"
+    if size >= KRYLOV_SIZE and ratio <= KRYLOV_RANK_RATIO:
+        return "randomized"
+    return "gram"

@@ -1,0 +1,133 @@
+"""Direct methods: LAPACK's SVD, the Gram matrix, and the low block of an earlier result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+from osf_kernels.linalg.factors import Factors
+from osf_kernels.linalg.small import polished, relative_to
+
+# Below this share of σ₁ a singular value from a float32 Gram matrix is off by more than 1e-5 σ₁ or
+# its vectors by more than the polish takes back; float64 is then 2 to 3 times the time.
+SINGLE_GRAM_LIMIT = 1e-2
+
+
+def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
+    """torch.linalg.svd, in the working dtype, one matrix after another."""
+    parts = []
+    for A in As:
+        A = A.to(primitives.working_dtype(A.dtype))
+        U, S, Vh = torch.linalg.svd(A, full_matrices=complement)
+        parts.append((U, S, Vh.mT))
+    U, S, V = (torch.stack(side) for side in zip(*parts, strict=True))
+    U, S, V, U_low, V_low = _split(U, S, V, rank)
+    residual = residuals(As, U, S, V)
+    low = (U_low, V_low) if complement else (None, None)
+    return Factors(U, S, V, residual, 1, _fine(As), *low)
+
+
+def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Factors:
+    """Eigenvectors V of AᵀA, and U = A V / σ; of AAᵀ where A is wide.
+
+    float32 squares the condition number, so ``ok`` is False where σ_r < 1e-2 σ₁, and ``safe`` has
+    the Gram matrix and its eigenvectors in float64 and orthonormalizes A V by Householder QR.
+    """
+    m, n = As[0].shape
+    if m < n:
+        swapped = gram([A.mT for A in As], rank, complement, safe=safe)
+        return swapped._replace(U=swapped.V, V=swapped.U, U_low=swapped.V_low, V_low=swapped.U_low)
+    if safe or As[0].dtype == torch.float64:
+        return _gram_in_double(As, rank, complement)
+    _, W = torch.linalg.eigh(primitives.gram(As))
+    V = W[..., n - rank :].flip(-1)
+    AV = primitives.multiply(As, V)
+    S = AV.norm(dim=-2)
+    ok = S[..., -1] > SINGLE_GRAM_LIMIT * S[..., 0] if rank else _fine(As)
+    U = polished(AV / S.unsqueeze(-2))
+    residual = residuals(As, U, S, V, AV)
+    V_low = W[..., : n - rank] if complement else None
+    return Factors(U, S, V, residual, 1, ok, None, V_low)
+
+
+def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
+    n = As[0].shape[1]
+    X = torch.stack([A.double() for A in As])
+    _, W = torch.linalg.eigh(X.mT @ X)
+    V = W.flip(-1)
+    # σ below 1e-8 σ₁ are noise in the eigenvalues; their columns of A V, in float64, aren't.
+    Y = X @ V[..., :rank]
+    order = Y.norm(dim=-2).argsort(dim=-1, descending=True)
+    V[..., :rank] = V[..., :rank].gather(-1, order.unsqueeze(-2).expand(-1, n, -1))
+    Y = Y.gather(-1, order.unsqueeze(-2).expand_as(Y))
+    U, R = torch.linalg.qr(Y)
+    S = R.diagonal(dim1=-2, dim2=-1)
+    U = U * torch.where(S < 0, -1.0, 1.0).unsqueeze(-2)
+    S, order = S.abs().sort(dim=-1, descending=True)
+    U = U.gather(-1, order.unsqueeze(-2).expand_as(U))
+    V[..., :rank] = V[..., :rank].gather(-1, order.unsqueeze(-2).expand(-1, n, -1))
+    dtype = primitives.working_dtype(As[0].dtype)
+    U, S, V = U.to(dtype), S.to(dtype), V.to(dtype)
+    residual = residuals(As, U, S, V[..., :rank])
+    V_low = V[..., rank:] if complement else None
+    return Factors(U, S, V[..., :rank], residual, 1, _fine(As), None, V_low)
+
+
+def deflated(
+    As: Sequence[Tensor], high: Sequence[Tensor], low: Sequence[Tensor], rank: int
+) -> Factors:
+    """The triplets of an earlier result, and those of the low block PᵀAQ, in one order.
+
+    While every update was kept out of the protected span, the earlier U, S, V are still triplets of
+    A and all that changed is the low block: its SVD is all that is needed. Whether they are is
+    what the residual, measured on A, says.
+
+    Args:
+        high: U (b, m, r), S (b, r), V (b, n, r) of the earlier result.
+        low: P (b, m, m − r) and Q (b, n, n − r) of it.
+        rank: of the new result, at most min(m, n).
+
+    Returns:
+        Factors with both low bases.
+    """
+    U, S, V = high
+    P, Q = low
+    core = P.mT @ primitives.multiply(As, Q)  # (b, m − r, n − r)
+    left, values, right_h = torch.linalg.svd(core, full_matrices=True)
+    U_all = torch.cat([U, P @ left], -1)
+    V_all = torch.cat([V, Q @ right_h.mT], -1)
+    merged, order = torch.cat([S, values], -1).sort(dim=-1, descending=True, stable=True)
+    U_all = _ordered(U_all, order)
+    V_all = _ordered(V_all, order)
+    U, S, V, U_low, V_low = _split(U_all, merged, V_all, rank)
+    return Factors(U, S, V, residuals(As, U, S, V), 1, _fine(As), U_low, V_low)
+
+
+def residuals(
+    As: Sequence[Tensor], U: Tensor, S: Tensor, V: Tensor, AV: Tensor | None = None
+) -> Tensor:
+    """max over triplets of √(‖A v − σ u‖² + ‖Aᵀu − σ v‖²) / σ₁ of each matrix, by the products
+    A V, where it isn't known, and AᵀU."""
+    left = (primitives.multiply(As, V) if AV is None else AV) - U * S.unsqueeze(-2)
+    right = primitives.multiply(As, U, transpose=True) - V * S.unsqueeze(-2)
+    return relative_to(torch.hypot(left.norm(dim=-2), right.norm(dim=-2)), S)
+
+
+def _split(
+    U: Tensor, S: Tensor, V: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return U[..., :rank], S[..., :rank], V[..., :rank], U[..., rank:], V[..., rank:]
+
+
+def _ordered(columns: Tensor, order: Tensor) -> Tensor:
+    """The first columns in a new order, and those beyond it (of a rectangular A) after them."""
+    size = order.shape[-1]
+    index = order.unsqueeze(-2).expand(-1, columns.shape[-2], -1)
+    return torch.cat([columns[..., :size].gather(-1, index), columns[..., size:]], -1)
+
+
+def _fine(As: Sequence[Tensor]) -> Tensor:
+    return torch.ones(len(As), dtype=torch.bool, device=As[0].device)

@@ -1,0 +1,297 @@
+"""What truncated_svd is given, checked before any solver runs and brought to one form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from osf_kernels.errors import describe
+from osf_kernels.linalg.auto import Method
+from osf_kernels.linalg.result import TruncatedSVD
+
+OP = "truncated_svd"
+METHODS = get_args(Method)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Norms within these bounds square to float32 numbers with room for sums and quotients of them.
+_SAFE_NORM = (1e-9, 1e9)
+
+WarmStart = TruncatedSVD | Tensor | None
+
+
+class Entry(NamedTuple):
+    """One matrix: its name in messages, its rank, and what is known of it."""
+
+    name: str
+    A: Tensor  # (m, n), scaled by 2**-exponent where it was near overflow or underflow
+    rank: int
+    norm: float  # ‖A‖_F of the scaled matrix
+    exponent: int
+    warm: WarmStart
+
+
+def entries_of(
+    A: Tensor | Sequence[Tensor],
+    rank: float | Sequence[float],
+    warm_start: WarmStart | Sequence[WarmStart],
+) -> list[Entry]:
+    """The matrices of a tensor, a batch or a list, each with its rank and warm start.
+
+    Raises:
+        TypeError, ValueError: as :func:`truncated_svd` says.
+    """
+    matrices = _matrices(A)
+    ranks = _spread("rank", rank, len(matrices), (int, float))
+    if isinstance(A, Tensor) and A.dim() > 2 and isinstance(warm_start, TruncatedSVD | Tensor):
+        warm_start = _unbatched(warm_start, A)
+    warm = _spread("warm_start", warm_start, len(matrices), (TruncatedSVD, Tensor, type(None)))
+    names = [name for name, _ in matrices]
+    chosen = [_rank(name, matrix, r) for (name, matrix), r in zip(matrices, ranks, strict=True)]
+    for (name, matrix), start in zip(matrices, warm, strict=True):
+        _check_warm(name, matrix, start)
+    detached = [matrix.detach() for _, matrix in matrices]
+    norms = _finite_norms(names, detached)
+    return [
+        _entry(name, matrix, r, norm, start)
+        for name, matrix, r, norm, start in zip(names, detached, chosen, norms, warm, strict=True)
+    ]
+
+
+def check_options(
+    method: str,
+    tol: float | None,
+    niter: int | None,
+    oversample: int | None,
+    generator: torch.Generator | None,
+    max_workspace_bytes: int | None,
+    entries: Sequence[Entry],
+) -> None:
+    """Raises ValueError or TypeError for options that can't be honoured."""
+    if method not in METHODS:
+        expected = "one of " + ", ".join(f'"{name}"' for name in METHODS)
+        raise ValueError(describe(OP, "method", expected, repr(method)))
+    if tol is not None and not 0 < tol < math.inf:
+        raise ValueError(describe(OP, "tol", "a positive number or None", repr(tol)))
+    for name, value, least in (
+        ("niter", niter, 1),
+        ("oversample", oversample, 0),
+        ("max_workspace_bytes", max_workspace_bytes, 1),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(describe(OP, name, "an int or None", repr(value)))
+        if value < least:
+            raise ValueError(describe(OP, name, f"at least {least}", value))
+    if generator is not None:
+        for entry in entries:
+            if not _same_device(generator.device, entry.A.device):
+                raise ValueError(
+                    describe(
+                        OP,
+                        f"generator on the device of {entry.name}, {entry.A.device}",
+                        "there",
+                        generator.device,
+                        f"pass torch.Generator({str(entry.A.device)!r})",
+                    )
+                )
+    if method in ("warm", "deflated"):
+        for entry in entries:
+            if entry.warm is None:
+                raise ValueError(
+                    describe(
+                        OP,
+                        "warm_start",
+                        f'given for {entry.name} with method="{method}"',
+                        "None",
+                        "pass an earlier result, or another method",
+                    )
+                )
+            if method == "deflated" and not can_deflate(entry):
+                raise ValueError(
+                    describe(
+                        OP,
+                        f"warm_start of {entry.name}",
+                        'a TruncatedSVD with low bases with method="deflated"',
+                        "one without",
+                        "have the earlier result made with complement=True",
+                    )
+                )
+
+
+def can_deflate(entry: Entry) -> bool:
+    """Whether the warm start holds the whole split: triplets and both low bases."""
+    warm = entry.warm
+    return isinstance(warm, TruncatedSVD) and warm.U_low is not None and warm.V_low is not None
+
+
+def _matrices(A: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    given: object = A
+    if isinstance(given, Tensor):
+        if given.dim() < 2:
+            raise ValueError(
+                describe(OP, "A", "a matrix, a batch (..., m, n) or a list", tuple(given.shape))
+            )
+        if given.dim() == 2:
+            named = [("A", given)]
+        else:
+            m, n = given.shape[-2:]
+            batch = given.reshape(math.prod(given.shape[:-2]), m, n)
+            named = [(f"A[{i}]", matrix) for i, matrix in enumerate(batch)]
+    elif isinstance(given, Sequence):
+        named = [(f"A[{i}]", matrix) for i, matrix in enumerate(given)]
+    else:
+        raise TypeError(describe(OP, "A", "a tensor or a list of tensors", type(given).__name__))
+    for name, matrix in named:
+        if not isinstance(matrix, Tensor):
+            raise TypeError(describe(OP, name, "a tensor", type(matrix).__name__))
+        if matrix.dim() != 2:
+            raise ValueError(
+                describe(
+                    OP,
+                    name,
+                    "a matrix (m, n)",
+                    tuple(matrix.shape),
+                    "unbind a batch within a list",
+                )
+            )
+        if matrix.dtype not in DTYPES or matrix.layout is not torch.strided:
+            raise TypeError(
+                describe(
+                    OP,
+                    name,
+                    "a dense float32, bfloat16, float16 or float64 tensor",
+                    f"{matrix.dtype}, {matrix.layout}",
+                    "convert it first",
+                )
+            )
+    return named
+
+
+def _spread(argument: str, value: Any, count: int, kinds: tuple[type, ...]) -> list[Any]:
+    """One value for each matrix, of one for all or a sequence."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        values = list(value)
+        if len(values) != count:
+            raise ValueError(
+                describe(OP, argument, f"one or a value for each of {count} matrices", len(values))
+            )
+    else:
+        values = [value] * count
+    for one in values:
+        if not isinstance(one, kinds) or isinstance(one, bool):
+            kind = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            raise TypeError(describe(OP, argument, kind, type(one).__name__))
+    return values
+
+
+def _rank(name: str, A: Tensor, rank: int | float) -> int:
+    m, n = A.shape
+    most = min(m, n)
+    if isinstance(rank, float):
+        if not 0 < rank <= 1:
+            raise ValueError(
+                describe(OP, f"rank of {name}", "in (0, 1] as a fraction of min(m, n)", rank)
+            )
+        return min(most, max(1, round(rank * most)))
+    if not 0 <= rank <= most:
+        raise ValueError(
+            describe(
+                OP,
+                f"rank of {name}",
+                f"between 0 and min(m, n) = {most} of a {m} × {n} matrix",
+                rank,
+                "a float is a fraction of min(m, n)",
+            )
+        )
+    return rank
+
+
+def _unbatched(warm: TruncatedSVD | Tensor, A: Tensor) -> list[WarmStart]:
+    """The warm starts of a batch's matrices, from one result or bases of the same batch."""
+    count = math.prod(A.shape[:-2])
+    V = warm if isinstance(warm, Tensor) else warm.V
+    if V.shape[:-2] != A.shape[:-2]:
+        expected = f"of the batch {tuple(A.shape[:-2])}"
+        raise ValueError(describe(OP, "warm_start", expected, tuple(V.shape[:-2])))
+    if isinstance(warm, Tensor):
+        return list(warm.reshape(count, *warm.shape[-2:]))
+    return list(warm.unbind())
+
+
+def _check_warm(name: str, A: Tensor, warm: WarmStart) -> None:
+    if warm is None:
+        return
+    m, n = A.shape
+    V = warm if isinstance(warm, Tensor) else warm.V
+    if V.dim() != 2 or V.shape[0] != n or V.shape[1] > n:
+        raise ValueError(
+            describe(
+                OP,
+                f"warm_start of {name}",
+                f"columns V (n, k) with n = {n}",
+                tuple(V.shape),
+                "pass Vh.mT if it holds rows",
+            )
+        )
+    if isinstance(warm, TruncatedSVD) and warm.U.shape[0] != m:
+        raise ValueError(
+            describe(OP, f"warm_start of {name}", f"a result of a {m} × {n} matrix", warm.shape)
+        )
+    if V.device != A.device:
+        raise ValueError(
+            describe(OP, f"warm_start of {name}", f"on {A.device}", V.device, "move it there")
+        )
+
+
+def _finite_norms(names: Sequence[str], matrices: Sequence[Tensor]) -> list[float]:
+    """‖A‖_F of each, by one pass over it; one synchronization a device.
+
+    Raises:
+        ValueError: NaN or Inf, naming each matrix and how many entries.
+    """
+    norms = [
+        torch.linalg.vector_norm(A, dtype=torch.float64 if A.dtype == torch.float64 else None)
+        if A.dtype not in (torch.bfloat16, torch.float16)
+        else torch.linalg.vector_norm(A, dtype=torch.float32)
+        for A in matrices
+    ]
+    values = [0.0] * len(norms)
+    for device in dict.fromkeys(norm.device for norm in norms):
+        mine = [i for i, norm in enumerate(norms) if norm.device == device]
+        together = torch.stack([norms[i].double() for i in mine]).tolist()
+        for i, value in zip(mine, together, strict=True):
+            values[i] = value
+    wrong = []
+    for i, value in enumerate(values):
+        if not math.isfinite(value):  # so is the norm of a finite matrix near overflow
+            count = int(matrices[i].isfinite().logical_not().sum())
+            if count:
+                wrong.append(f"{names[i]} has {count} of {matrices[i].numel()}")
+    if wrong:
+        raise ValueError(
+            describe(OP, "A", "finite", "NaN or Inf: " + ", ".join(wrong), "mend the weight first")
+        )
+    return values
+
+
+def _entry(name: str, A: Tensor, rank: int, norm: float, warm: WarmStart) -> Entry:
+    if norm == 0 and A.numel():  # or below what its squares can say
+        norm = 0.0 if not bool(A.any()) else math.nan
+    if norm == 0 or _SAFE_NORM[0] < norm < _SAFE_NORM[1]:
+        return Entry(name, A, rank, norm, 0, warm)
+    largest = float(A.abs().max())
+    exponent = math.frexp(largest)[1]
+    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+    # In two factors, since one of them could itself overflow.
+    half = -exponent // 2
+    scaled = A.to(dtype) * 2.0**half * 2.0 ** (-exponent - half)
+    norm = float(torch.linalg.vector_norm(scaled))
+    return Entry(name, scaled, rank, norm, exponent, warm)
+
+
+def _same_device(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (a.index or 0) == (b.index or 0)

@@ -1,0 +1,170 @@
+"""Iterative methods: block Golub–Kahan (Krylov) and subspace iteration, batched over a group.
+
+Both multiply by A and Aᵀ through ``primitives.multiply``, so weights are never stacked or
+converted where a kernel reads them as they are, and both end in a Rayleigh–Ritz step whose
+residual comes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+from osf_kernels.linalg.factors import Factors
+from osf_kernels.linalg.small import leading_svd, polished, relative_to
+
+# What the first pass of CholeskyQR may leave: the second squares it, to rounding.
+SECOND_PASS_LIMIT = 1e-2
+
+
+class KrylovSpace:
+    """A block Krylov space of a group, grown block by block.
+
+    Block Golub–Kahan bidiagonalization with full reorthogonalization, twice: U and V span the left
+    and right Krylov spaces, B = UᵀAV, A V = U B, and AᵀU = V Bᵀ + (I − VVᵀ)Z in the last block, so
+    the residual of a triplet (U x, σ, V y) is ‖(I − VVᵀ) Z x_last‖ with no further product.
+
+    Args:
+        As: b matrices (m, n) of one shape, dtype and device.
+        start: (1 or b, n, w) orthonormal columns.
+        safe: orthonormalize by Householder QR, for matrices whose rank ends within the space.
+        generator: draws what continues a space that ends; used only with ``safe``.
+
+    Source: Golub, Luk, Overton 1981 (block Lanczos for singular values); Musco & Musco 2015 for
+    how fast it converges; Simon & Zha 2000 for reorthogonalizing.
+    """
+
+    def __init__(
+        self, As: Sequence[Tensor], start: Tensor, *, safe: bool, generator: torch.Generator
+    ) -> None:
+        (m, n), b = As[0].shape, len(As)
+        self.block = start.shape[-1]
+        self.steps = 0
+        self._As, self._safe, self._generator = list(As), safe, generator
+        self._next = start.expand(b, n, self.block)  # the block of V that comes
+        self._Z = self._next
+        self._ok = torch.ones(b, dtype=torch.bool, device=start.device)
+        self._U = start.new_empty(b, m, 0)
+        self._V = start.new_empty(b, n, 0)
+        self._B = start.new_empty(b, 0, 0)
+
+    def grow(self, steps: int) -> None:
+        """Adds blocks until there are ``steps``; steps·w ≤ min(m, n)."""
+        done, width = self.steps * self.block, steps * self.block
+        U, V, B = self._U, self._V, self._B
+        b = len(U)
+        self._U, self._V = (old.new_empty(b, old.shape[1], width) for old in (U, V))
+        self._B = B.new_zeros(b, width, width)
+        self._U[:, :, :done], self._V[:, :, :done], self._B[:, :done, :done] = U, V, B
+        U, V, B = self._U, self._V, self._B
+        for begin in range(done, width, self.block):
+            block = slice(begin, begin + self.block)
+            if begin:
+                self._next = self._orthonormal(self._Z, V[:, :, :begin])
+            V[:, :, block] = self._next
+            Y = primitives.multiply(self._As, self._next)
+            U[:, :, block] = self._orthonormal(Y, U[:, :, :begin])
+            B[:, : block.stop, block] = U[:, :, : block.stop].mT @ Y
+            self._Z = primitives.multiply(self._As, U[:, :, block], transpose=True)
+        self.steps = steps
+
+    def factors(self, rank: int) -> Factors:
+        """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ steps·w."""
+        U, V = self._U, self._V
+        Ub, S, Vb, fine = leading_svd(self._B, rank, safe=self._safe)
+        outside = self._Z - V @ (V.mT @ self._Z)  # (b, n, w)
+        residual = relative_to((outside @ Ub[:, -self.block :]).norm(dim=-2), S)
+        return Factors(U @ Ub, S, V @ Vb, residual, self.steps, self._ok & fine)
+
+    def keep(self, indices: Tensor) -> None:
+        """Goes on with some of the group."""
+        self._As = [self._As[i] for i in indices.tolist()]
+        self._U, self._V, self._B = self._U[indices], self._V[indices], self._B[indices]
+        self._Z, self._ok = self._Z[indices], self._ok[indices]
+
+    def _orthonormal(self, Y: Tensor, basis: Tensor) -> Tensor:
+        Q, fine = orthonormal_against(Y, basis, safe=self._safe, generator=self._generator)
+        self._ok = self._ok & fine
+        return Q
+
+
+def subspace_iteration(
+    As: Sequence[Tensor],
+    start: Tensor,
+    rank: int,
+    *,
+    tol: float | None,
+    niter: int,
+    safe: bool,
+    generator: torch.Generator,
+) -> Factors:
+    """Leading triplets by U = orth(A Q), Aᵀ U = V Σ Wᵀ, Q ← V, at most ``niter`` times.
+
+    The product A V of the next round measures the residual A V − U Σ of this one; Aᵀ U = V Σ holds
+    by construction. Stops once every residual is ≤ tol.
+
+    Args:
+        As: b matrices (m, n) of one shape, dtype and device.
+        start: (1 or b, n, w) of any columns, w ≥ rank.
+
+    Source: Halko, Martinsson, Tropp 2011, algorithm 4.4, with a Rayleigh–Ritz step in each round.
+    """
+    empty = start.new_empty(len(As), As[0].shape[0], 0)
+    Y = primitives.multiply(As, start)
+    ok = torch.ones(len(As), dtype=torch.bool, device=start.device)
+    for iteration in range(1, niter + 1):
+        U, fine = orthonormal_against(Y, empty, safe=safe, generator=generator)
+        ok &= fine
+        Z = primitives.multiply(As, U, transpose=True)
+        V, S, W, fine = leading_svd(Z, U.shape[-1], safe=safe)
+        U, ok = U @ W, ok & fine
+        Y = primitives.multiply(As, V)
+        off = (Y[..., :rank] - U[..., :rank] * S[:, None, :rank]).norm(dim=-2)
+        residual = relative_to(off, S)
+        if iteration == niter or (tol is not None and bool((residual <= tol).all())):
+            return Factors(
+                U[..., :rank], S[:, :rank], polished(V[..., :rank]), residual, iteration, ok
+            )
+    raise AssertionError("niter is at least 1")
+
+
+def orthonormal_against(
+    Y: Tensor, basis: Tensor, *, safe: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(Q, ok): orthonormal columns that span Y less its part in ``basis``, orthogonal to it.
+
+    Projecting and orthonormalizing twice is enough (Barlow & Smoktunowicz 2013); the first pass
+    leaves a condition number that the second takes to rounding.
+    """
+    ok = torch.ones(len(Y), dtype=torch.bool, device=Y.device)
+    if safe:
+        # Where the space ends, noise far below the rounding of A continues it.
+        noise = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator)
+        norm = Y.norm(dim=(-2, -1), keepdim=True)
+        scale = torch.where(norm > 0, norm, 1) * (torch.finfo(Y.dtype).eps / Y.shape[-2])
+        Y = torch.linalg.qr(_against(Y, basis) + scale * noise)[0]
+        return torch.linalg.qr(_against(Y, basis))[0], ok
+    Y, fine, _ = cholesky_qr(_against(Y, basis))
+    Y, again, defect = cholesky_qr(_against(Y, basis))
+    return Y, fine & again & (defect < SECOND_PASS_LIMIT)
+
+
+def _against(Y: Tensor, basis: Tensor) -> Tensor:
+    return torch.baddbmm(Y, basis, basis.mT @ Y, alpha=-1) if basis.shape[-1] else Y
+
+
+def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q, ok, defect) by one pass of CholeskyQR on columns scaled to norm 1.
+
+    ok (b,) says that the factorization exists; defect (b,) is max |G − I| of the scaled columns
+    that came in.
+    """
+    G = Y.mT @ Y
+    inverse_norms = G.diagonal(dim1=-2, dim2=-1).rsqrt()
+    G = G * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
+    inverse, info = primitives.cholesky_inverse(G)
+    defect = (G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)).abs().amax((-2, -1))
+    return Y @ (inverse_norms.unsqueeze(-1) * inverse), info == 0, defect

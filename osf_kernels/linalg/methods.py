@@ -1,0 +1,265 @@
+"""The methods of truncated_svd over one group of matrices: sketches, stopping, and what they need.
+
+A method takes a :class:`Group` and returns :class:`Factors`; ``safe`` asks for factorizations that
+hold for any spectrum where the fast ones reported that they broke down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+from osf_kernels.linalg import dense
+from osf_kernels.linalg.auto import Method
+from osf_kernels.linalg.factors import Factors
+from osf_kernels.linalg.krylov import KrylovSpace, subspace_iteration
+from osf_kernels.linalg.result import TruncatedSVD
+
+# A Krylov space of three times the rank in some twelve blocks: on σᵢ = i^-½ at n = 2048 it holds
+# .9999 of the leading subspace, in less time than fewer wider blocks take to .999.
+KRYLOV_STEPS = 12
+KRYLOV_OVERSAMPLE = 2.0  # of the rank
+BLOCK_MULTIPLE = 8
+# With tol the space grows by this factor between checks.
+GROWTH = 1.3
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of one shape, dtype and device, and how they are to be decomposed."""
+
+    As: Sequence[Tensor]
+    rank: int
+    complement: bool
+    tol: float | None
+    niter: int | None
+    oversample: int | None
+    warm: Sequence[TruncatedSVD | Tensor | None]
+    generator: Callable[[int], torch.Generator]  # of a sketch's width
+    workspace_bytes: float  # for each matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.As[0].shape
+        return m, n
+
+
+def run(method: Method, group: Group, safe: bool) -> Factors:
+    """Factors of a group by a named method."""
+    if method == "randomized":
+        return randomized(group, safe)
+    if method == "warm":
+        return warm(group, safe)
+    if method == "gram":
+        return dense.gram(group.As, group.rank, group.complement, safe=safe)
+    if method == "deflated":
+        return _deflated(group)
+    return dense.exact(group.As, group.rank, group.complement)
+
+
+def workspace_bytes(method: Method, group: Group) -> int:
+    """An upper estimate of what a method allocates for one matrix beside its results."""
+    m, n = group.shape
+    small, r = min(m, n), group.rank
+    item = 8 if group.As[0].dtype == torch.float64 else 4
+    copy = 0 if group.As[0].element_size() == item else m * n * item
+    results = 2 * (m + n) * r * item
+    if method == "randomized":
+        block, steps = _krylov_plan(group)
+        width = block * steps
+        krylov = _krylov_bytes(group, width, block)
+        return copy + results + int(min(krylov, _subspace_bytes(group, _width(group))))
+    if method == "warm":
+        return copy + results + _subspace_bytes(group, _warm_width(group))
+    if method == "gram":
+        return copy + results + 3 * small * small * item
+    if method == "deflated":
+        return copy + results + 2 * item * ((m - r) * n + m * (m - r) + n * (n - r))
+    return copy + results + 3 * m * n * item + (item * (m * m + n * n) if group.complement else 0)
+
+
+def randomized(group: Group, safe: bool) -> Factors:
+    """Block Krylov where its space fits the workspace, subspace iteration where it doesn't."""
+    block, steps = _krylov_plan(group)
+    if _krylov_bytes(group, block * steps, block) > group.workspace_bytes:
+        width = _width(group)
+        generator = group.generator(width)
+        start = _sketch(group, width, generator)
+        niter = group.niter or (KRYLOV_STEPS if group.tol is None else 100)
+        return subspace_iteration(
+            group.As,
+            start,
+            group.rank,
+            tol=group.tol,
+            niter=niter,
+            safe=safe,
+            generator=generator,
+        )
+    generator = group.generator(block)
+    start = _sketch(group, block, generator)
+    return _grown(group, start, steps, safe, generator)
+
+
+def warm(group: Group, safe: bool) -> Factors:
+    """One round of subspace iteration from the earlier V, and a Krylov space from what it gave
+    while tol isn't met."""
+    width = _warm_width(group)
+    generator = group.generator(width)
+    start = torch.stack([_columns(w, width, group, generator) for w in group.warm])
+    first = subspace_iteration(
+        group.As, start, group.rank, tol=group.tol, niter=1, safe=safe, generator=generator
+    )
+    if group.tol is None or group.niter == 1:
+        return first
+    late = torch.nonzero(~(first.residual <= group.tol)).flatten()
+    most = min(group.shape) // width
+    if not len(late) or most < 2:
+        return first
+    rest = Group(
+        [group.As[i] for i in late.tolist()],
+        group.rank,
+        group.complement,
+        group.tol,
+        None if group.niter is None else group.niter - 1,
+        group.oversample,
+        [],
+        group.generator,
+        group.workspace_bytes,
+    )
+    start = first.V[late]
+    more = _grown(rest, start, 2, safe, generator)
+    more = more._replace(iterations=more.iterations + 1)
+    return merged(first, late, more)
+
+
+def _deflated(group: Group) -> Factors:
+    earlier = [w for w in group.warm if isinstance(w, TruncatedSVD)]
+    dtype = primitives.working_dtype(group.As[0].dtype)
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(result, name) for result in earlier]).to(dtype)
+
+    high, low = map(stacked, "USV"), map(stacked, ("U_low", "V_low"))
+    return dense.deflated(group.As, tuple(high), tuple(low), group.rank)
+
+
+def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
+    """``factors`` with those of some of its matrices replaced."""
+
+    def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if old is None or new is None:
+            return None
+        return old.index_copy(0, indices, new)
+
+    swapped: dict[str, Any] = {
+        name: put(getattr(factors, name), getattr(others, name))
+        for name in ("U", "S", "V", "residual", "ok", "U_low", "V_low")
+    }
+    return factors._replace(iterations=max(factors.iterations, others.iterations), **swapped)
+
+
+def _grown(
+    group: Group, start: Tensor, steps: int, safe: bool, generator: torch.Generator
+) -> Factors:
+    """A Krylov space from ``start``; with tol it grows until every residual meets it."""
+    block = start.shape[-1]
+    most = max(1, min(group.shape) // block)
+    if group.niter is not None:
+        most = min(most, max(group.niter, math.ceil(group.rank / block)))
+    while most > steps and _krylov_bytes(group, most * block, block) > group.workspace_bytes:
+        most -= 1
+    space = KrylovSpace(group.As, start, safe=safe, generator=generator)
+    space.grow(min(steps, most))
+    factors = space.factors(group.rank)
+    if group.tol is None:
+        return factors
+    waiting = torch.arange(len(group.As), device=start.device)
+    current = factors
+    while space.steps < most:
+        late = torch.nonzero(~(current.residual <= group.tol)).flatten()
+        if not len(late):
+            break
+        if len(late) < len(waiting):
+            waiting = waiting[late]
+            space.keep(late)
+        space.grow(min(most, max(space.steps + 1, math.ceil(space.steps * GROWTH))))
+        current = space.factors(group.rank)
+        factors = merged(factors, waiting, current)
+    return factors
+
+
+def _krylov_plan(group: Group) -> tuple[int, int]:
+    """(block width, steps) of the space that is built before residuals are looked at."""
+    small, r = min(group.shape), group.rank
+    oversample = group.oversample
+    extra = max(BLOCK_MULTIPLE, KRYLOV_OVERSAMPLE * r) if oversample is None else oversample
+    width = min(small, math.ceil(r + extra))
+    steps = group.niter or KRYLOV_STEPS
+    if group.tol is not None:
+        steps = min(steps, KRYLOV_STEPS)
+    block = max(1, width // (steps * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
+    if group.niter is None:
+        steps = math.ceil(width / block)
+    else:  # as many as were asked for, so the blocks are as wide as that takes
+        block = math.ceil(width / steps / BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    if block * steps > small:
+        block = min(block, small)
+        steps = small // block
+    if block * steps < r:  # blocks don't divide what there is
+        return small, 1
+    return block, steps
+
+
+def _krylov_bytes(group: Group, width: int, block: int) -> int:
+    m, n = group.shape
+    item = 8 if group.As[0].dtype == torch.float64 else 4
+    # The space, half of it once more while it grows, blocks on their way, B and its SVD in float64.
+    return item * (m + n) * (2 * width + 4 * block) + 8 * 4 * width * width
+
+
+def _subspace_bytes(group: Group, width: int) -> int:
+    m, n = group.shape
+    item = 8 if group.As[0].dtype == torch.float64 else 4
+    return item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
+
+
+def _width(group: Group) -> int:
+    """Of the block in subspace iteration."""
+    extra = group.oversample
+    if extra is None:
+        extra = max(8, group.rank // 8)
+    return min(min(group.shape), group.rank + extra)
+
+
+def _warm_width(group: Group) -> int:
+    return min(min(group.shape), group.rank + (group.oversample or 0))
+
+
+def _sketch(group: Group, width: int, generator: torch.Generator) -> Tensor:
+    """(1, n, width): orthonormal columns of a Gaussian matrix."""
+    _, n = group.shape
+    dtype = primitives.working_dtype(group.As[0].dtype)
+    noise = torch.randn(1, n, width, dtype=dtype, device=group.As[0].device, generator=generator)
+    Q: Tensor = torch.linalg.qr(noise)[0]
+    return Q
+
+
+def _columns(
+    warm: TruncatedSVD | Tensor | None, width: int, group: Group, generator: torch.Generator
+) -> Tensor:
+    """(n, width): the earlier V's leading columns, and random ones where it has fewer."""
+    assert warm is not None
+    V = warm if isinstance(warm, Tensor) else warm.V
+    dtype = primitives.working_dtype(group.As[0].dtype)
+    V = V[:, :width].to(dtype)
+    if V.shape[1] == width:
+        return V
+    shape = (V.shape[0], width - V.shape[1])
+    noise = torch.randn(shape, dtype=dtype, device=V.device, generator=generator)
+    return torch.cat([V, noise / math.sqrt(V.shape[0])], -1)

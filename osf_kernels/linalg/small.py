@@ -1,0 +1,61 @@
+"""SVDs of the small factors that the iterations end in, and the polish of what comes out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+
+# Singular values below this share of the largest are noise in the square root of a float64 Gram
+# matrix (1e-8), and the left vectors that come from dividing by them lose orthogonality before.
+GRAM_LIMIT = 1e-6
+
+
+def leading_svd(M: Tensor, rank: int, *, safe: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(U, S, V, ok): the ``rank`` leading triplets of a batch of small or tall matrices.
+
+    The fast way is the eigendecomposition of the float64 Gram matrix, or the Jacobi kernel where a
+    block of the GPU holds the matrix; ``ok`` (b,) is False where the spectrum is too steep for
+    it. The safe way is LAPACK's SVD in float64, and always ok. Never synchronizes on the fast
+    way.
+
+    Args:
+        M: (b, p, l) with p ≥ l ≥ rank.
+
+    Returns:
+        U (b, p, rank), S (b, rank) descending, V (b, l, rank), of M's dtype; ok (b,).
+    """
+    ok = torch.ones(len(M), dtype=torch.bool, device=M.device)
+    if not safe and primitives.small_svd_backend(M) == "cuda":
+        U, S, V = primitives.small_svd(M)
+        return U[..., :rank], S[..., :rank], V[..., :rank], S.isfinite().all(-1)
+    X = M.double()
+    if safe:
+        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        V = Vh.mT
+    else:
+        squares, V = torch.linalg.eigh(X.mT @ X)
+        V = V.flip(-1)[..., :rank]
+        S = squares.flip(-1)[..., :rank].clamp_min(0).sqrt()
+        ok = (S[..., -1] > GRAM_LIMIT * S[..., 0]) if rank else ok
+        U = X @ (V / S.unsqueeze(-2))
+    U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
+    return U.to(M.dtype), S.to(M.dtype), V.to(M.dtype), ok
+
+
+def polished(Q: Tensor) -> Tensor:
+    """Q (3 I − QᵀQ) / 2 of nearly orthonormal columns: the nearest orthonormal ones to first
+    order, one Newton–Schulz step. A defect δ becomes δ²."""
+    G = primitives.gram(list(Q))
+    correction = G.mul_(-0.5)
+    correction.diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return Q @ correction
+
+
+def relative_to(values: Tensor, S: Tensor) -> Tensor:
+    """values (b, r) → (b,): the largest, relative to σ₁ = S[:, 0]; 0 of an empty or zero one."""
+    if not S.shape[-1]:
+        return S.new_zeros(S.shape[:-1])
+    top = S[..., 0]
+    return values.amax(-1) / top.clamp_min(torch.finfo(S.dtype).tiny)
