@@ -1,4 +1,4 @@
-// The library's host interface: plain structs of pointers, sizes and strides, and two calls.
+// The library's host interface: plain structs of pointers, sizes and strides, and a call each.
 //
 // The structs are also the wire format: Python packs them as little-endian 8-byte fields in this
 // order (osf_kernels/backends/cuda.py), so every member is exactly 8 bytes wide.
@@ -47,26 +47,57 @@ struct UpdateJob {
   double alpha, beta;
 };
 
+// inverse = R⁻¹ of each G = RᵀR, upper triangular with zeros below; reads the upper triangle of G.
+struct CholeskyJob {
+  int64_t batch, l;
+  const float* G;  // (batch, l, l)
+  int64_t G_stride[3];
+  float* inverse;  // (batch, l, l), contiguous; all NaN where info is not 0
+  int32_t* info;   // (batch): 0, or one more than the first pivot that is not positive and finite
+};
+
+// M = U diag(S) Vᵀ with S descending, p >= l.
+struct JacobiJob {
+  int64_t batch, p, l;
+  const float* M;  // (batch, p, l)
+  int64_t M_stride[3];
+  float* Ut;      // (batch, l, p), contiguous: the transpose of U
+  float* S;       // (batch, l), contiguous
+  float* Vt;      // (batch, l, l), contiguous: the transpose of V
+  int32_t* info;  // (batch): 0; the sweeps done where they did not suffice; -1 where M has a NaN or
+                  // an Inf, and then all of U, S and V are NaN
+};
+
 static_assert(sizeof(MatrixRef) == 4 * 8, "wire format");
 static_assert(sizeof(CoefficientsJob) == (4 + 5 * 4 + 2) * 8, "wire format");
 static_assert(sizeof(UpdateJob) == (4 + 7 * 4 + 2) * 8, "wire format");
+static_assert(sizeof(CholeskyJob) == 8 * 8, "wire format");
+static_assert(sizeof(JacobiJob) == 11 * 8, "wire format");
 
-// What the work is cut by. The cut never depends on the other jobs of a list, so a matrix has the
-// same bits alone and in a list.
+// What the work is cut by, and the shared memory a block may have. The cut never depends on the
+// other jobs of a list, so a matrix has the same bits alone and in a list.
 struct Machine {
   int multiprocessors;
+  int shared_bytes;
 };
 
 // Bytes of 16-byte aligned device memory that `coefficients` needs for its partial sums.
 int64_t coefficients_workspace_bytes(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
                                      const Machine& machine);
 
-// Both enqueue their launches on `stream` of the current device and return; they throw
+// The largest l that one block's shared memory holds; for `largest_jacobi` with p rows, or square
+// where p is 0.
+int64_t largest_cholesky(const Machine& machine);
+int64_t largest_jacobi(int64_t p, const Machine& machine);
+
+// All enqueue their launches on `stream` of the current device and return; they throw
 // std::invalid_argument on a job they cannot run and std::runtime_error on a CUDA error.
 void coefficients(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
                   const Machine& machine, void* workspace, cudaStream_t stream);
 void update(const UpdateJob* jobs, int64_t count, bool allow_tf32, const Machine& machine,
             cudaStream_t stream);
+void cholesky_inverse(const CholeskyJob& job, const Machine& machine, cudaStream_t stream);
+void jacobi_svd(const JacobiJob& job, const Machine& machine, cudaStream_t stream);
 
 // Compute capabilities this library was compiled for, as 100·major + 10·minor, ended by a 0.
 const int* compiled_architectures();

@@ -53,23 +53,28 @@ int attribute(int device, cudaDeviceAttr which, const char* name) {
   return value;
 }
 
+int shared_bytes(int device) {
+  return attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin, "MaxSharedMemoryPerBlockOptin");
+}
+
 Machine machine_of(int device) {
   static std::mutex mutex;
-  static std::vector<int> multiprocessors;  // 0 where not asked yet
+  static std::vector<Machine> machines;  // no multiprocessors where not asked yet
   const std::lock_guard<std::mutex> lock(mutex);
   if (device < 0) throw std::invalid_argument("osf_kernels: a negative device index");
-  if (static_cast<int>(multiprocessors.size()) <= device) multiprocessors.resize(device + 1);
-  int& count = multiprocessors[device];
-  if (count == 0) {
-    count = attribute(device, cudaDevAttrMultiProcessorCount, "MultiProcessorCount");
+  if (static_cast<int>(machines.size()) <= device) machines.resize(device + 1, Machine{});
+  Machine& machine = machines[device];
+  if (machine.multiprocessors == 0) {
+    machine.shared_bytes = shared_bytes(device);
+    machine.multiprocessors =
+        attribute(device, cudaDevAttrMultiProcessorCount, "MultiProcessorCount");
   }
-  return {count};
+  return machine;
 }
 
 // Why the kernels cannot run on a device, or nothing.
 std::optional<std::string> unsupported(int device) {
-  const int shared =
-      attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin, "MaxSharedMemoryPerBlockOptin");
+  const int shared = shared_bytes(device);
   if (shared >= kSharedBytes) return std::nullopt;
   return "its blocks have " + std::to_string(shared) +
          " bytes of shared memory, the kernels need " + std::to_string(kSharedBytes);
@@ -115,6 +120,28 @@ void run_update(const py::bytes& records, int device, bool allow_tf32, uintptr_t
          reinterpret_cast<cudaStream_t>(stream));
 }
 
+template <class Job>
+Job job_of(const py::bytes& record) {
+  const auto jobs = jobs_of<Job>(record);
+  if (jobs.size() != 1) {
+    throw std::invalid_argument("osf_kernels: expected one record, got " +
+                                std::to_string(jobs.size()));
+  }
+  return jobs[0];
+}
+
+void run_cholesky(const py::bytes& record, int device, uintptr_t stream) {
+  const auto job = job_of<CholeskyJob>(record);
+  const DeviceGuard guard(device);
+  cholesky_inverse(job, machine_of(device), reinterpret_cast<cudaStream_t>(stream));
+}
+
+void run_jacobi(const py::bytes& record, int device, uintptr_t stream) {
+  const auto job = job_of<JacobiJob>(record);
+  const DeviceGuard guard(device);
+  jacobi_svd(job, machine_of(device), reinterpret_cast<cudaStream_t>(stream));
+}
+
 std::string architectures() {
   std::string text;
   for (const int* arch = compiled_architectures(); *arch != 0; ++arch) {
@@ -141,4 +168,13 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("stream"));
   module.def("update", &osf::run_update, py::arg("records"), py::arg("device"),
              py::arg("allow_tf32"), py::arg("stream"));
+  module.def("cholesky_inverse", &osf::run_cholesky, py::arg("record"), py::arg("device"),
+             py::arg("stream"));
+  module.def("jacobi_svd", &osf::run_jacobi, py::arg("record"), py::arg("device"),
+             py::arg("stream"));
+  module.def("largest_cholesky",
+             [](int device) { return osf::largest_cholesky(osf::machine_of(device)); });
+  module.def("largest_jacobi", [](int device, int64_t rows) {
+    return osf::largest_jacobi(rows, osf::machine_of(device));
+  });
 }

@@ -26,11 +26,22 @@ constexpr CoefficientsShape coefficients_shape(bool half_precision, int rank) {
 constexpr int kUpdateRows = 128, kUpdateColumns = 128;
 constexpr int kReduceElements = 1024;
 
+// Shared memory of one matrix. Cholesky: the packed upper triangle. Jacobi: the columns, the right
+// singular vectors where they fit beside them, and two numbers a column.
+constexpr int64_t cholesky_shared_bytes(int64_t l) { return l * (l + 1) / 2 * 4; }
+constexpr int64_t jacobi_shared_bytes(int64_t p, int64_t l, bool shared_v) {
+  return (p * l + (shared_v ? l * l : 0) + 2 * l) * 4;
+}
+constexpr int kCholeskyThreads = 512, kJacobiThreads = 1024;  // at most
+
 template <Math math, int RANK>
 void launch_coefficients(const Params<CoefficientsProblem>& params, int multiprocessors,
                          cudaStream_t stream);
 template <Math math>
 void launch_update(const Params<UpdateProblem>& params, int multiprocessors, cudaStream_t stream);
 void launch_reduce(const Params<ReduceProblem>& params, int multiprocessors, cudaStream_t stream);
+void launch_cholesky(const CholeskyParams& params, int blocks, int threads, cudaStream_t stream);
+template <bool SHARED_V>
+void launch_jacobi(const JacobiParams& params, int blocks, int threads, cudaStream_t stream);
 
 }  // namespace osf

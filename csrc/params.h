@@ -68,6 +68,27 @@ struct UpdateProblem {
   int unit_begin;
 };
 
+// Inverse Cholesky factors of a batch, one matrix a block.
+struct CholeskyParams {
+  const float* G;       // (batch, l, l), upper triangle read
+  int64_t G_stride[3];  // elements
+  float* inverse;       // (batch, l, l), contiguous
+  int32_t* info;        // (batch)
+  int l;
+};
+
+// Singular value decompositions of a batch, one matrix a block.
+struct JacobiParams {
+  const float* M;       // (batch, p, l)
+  int64_t M_stride[3];  // elements
+  float* Ut;            // (batch, l, p): one left singular vector a line
+  float* S;             // (batch, l)
+  float* Vt;            // (batch, l, l): one right singular vector a line
+  int32_t* info;        // (batch)
+  int p, l;
+  double tolerance2;  // square of the cosine below which two columns are orthogonal
+};
+
 // CUDA 12.1 raised the limit on kernel parameters from 4 KB.
 #if CUDART_VERSION >= 12010
 constexpr size_t kParameterBytes = 32764;

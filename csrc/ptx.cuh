@@ -120,6 +120,20 @@ __device__ __forceinline__ float f16_to_float(uint16_t bits) {
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
+// Each of N sums over the warp, the same bits in all lanes.
+template <int N>
+__device__ __forceinline__ void warp_sum(double (&value)[N]) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] += __shfl_xor_sync(0xffffffffu, value[i], mask);
+  }
+}
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
 }

@@ -17,23 +17,30 @@ inline void check(cudaError_t error, const std::string& call) {
   }
 }
 
-template <class Problem>
-void launch(void (*kernel)(OSF_GRID_CONSTANT(Params<Problem>)), const char* name,
-            const Params<Problem>& params, int resident_blocks, int shared_bytes,
-            cudaStream_t stream) {
-  if (params.units == 0) return;
-  const int blocks = std::min(params.units, resident_blocks);
+template <class Parameter>
+void launch_blocks(void (*kernel)(OSF_GRID_CONSTANT(Parameter)), const char* name,
+                   const Parameter& params, int blocks, int threads, int shared_bytes,
+                   cudaStream_t stream) {
 #ifdef OSF_SIMT_EMULATOR
-  simt::launch(name, blocks, kThreads, shared_bytes, [&] { kernel(params); });
+  simt::launch(name, blocks, threads, shared_bytes, [&] { kernel(params); });
   (void)stream;
 #else
   const void* entry = reinterpret_cast<const void*>(kernel);
   check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         std::string("cudaFuncSetAttribute(") + name + ")");
-  void* arguments[] = {const_cast<Params<Problem>*>(&params)};
-  check(cudaLaunchKernel(entry, dim3(blocks), dim3(kThreads), arguments, shared_bytes, stream),
+  void* arguments[] = {const_cast<Parameter*>(&params)};
+  check(cudaLaunchKernel(entry, dim3(blocks), dim3(threads), arguments, shared_bytes, stream),
         std::string("cudaLaunchKernel(") + name + ")");
 #endif
+}
+
+template <class Problem>
+void launch(void (*kernel)(OSF_GRID_CONSTANT(Params<Problem>)), const char* name,
+            const Params<Problem>& params, int resident_blocks, int shared_bytes,
+            cudaStream_t stream) {
+  if (params.units == 0) return;
+  launch_blocks(kernel, name, params, std::min(params.units, resident_blocks), kThreads,
+                shared_bytes, stream);
 }
 
 }  // namespace osf

@@ -1,10 +1,11 @@
-"""CUDA backend: the two grouped kernels of ``backends.forms``, compiled ahead of time from csrc/.
+"""CUDA backend: the two grouped kernels of ``backends.forms`` and two batched factorizations of
+small matrices, compiled ahead of time from csrc/.
 
 The extension is built where nvcc was found and links neither torch nor the driver, so its absence
 is a reason kept here, not an import error. A call hands over pointers, sizes and strides: one
 packed record a job, in the layout of ``csrc/api.h``.
 
-What runs in which arithmetic (accumulators are always float32; nothing is converted by a copy,
+What a product runs in (accumulators are always float32; nothing is converted by a copy,
 the kernels convert while they load):
 
 =========================================  ==================  ===================
@@ -15,6 +16,10 @@ float16                                    fp16                tf32: a coefficie
 float32, TF32 allowed by torch             tf32                tf32
 float32, and every mixture of dtypes       tf32x3              tf32x3
 =========================================  ==================  ===================
+
+The factorizations are float32 throughout and hold a matrix in one block's shared memory;
+``largest_cholesky`` and ``largest_jacobi`` say how large it may be (227 KB: 340 and 240, 163 KB:
+288 and 203).
 """
 
 from __future__ import annotations
@@ -29,10 +34,21 @@ from typing import TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from osf_kernels.backends import cuda_factor
 from osf_kernels.backends.forms import Coefficients, Update
 from osf_kernels.errors import BackendUnavailableError, describe
 
-__all__ = ["build_info", "coefficients", "pack", "unavailable_reason", "update"]
+__all__ = [
+    "build_info",
+    "cholesky_inverse",
+    "coefficients",
+    "jacobi_svd",
+    "largest_cholesky",
+    "largest_jacobi",
+    "pack",
+    "unavailable_reason",
+    "update",
+]
 
 JobT = TypeVar("JobT", Coefficients, Update)
 Address = Callable[[Tensor], int]
@@ -135,6 +151,97 @@ def update(jobs: Sequence[Update]) -> None:
         extension.update(records, _index(device), _tf32_allowed(), stream)
 
 
+def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
+    """R⁻¹ where G = RᵀR with R upper triangular, for every matrix of a batch.
+
+    One launch, a matrix a block, in shared memory. Reads the upper triangle of G alone; draws no
+    random numbers, never synchronizes, and two calls agree bit for bit, as does a batch with a
+    loop over it.
+
+    Args:
+        G: (b, l, l) float32 on a CUDA device, any strides, l up to ``largest_cholesky``.
+
+    Returns:
+        The inverses, (b, l, l) float32, upper triangular with zeros below: R⁻ᵀ G R⁻¹ = I to
+        rounding times the condition of G. And info, (b,) int32: 0, or one more than the index of
+        the first pivot that is not positive and finite; that matrix's inverse is all NaN.
+
+    Raises:
+        TypeError: another dtype. ValueError: another shape or device, or too large an l.
+        BackendUnavailableError: no extension. RuntimeError: a call of the CUDA runtime failed.
+
+    Source: right-looking blocked Cholesky, Golub & Van Loan, Matrix Computations, 4.2.6.
+    """
+    cuda_factor.check_gram(G)
+    cuda_factor.check_square_size(G, largest_cholesky(G.device))
+    job = cuda_factor.cholesky_job(G)
+    stream = torch.cuda.current_stream(G.device).cuda_stream
+    _extension().cholesky_inverse(job.pack(Tensor.data_ptr), _index(G.device), stream)
+    return job.inverse, job.info
+
+
+def largest_cholesky(device: torch.device) -> int:
+    """The largest l that :func:`cholesky_inverse` takes on a CUDA device.
+
+    Raises:
+        ValueError: not a CUDA device. BackendUnavailableError: no extension.
+    """
+    largest: int = _extension().largest_cholesky(_cuda_index("largest_cholesky", device))
+    return largest
+
+
+def jacobi_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """M = U diag(S) Vᵀ by one-sided Jacobi, for every matrix of a batch.
+
+    One launch, a matrix a block, its columns in shared memory. Matrices are scaled by a power of
+    two, so none over- or underflows, and where M = B D with D diagonal and B well conditioned,
+    small singular values are as accurate relative to themselves as large ones. A singular value
+    below 2⁻¹²⁰ S[0] may come out as zero. Draws no random numbers, never synchronizes, and two
+    calls agree bit for bit, as does a batch with a loop over it.
+
+    Args:
+        M: (b, p, l) float32 on a CUDA device, any strides, p >= l, l up to ``largest_jacobi``.
+
+    Returns:
+        U (b, p, l), S (b, l) and V (b, l, l), float32. S is descending and not negative. U and V
+        have orthonormal columns to rounding, whatever the rank, and are views of tensors that hold
+        their columns as lines. And info, (b,) int32: 0; the number of sweeps where those did not
+        suffice; -1 where M holds a NaN or an Inf, and then that matrix's U, S and V are all NaN.
+
+    Raises:
+        TypeError: another dtype. ValueError: another shape or device, p < l, or too large.
+        BackendUnavailableError: no extension. RuntimeError: a call of the CUDA runtime failed.
+
+    Source: Hestenes 1958; the order of pairs, Brent & Luk 1985; the longer column first, de Rijk
+    1989; relative accuracy, Demmel & Veselić 1992.
+    """
+    cuda_factor.check_tall(M)
+    cuda_factor.check_columns(M, largest_jacobi(M.device, square=False, rows=max(M.shape[1], 1)))
+    job = cuda_factor.jacobi_job(M)
+    stream = torch.cuda.current_stream(M.device).cuda_stream
+    _extension().jacobi_svd(job.pack(Tensor.data_ptr), _index(M.device), stream)
+    return job.Ut.mT, job.S, job.Vt.mT, job.info
+
+
+def largest_jacobi(device: torch.device, square: bool = True, *, rows: int | None = None) -> int:
+    """The largest l that :func:`jacobi_svd` takes on a device, of (l, l) or (rows, l) matrices.
+
+    Args:
+        rows: read where ``square`` is False, and then needed.
+
+    Raises:
+        ValueError: not a CUDA device, or no rows. BackendUnavailableError: no extension.
+    """
+    if square:
+        rows = 0
+    elif rows is None or rows < 1:
+        raise ValueError(
+            describe("largest_jacobi", "rows", "a positive number with square=False", rows)
+        )
+    largest: int = _extension().largest_jacobi(_cuda_index("largest_jacobi", device), rows)
+    return largest
+
+
 def pack(jobs: Iterable[Coefficients | Update], address: Address) -> bytes:
     """The jobs as records of ``csrc/api.h``; ``address`` gives a tensor's first element.
 
@@ -197,6 +304,13 @@ def _matrix(name: str, tensor: Tensor | None, address: Address) -> tuple[int, in
         remedy = 'other dtypes run on "torch" or "auto"'
         raise TypeError(describe("use_backend", name, expected, tensor.dtype, remedy))
     return address(tensor), tensor.stride(0), tensor.stride(1), dtype
+
+
+def _cuda_index(op: str, device: torch.device) -> int:
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(describe(op, "device", "a CUDA device", device))
+    return _index(device)
 
 
 def _extension() -> ModuleType:

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.cuda import pack
+from osf_kernels.backends.cuda import Address, pack
+from osf_kernels.backends.cuda_factor import CholeskyJob, JacobiJob
 from osf_kernels.backends.forms import Coefficients, Update
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +45,11 @@ SANITIZED = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 )
+
+# How main.cpp numbers them.
+KINDS = {Coefficients: 0, Update: 1, CholeskyJob: 2, JacobiJob: 3}
+Factorization = CholeskyJob | JacobiJob
+Job = Coefficients | Update | Factorization
 
 Mutations = Mapping[str, Callable[[str], str]]
 
@@ -89,7 +95,7 @@ def build(*, sanitize: bool = False, mutations: Mutations | None = None, only: s
 
 
 def run(
-    jobs: Sequence[Coefficients] | Sequence[Update],
+    jobs: Sequence[Job],
     *,
     seeds: Sequence[int] = (1,),
     emulator: Path | None = None,
@@ -99,8 +105,8 @@ def run(
 ) -> list[Run]:
     """Runs a list of jobs on CPU tensors once a seed; the tensors stay as they are."""
     storages = _Storages()
-    records = pack(jobs, storages.address)
-    kind = 0 if isinstance(jobs[0], Coefficients) else 1
+    records = b"".join(_record(job, storages.address) for job in jobs)
+    kind = KINDS[type(jobs[0])]
     header = [kind, multiprocessors, int(allow_tf32), shared_limit]
     header += [len(seeds), len(storages.found), len(jobs), *seeds]
     blobs = [_bytes_of(storage) for storage in storages.found.values()]
@@ -119,6 +125,10 @@ def run(
         if done.returncode != 0:
             raise EmulatorError(done.stderr.strip() or f"exit code {done.returncode}")
         return _read(result.read_bytes(), [len(blob) for blob in blobs], storages, len(seeds))
+
+
+def _record(job: Job, address: Address) -> bytes:
+    return job.pack(address) if isinstance(job, Factorization) else pack([job], address)
 
 
 class _Storages:

@@ -2,7 +2,8 @@
 //
 //   emulator REQUEST RESULT
 //
-// REQUEST, in 8-byte integers: kind (0 coefficients, 1 update), multiprocessors, allow_tf32, shared
+// REQUEST, in 8-byte integers: kind (0 coefficients, 1 update, 2 inverse Cholesky
+// factors, 3 singular value decompositions), multiprocessors, allow_tf32, shared
 // memory limit, number of seeds, of buffers and of jobs; the seeds; the buffers' sizes; the
 // buffers' bytes one after another; the jobs as in csrc/api.h, where a pointer is
 // (1 + buffer) << 40 | offset. RESULT, a seed: per buffer the bytes read and written by the
@@ -59,9 +60,10 @@ int main(int argc, char** argv) try {
   std::ifstream in(argv[1], std::ios::binary);
   std::ofstream out(argv[2], std::ios::binary);
   const int64_t kind = read_integer(in);
-  const osf::Machine machine{static_cast<int>(read_integer(in))};
+  osf::Machine machine{};
+  machine.multiprocessors = static_cast<int>(read_integer(in));
   const bool allow_tf32 = read_integer(in) != 0;
-  simt::machine.shared_limit = static_cast<int>(read_integer(in));
+  machine.shared_bytes = simt::machine.shared_limit = static_cast<int>(read_integer(in));
   std::vector<uint64_t> seeds(read_integer(in));
   std::vector<int64_t> sizes(read_integer(in));
   const int64_t job_count = read_integer(in);
@@ -75,6 +77,8 @@ int main(int argc, char** argv) try {
   }
   auto coefficients_jobs = read_jobs<osf::CoefficientsJob>(in, kind == 0 ? job_count : 0);
   auto update_jobs = read_jobs<osf::UpdateJob>(in, kind == 1 ? job_count : 0);
+  auto cholesky_jobs = read_jobs<osf::CholeskyJob>(in, kind == 2 ? job_count : 0);
+  auto jacobi_jobs = read_jobs<osf::JacobiJob>(in, kind == 3 ? job_count : 0);
   if (!in) throw simt::Error("the request is too short");
   for (auto& job : coefficients_jobs) {
     for (auto* a : {&job.x, &job.U, &job.V, &job.A, &job.B}) resolve(a->data, buffers);
@@ -84,6 +88,16 @@ int main(int argc, char** argv) try {
     for (auto* a : {&job.out, &job.x, &job.addend, &job.L1, &job.R1, &job.L2, &job.R2}) {
       resolve(a->data, buffers);
     }
+  }
+  for (auto& job : cholesky_jobs) {
+    resolve(job.G, buffers);
+    resolve(job.inverse, buffers);
+    resolve(job.info, buffers);
+  }
+  for (auto& job : jacobi_jobs) {
+    resolve(job.M, buffers);
+    for (auto** a : {&job.Ut, &job.S, &job.Vt}) resolve(*a, buffers);
+    resolve(job.info, buffers);
   }
 
   for (const uint64_t seed : seeds) {
@@ -102,9 +116,11 @@ int main(int argc, char** argv) try {
       simt::machine.buffers.push_back({workspace.get(), static_cast<size_t>(bytes)});
       osf::coefficients(coefficients_jobs.data(), job_count, allow_tf32, machine, workspace.get(),
                         nullptr);
-    } else {
+    } else if (kind == 1) {
       osf::update(update_jobs.data(), job_count, allow_tf32, machine, nullptr);
     }
+    for (const auto& job : cholesky_jobs) osf::cholesky_inverse(job, machine, nullptr);
+    for (const auto& job : jacobi_jobs) osf::jacobi_svd(job, machine, nullptr);
     for (size_t i = 0; i < sizes.size(); ++i) {
       write_integer(out, simt::machine.buffers[i].bytes_read);
       write_integer(out, simt::machine.buffers[i].bytes_written);

@@ -2,6 +2,7 @@
 // same lanes holding them (PTX ISA, sections on ldmatrix and on mma.m16n8k8 and mma.m16n8k16).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -99,6 +100,29 @@ template <class T>
 inline void store_shared(T* p, T value) {
   simt::shared_access(p, sizeof(T), sizeof(T));
   *p = value;
+}
+
+template <int N>
+inline void warp_sum(double (&value)[N]) {
+  simt::warp_collective("warp_sum", value, [](void* const* lanes) {
+    const auto lane = [&](int i) { return static_cast<double*>(lanes[i]); };
+    for (int mask = 16; mask > 0; mask /= 2) {
+      for (int n = 0; n < N; ++n) {
+        double before[32];
+        for (int i = 0; i < 32; ++i) before[i] = lane(i)[n];
+        for (int i = 0; i < 32; ++i) lane(i)[n] = before[i] + before[i ^ mask];
+      }
+    }
+  });
+}
+
+inline uint32_t warp_max(uint32_t value) {
+  simt::warp_collective("warp_max", &value, [](void* const* lanes) {
+    uint32_t most = 0;
+    for (int i = 0; i < 32; ++i) most = std::max(most, *static_cast<uint32_t*>(lanes[i]));
+    for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(lanes[i]) = most;
+  });
+  return value;
 }
 
 struct LdmatrixLane {

@@ -1,0 +1,5 @@
+#include "jacobi.cuh"
+
+namespace osf {
+template void launch_jacobi<false>(const JacobiParams&, int, int, cudaStream_t);
+}  // namespace osf
