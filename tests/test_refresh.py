@@ -156,7 +156,8 @@ def test_batching_changes_nothing(monkeypatch):
     model = nn.Sequential(*(linear(12, 12, i) for i in range(5)))
     together = refresh(model, 4)
     recorder = Recorder(monkeypatch)
-    apart = refresh(model, 4, max_workspace_bytes=4 * (2 * 12 * 4 + 4) * 2)
+    monkeypatch.setattr(REFRESH, "FACTOR_BYTES", 4 * (2 * 12 * 4) * 2)
+    apart = refresh(model, 4)
     assert [len(call["A"]) for call in recorder.calls] == [2, 2, 1]
     for name, entry in together.items():
         torch.testing.assert_close(apart[name].S, entry.S, rtol=1e-5, atol=1e-6)
@@ -280,7 +281,24 @@ def test_the_next_refresh_starts_from_the_previous_one(monkeypatch, offload):
         assert torch.equal(start.V, entry.V.columns)
     cold = refresh(model, 8)
     for name, entry in second.items():
+        assert entry.method == "warm"
         assert entry.captured == pytest.approx(cold[name].captured, rel=1e-4)
+
+
+def test_a_refresh_that_kept_everything_is_deflated():
+    model = nn.Sequential(linear(48, 48, 0))
+    first = refresh(model, 0.75, keep="all")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    protect(model, first, optimizer=optimizer)
+    for i in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 48, generator=generator_for(i))).square().mean().backward()
+        optimizer.step()
+    second = refresh(model, 0.75, keep="all", previous=first)["0.weight"]
+    assert second.method == "deflated"
+    cold = refresh(model, 0.75, method="exact")["0.weight"]
+    torch.testing.assert_close(second.S, cold.S, rtol=1e-3, atol=1e-4)
+    assert second.residual < 1e-3
 
 
 def test_a_previous_of_rounded_bases_is_a_sketch(monkeypatch):
@@ -469,12 +487,27 @@ def test_other_bad_input():
 
 
 def test_an_error_of_the_solver_names_the_parameters(monkeypatch):
+    model = small_model()
+    with pytest.raises(ValueError, match=r"max_workspace_bytes.*'0\.weight' \(24, 16\)"):
+        refresh(model, 4, max_workspace_bytes=100)
+
     def fail(*_, **__):
         raise RuntimeError("no convergence")
 
     monkeypatch.setattr(REFRESH, "truncated_svd", fail)
     with pytest.raises(RuntimeError, match=r"osf_torch\.refresh: 0\.weight, 3\.weight: no conv"):
-        refresh(small_model(), 4)
+        refresh(model, 4)
+
+
+def test_a_tolerance_that_is_missed_is_said_by_name():
+    model = nn.Sequential(linear(64, 64, 0), linear(64, 64, 1))
+    message = r"osf_torch\.refresh: .*'0\.weight' has .*'1\.weight' has"
+    with pytest.warns(RuntimeWarning, match=message):
+        found = refresh(model, 8, method="gram", tol=1e-9)
+    assert [s.converged for s in found.values()] == [False, False]
+    assert "gram, above tol" in found.summary()
+    fine = refresh(model, 8, method="randomized", tol=1e-3)
+    assert [s.converged for s in fine.values()] == [True, True]
 
 
 def test_a_basis_of_the_result_is_an_operators_argument():

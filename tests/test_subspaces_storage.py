@@ -175,7 +175,7 @@ def test_a_model_with_more_parameters_is_fine(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path, model = saved_file(tmp_path)
     rewrite(path, format_version="99", library_version="7.0")
-    with pytest.raises(ValueError, match=r"format version 1 .*got '99', written by osf-kernels 7\.0"):
+    with pytest.raises(ValueError, match=r"format version 1 .*got .99., written by osf-k.* 7\.0"):
         load_subspaces(path, model)
     rewrite(path, format="pt")
     with pytest.raises(ValueError, match=r"written by save_subspaces.*format 'pt'"):

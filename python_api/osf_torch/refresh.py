@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 
 BATCH = 32  # matrices a call at most: the bar moves, and an interrupt is heeded
 FACTOR_BYTES = 1 << 30  # what one call may return where no max_workspace_bytes is given
+
+
+INDEXED = re.compile(r"\bA\[(\d+)\]")  # how truncated_svd names a matrix of a list
 
 
 class _Kind(NamedTuple):
@@ -90,11 +94,10 @@ def refresh(
             m² + n² where there are low bases: what the next deflated refresh needs.
         seed: random sketches are drawn from it, one for each shape and rank, whatever the order
             and the batching; the global generator is left alone.
-        max_workspace_bytes: bounds what truncated_svd works in, and, apart from that, the factors
-            of one call before the larger ones are let go; at least one weight goes a call. Peak
-            memory beyond the result is the sum of the two: at most twice this (without it 1 GiB
-            beside what truncated_svd takes by default), or one weight's needs where those are
-            more.
+        max_workspace_bytes: bounds what truncated_svd works in (a single weight that doesn't fit
+            is refused) and, apart from that, the factors of one call before the larger ones are
+            let go (of which a single weight's always go). Peak memory beyond the result is the
+            sum of the two. Without it: truncated_svd's own default, and 1 GiB of factors.
         offload: device that the factors are moved to, batch by batch, such as "cpu".
         dtype: of the bases that are kept, as in ``Subspaces.to``; S keeps its own.
 
@@ -265,10 +268,10 @@ def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, float | bool | N
 
 
 class _Named:
-    """Errors and warnings of one batch, with the names of its parameters before them."""
+    """Errors and warnings of one batch, with parameters' names where they count matrices."""
 
     def __init__(self, batch: Sequence[Selected]) -> None:
-        self._prefix = f"osf_torch.refresh: {listed([s.name for s in batch])}"
+        self._names = [s.name for s in batch]
         self._caught = warnings.catch_warnings(record=True)
 
     def __enter__(self) -> None:
@@ -282,7 +285,11 @@ class _Named:
         trace: TracebackType | None,
     ) -> None:
         self._caught.__exit__(kind, error, trace)
-        for warning in self._log or ():
-            warnings.warn(f"{self._prefix}: {warning.message}", warning.category, stacklevel=3)
         if isinstance(error, ValueError | TypeError | RuntimeError):
-            raise type(error)(f"{self._prefix}: {error}") from error
+            raise type(error)(self._named(error)) from error
+        for warning in self._log or ():
+            warnings.warn(self._named(warning.message), warning.category, stacklevel=3)
+
+    def _named(self, message: object) -> str:
+        text, count = INDEXED.subn(lambda found: repr(self._names[int(found[1])]), str(message))
+        return f"osf_torch.refresh: {text if count else f'{listed(self._names)}: {text}'}"
