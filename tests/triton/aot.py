@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from osf_kernels.backends.forms import Coefficients, Update
-from osf_kernels.backends.triton import configs, launch, schedule
+from osf_kernels.backends.triton import configs, gram_schedule, launch, schedule
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,6 +33,7 @@ SHARED_LIMIT = {
     "gfx942": 64 << 10,
 }
 REGISTERS = 65536
+TENSOR_MEMORY_COLUMNS = 512
 TENSOR_CORE = {
     "sm_80": r"mma\.sync",
     "sm_86": r"mma\.sync",
@@ -63,6 +64,9 @@ class Compiled(NamedTuple):
     shared_bytes: int
     wide_loads: int
     narrow_loads: int
+    tensor_memory_columns: int  # Blackwell's, of 512
+    # Additions outside of the tensor cores, of what a thread holds of a tile.
+    additions: int
     # A TF32 operand must run along the summed dimension. One that does not is turned on its way
     # into shared memory, by copies of 4 bytes (still a warp's 128 bytes at once).
     float32_operands: bool = False
@@ -92,6 +96,48 @@ def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) ->
         choose=lambda *_: products,
     )
     return batch.launches[1 if isinstance(config, configs.Reduce) else 0]
+
+
+def products_of(
+    config: configs.TwoPass | configs.Gram | configs.SumGram,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    aligned: bool = True,
+    transposed: bool = False,
+    rank: int = 128,
+) -> schedule.Launch:
+    """The launch a config makes of A Q (or Aᵀ Q), or of Aᵀ A (or A Aᵀ), in float32 accuracy.
+
+    Not aligned: A has rows of odd width.
+    """
+    m, n = (1024, 1024) if aligned else (1023, 1021)
+    A = torch.empty(m, n, dtype=dtype)
+    if isinstance(config, configs.TwoPass):
+        Q, out = torch.empty(n, rank), torch.empty(m, rank)
+        job = Coefficients(A, None, Q, None, out)
+        if transposed:
+            job = Coefficients(A, torch.empty(m, rank), None, torch.empty(rank, n), None)
+        (batch,) = schedule.coefficients_launches(
+            [job],
+            fill=4096,
+            float32_precision=precision,
+            choose=lambda *_: config,
+            accurate=True,
+        )
+        return batch.launches[0]
+    sums = isinstance(config, configs.SumGram)
+    chosen = configs.Gram(64, 32, 4, 1) if isinstance(config, configs.SumGram) else config
+    size = m if transposed else n
+    (batch,) = gram_schedule.gram_launches(
+        [A],
+        [torch.empty(size, size)],
+        right=not transposed,
+        fill=4096,
+        float32_precision=precision,
+        choose=lambda *_: chosen,
+    )
+    return batch.launches[1 if sums else 0]
 
 
 def operand_bytes(config: configs.Config, kind: Class) -> int:
@@ -158,6 +204,9 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
         int(compiled.metadata.shared),
         sum(width >= 16 for width in widths),
         sum(width < 8 for width in widths),
+        int(getattr(compiled.metadata, "tmem_size", None) or 0),
+        len(re.findall(r"add(?:\.rn)?\.f32 ", ptx))
+        + 2 * len(re.findall(r"add(?:\.rn)?\.f32x2 ", ptx)),
     )
 
 
@@ -178,6 +227,8 @@ def _hip(name: str, architecture: str, compiled: Any) -> Compiled:
         int(compiled.metadata.shared),
         len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         len(re.findall(r"(?:global|buffer)_load_(?:u?short|d16|u?byte|sbyte)", text)),
+        0,
+        len(re.findall(r"v_add_f32", text)) + 2 * len(re.findall(r"v_pk_add_f32", text)),
     )
 
 
@@ -205,4 +256,6 @@ def faults(
             found.append(f"{resident} programs a processor hold {registers} registers")
         if (compiled.shared_bytes + 1024) * resident > limit + 1024:
             found.append(f"{resident} programs a processor do not fit its shared memory")
+        if compiled.tensor_memory_columns * resident > TENSOR_MEMORY_COLUMNS:
+            found.append(f"{resident} programs a processor do not fit its tensor memory")
     return found

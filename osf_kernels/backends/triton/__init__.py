@@ -1,11 +1,12 @@
-"""Triton backend: the two grouped kernels of ``backends.forms`` for NVIDIA and AMD GPUs.
+"""Triton backend: the two grouped kernels of ``backends.forms``, and batched products in float32
+accuracy, for NVIDIA and AMD GPUs.
 
 Importing this package needs no triton; :func:`unavailable_reason` says whether it can be used.
 Under ``TRITON_INTERPRET=1``, set before triton is first imported, it runs on CPU tensors.
 
-Layout: ``kernels`` holds the device code; ``configs`` the pinned tables; ``schedule`` groups
-jobs into launches; ``launch`` runs them; ``dispatch`` ties these together and ``autotune``
-searches where asked.
+Layout: ``kernels`` holds the device code; ``configs`` the pinned tables; ``schedule`` and
+``gram_schedule`` group jobs into launches; ``launch`` runs them; ``dispatch`` ties these together
+and ``autotune`` searches where asked.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from osf_kernels.backends.forms import Coefficients, Update
 
 from . import configs
 
-__all__ = ["MAX_LAUNCHES", "coefficients", "unavailable_reason", "update"]
+__all__ = ["MAX_LAUNCHES", "coefficients", "gram", "multiply", "unavailable_reason", "update"]
 
 # Launches of one call whose jobs agree on dtypes, layouts and config.
 MAX_LAUNCHES = {"coefficients": 2, "update": 1}
@@ -103,6 +106,69 @@ def update(
     Args and Raises: as :func:`coefficients`.
     """
     _dispatch().update(jobs, config, float32_precision)
+
+
+def multiply(
+    As: Sequence[Tensor],
+    Q: Tensor,
+    out: Tensor,
+    *,
+    transpose: bool = False,
+    config: configs.TwoPass | None = None,
+) -> None:
+    """out[i] = A_i Q[i], or A_iᵀ Q[i], in float32 accuracy whatever the dtype of A.
+
+    16-bit A at the tensor cores' 16-bit rate: Q is split into three bfloat16 pieces and float16 A
+    into two (bfloat16 A is one), so that every product is exact in float32. float32 A by tf32x3
+    (on AMD IEEE float32), whatever torch's matmul precision allows. Sums are float32, rounded to
+    nearest between steps of the tensor cores.
+
+    At most two launches for matrices of like strides (the second adds partial sums in order).
+    Writes ``out`` entirely; never synchronizes; draws no random numbers. Two calls agree bit for
+    bit, and a list with a loop over it.
+
+    Args:
+        As: b matrices (m, n) of one shape, of bfloat16, float16 or float32, any strides.
+        Q: (b, n, l) float32, or (1, n, l) to share one; (b, m, l) or (1, m, l) with transpose.
+        out: (b, m, l) float32, or (b, n, l) with transpose; overlaps no input.
+        transpose: multiply by A_iᵀ.
+        config: tile config instead of the pinned one.
+
+    A NaN or Inf makes every sum it is part of non-finite; an Inf may come out as NaN, since its
+    pieces are Inf and NaN.
+
+    Raises:
+        TypeError: a float64 (or other) dtype. ValueError: shapes, devices or kinds that differ.
+
+    Source: splitting as in Henry, Tang and Heinecke 2019 (arXiv 1904.06376); sums kept outside
+    of the tensor cores as in Ootomo and Yokota 2022 (arXiv 2203.03341).
+    """
+    _dispatch().multiply(As, Q, out, transpose, config)
+
+
+def gram(
+    As: Sequence[Tensor],
+    out: Tensor,
+    *,
+    side: Literal["right", "left"] = "right",
+    config: configs.Gram | None = None,
+) -> None:
+    """out[i] = A_iᵀ A_i (right) or A_i A_iᵀ (left), symmetric to the bit, in float32 accuracy.
+
+    Only the tiles of one triangle are computed; the others are their mirror images. Products of
+    16-bit values are exact in float32, those of float32 are taken by tf32x3 (on AMD as IEEE
+    float32), whatever torch's matmul precision allows. Sums as in :func:`multiply`, as is what is
+    said there of launches, order, synchronization and non-finite values.
+
+    Args:
+        As: b matrices (m, n) of one shape, of bfloat16, float16 or float32, any strides.
+        out: (b, n, n), or (b, m, m) for the left side, float32; overlaps no input.
+        side: which of the two products.
+        config: tile config instead of the pinned one.
+
+    Raises: as :func:`multiply`.
+    """
+    _dispatch().gram(As, out, side, config)
 
 
 def _dispatch() -> ModuleType:

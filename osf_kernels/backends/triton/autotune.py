@@ -21,7 +21,15 @@ from osf_kernels.backends.forms import Coefficients, Update
 
 from . import configs
 
-__all__ = ["Tuner", "bucket", "enabled", "scratch_coefficients", "scratch_update", "time_ms"]
+__all__ = [
+    "Tuner",
+    "bucket",
+    "enabled",
+    "scratch",
+    "scratch_coefficients",
+    "scratch_update",
+    "time_ms",
+]
 
 ConfigT = TypeVar("ConfigT", bound=configs.Config)
 
@@ -94,7 +102,7 @@ class Tuner:
         return self.fastest[key]  # type: ignore[return-value]
 
 
-def _scratch(tensor: Tensor) -> Tensor:
+def scratch(tensor: Tensor) -> Tensor:
     """A copy in storage of its own with the same strides, so that it compiles to the same code."""
     if 0 in tensor.stride():
         return tensor.clone()
@@ -105,7 +113,7 @@ def _scratch(tensor: Tensor) -> Tensor:
 
 
 def _scratch_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _scratch(tensor)
+    return None if tensor is None else scratch(tensor)
 
 
 def scratch_coefficients(job: Coefficients) -> Coefficients:
@@ -115,11 +123,11 @@ def scratch_coefficients(job: Coefficients) -> Coefficients:
 
 def scratch_update(job: Update) -> Update:
     """A job over copies of every tensor of ``job``; in place where ``job`` is."""
-    out = _scratch(job.out)
+    out = scratch(job.out)
     in_place = job.out.data_ptr() == job.x.data_ptr()
     return Update(
         out,
-        out if in_place else _scratch(job.x),
+        out if in_place else scratch(job.x),
         _scratch_or_none(job.L1),
         _scratch_or_none(job.R1),
         _scratch_or_none(job.L2),

@@ -16,14 +16,20 @@ __all__ = [
     "FILL",
     "ONE_PASS_RANK_SUM",
     "REDUCE",
+    "SUM_GRAM",
     "Config",
+    "Gram",
     "OnePass",
     "Reduce",
+    "SumGram",
     "TwoPass",
     "Update",
     "candidates",
     "coefficients_config",
+    "gram_config",
+    "multiply_config",
     "shipped",
+    "shipped_products",
     "update_config",
 ]
 
@@ -72,7 +78,26 @@ class Reduce(NamedTuple):
     programs_per_sm: int = 4
 
 
-Config = OnePass | TwoPass | Update | Reduce
+class Gram(NamedTuple):
+    """(block, block) tiles of a symmetric product, block_k of the summed dimension a step."""
+
+    block: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 1
+
+
+class SumGram(NamedTuple):
+    """(block, block) tiles of an ordered sum of parts of a symmetric product."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 4
+
+
+Config = OnePass | TwoPass | Update | Reduce | Gram | SumGram
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -82,11 +107,17 @@ FILL = {"sm_80": 128, "sm_90": 128, "sm_100": 160, "gfx942": 304}
 # costs a float32 part of the result, written and read again.
 SHORTEST_SPLIT = 256
 
+# Of a symmetric product: a tile of it is large, so its parts cost more.
+SHORTEST_GRAM_SPLIT = 512
+# Lists whose parts of symmetric products would take more (256 MB) are launched in slices.
+GRAM_WORKSPACE_ELEMENTS = 1 << 26
+
 # One read of x costs about 4 (r + k) / T bytes an element of partial sums for tile side T; two
 # reductions read x once more, from L2 at best.
 ONE_PASS_RANK_SUM = 64
 
 REDUCE = Reduce(32, 32, num_warps=4, num_stages=1)
+SUM_GRAM = SumGram(32, num_warps=4, num_stages=1)
 
 # Keyed by the bytes of a dot operand, then by rank block, ascending; the last serves any rank
 # (of one_pass: up to its block).
@@ -146,11 +177,57 @@ _UPDATE: dict[str, dict[int, tuple[Update, Update]]] = {
         4: (Update(64, 64, 32, 8, 4, 1, 2), Update(64, 128, 32, 8, 8, 1, 1)),
     },
 }
+# x·basis in float32 accuracy, keyed by the dtype of x, then by rank block as above.
+_MULTIPLY: dict[str, dict[str, tuple[TwoPass, TwoPass]]] = {
+    "sm_80": {
+        "bfloat16": (TwoPass(128, 32, 64, 8, 2, 2), TwoPass(128, 16, 128, 8, 3, 1)),
+        "float16": (TwoPass(64, 32, 64, 4, 2, 3), TwoPass(128, 32, 64, 8, 2, 1)),
+        "float32": (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 1)),
+    },
+    "sm_90": {
+        "bfloat16": (TwoPass(128, 64, 64, 4, 2, 2), TwoPass(128, 64, 128, 8, 2, 1)),
+        "float16": (TwoPass(128, 64, 64, 4, 2, 2), TwoPass(128, 64, 128, 8, 2, 1)),
+        "float32": (TwoPass(64, 32, 64, 4, 2, 3), TwoPass(128, 32, 64, 8, 2, 1)),
+    },
+    # A product of two pieces has an accumulator of its own in tensor memory (512 columns).
+    "sm_100": {
+        "bfloat16": (TwoPass(128, 64, 64, 4, 2, 2), TwoPass(128, 64, 128, 8, 2, 1)),
+        "float16": (TwoPass(128, 64, 64, 4, 2, 1), TwoPass(128, 64, 64, 8, 2, 1)),
+        "float32": (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 1)),
+    },
+    "gfx942": {
+        "bfloat16": (TwoPass(64, 32, 64, 4, 1, 2), TwoPass(128, 32, 64, 8, 1, 1)),
+        "float16": (TwoPass(64, 32, 64, 4, 1, 2), TwoPass(128, 32, 64, 8, 1, 1)),
+        "float32": (TwoPass(64, 32, 64, 4, 1, 2), TwoPass(128, 32, 64, 8, 1, 1)),
+    },
+}
+
+# Keyed by the bytes of a dot operand, then by size, ascending; the last serves any size.
+_GRAM: dict[str, dict[int, tuple[Gram, Gram]]] = {
+    "sm_80": {
+        2: (Gram(64, 64, 4, 3, 3), Gram(128, 32, 8, 3, 1)),
+        4: (Gram(64, 32, 4, 2, 2), Gram(128, 16, 8, 2, 1)),
+    },
+    "sm_90": {
+        2: (Gram(64, 64, 4, 3, 4), Gram(128, 64, 8, 3, 1)),
+        4: (Gram(64, 32, 4, 2, 3), Gram(128, 32, 8, 1, 1)),
+    },
+    "sm_100": {
+        2: (Gram(64, 64, 4, 3, 3), Gram(128, 64, 8, 3, 1)),
+        4: (Gram(64, 32, 4, 2, 2), Gram(128, 32, 8, 1, 1)),
+    },
+    "gfx942": {
+        2: (Gram(64, 64, 4, 1, 2), Gram(128, 32, 8, 1, 1)),
+        4: (Gram(64, 32, 4, 1, 2), Gram(128, 16, 8, 1, 1)),
+    },
+}
 # Where some row is not a multiple of 16 bytes every element has an address of its own, and the
 # tiles above would spill; these serve every architecture and any width of operand.
 _UNALIGNED_ONE_PASS = (OnePass(32, 32, 32, 8, 1, 1), OnePass(32, 32, 64, 8, 1, 1))
 _UNALIGNED_TWO_PASS = TwoPass(64, 32, 32, 4, 1, 2)
 _UNALIGNED_UPDATE = Update(64, 32, 16, 8, 4, 1, 2)
+_UNALIGNED_MULTIPLY = TwoPass(64, 32, 64, 8, 1, 1)
+_UNALIGNED_GRAM = Gram(64, 32, 8, 1, 1)
 # Up to this rank the first row of _UPDATE serves, beyond it the second.
 _SMALL_UPDATE_RANK = 32
 
@@ -206,6 +283,31 @@ def update_config(architecture: str, operand_bytes: int, rank: int, aligned: boo
     return small if rank <= _SMALL_UPDATE_RANK else large
 
 
+def multiply_config(
+    architecture: str, dtype: str, rank: int, aligned: bool = True, whole: bool = True
+) -> TwoPass:
+    """The pinned config of x·basis in float32 accuracy, ``rank`` columns wide.
+
+    Args:
+        dtype: "bfloat16", "float16" or "float32", of x.
+        aligned: whether x has rows or columns of whole, aligned 16-byte vectors.
+        whole: whether the basis and the result have. They are small beside x, so without it only
+            the first row, which would spill, is passed over.
+    """
+    if not aligned:
+        return _UNALIGNED_MULTIPLY
+    small, large = _MULTIPLY[architecture][dtype]
+    return small if whole and rank <= small.block_r else large
+
+
+def gram_config(architecture: str, dtype: str, size: int, aligned: bool = True) -> Gram:
+    """The pinned config of a symmetric product of ``size`` rows; arguments as above."""
+    if not aligned:
+        return _UNALIGNED_GRAM
+    small, large = _GRAM[architecture][4 if dtype == "float32" else 2]
+    return small if size <= small.block else large
+
+
 def candidates(config: Config) -> list[Config]:
     """What a search tries besides a pinned config: its neighbours in stages, warps and tile."""
     nearby: list[Config] = [config]
@@ -221,6 +323,9 @@ def candidates(config: Config) -> list[Config]:
     elif isinstance(config, TwoPass):
         nearby.append(config._replace(block_q=config.block_q // 2))
         nearby.append(config._replace(block_k=config.block_k * 2))
+    elif isinstance(config, Gram):
+        nearby.append(config._replace(block=config.block // 2))
+        nearby.append(config._replace(block_k=config.block_k * 2))
     return nearby
 
 
@@ -235,6 +340,16 @@ def shipped(architecture: str, aligned: bool = True) -> list[tuple[int, Config]]
             rows.extend((operand_bytes, config) for config in configs)
     rows.append((4, REDUCE))
     return rows
+
+
+def shipped_products(
+    architecture: str, dtype: str, aligned: bool = True
+) -> list[TwoPass | Gram | SumGram]:
+    """Every config that the products in float32 accuracy of a dtype can be given."""
+    if not aligned:
+        return [_UNALIGNED_MULTIPLY, _UNALIGNED_GRAM, SUM_GRAM]
+    width = 4 if dtype == "float32" else 2
+    return [*_MULTIPLY[architecture][dtype], *_GRAM[architecture][width], SUM_GRAM]
 
 
 def architecture_of_capability(major: int, minor: int) -> str:

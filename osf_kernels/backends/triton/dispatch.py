@@ -13,8 +13,9 @@ from torch import Tensor
 from osf_kernels.backends.forms import Coefficients, Update
 
 from . import autotune, configs, launch, schedule
+from .gram_schedule import gram_launches
 
-__all__ = ["coefficients", "update"]
+__all__ = ["coefficients", "gram", "multiply", "update"]
 
 JobT = TypeVar("JobT", Coefficients, Update)
 
@@ -26,12 +27,13 @@ def coefficients(
     variant: str | None,
     config: configs.OnePass | configs.TwoPass | None,
     float32_precision: str | None,
+    accurate: bool = False,
 ) -> None:
     precision = _float32_precision(float32_precision)
+    options = (variant, config, precision, accurate)
     for device, mine in _by_device(jobs).items():
-        key = ("coefficients", variant, config, precision, _searching(), *map(_identity, mine))
-        build = functools.partial(_plan_coefficients, device, mine, variant, config, precision)
-        launch.run(key, device, build)
+        key = ("coefficients", *options, _searching(), *map(_identity, mine))
+        launch.run(key, device, functools.partial(_plan_coefficients, device, mine, *options))
 
 
 def update(
@@ -43,12 +45,94 @@ def update(
         launch.run(key, device, functools.partial(_plan_update, device, mine, config, precision))
 
 
+def multiply(
+    As: Sequence[Tensor],
+    Q: Tensor,
+    out: Tensor,
+    transpose: bool,
+    config: configs.TwoPass | None,
+) -> None:
+    _check_alike("multiply", As, out, "out")
+    _check_float32("multiply", "Q", Q)
+    if not As:
+        return
+    m, n = As[0].shape[::-1] if transpose else As[0].shape
+    expected = f"({{}}{n}, l) with A of shape {tuple(As[0].shape)} and transpose={transpose}"
+    if Q.ndim != 3 or Q.shape[0] not in (1, len(As)) or Q.shape[1] != n:
+        _refuse("multiply", "Q", expected.format(f"{len(As)} or 1, "), Q)
+    if out.shape != (len(As), m, Q.shape[2]):
+        _refuse("multiply", "out", str((len(As), m, Q.shape[2])), out)
+    bases = Q.expand(len(As), -1, -1).unbind()
+    jobs = [
+        Coefficients(A, basis, None, result.mT, None)
+        if transpose
+        else Coefficients(A, None, basis, None, result)
+        for A, basis, result in zip(As, bases, out.unbind(), strict=True)
+    ]
+    coefficients(jobs, "two_pass", config, "tf32x3", accurate=True)
+
+
+def gram(As: Sequence[Tensor], out: Tensor, side: str, config: configs.Gram | None) -> None:
+    if side not in ("right", "left"):
+        raise ValueError(
+            f"osf_kernels.backends.triton.gram: expected side to be 'right' or 'left', got {side!r}"
+        )
+    _check_alike("gram", As, out, "out")
+    if not As:
+        return
+    size = As[0].shape[1 if side == "right" else 0]
+    if out.shape != (len(As), size, size):
+        _refuse("gram", "out", str((len(As), size, size)), out)
+    precision = _float32_precision("tf32x3")
+    device = As[0].device
+    key = ("gram", side, config, _searching(), *_identity((*As, out)))
+    launch.run(key, device, functools.partial(_plan_gram, device, As, out, side, config, precision))
+
+
+def _plan_gram(
+    device: torch.device,
+    As: Sequence[Tensor],
+    out: Tensor,
+    side: str,
+    config: configs.Gram | None,
+    precision: str,
+) -> list[schedule.Batch]:
+    architecture = launch.architecture(device)
+
+    def choose(A: Tensor, size: int, aligned: bool) -> configs.Gram:
+        if config is not None:
+            return config
+        pinned = configs.gram_config(architecture, _name(A.dtype), size, aligned)
+        if not _searching():
+            return pinned
+
+        def runner() -> Callable[[configs.Config], None]:
+            scratch = autotune.scratch(A)
+            result = torch.empty((1, size, size), dtype=torch.float32, device=device)
+            return lambda chosen: gram([scratch], result, side, chosen)  # type: ignore[arg-type]
+
+        sizes = tuple(autotune.bucket(length) for length in A.shape)
+        return _tuner().choose(
+            ("gram", architecture, aligned, side, A.dtype, *sizes), pinned, runner
+        )
+
+    return gram_launches(
+        As,
+        out.unbind(),
+        right=side == "right",
+        fill=configs.FILL[architecture],
+        float32_precision=precision,
+        choose=choose,
+    )
+
+
 def _plan_coefficients(
     device: torch.device,
     jobs: Sequence[Coefficients],
     variant: str | None,
     config: configs.OnePass | configs.TwoPass | None,
     precision: str,
+    accurate: bool,
 ) -> list[schedule.Batch]:
     architecture = launch.architecture(device)
 
@@ -59,19 +143,31 @@ def _plan_coefficients(
             return config
         # A matrix without elements still has coefficients (zero, less the offset).
         wanted = variant if job.x.numel() else "two_pass"
-        pinned = configs.coefficients_config(architecture, width, r, k, wanted, aligned)
+        pinned: configs.OnePass | configs.TwoPass
+        if accurate:
+            beside = [schedule.View.of(tensor) for tensor in job[1:5] if tensor is not None]
+            whole = all(view.layout.aligned for view in beside)
+            dtype = _name(job.x.dtype)
+            pinned = configs.multiply_config(architecture, dtype, max(r, k), aligned, whole)
+        else:
+            pinned = configs.coefficients_config(architecture, width, r, k, wanted, aligned)
         if not _searching():
             return pinned
 
         def runner() -> Callable[[configs.Config], None]:
             scratch = [autotune.scratch_coefficients(job)]
-            return lambda chosen: coefficients(scratch, None, chosen, precision)  # type: ignore[arg-type]
+            return lambda chosen: coefficients(scratch, None, chosen, precision, accurate)  # type: ignore[arg-type]
 
-        key = ("coefficients", architecture, aligned, variant, *_bucket(job, job.x, r, k))
+        key = ("coefficients", architecture, aligned, variant, accurate)
+        key = (*key, *_bucket(job, job.x, r, k))
         return _tuner().choose(key, pinned, runner)
 
     return schedule.coefficients_launches(
-        jobs, fill=configs.FILL[architecture], float32_precision=precision, choose=choose
+        jobs,
+        fill=configs.FILL[architecture],
+        float32_precision=precision,
+        choose=choose,
+        accurate=accurate,
     )
 
 
@@ -135,6 +231,43 @@ def _float32_precision(asked: str | None) -> str:
         )
     # AMD's matrix cores multiply float32 as it is, and Triton has no tf32x3 for them.
     return "ieee" if asked == "tf32x3" and launch.ON_AMD else asked
+
+
+def _check_alike(operator: str, As: Sequence[Tensor], out: Tensor, name: str) -> None:
+    """Raises unless the matrices are of one kind, and ``out`` float32 beside them."""
+    _check_float32(operator, name, out)
+    if len(As) != len(out):
+        _refuse(operator, name, f"({len(As)}, ...), one result a matrix,", out)
+    for i, A in enumerate(As):
+        if A.ndim != 2:
+            _refuse(operator, f"As[{i}]", "a matrix", A)
+        if (A.shape, A.dtype) != (As[0].shape, As[0].dtype):
+            expected = f"{tuple(As[0].shape)} {_name(As[0].dtype)} like As[0]; call once a kind"
+            _refuse(operator, f"As[{i}]", expected, A)
+        if A.device != out.device:
+            raise ValueError(
+                f"osf_kernels.backends.triton.{operator}: expected As[{i}] on {out.device} beside "
+                f"{name}, got {A.device}"
+            )
+
+
+def _check_float32(operator: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(
+            f"osf_kernels.backends.triton.{operator}: expected {name} to be float32, got "
+            f"{_name(tensor.dtype)}"
+        )
+
+
+def _refuse(operator: str, name: str, expected: str, got: Tensor) -> None:
+    raise ValueError(
+        f"osf_kernels.backends.triton.{operator}: expected {name} to be {expected}, got "
+        f"{tuple(got.shape)} {_name(got.dtype)}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _by_device(jobs: Sequence[JobT]) -> dict[torch.device, list[JobT]]:

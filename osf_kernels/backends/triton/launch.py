@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import configs, schedule
 from .kernels.coefficients import one_pass_kernel, reduce_parts_kernel, two_pass_kernel
+from .kernels.gram import gram_kernel, sum_gram_kernel
 from .kernels.update import update_kernel
 
 __all__ = [
@@ -40,6 +41,8 @@ _KERNELS: dict[str, Any] = {
     "two_pass": two_pass_kernel,
     "reduce_parts": reduce_parts_kernel,
     "update": update_kernel,
+    "gram": gram_kernel,
+    "sum_gram": sum_gram_kernel,
 }
 _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,

@@ -32,9 +32,13 @@ from osf_kernels.backends.forms import Coefficients, Update
 from . import configs
 
 __all__ = [
+    "Batch",
+    "Group",
     "Launch",
     "Layout",
     "View",
+    "accurate_rule",
+    "ceil_div",
     "coefficients_launches",
     "dot_rule",
     "update_launches",
@@ -157,18 +161,28 @@ def dot_rule(
     return torch.float32, float32_precision
 
 
-def _ceil_div(a: int, b: int) -> int:
+def accurate_rule(x: torch.dtype, float32_precision: str) -> tuple[torch.dtype, str]:
+    """As :func:`dot_rule`, for x times float32 in float32 accuracy.
+
+    16-bit x: in bfloat16 pieces, whose products are exact.
+    """
+    if x == torch.float32:
+        return x, "ieee" if float32_precision == "ieee" else "tf32x3"
+    return torch.bfloat16, "ieee"
+
+
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def _parts(tiles: int, length: int, step: int, fill: int) -> tuple[int, int]:
     """(parts, length of a part, a multiple of step) of a sum of which there are ``tiles``."""
-    parts = max(1, min(_ceil_div(fill, tiles), length // configs.SHORTEST_SPLIT))
-    part = _ceil_div(_ceil_div(length, parts), step) * step
-    return max(1, _ceil_div(length, part)) if part else 1, part
+    parts = max(1, min(ceil_div(fill, tiles), length // configs.SHORTEST_SPLIT))
+    part = ceil_div(ceil_div(length, parts), step) * step
+    return max(1, ceil_div(length, part)) if part else 1, part
 
 
-class _Group:
+class Group:
     """Problems of one launch under construction."""
 
     def __init__(self) -> None:
@@ -199,11 +213,14 @@ def coefficients_launches(
     fill: int,
     float32_precision: str,
     choose: Callable[[Coefficients, int, int, int, bool], configs.OnePass | configs.TwoPass],
+    accurate: bool = False,
 ) -> list[Batch]:
     """Group jobs into launches; ``choose(job, operand bytes, r, k, aligned)`` picks a config.
 
     Jobs share a launch when they agree on config, dtypes, layouts and which sides they ask for.
     Each batch is one or two launches: the reductions, then the ordered sum of their parts.
+    ``accurate`` asks for float32 accuracy whatever the dtype of x; it is for float32 bases, and
+    ``choose`` then returns a TwoPass.
     """
     groups: dict[tuple[object, ...], _CoefficientsGroup] = {}
     for job in jobs:
@@ -223,9 +240,14 @@ def coefficients_launches(
             )
         # An absent side borrows the other's dtype, so that it makes no launch of its own.
         u_dtype, v_dtype = (u or v).dtype, (v or u).dtype  # type: ignore[union-attr]
-        dot, precision = dot_rule(x.dtype, (u_dtype, v_dtype), (), float32_precision)
+        if accurate:
+            dot, precision = accurate_rule(x.dtype, float32_precision)
+        else:
+            dot, precision = dot_rule(x.dtype, (u_dtype, v_dtype), (), float32_precision)
         r, k = (a.columns if a else 0), (b.columns if b else 0)
         aligned = all(view.layout.aligned for view in (x, u, v, a, b) if view)
+        if accurate:
+            aligned = x.layout.aligned
         config = choose(job, dot.itemsize, r, k, aligned)
         if isinstance(config, configs.OnePass) and not 0 < min(r, k) <= max(r, k) <= config.block_r:
             raise ValueError(
@@ -247,6 +269,7 @@ def coefficients_launches(
             "HAS_A": a is not None,
             "HAS_B": b is not None,
             "HAS_OFFSET": job.S is not None,
+            "ACCURATE": accurate,
         }
         key = (config, *constants.values())
         if key not in groups:
@@ -267,8 +290,8 @@ class _CoefficientsGroup:
         self.config = config
         self.constants = constants
         self.fill = fill
-        self.products = _Group()
-        self.sums = _Group()
+        self.products = Group()
+        self.sums = Group()
         self.workspace_elements = 0
 
     def add(
@@ -294,7 +317,7 @@ class _CoefficientsGroup:
 
     def _workspace(self, parts: int, rows: int, rank: int) -> int:
         offset = self.workspace_elements
-        self.workspace_elements += parts * rows * _ceil_div(rank, 4) * 4
+        self.workspace_elements += parts * rows * ceil_div(rank, 4) * 4
         return offset
 
     def _add_one_pass(
@@ -308,7 +331,7 @@ class _CoefficientsGroup:
         scale: tuple[int, int],
     ) -> None:
         m, n, r, k = x.rows, x.columns, u.columns, v.columns
-        strips = _ceil_div(n, config.block_n)
+        strips = ceil_div(n, config.block_n)
         splits, split_rows = _parts(strips, m, config.block_m, self.fill)
         a_offset = self._workspace(splits, n, r)
         b_offset = self._workspace(strips, m, k)
@@ -328,7 +351,7 @@ class _CoefficientsGroup:
         scale: tuple[int, int],
     ) -> None:
         q, length, rank = out.rows, basis.rows, basis.columns
-        tiles = _ceil_div(q, config.block_q) * _ceil_div(rank, config.block_r)
+        tiles = ceil_div(q, config.block_q) * ceil_div(rank, config.block_r)
         parts, part = _parts(tiles, length, config.block_k, self.fill)
         offset = self._workspace(parts, q, rank) if parts > 1 else 0
         tail = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
@@ -351,7 +374,7 @@ class _CoefficientsGroup:
         other: View | None,
     ) -> None:
         reduce = configs.REDUCE
-        tiles = _ceil_div(q, reduce.block_q) * _ceil_div(rank, reduce.block_r)
+        tiles = ceil_div(q, reduce.block_q) * ceil_div(rank, reduce.block_r)
         self.sums.add(tiles, _tail(side, q, length, rank, parts, part, offset, out, scale, other))
 
     def batch(self) -> Batch:
@@ -400,7 +423,7 @@ def update_launches(
     choose: Callable[[Update, int, int, bool], configs.Update],
 ) -> list[Batch]:
     """Group jobs into launches; ``choose(job, operand bytes, larger rank, aligned)`` as above."""
-    groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], _Group]] = {}
+    groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], Group]] = {}
     for job in jobs:
         if job.beta not in (0, 1):
             raise ValueError(
@@ -456,14 +479,14 @@ def update_launches(
         }
         key = (config, *constants.values())
         if key not in groups:
-            groups[key] = (config, constants, _Group())
+            groups[key] = (config, constants, Group())
         record: list[int] = [*out.fields, *x.fields, out.rows, out.columns]
         record += [struct.unpack("<i", struct.pack("<f", job.alpha))[0], int(job.beta)]
         for term, rank in zip((first, second), ranks, strict=True):
             record += [*term[0].fields, *term[1].fields] if term else [*_NO_VIEW, *_NO_VIEW]
             record.append(rank)
         record += addend.fields if addend else _NO_VIEW
-        tiles = _ceil_div(out.rows, config.block_m) * _ceil_div(out.columns, config.block_n)
+        tiles = ceil_div(out.rows, config.block_m) * ceil_div(out.columns, config.block_n)
         groups[key][2].add(tiles, record)
     return [
         Batch([group.launch("update", config, constants)], 0)

@@ -6,7 +6,8 @@ Two variants, chosen per job by ``configs.coefficients_config``:
               strip of BLOCK_N columns with its part of Aᵀ in the accumulator and writes each
               tile's part of B: 4 (k / BLOCK_N + r / split_rows) bytes an element of x.
 ``two_pass``  A and B are two reductions that meet in L2, each over chunks of the rank. No bound
-              on the rank; also serves one-sided jobs.
+              on the rank; also serves one-sided jobs, and float32 bases in float32 accuracy
+              whatever the dtype of x (ACCURATE).
 
 Sums that several programs share go to a workspace as float32 parts, and ``reduce_parts`` adds
 them in their order. How a job is split depends on its own shape and config alone, never on its
@@ -18,7 +19,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import find_problem, load_tile, load_view, operand, store_tile, widen
+from .tiles import (
+    accurate_product,
+    find_problem,
+    load_tile,
+    load_view,
+    operand,
+    store_tile,
+    widen,
+)
 
 __all__ = ["one_pass_kernel", "reduce_parts_kernel", "two_pass_kernel"]
 
@@ -120,6 +129,7 @@ def reduction_tile(
     OUT_LAYOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    ACCURATE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -146,11 +156,19 @@ def reduction_tile(
     for inner in range(first, tl.minimum(first + part_length, basis[3]), BLOCK_K):
         steps = inner + tl.arange(0, BLOCK_K)
         if TRANSPOSED:
-            x_tile = tl.trans(operand(load_tile(x, steps, rows, X_LAYOUT), DOT, INTERPRET))
+            x_tile = tl.trans(load_tile(x, steps, rows, X_LAYOUT))
         else:
-            x_tile = operand(load_tile(x, rows, steps, X_LAYOUT), DOT, INTERPRET)
-        basis_tile = operand(load_tile(basis, steps, ranks, BASIS_LAYOUT), DOT, INTERPRET)
-        values = tl.dot(x_tile, basis_tile, values, input_precision=PRECISION)
+            x_tile = load_tile(x, rows, steps, X_LAYOUT)
+        basis_tile = load_tile(basis, steps, ranks, BASIS_LAYOUT)
+        if ACCURATE:
+            values += accurate_product(x_tile, basis_tile, PRECISION, INTERPRET)
+        else:
+            values = tl.dot(
+                operand(x_tile, DOT, INTERPRET),
+                operand(basis_tile, DOT, INTERPRET),
+                values,
+                input_precision=PRECISION,
+            )
 
     if parts == 1:
         store_result(
@@ -190,6 +208,7 @@ def two_pass_kernel(
     HAS_A: tl.constexpr,
     HAS_B: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    ACCURATE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -218,6 +237,7 @@ def two_pass_kernel(
                     A_LAYOUT,
                     True,
                     HAS_OFFSET,
+                    ACCURATE,
                     BLOCK_Q,
                     BLOCK_K,
                     BLOCK_R,
@@ -241,6 +261,7 @@ def two_pass_kernel(
                     B_LAYOUT,
                     False,
                     HAS_OFFSET,
+                    ACCURATE,
                     BLOCK_Q,
                     BLOCK_K,
                     BLOCK_R,

@@ -130,3 +130,58 @@ def narrow(values, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
         rounded = tl.where(wide != wide, 0x7FC0, rounded)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return values.to(DTYPE)
+
+
+@triton.jit
+def dot_apart(left, right, PRECISION: tl.constexpr):
+    """left·right in an accumulator of its own, for the caller to add to a running sum.
+
+    NVIDIA's tensor cores truncate where they add (Fasi, Higham, Mikaitis and Pranesh 2021,
+    PeerJ Computer Science 7:e330), so a long sum kept in them drifts toward zero with every
+    step; added apart, it is rounded to nearest. The last argument is void for these dtypes, but
+    not being 0 it keeps the compiler from taking the caller's addition back into the product.
+    """
+    return tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
+
+
+@triton.jit
+def leading_bits(values):
+    """The sign, the exponent and the first eight bits of the significand: exact in bfloat16.
+
+    Cut off, not rounded: rounding would take values next to the largest float32 to infinity.
+    """
+    bits = values.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def accurate_product(left, right, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """left·right of two loaded tiles in float32 accuracy, in an accumulator of its own.
+
+    A 16-bit left factor meets the float32 right one as bfloat16 pieces, all products of which
+    are exact in float32. Three pieces of eight bits hold the 24 of a float32; a bfloat16 is one
+    piece, a float16 (11 bits, and every exponent of it) two. float16 pieces of a float32 would
+    be as many but need its scale known first. Small products are added first.
+    """
+    if left.dtype == tl.float32:
+        return dot_apart(left, right, PRECISION)
+    high = leading_bits(right)
+    rest = right - high
+    middle = leading_bits(rest)
+    low = operand(rest - middle, tl.bfloat16, INTERPRET)
+    high = operand(high, tl.bfloat16, INTERPRET)
+    middle = operand(middle, tl.bfloat16, INTERPRET)
+    if left.dtype == tl.float16:
+        wide = widen(left, INTERPRET)
+        first = leading_bits(wide)
+        second = operand(wide - first, tl.bfloat16, INTERPRET)
+        first = operand(first, tl.bfloat16, INTERPRET)
+        product = dot_apart(second, low, "ieee")
+        product = tl.dot(second, middle, product)
+        product = tl.dot(first, low, product)
+        product = tl.dot(second, high, product)
+    else:
+        first = operand(left, tl.bfloat16, INTERPRET)
+        product = dot_apart(first, low, "ieee")
+    product = tl.dot(first, middle, product)
+    return tl.dot(first, high, product)
