@@ -15,7 +15,6 @@ from types import ModuleType
 
 from torch import device as Device  # the name torch is this package's backend
 from torch import dtype as DType
-from torch import float64
 from torch.cuda import is_available as is_cuda_available
 
 from osf_kernels import env
@@ -88,6 +87,19 @@ def _require(name: str, device: Device | None) -> None:
         )
 
 
+def _require_no_float64(name: str, dtype: str) -> None:
+    if dtype == "float64":
+        raise TypeError(
+            describe(
+                "use_backend",
+                "a dtype this backend computes",
+                "float32, float16 or bfloat16",
+                f'float64 with backend "{name}"',
+                'float64 runs on "torch" or "auto"',
+            )
+        )
+
+
 def select(request: str, device: Device, x: Matrix, step: Step) -> tuple[str, str]:
     """(backend, why) for one matrix.
 
@@ -100,16 +112,7 @@ def select(request: str, device: Device, x: Matrix, step: Step) -> tuple[str, st
     if request != "auto":
         if request != "torch":
             _require(request, device)
-            if x.dtype == "float64":
-                raise TypeError(
-                    describe(
-                        "use_backend",
-                        "a dtype this backend computes",
-                        "float32, float16 or bfloat16",
-                        f'float64 with backend "{request}"',
-                        'float64 runs on "torch" or "auto"',
-                    )
-                )
+            _require_no_float64(request, x.dtype)
         return request, "asked for"
     if device.type == "meta" and is_cuda_available():
         device = Device("cuda")  # planned for the machine's GPU
@@ -125,18 +128,20 @@ def select(request: str, device: Device, x: Matrix, step: Step) -> tuple[str, st
     return "triton", f"bytes and launches are the bound up to rank {GROUPED_RANK_LIMIT}"
 
 
-def choose_for_products(device: Device, dtype: DType) -> str:
+def select_products(device: Device, dtype: DType) -> str:
     """The backend of plain products (``primitives.py``): Triton on a GPU, torch elsewhere.
 
     Raises:
         BackendUnavailableError: an explicit choice can't serve this device.
+        TypeError: an explicit triton or cuda was asked to take float64.
     """
-    request = requested()
+    request, name = requested(), str(dtype).removeprefix("torch.")
     if request != "auto":
         if request != "torch":
             _require(request, device)
-        return request if dtype is not float64 else "torch"
-    if device.type != "cuda" or dtype is float64 or unavailable_reason("triton", device):
+            _require_no_float64(request, name)
+        return request
+    if device.type != "cuda" or name == "float64" or unavailable_reason("triton", device):
         return "torch"
     return "triton"
 

@@ -35,8 +35,9 @@ def products_backend(x: Tensor) -> str:
 
     Raises:
         BackendUnavailableError: an explicit choice can't serve this device.
+        TypeError: an explicit triton or cuda was asked to take float64.
     """
-    return backends.choose_for_products(x.device, x.dtype)
+    return backends.select_products(x.device, x.dtype)
 
 
 def multiply(As: Sequence[Tensor], Q: Tensor, *, transpose: bool = False) -> Tensor:

@@ -38,8 +38,7 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     """
     m, n = As[0].shape
     if m < n:
-        swapped = gram([A.mT for A in As], rank, complement, safe=safe)
-        return swapped._replace(U=swapped.V, V=swapped.U, U_low=swapped.V_low, V_low=swapped.U_low)
+        return gram([A.mT for A in As], rank, complement, safe=safe).swapped()
     if safe or As[0].dtype == torch.float64:
         return _gram_in_double(As, rank, complement)
     _, W = torch.linalg.eigh(primitives.gram(As))

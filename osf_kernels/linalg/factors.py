@@ -22,3 +22,7 @@ class Factors(NamedTuple):
     ok: Tensor
     U_low: Tensor | None = None
     V_low: Tensor | None = None
+
+    def swapped(self) -> Factors:
+        """The factors of Aᵀ."""
+        return self._replace(U=self.V, V=self.U, U_low=self.V_low, V_low=self.U_low)

@@ -42,42 +42,45 @@ class KrylovSpace:
     ) -> None:
         (m, n), b = As[0].shape, len(As)
         self.block = start.shape[-1]
-        self.steps = 0
+        self.width = 0
+        self.iterations = 0
         self._As, self._safe, self._generator = list(As), safe, generator
-        self._next = start.expand(b, n, self.block)  # the block of V that comes
-        self._Z = self._next
+        self._Z = start.expand(b, n, self.block)  # what the next block of V comes from
         self._ok = torch.ones(b, dtype=torch.bool, device=start.device)
         self._U = start.new_empty(b, m, 0)
         self._V = start.new_empty(b, n, 0)
         self._B = start.new_empty(b, 0, 0)
 
-    def grow(self, steps: int) -> None:
-        """Adds blocks until there are ``steps``; steps·w ≤ min(m, n)."""
-        done, width = self.steps * self.block, steps * self.block
-        U, V, B = self._U, self._V, self._B
-        b = len(U)
-        self._U, self._V = (old.new_empty(b, old.shape[1], width) for old in (U, V))
-        self._B = B.new_zeros(b, width, width)
-        self._U[:, :, :done], self._V[:, :, :done], self._B[:, :done, :done] = U, V, B
-        U, V, B = self._U, self._V, self._B
+    def grow(self, width: int) -> None:
+        """Adds blocks until the space has ``width`` ≤ min(m, n) columns.
+
+        The last block may be narrower where the space then is the whole one, n = width.
+        """
+        done, b = self.width, len(self._U)
+        U, V = (old.new_empty(b, old.shape[1], width) for old in (self._U, self._V))
+        B = self._B.new_zeros(b, width, width)
+        U[:, :, :done], V[:, :, :done], B[:, :done, :done] = self._U, self._V, self._B
         for begin in range(done, width, self.block):
-            block = slice(begin, begin + self.block)
+            end = min(width, begin + self.block)
+            Q = self._Z[:, :, : end - begin]
             if begin:
-                self._next = self._orthonormal(self._Z, V[:, :, :begin])
-            V[:, :, block] = self._next
-            Y = primitives.multiply(self._As, self._next)
-            U[:, :, block] = self._orthonormal(Y, U[:, :, :begin])
-            B[:, : block.stop, block] = U[:, :, : block.stop].mT @ Y
-            self._Z = primitives.multiply(self._As, U[:, :, block], transpose=True)
-        self.steps = steps
+                Q = self._orthonormal(Q, V[:, :, :begin])
+            V[:, :, begin:end] = Q
+            Y = primitives.multiply(self._As, Q)
+            X = self._orthonormal(Y, U[:, :, :begin])
+            U[:, :, begin:end] = X
+            B[:, :end, begin:end] = U[:, :, :end].mT @ Y
+            self._Z = primitives.multiply(self._As, X, transpose=True)
+            self.iterations += 1
+        self._U, self._V, self._B, self.width = U, V, B, width
 
     def factors(self, rank: int) -> Factors:
-        """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ steps·w."""
-        U, V = self._U, self._V
+        """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ width."""
+        U, V, Z = self._U, self._V, self._Z
         Ub, S, Vb, fine = leading_svd(self._B, rank, safe=self._safe)
-        outside = self._Z - V @ (V.mT @ self._Z)  # (b, n, w)
-        residual = relative_to((outside @ Ub[:, -self.block :]).norm(dim=-2), S)
-        return Factors(U @ Ub, S, V @ Vb, residual, self.steps, self._ok & fine)
+        outside = Z - V @ (V.mT @ Z)  # (b, n, w)
+        residual = relative_to((outside @ Ub[:, -Z.shape[-1] :]).norm(dim=-2), S)
+        return Factors(U @ Ub, S, V @ Vb, residual, self.iterations, self._ok & fine)
 
     def keep(self, indices: Tensor) -> None:
         """Goes on with some of the group."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from osf_kernels.linalg.result import TruncatedSVD
 KRYLOV_STEPS = 12
 KRYLOV_OVERSAMPLE = 2.0  # of the rank
 BLOCK_MULTIPLE = 8
+# Subspace iteration converges by (σ_{l+1}/σ_r)² a step, so that more would not help much.
+SUBSPACE_STEPS = 100
 # With tol the space grows by this factor between checks.
 GROWTH = 1.3
 
@@ -53,6 +55,9 @@ class Group:
 def run(method: Method, group: Group, safe: bool) -> Factors:
     """Factors of a group by a named method."""
     if method == "randomized":
+        m, n = group.shape
+        if m < n:  # a space of min(m, n) columns is then the whole one
+            return randomized(replace(group, As=[A.mT for A in group.As]), safe).swapped()
         return randomized(group, safe)
     if method == "warm":
         return warm(group, safe)
@@ -71,8 +76,7 @@ def workspace_bytes(method: Method, group: Group) -> int:
     copy = 0 if group.As[0].element_size() == item else m * n * item
     results = 2 * (m + n) * r * item
     if method == "randomized":
-        block, steps = _krylov_plan(group)
-        width = block * steps
+        block, width = _krylov_plan(group)
         krylov = _krylov_bytes(group, width, block)
         return copy + results + int(min(krylov, _subspace_bytes(group, _width(group))))
     if method == "warm":
@@ -86,24 +90,21 @@ def workspace_bytes(method: Method, group: Group) -> int:
 
 def randomized(group: Group, safe: bool) -> Factors:
     """Block Krylov where its space fits the workspace, subspace iteration where it doesn't."""
-    block, steps = _krylov_plan(group)
-    if _krylov_bytes(group, block * steps, block) > group.workspace_bytes:
-        width = _width(group)
-        generator = group.generator(width)
-        start = _sketch(group, width, generator)
-        niter = group.niter or (KRYLOV_STEPS if group.tol is None else 100)
+    block, width = _krylov_plan(group)
+    if _krylov_bytes(group, width, block) > group.workspace_bytes:
+        block = _width(group)
+        generator = group.generator(block)
         return subspace_iteration(
             group.As,
-            start,
+            _sketch(group, block, generator),
             group.rank,
             tol=group.tol,
-            niter=niter,
+            niter=group.niter or (KRYLOV_STEPS if group.tol is None else SUBSPACE_STEPS),
             safe=safe,
             generator=generator,
         )
     generator = group.generator(block)
-    start = _sketch(group, block, generator)
-    return _grown(group, start, steps, safe, generator)
+    return _grown(group, _sketch(group, block, generator), width, safe, generator)
 
 
 def warm(group: Group, safe: bool) -> Factors:
@@ -118,24 +119,16 @@ def warm(group: Group, safe: bool) -> Factors:
     if group.tol is None or group.niter == 1:
         return first
     late = torch.nonzero(~(first.residual <= group.tol)).flatten()
-    most = min(group.shape) // width
-    if not len(late) or most < 2:
-        return first
-    rest = Group(
-        [group.As[i] for i in late.tolist()],
-        group.rank,
-        group.complement,
-        group.tol,
-        None if group.niter is None else group.niter - 1,
-        group.oversample,
-        [],
-        group.generator,
-        group.workspace_bytes,
-    )
     start = first.V[late]
-    more = _grown(rest, start, 2, safe, generator)
-    more = more._replace(iterations=more.iterations + 1)
-    return merged(first, late, more)
+    if not len(late) or 2 * start.shape[-1] > min(group.shape):
+        return first
+    rest = replace(
+        group,
+        As=[group.As[i] for i in late.tolist()],
+        niter=None if group.niter is None else group.niter - 1,
+    )
+    more = _grown(rest, start, 2 * start.shape[-1], safe, generator)
+    return merged(first, late, more._replace(iterations=more.iterations + 1))
 
 
 def _deflated(group: Group) -> Factors:
@@ -165,55 +158,50 @@ def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
 
 
 def _grown(
-    group: Group, start: Tensor, steps: int, safe: bool, generator: torch.Generator
+    group: Group, start: Tensor, width: int, safe: bool, generator: torch.Generator
 ) -> Factors:
-    """A Krylov space from ``start``; with tol it grows until every residual meets it."""
+    """A Krylov space of ``width`` from ``start``; with tol it grows until residuals meet it."""
     block = start.shape[-1]
-    most = max(1, min(group.shape) // block)
-    if group.niter is not None:
-        most = min(most, max(group.niter, math.ceil(group.rank / block)))
-    while most > steps and _krylov_bytes(group, most * block, block) > group.workspace_bytes:
-        most -= 1
     space = KrylovSpace(group.As, start, safe=safe, generator=generator)
-    space.grow(min(steps, most))
+    space.grow(width)
     factors = space.factors(group.rank)
     if group.tol is None:
         return factors
+    most = min(group.shape)
+    if group.niter is not None:
+        most = max(width, min(most, group.niter * block))
+    while most > width and _krylov_bytes(group, most, block) > group.workspace_bytes:
+        most -= block
     waiting = torch.arange(len(group.As), device=start.device)
     current = factors
-    while space.steps < most:
+    while space.width < most:
         late = torch.nonzero(~(current.residual <= group.tol)).flatten()
         if not len(late):
             break
         if len(late) < len(waiting):
             waiting = waiting[late]
             space.keep(late)
-        space.grow(min(most, max(space.steps + 1, math.ceil(space.steps * GROWTH))))
+        blocks = max(space.iterations + 1, math.ceil(space.iterations * GROWTH))
+        space.grow(min(most, blocks * block))
         current = space.factors(group.rank)
         factors = merged(factors, waiting, current)
     return factors
 
 
 def _krylov_plan(group: Group) -> tuple[int, int]:
-    """(block width, steps) of the space that is built before residuals are looked at."""
+    """(block, width) of the space that is built before residuals are looked at."""
     small, r = min(group.shape), group.rank
-    oversample = group.oversample
-    extra = max(BLOCK_MULTIPLE, KRYLOV_OVERSAMPLE * r) if oversample is None else oversample
-    width = min(small, math.ceil(r + extra))
-    steps = group.niter or KRYLOV_STEPS
-    if group.tol is not None:
-        steps = min(steps, KRYLOV_STEPS)
-    block = max(1, width // (steps * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
+    extra = group.oversample
+    if extra is None:
+        extra = max(BLOCK_MULTIPLE, math.ceil(KRYLOV_OVERSAMPLE * r))
+    width = min(small, r + extra)
     if group.niter is None:
-        steps = math.ceil(width / block)
-    else:  # as many as were asked for, so the blocks are as wide as that takes
-        block = math.ceil(width / steps / BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    if block * steps > small:
-        block = min(block, small)
-        steps = small // block
-    if block * steps < r:  # blocks don't divide what there is
-        return small, 1
-    return block, steps
+        block = max(1, width // (KRYLOV_STEPS * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE
+        width = math.ceil(width / block) * block
+    else:  # as many as were asked for, in blocks as wide as that takes
+        block = math.ceil(width / group.niter)
+        width = block * group.niter
+    return min(block, small), min(width, small)
 
 
 def _krylov_bytes(group: Group, width: int, block: int) -> int:

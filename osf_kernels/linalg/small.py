@@ -30,7 +30,8 @@ def leading_svd(M: Tensor, rank: int, *, safe: bool) -> tuple[Tensor, Tensor, Te
     if not safe and primitives.small_svd_backend(M) == "cuda":
         U, S, V = primitives.small_svd(M)
         return U[..., :rank], S[..., :rank], V[..., :rank], S.isfinite().all(-1)
-    X = M.double()
+    # eigh raises for NaN, which is how a factorization that broke down says so.
+    X = torch.nan_to_num(M.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if safe:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
         V = Vh.mT

@@ -14,6 +14,7 @@ from osf_kernels.backends import primitives
 from osf_kernels.errors import describe
 from osf_kernels.linalg import auto, methods
 from osf_kernels.linalg.auto import Method
+from osf_kernels.linalg.complement import complement as complement_of
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.inputs import OP, Entry, WarmStart, can_deflate, check_options, entries_of
 from osf_kernels.linalg.result import TruncatedSVD
@@ -297,11 +298,11 @@ def _finished(factors: Factors, complement: bool) -> Factors:
     U, V = U * signs, V * signs
     U_low, V_low = factors.U_low, factors.V_low
     if complement:
-        from osf_kernels.linalg.complement import complement as complement_of
-
         U_low = complement_of(U) if U_low is None else U_low
         V_low = complement_of(V) if V_low is None else V_low
-    return factors._replace(U=U, V=V, U_low=U_low, V_low=V_low)
+    # Equal ones come from norms in any order, to rounding.
+    S = factors.S.cummin(-1).values
+    return factors._replace(U=U, S=S, V=V, U_low=U_low, V_low=V_low)
 
 
 def _results(
