@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from osf_kernels import Basis, plan, project, project_, project_many_
 from osf_kernels.testing import (
@@ -326,3 +327,42 @@ def test_high_and_low_bases_of_one_subspace_agree(problem, mode):
     a = project(x, U, V, mode=mode)
     b = project(x, other(U, m), other(V, n), mode=mode)
     assert (a - b).norm() <= 1e-12 * (1 + float(x.norm()))
+
+
+class Watcher(TorchDispatchMode):
+    """Records the operators that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_watches_sees_the_operator() -> None:
+    """Unwatched calls skip the dispatcher; a mode and a profile must find the operator there."""
+    generator = generator_for("watched")
+    g = randn(8, 6, dtype=torch.float32, generator=generator)
+    U = draw_basis(8, 2, "high", torch.float32, generator)
+    expected = project(g, U)
+    with Watcher() as watcher:
+        assert torch.equal(project(g, U), expected)
+        project_(g.clone(), U)
+    assert "osf_kernels.project.default" in watcher.seen
+    assert "osf_kernels.project_.default" in watcher.seen
+    with torch.profiler.profile() as profile:
+        project(g, U)
+        project_(g.clone(), U)
+    names = {event.key for event in profile.key_averages()}
+    assert {"osf_kernels::project", "osf_kernels::project_"} <= names
+
+
+def test_an_unwatched_call_moves_the_version_of_what_it_writes() -> None:
+    g = torch.randn(8, 6, generator=generator_for("version"))
+    U = draw_basis(8, 2, "high", torch.float32, generator_for("version"))
+    for V in (None, draw_basis(6, 2, "low", torch.float32, generator_for("V"))):
+        before = g._version
+        project_(g, U, V)
+        assert g._version > before

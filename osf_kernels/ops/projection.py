@@ -13,7 +13,7 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, execute_one
-from osf_kernels.ops._library import aligned, register, require_vmapped
+from osf_kernels.ops._library import aligned, register, require_vmapped, unobserved
 from osf_kernels.ops._validation import (
     columns,
     kind_of,
@@ -29,7 +29,6 @@ from osf_kernels.ops._validation import (
 from osf_kernels.plan import Mode, Plan
 
 BasisLike = Tensor | Basis | None
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _FLIPPED = {"high": "low", "low": "high"}
 
 
@@ -72,12 +71,8 @@ def project(
     V, v_spans = columns("project", "V", V)
     kind = kind_of("project", mode, u_spans, v_spans)
     if out is None:
-        result: Tensor
-        if torch.compiler.is_compiling() or _needs_grad(g, U, V):
-            result = _project(g, U, V, kind)
-        else:
-            with _below_autograd():  # the registered Autograd kernel costs 6 µs to find that out
-                result = _project(g, U, V, kind)
+        function = _project_impl if unobserved(g, U, V) and not _needs_grad(g, U, V) else _project
+        result: Tensor = function(g, U, V, kind)
         return result
     require_tensor("project", "out", out)
     if _needs_grad(g, U, V, out):
@@ -118,7 +113,10 @@ def project_(
     if _needs_grad(g, U, V):
         require_no_leaf("project_", "g", g)
         return g.copy_(_project(g, U, V, kind))
-    _project_(g, U, V, kind)
+    if unobserved(g, U, V):
+        _project__impl(g, U, V, kind)
+    else:
+        _project_(g, U, V, kind)
     return g
 
 
