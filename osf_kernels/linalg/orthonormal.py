@@ -174,9 +174,8 @@ def orthonormal_columns_safe(Y: Tensor) -> tuple[Tensor, Tensor]:
     dtype = primitives.working_dtype(Y.dtype)
     Q, R = torch.linalg.qr(scale_columns(Y.double()))
     norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
-    U, S, _ = torch.linalg.svd(R / torch.where(norms > 0, norms, 1))
-    threshold = _rank_tolerance(Y.shape[-2], dtype) * S[:, :1]
-    rank = (S > threshold).sum(-1)
+    U, sigma, _ = torch.linalg.svd(R / torch.where(norms > 0, norms, 1))
+    rank = (sigma > _rank_tolerance(Y.shape[-2], dtype) * sigma[:, :1]).sum(-1)
     deficient = (rank < Y.shape[-1])[:, None, None]
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
     return torch.where(deficient, Q @ U, Q * sign[:, None, :]).to(dtype), rank

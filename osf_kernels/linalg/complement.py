@@ -1,0 +1,81 @@
+"""complement: the orthonormal columns that complete a basis, by products of matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+
+# Columns that are factorized by Householder reflections; between blocks everything is products.
+_BLOCK = 64
+
+
+def complement(Q: Tensor) -> Tensor:
+    """P with [Q, P] orthogonal: PᵀP = I, PᵀQ = 0.
+
+    For every orthogonal Z, H = I − W M⁻¹ Wᵀ with W = Q + [Z; 0] and M = I + ZᵀQ₁, where Q₁ are
+    the first r rows of Q and Q₂ the others, is orthogonal and takes Q to −[Z; 0]. So the last
+    columns of Hᵀ complete Q: P = [0; I] − W M⁻ᵀ Q₂ᵀ. With Z from the QR factorization Q₁ = Z R
+    with a positive diagonal, M = I + R has no eigenvalue below 1. Here Z is block diagonal and
+    each block so chosen, while Q₁ + Z is factorized: as stable as Householder QR, for every Q,
+    with neither pivoting nor a check.
+
+    Args:
+        Q: (b, m, r) with r ≤ m, orthonormal columns.
+
+    Returns:
+        P (b, m, m − r) of the working dtype, as orthonormal, and as orthogonal to Q, as the
+        columns of Q are to each other.
+
+    Mutates nothing; doesn't synchronize; draws no random numbers.
+
+    Source: Schreiber & Parlett 1988, Block reflectors; the choice of Z follows Ballard et al.
+    2014, Reconstructing Householder vectors from Tall-Skinny QR.
+    """
+    Q = Q.to(primitives.working_dtype(Q.dtype))
+    b, m, r = Q.shape
+    P = Q.new_empty(b, m, m - r)
+    if P.numel() == 0:
+        return P
+    top, bottom = Q[:, :r], Q[:, r:]
+    LU, Z = _factors(top)
+    # M = Zᵀ(Q₁ + Z) = Zᵀ L Z U, so M⁻ᵀ = Zᵀ L⁻ᵀ Z U⁻ᵀ.
+    X = torch.linalg.solve_triangular(LU.mT, bottom.mT, upper=False)
+    blocks = [slice(i, min(i + _BLOCK, r)) for i in range(0, r, _BLOCK)]
+    for i, at in enumerate(blocks):
+        X[:, at] = Z[i] @ X[:, at]
+    X = torch.linalg.solve_triangular(LU.mT, X, upper=True, unitriangular=True)
+    for i, at in enumerate(blocks):
+        X[:, at] = Z[i].mT @ X[:, at]
+    negated = -Q
+    for i, at in enumerate(blocks):
+        negated[:, at, at] -= Z[i]
+    torch.matmul(negated, X, out=P)
+    P[:, r:].diagonal(dim1=-2, dim2=-1).add_(1)
+    return P
+
+
+def _factors(A: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(LU, Z) with A + Z = L Z U for block diagonal orthogonal Z, given by its blocks.
+
+    U is upper triangular with a diagonal ≥ 1, L unit lower triangular; LU holds both.
+    """
+    LU = A.clone()
+    r = A.shape[-1]
+    Zs: list[Tensor] = []
+    for start in range(0, r, _BLOCK):
+        at, after = slice(start, start + _BLOCK), slice(start + _BLOCK, r)
+        Z, R = torch.linalg.qr(LU[:, at, at])
+        sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
+        Z, R = Z * sign[:, None, :], R * sign[:, :, None]
+        R.diagonal(dim1=-2, dim2=-1).add_(1)
+        Zs.append(Z)
+        LU[:, at, at] = R
+        if start + _BLOCK < r:
+            right = Z.mT @ LU[:, at, after]
+            under = torch.linalg.solve_triangular(R, LU[:, after, at], upper=True, left=False)
+            LU[:, after, after].baddbmm_(under, right, alpha=-1)
+            LU[:, at, after] = right
+            LU[:, after, at] = under @ Z.mT
+    return LU, Zs
