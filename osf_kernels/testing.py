@@ -9,6 +9,8 @@ May import: torch, ``osf_kernels.basis``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,66 @@ def matrix_with_spectrum(
     V = torch.linalg.qr(torch.randn(n, q, dtype=torch.float64, generator=generator))[0]
     A = (U * singular_values.double()) @ V.mT
     return A.to(dtype), U, V
+
+
+def hard_matrices(
+    m: int,
+    n: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, A) of (m, n) matrices that factorizations fail on, made in float64 and rounded.
+
+    Zero, identity, rank one, rank deficient (rank ⌈q/2⌉ of q = min(m, n)), with a zero and a
+    repeated column, repeated and clustered singular values, singular values falling to eps,
+    Hilbert's, Kahan's, columns graded to 1e-30, and random ones scaled near overflow, to
+    underflow and to subnormal numbers. The names are unique. A column or row that a small matrix
+    has not is left as it is.
+    """
+    q = min(m, n)
+    info = torch.finfo(dtype)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    def spectrum(singular_values: Tensor) -> Tensor:
+        return matrix_with_spectrum(
+            m, n, singular_values, dtype=torch.float64, generator=generator
+        )[0]
+
+    i = torch.arange(m, dtype=torch.float64)[:, None]
+    j = torch.arange(n, dtype=torch.float64)
+    falling = torch.arange(q, dtype=torch.float64) / max(q - 1, 1)
+    noise = randn(m, n)
+    unit = noise / noise.abs().amax() if noise.numel() else noise
+    repeated = noise.clone()
+    repeated[:, n // 2 :] = noise[:, : n - n // 2]
+    gap = noise.clone()
+    gap[:, n // 2 : n // 2 + 1] = 0
+    # Kahan: diag(sⁱ)(I − c N), N the ones above the diagonal, s² + c² = 1; R of a full rank whose
+    # smallest singular value its diagonal doesn't show.
+    kahan = 0.96**i * torch.where(i == j, 1.0, torch.where(i < j, -0.28, 0.0))
+    matrices = {
+        "zero": torch.zeros(m, n, dtype=torch.float64),
+        "identity": torch.eye(m, n, dtype=torch.float64),
+        "rank one": randn(m, 1) @ randn(1, n),
+        "rank deficient": randn(m, (q + 1) // 2) @ randn((q + 1) // 2, n),
+        "zero column": gap,
+        "repeated columns": repeated,
+        "repeated singular values": spectrum(torch.where(falling < 0.5, 2.0, 1.0).double()),
+        "clustered singular values": spectrum(1 + falling.flip(0) * 4 * info.eps),
+        "steep singular values": spectrum(info.eps**falling),
+        "Hilbert": 1 / (i + j + 1),
+        "Kahan": kahan,
+        "graded columns": unit * 1e-30 ** (j / max(n - 1, 1)),
+        "graded rows": unit * 1e-30 ** (i / max(m - 1, 1)),
+        "near overflow": unit * (info.max / 2),
+        "near underflow": unit * (info.tiny * 4),
+        "subnormal": unit * (info.smallest_normal * info.eps * 64),
+    }
+    for name, A in matrices.items():
+        yield name, A.to(dtype)
 
 
 # --- oracles -------------------------------------------------------------------------------
@@ -169,6 +231,48 @@ def orthonormality_ratio(Q: Tensor) -> float:
     defect = torch.eye(r, dtype=torch.float64, device=Q.device) - columns.mT @ columns
     norm = torch.linalg.matrix_norm(defect, ord=1).max() if r else torch.zeros(())
     return float(norm / (max(m, 1) * torch.finfo(Q.dtype).eps))
+
+
+def svd_ratio(A: Tensor, U: Tensor, S: Tensor, V: Tensor) -> float:
+    """LAPACK's test ratio ‖A − U diag(S) Vᵀ‖₁ / (‖A‖₁·max(m, n)·eps); under 30 is a factorization.
+
+    Args:
+        A: (..., m, n).
+        U, S, V: (..., m, q), (..., q), (..., n, q), q = min(m, n); eps is that of their dtype.
+
+    Returns:
+        The largest of a batch; infinite where a factor is NaN, 0 where A is empty. A zero A is
+        held to absolute zero.
+
+    Source: LAPACK Users' Guide and LAWN 41, test 1 of xBDT and xDRVBD.
+    """
+    if A.numel() == 0:
+        return 0.0
+    # Scaled by a power of two first: sums of columns near overflow don't overflow in float64.
+    exponent = torch.frexp(A.double().abs().amax((-2, -1))).exponent[..., None]
+    A, S = torch.ldexp(A.double(), -exponent[..., None]), torch.ldexp(S.double(), -exponent)
+    error = torch.linalg.matrix_norm(A - (U.double() * S.unsqueeze(-2)) @ V.double().mT, ord=1)
+    norm = torch.linalg.matrix_norm(A, ord=1)
+    unit = norm * max(A.shape[-2:]) * torch.finfo(U.dtype).eps
+    ratio = float(torch.where(norm > 0, error / unit, torch.where(error > 0, torch.inf, 0.0)).max())
+    return ratio if ratio == ratio else float("inf")
+
+
+def overlap(U: Tensor, reference: Tensor) -> float:
+    """‖U*ᵀU‖²_F / r in float64: the share of a subspace that another holds, 1 where they agree.
+
+    Args:
+        U, reference: (..., m, r) orthonormal columns, of one r.
+
+    Returns:
+        The smallest of a batch; 1 where r = 0, and 0 where either is NaN.
+    """
+    r = reference.shape[-1]
+    if r == 0 or U.numel() == 0:
+        return 1.0
+    inside = (reference.double().mT @ U.double()).square().sum((-2, -1)) / r
+    smallest = float(inside.min())
+    return smallest if smallest == smallest else 0.0
 
 
 def assert_error_within(
