@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -135,6 +136,9 @@ def truncated_svd(
     _warn_unconverged(entries, results, tol)
     if not isinstance(A, Tensor):
         return results
+    if not results:  # an empty batch: the shapes of one matrix's factors
+        one = torch.zeros(A.shape[-2:], dtype=A.dtype, device=A.device)
+        results = [truncated_svd(one, rank, tol=tol, method="exact", complement=complement)]
     return results[0] if A.dim() == 2 else _stacked(results, A.shape[:-2])
 
 
@@ -363,7 +367,7 @@ def _stacked(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> Truncated
         parts = [getattr(result, name) for result in results]
         if parts[0] is None:
             return None
-        return torch.stack(parts).reshape(*batch, *parts[0].shape)
+        return torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
 
     tensors = {name: field(name) for name in TENSOR_FIELDS}
     return TruncatedSVD(

@@ -38,7 +38,7 @@ def register(
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
-_profiling = torch.autograd._profiler_enabled
+_profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)
 
