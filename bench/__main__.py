@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import overhead, report, suite
+from bench import overhead, refresh_cli, report, suite
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
 
@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     over = commands.add_parser("overhead", help="a call's cost over the bare matmuls, on the CPU")
     over.add_argument("--csv", type=Path)
     over.add_argument("--batches", type=int, default=200)
+
+    refresh_cli.add(commands)
 
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
@@ -162,10 +164,12 @@ def run_cpu_suite(arguments: argparse.Namespace) -> int:
 
 
 def _plot(csv: Path, picture: Path) -> None:
-    from bench import plot
+    from bench import accuracy_plot, plot
 
+    rows = report.read_csv(csv)
+    of_refresh = bool(rows) and "missing_overlap" in rows[0]
     try:
-        plot.draw(report.read_csv(csv), picture)
+        (accuracy_plot if of_refresh else plot).draw(rows, picture)
     except ImportError as error:
         print(f"no picture: {error}", file=sys.stderr)
     else:
@@ -181,6 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_cpu_suite(arguments)
         if arguments.command == "overhead":
             return overhead.run(arguments.batches, arguments.csv)
+        if arguments.command == "refresh":
+            return refresh_cli.run(arguments, progress())
+        if arguments.command == "refresh-auto":
+            return refresh_cli.run_auto(arguments, progress())
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0

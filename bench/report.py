@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -132,7 +133,14 @@ ENVIRONMENT_FIELDS = (
     "triton",
     "osf_kernels",
 )
-FIELDS = tuple(f.name for f in fields(Row)) + ENVIRONMENT_FIELDS
+
+
+def columns(kind: type) -> tuple[str, ...]:
+    """Of a file whose rows are of a dataclass ``kind``: its fields, then the environment."""
+    return tuple(f.name for f in fields(kind)) + ENVIRONMENT_FIELDS
+
+
+FIELDS = columns(Row)
 
 
 def cell(value: object) -> str:
@@ -142,20 +150,21 @@ def cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def append_csv(path: Path, rows: Iterable[Row], where: Mapping[str, str]) -> None:
-    """Append rows, with a header where the file is new.
+def append_csv(path: Path, rows: Iterable[Any], where: Mapping[str, str], kind: type = Row) -> None:
+    """Append rows, dataclasses of one ``kind``, with a header where the file is new.
 
     Raises ValueError where the file was written with other columns.
     """
+    names = columns(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
     if not fresh:
         with path.open(newline="") as file:
             header = tuple(next(csv.reader(file)))
-        if header != FIELDS:
+        if header != names:
             raise ValueError(f"bench: {path} has other columns than this version writes; move it")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         if fresh:
             writer.writeheader()
         for row in rows:
@@ -195,16 +204,14 @@ def failed(row: Row) -> bool:
 
 def short_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of a results file, a line each: what a summary has room for."""
-    header = ("case", "contender", "median ms", "x naive", "x by hand", "roofline", "status")
-    names = (
-        "case",
-        "contender",
-        "median_ms",
-        "times_naive",
-        "times_hand_ordered",
-        "roofline_fraction",
-        "status",
-    )
+    header: tuple[str, ...] = ("case", "contender", "median ms")
+    names: tuple[str, ...] = ("case", "contender", "median_ms")
+    if rows and "missing_overlap" in rows[0]:
+        header += ("x svd", "x lowrank", "1 - overlap", "residual", "status")
+        names += ("times_svd", "times_lowrank", "missing_overlap", "residual", "status")
+    else:
+        header += ("x naive", "x by hand", "roofline", "status")
+        names += ("times_naive", "times_hand_ordered", "roofline_fraction", "status")
     return table(header, [[row[name][:60] or "-" for name in names] for row in rows])
 
 

@@ -1,0 +1,170 @@
+"""Who decomposes: ours by method, torch's own, a Gram matrix by hand, and optional peers.
+
+A contender takes a list of matrices (m, n) and a rank for each, and gives a list of triplets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import osf_kernels
+from bench.contenders import OURS
+from bench.spectra import Problem, ranks_of, shown
+
+SVD, LOWRANK, GRAM = "linalg.svd", "svd_lowrank", "Gram + eigh by hand"
+LOWRANK_ITERATIONS = (2, 8)
+# Products with A that ours takes, beside its default: the curve of accuracy against time.
+RANDOMIZED_ITERATIONS = (3, 5, 7)
+RANDOMIZED_LIMIT = 0.25  # of min(m, n): above it a sketch is no smaller than the matrix
+
+
+class Triplets(NamedTuple):
+    U: Tensor  # (m, r)
+    S: Tensor  # (r,)
+    V: Tensor  # (n, r)
+
+
+Results = Sequence[Any]  # of Triplets or osf_kernels.TruncatedSVD
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``run`` at one rank; ``rankless`` ones compute all triplets, and are timed once."""
+
+    name: str
+    run: Callable[[], Results]
+    ours: bool = False
+    rankless: bool = False
+    setting: str = ""  # what was chosen of it: niter, driver, method
+    family: str = ""  # points of one family are joined in a picture
+
+
+def each(
+    one: Callable[[Tensor, int], Triplets], matrices: Sequence[Tensor], ranks: Sequence[int]
+) -> list[Triplets]:
+    """The loop over a model's weights that users write."""
+    return [one(A, r) for A, r in zip(matrices, ranks, strict=True)]
+
+
+def by_svd(A: Tensor, driver: str | None = None) -> Triplets:
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False, driver=driver)
+    return Triplets(U, S, Vh.mT)
+
+
+def by_lowrank(A: Tensor, rank: int, niter: int) -> Triplets:
+    """As training code calls it: q = r, no further columns."""
+    return Triplets(*torch.svd_lowrank(A, q=rank, niter=niter))
+
+
+def by_gram(A: Tensor, rank: int) -> Triplets:
+    """Eigenvectors of the smaller Gram matrix in float32, the other side by a product."""
+    if A.shape[0] < A.shape[1]:
+        V, S, U = by_gram(A.mT, rank)
+        return Triplets(U, S, V)
+    squares, vectors = torch.linalg.eigh(A.mT @ A)
+    V = vectors[:, -rank:].flip(-1)
+    S = squares[-rank:].flip(-1).clamp_min(0).sqrt()
+    return Triplets(A @ V / S.clamp_min(torch.finfo(S.dtype).tiny), S, V)
+
+
+def by_flashlib(A: Tensor, rank: int) -> Triplets:
+    """flashlib's exact mode: it gives S and V, on CUDA only."""
+    from flashlib import flash_truncated_svd
+
+    S, Vh = flash_truncated_svd(A, rank)
+    return Triplets(A @ Vh.mT / S.clamp_min(torch.finfo(S.dtype).tiny), S, Vh.mT)
+
+
+# Peers beyond torch: imported when they run; without them their row says why.
+OPTIONAL: dict[str, Callable[[Tensor, int], Triplets]] = {"flashlib": by_flashlib}
+
+
+def drivers(device: torch.device) -> tuple[str | None, ...]:
+    """Of torch.linalg.svd; on a CPU there is one."""
+    return ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,)
+
+
+def ours(problem: Problem, rank: float, **options: Any) -> Callable[[], Results]:
+    """``truncated_svd`` over the whole list in one call, with what is known before."""
+    matrices = problem.matrices
+    ranks = ranks_of(matrices, rank)
+    device = matrices[0].device
+
+    def run() -> Results:
+        return osf_kernels.truncated_svd(
+            matrices,
+            ranks,
+            warm_start=problem.earlier.get(shown(rank)),
+            complement=problem.task in ("complement", "deflated"),
+            generator=torch.Generator(device).manual_seed(0),
+            **options,
+        )
+
+    return run
+
+
+def contenders(
+    problem: Problem, rank: float, *, curve: bool = True, peers: bool = True
+) -> list[Contender]:
+    """Everyone for one problem and rank, ours first.
+
+    Args:
+        curve: run ours also with fewer products, and by every cold method.
+        peers: run others than ours and linalg.svd.
+    """
+    matrices = problem.matrices
+    ranks = ranks_of(matrices, rank)
+    device = matrices[0].device
+    found = [Contender(OURS, ours(problem, rank), True, setting="auto", family=f"{OURS} auto")]
+    if problem.task in ("warm", "deflated"):
+        cold = Problem(problem.source, "cold", matrices)
+        found.append(
+            Contender(
+                f"{OURS}, cold", ours(cold, rank), True, setting="auto", family=f"{OURS} cold"
+            )
+        )
+    if curve:
+        for method in ("gram", "exact"):
+            run = ours(problem, rank, method=method)
+            name = f"{OURS} {method}"
+            found.append(Contender(name, run, True, setting=method, family=name))
+        if max(r / min(A.shape) for A, r in zip(matrices, ranks, strict=True)) <= RANDOMIZED_LIMIT:
+            name = f"{OURS} randomized"
+            for niter in (*RANDOMIZED_ITERATIONS, None):
+                run = ours(problem, rank, method="randomized", niter=niter)
+                text = "default" if niter is None else f"niter={niter}"
+                found.append(Contender(f"{name} {text}", run, True, setting=text, family=name))
+    for driver in drivers(device):
+        found.append(
+            Contender(
+                SVD if driver is None else f"{SVD} {driver}",
+                lambda driver=driver: [by_svd(A, driver) for A in matrices],  # type: ignore[misc]
+                rankless=True,
+                setting=driver or "",
+                family=SVD if driver is None else f"{SVD} {driver}",
+            )
+        )
+    if not peers:
+        return found
+    for niter in LOWRANK_ITERATIONS:
+        found.append(
+            Contender(
+                f"{LOWRANK} niter={niter}",
+                lambda niter=niter: each(  # type: ignore[misc]
+                    lambda A, r: by_lowrank(A, r, niter), matrices, ranks
+                ),
+                setting=f"niter={niter}",
+                family=LOWRANK,
+            )
+        )
+    found.append(Contender(GRAM, lambda: each(by_gram, matrices, ranks), family=GRAM))
+    for name, one in OPTIONAL.items():
+        found.append(
+            Contender(name, lambda one=one: each(one, matrices, ranks), family=name)  # type: ignore[misc]
+        )
+    return found

@@ -1,0 +1,223 @@
+"""What the bench prints, writes and refuses: suite, pictures, files, command line, GPU session."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import __main__ as cli
+from bench import contenders, overhead, plot, refresh, refresh_auto, report, suite
+
+CPU = torch.device("cpu")
+
+
+# suite, plot, overhead
+
+
+def test_cpu_suite_is_the_six_committed_cases() -> None:
+    cases = [target.case(CPU) for target in suite.CPU_SUITE]
+    ranks = [(c.model, c.dtype, c.rank.of(c.shapes[0])) for c in cases]
+    assert ranks == [
+        ("4096x4096", "fp32", 64),
+        ("4096x4096", "fp32", 2048),
+        ("4096x4096", "fp32", 3277),
+        ("4096x4096", "bf16", 64),
+        ("4096x4096", "bf16", 3277),
+        ("minilm", "fp32", 192),
+    ]
+
+
+def test_verdicts() -> None:
+    assert suite.verdict(4.0, 3.5) == "reached"
+    assert suite.verdict(2.7, 3.5) == "within noise"
+    assert suite.verdict(2.6, 3.5) == "missed"
+    assert suite.verdict(None, 3.5) == "no speed"
+
+
+def row(contender: str, median: str, p20: str, p80: str) -> dict[str, str]:
+    return {"case": "c", "contender": contender, "median_ms": median, "p20_ms": p20, "p80_ms": p80}
+
+
+def test_speed_ups_are_over_naive_and_leave_out_what_has_no_speed() -> None:
+    rows = [
+        row(contenders.NAIVE, "8", "7", "9"),
+        row(contenders.OURS, "2", "1.6", "4"),
+        row(contenders.COMPILED, "", "", ""),
+    ]
+    assert plot.speed_ups(rows) == {"c": {contenders.OURS: (4.0, 2.0, 5.0)}}
+    assert plot.speed_ups(rows[1:]) == {}
+
+
+def test_plot_draws_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
+    where = dict.fromkeys(report.ENVIRONMENT_FIELDS, "x") | {"gpu": ""}
+    rows = [
+        row(contenders.NAIVE, "8", "7", "9") | where,
+        row(contenders.OURS, "2", "1.6", "4") | where,
+    ]
+    plot.draw(rows, tmp_path / "deep" / "picture.png")
+    assert (tmp_path / "deep" / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot.draw(rows[1:], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("spans", ["high", "low"])
+def test_overhead_compares_like_with_like(spans: str) -> None:
+    form, calls = overhead.calls(spans, torch.Generator().manual_seed(1))
+    assert form in overhead.BARE
+    results = {name: call() for name, call in calls.items()}
+    assert isinstance(results["project"], Tensor)
+    torch.testing.assert_close(results["project"], results["bare"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(results["project_"], results["bare, in place"], atol=1e-5, rtol=0)
+
+
+# files and command line
+
+
+def test_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        report.append_csv(path, [], {})
+
+
+def test_committed_results_have_todays_columns(root: Path) -> None:
+    kinds = {
+        "overhead_cpu.csv": report.Row,
+        "projection_cpu.csv": report.Row,
+        "refresh_cpu.csv": refresh.RefreshRow,
+        "refresh_auto_cpu.csv": refresh_auto.AutoRow,
+    }
+    found = sorted((root / "bench" / "results").glob("*.csv"))
+    assert found
+    for path in found:
+        with path.open(newline="") as file:
+            assert tuple(next(csv.reader(file))) == report.columns(kinds[path.name]), path.name
+
+
+def test_cells_keep_four_digits_and_leave_unmeasured_empty() -> None:
+    assert [report.cell(v) for v in (None, 0.000123456, 12345.6, 7, "x")] == [
+        "",
+        "0.0001235",
+        "1.235e+04",
+        "7",
+        "x",
+    ]
+
+
+def test_cases_are_every_combination() -> None:
+    arguments = cli.parser().parse_args(
+        ["projection", "--model", "8x8,16x8", "--rank", "2", "--rank", "0.5", "--dtype", "bf16"]
+    )
+    assert [c.name for c in cli.cases(arguments)] == [
+        "8x8 bf16 r=2",
+        "8x8 bf16 rho=0.5",
+        "16x8 bf16 r=2",
+        "16x8 bf16 rho=0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt"], "expected --model"),
+        (["--rank", "0"], "expected --rank"),
+        (["--dtype", "int8"], "expected --dtype to be one of fp64, fp32, bf16, fp16, got 'int8'"),
+        (["--backend", "rocm"], "expected --backend to be auto, torch, triton or cuda"),
+        (["--device", "meta"], "expected --device to be cpu, cuda or cuda:N"),
+        (["--rounds", "-1"], "expected --rounds to be 0 or more"),
+        (["--layers", "2"], "--layers needs a model"),
+    ],
+)
+def test_bad_arguments_are_refused_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["projection", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_gpu_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["projection", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_bench_needs_no_rich() -> None:
+    """A GPU machine may lack it; only the demo draws with it."""
+    code = "import sys; sys.modules['rich'] = None; import bench.__main__"
+    subprocess.run([sys.executable, "-c", code], cwd=report.ROOT, check=True, timeout=120)
+
+
+# the GPU session
+
+
+def session(root: Path, *arguments: str, python: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(root / "bench" / "gpu_session.sh"), *arguments],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": python},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_gpu_session_dry_run_lists_the_issued_cases(root: Path, tmp_path: Path) -> None:
+    done = session(root, "--dry-run", str(tmp_path), python=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in (
+        "4096x4096 bf16 r=128: 1 matrices on cuda",
+        "4096x4096 bf16 rho=0.8: 1 matrices on cuda",
+        "llama-2-7b bf16 r=128: 224 matrices on cuda",
+        "530 s of 530 s",
+    ):
+        assert line in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--help",), ("a", "b")])
+def test_gpu_session_refuses_bad_arguments(root: Path, arguments: tuple[str, ...]) -> None:
+    done = session(root, *arguments, python=sys.executable)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  "-") echo 9.0 ;;                       # the capability probe reads its program from stdin
+  "-c import pytest_timeout") exit 1 ;;  # a plugin this machine lacks
+  *"setup.py build_ext"*) exit 3 ;;      # a part that fails
+  *"-m pytest"*) echo "4 passed in 1.00s" ;;
+  *"--model 4096x4096"*) exit 124 ;;     # a part that overruns
+  *) exit 0 ;;
+esac
+"""
+
+
+def test_gpu_session_reports_parts_that_fail_overrun_or_are_missing(
+    root: Path, tmp_path: Path
+) -> None:
+    """The script's own logic with a stand-in interpreter: nothing is built or measured."""
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    done = session(root, str(tmp_path / "out"), python=str(fake))
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.returncode == 1
+    assert "missing: pytest_timeout" in summary
+    assert "pytest runs without the settings of pyproject.toml" in summary
+    assert "failed (status 3)" in summary
+    assert "stopped after" in summary
+    assert "4 passed" in summary
+    assert "bench llama-bf16" in summary
+    assert "sanitizer" in summary
+    assert not (tmp_path / "out" / "pytest.ini").exists()
