@@ -166,7 +166,6 @@ __device__ __forceinline__ void invert(float* a, int l) {
       }
     }
   }
-  __syncthreads();
 }
 
 }  // namespace

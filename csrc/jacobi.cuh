@@ -221,7 +221,8 @@ __device__ __forceinline__ int make_reflector(const float* a, float* u, int row,
 // a (p, l) lower triangular but for the order of its rows and columns, and v turned alike.
 //
 // The row with the largest rest is turned onto the column where it is largest, and so on: rows and
-// columns of any grading keep the accuracy relative to their own size (Cox & Higham 1998).
+// columns of any grading keep the accuracy relative to their own size (Cox & Higham 1998). Its
+// barriers are the first and the last thing it does.
 template <bool SHARED_V>
 __device__ __forceinline__ void triangularize(float* a, float* v, float* u, uint32_t* by_warp,
                                               int p, int l) {
@@ -269,13 +270,13 @@ __device__ __forceinline__ void complete(float* a, float* projection, int c, int
   for (; candidate < p - 1; ++candidate) {
     double inside[1] = {0.0};
     for (int k = lane; k < l; k += 32) {
+      if (k == c) continue;  // other warps may be at its first pass
       const double u = static_cast<double>(ptx::load_shared(a + k * p + candidate));
       inside[0] += u * u;
     }
     ptx::warp_sum(inside);
     if ((1.0 - inside[0]) * (2 * p) >= 1.0) break;
   }
-  __syncthreads();
   for (int row = threadIdx.x; row < p; row += blockDim.x) {
     float rest = row == candidate ? 1.0f : 0.0f;
     for (int k = 0; k < l; ++k) {
@@ -354,10 +355,7 @@ __global__ __launch_bounds__(kJacobiThreads,
   }
   for (int e = thread; e < l * l; e += threads)
     store<SHARED_V>(v + e, e / l == e % l ? 1.0f : 0.0f);
-  __syncthreads();
-
   triangularize<SHARED_V>(a, v, norms, by_warp, p, l);
-  __syncthreads();
 
   // Of an even number of players the last stands still; one that is not there sits out its pair.
   const int players = l + l % 2;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import BackendUnavailableError
-from osf_kernels.backends import cuda
+from osf_kernels.backends import cuda, cuda_factor
 from osf_kernels.backends.forms import Coefficients, Update
 
 
@@ -108,3 +108,69 @@ def test_a_dtype_the_kernels_lack_is_refused(dtype: torch.dtype) -> None:
     y = torch.zeros(4, 3)
     with pytest.raises(TypeError, match="expected S to be float32"):
         cuda.pack([Coefficients(y, y, y, y, y, x[0])], Tensor.data_ptr)
+
+
+def test_a_record_of_a_factorization() -> None:
+    G = torch.empty(4, 6, 6).mT
+    cholesky = cuda_factor.cholesky_job(G)
+    (record,) = struct.iter_unpack("<8q", cholesky.pack(Tensor.data_ptr))
+    assert record[:6] == (4, 6, G.data_ptr(), 36, 1, 6)
+    assert record[6:] == (cholesky.inverse.data_ptr(), cholesky.info.data_ptr())
+    assert cholesky.inverse.shape == (4, 6, 6)
+
+    M = torch.empty(4, 8, 6)
+    jacobi = cuda_factor.jacobi_job(M)
+    (record,) = struct.iter_unpack("<11q", jacobi.pack(Tensor.data_ptr))
+    assert record[:7] == (4, 8, 6, M.data_ptr(), 48, 6, 1)
+    assert record[7:] == tuple(x.data_ptr() for x in jacobi[1:])
+    assert [tuple(x.shape) for x in jacobi[1:]] == [(4, 6, 8), (4, 6), (4, 6, 6), (4,)]
+
+
+@pytest.mark.parametrize("call", [cuda.cholesky_inverse, cuda.jacobi_svd])
+def test_what_is_no_batch_of_float32_matrices_on_a_device_is_refused(
+    call: Callable[[Tensor], object],
+) -> None:
+    op = call.__name__
+    with pytest.raises(TypeError, match=rf"osf_kernels\.{op}: expected . to be a torch.Tensor"):
+        call([[1.0]])  # type: ignore[arg-type]
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(TypeError, match=rf"{op}: expected . to be float32, .*; pass .\.float"):
+            call(torch.zeros(1, 3, 3, dtype=dtype))
+    with pytest.raises(ValueError, match=r"a batch .*, got \(3, 3\); pass .\[None\] for a single"):
+        call(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"a batch .*, got \(1, 1, 3, 3\)$"):
+        call(torch.zeros(1, 1, 3, 3))
+    with pytest.raises(ValueError, match=rf"{op}: expected . to be on a CUDA device, got cpu"):
+        call(torch.zeros(1, 3, 3))
+
+
+def test_matrices_of_a_wrong_shape_or_too_large_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"G to be \(b, l, l\), got \(1, 3, 4\)"):
+        cuda.cholesky_inverse(torch.zeros(1, 3, 4))
+    with pytest.raises(ValueError, match=r"M to be \(b, p, l\) with p >= l, got .*; pass M.mT"):
+        cuda.jacobi_svd(torch.zeros(1, 3, 4))
+    with pytest.raises(ValueError, match=r"l <= 8, which .* memory of cpu, .*linalg.cholesky_ex"):
+        cuda_factor.check_square_size(torch.zeros(1, 9, 9), 8)
+    with pytest.raises(ValueError, match=r"l <= 8 for p=10, .*got \(1, 10, 9\); use torch.linalg"):
+        cuda_factor.check_columns(torch.zeros(1, 10, 9), 8)
+    cuda_factor.check_square_size(torch.zeros(1, 8, 8), 8)
+    cuda_factor.check_columns(torch.zeros(1, 10, 8), 8)
+
+
+def test_the_largest_sizes_are_asked_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    extension = SimpleNamespace(
+        largest_cholesky=lambda device: asked.append((device,)) or 340,
+        largest_jacobi=lambda device, rows: asked.append((device, rows)) or 240,
+    )
+    monkeypatch.setattr(cuda, "_load", lambda: extension)
+    device = torch.device("cuda:1")
+    assert cuda.largest_cholesky(device) == 340
+    assert cuda.largest_jacobi(device) == 240
+    assert cuda.largest_jacobi(device, square=False, rows=1000) == 240
+    assert asked == [(1,), (1, 0), (1, 1000)]
+    with pytest.raises(ValueError, match="rows to be a positive number with square=False, got Non"):
+        cuda.largest_jacobi(device, square=False)
+    for largest in (cuda.largest_cholesky, cuda.largest_jacobi):
+        with pytest.raises(ValueError, match="device to be a CUDA device, got cpu"):
+            largest(torch.device("cpu"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from osf_kernels.backends import cuda
 from osf_kernels.backends.forms import Coefficients, Update
-from tests.emulator import draws
+from tests.emulator import draws, factorizations
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, F16, F32)
@@ -185,3 +185,123 @@ def test_a_failed_call_is_named() -> None:
         _cuda.update(b"", 9999, False, 0)
     with pytest.raises(ValueError, match="expected records of"):
         _cuda.update(b"12345", 0, False, 0)
+
+
+def assert_equal_factors(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
+    for x, y in zip(one, other, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e6])
+@pytest.mark.parametrize("l", [1, 2, 17, 64, 200, 0])
+def test_inverse_factors(l: int, condition: float) -> None:
+    """Up to the largest that fits (0 stands for it), also as a batch of transposed views."""
+    l = l or cuda.largest_cholesky(torch.device("cuda"))
+    G = factorizations.gram(5, l, condition, torch.Generator().manual_seed(l))
+    inverse, info = cuda.cholesky_inverse(G.cuda())
+    assert inverse.is_contiguous()
+    factorizations.assert_inverse_factors(G, inverse.cpu(), info.cpu())
+    symmetric = (G.triu() + G.triu(1).mT).cuda()
+    assert_equal_factors(cuda.cholesky_inverse(symmetric.mT), (inverse, info))
+    assert_equal_factors(cuda.cholesky_inverse(symmetric[2:3]), (inverse[2:3], info[2:3]))
+
+
+def test_inverse_factors_of_what_is_not_positive_definite() -> None:
+    l = 50
+    G = factorizations.gram(6, l, 10.0, torch.Generator().manual_seed(21)).cuda()
+    G[1, 7, 7] = -1.0
+    G[2, 30, 30] = draws.NAN
+    G[3, 0, 49] = float("inf")
+    G[4, 40, 3] = draws.NAN  # below the diagonal
+    inverse, info = cuda.cholesky_inverse(G)
+    assert info.tolist() == [0, 8, 31, 50, 0, 0]
+    assert inverse[1:4].isnan().all()
+    good = [0, 4, 5]
+    factorizations.assert_inverse_factors(G[good].cpu(), inverse[good].cpu(), info[good].cpu())
+
+
+@pytest.mark.parametrize(("p", "l"), [(1, 1), (2, 2), (33, 33), (300, 40), (150, 150), (0, 0)])
+def test_jacobi(p: int, l: int) -> None:
+    """Up to the largest square that fits (0 stands for it), whose V is outside shared memory."""
+    p = p or cuda.largest_jacobi(torch.device("cuda"))
+    l = l or p
+    M = torch.randn(4, p, l, generator=torch.Generator().manual_seed(l))
+    U, S, V, info = cuda.jacobi_svd(M.cuda())
+    factorizations.assert_svd(M, U.cpu(), S.cpu(), V.cpu(), info.cpu())
+    strided = M.cuda().mT.contiguous().mT
+    assert_equal_factors(cuda.jacobi_svd(strided), (U, S, V, info))
+    assert_equal_factors(cuda.jacobi_svd(M[1:2].cuda()), (U[1:2], S[1:2], V[1:2], info[1:2]))
+
+
+@pytest.mark.parametrize("l", [6, 40, 180])
+def test_jacobi_of_awkward_matrices(l: int) -> None:
+    cases = factorizations.awkward_matrices(l, torch.Generator().manual_seed(l))
+    M = torch.stack(list(cases.values()))
+    U, S, V, info = (x.cpu() for x in cuda.jacobi_svd(M.cuda()))
+    factorizations.assert_svd(M, U, S, V, info, list(cases))
+
+
+def test_jacobi_of_what_is_not_finite() -> None:
+    M = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(22))
+    M[0, 3, 3], M[2, 19, 19] = draws.NAN, float("inf")
+    U, S, V, info = (x.cpu() for x in cuda.jacobi_svd(M.cuda()))
+    assert info.tolist() == [-1, 0, -1]
+    assert all(x[[0, 2]].isnan().all() for x in (U, S, V))
+    factorizations.assert_svd(M[1:2], U[1:2], S[1:2], V[1:2], info[1:2])
+
+
+def test_factorizations_of_a_large_batch_and_of_none() -> None:
+    G = factorizations.gram(1, 12, 10.0, torch.Generator().manual_seed(23)).cuda()
+    inverse, info = cuda.cholesky_inverse(G.expand(70_000, -1, -1))
+    assert torch.equal(inverse, inverse[:1].expand_as(inverse))
+    assert not info.any()
+    U, S, V, info = cuda.jacobi_svd(G.expand(70_000, -1, -1))
+    assert all(torch.equal(x, x[:1].expand_as(x)) for x in (U, S, V))
+    assert not info.any()
+    assert cuda.cholesky_inverse(G[:0])[0].shape == (0, 12, 12)
+    assert [tuple(x.shape) for x in cuda.jacobi_svd(G[:, :5, :0])] == [
+        (1, 5, 0),
+        (1, 0),
+        (1, 0, 0),
+        (1,),
+    ]
+
+
+def test_factorizations_on_a_stream_and_in_a_graph() -> None:
+    G = factorizations.gram(3, 60, 10.0, torch.Generator().manual_seed(24)).cuda()
+    expected = cuda.cholesky_inverse(G), cuda.jacobi_svd(G)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(G)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(G)
+        found = cuda.cholesky_inverse(late), cuda.jacobi_svd(late)
+    torch.cuda.current_stream().wait_stream(stream)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal_factors(one, other)
+
+    source = torch.eye(60, device="cuda").repeat(3, 1, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = cuda.cholesky_inverse(source), cuda.jacobi_svd(source)
+    source.copy_(G)
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, other in zip(found, expected, strict=True):
+        assert_equal_factors(one, other)
+
+
+def test_factorizations_that_do_not_fit_are_refused() -> None:
+    device = torch.device("cuda")
+    l = cuda.largest_cholesky(device) + 1
+    with pytest.raises(ValueError, match=rf"l <= {l - 1}, which fits .*, got \(1, {l}, {l}\)"):
+        cuda.cholesky_inverse(torch.eye(l, device="cuda")[None])
+    l = cuda.largest_jacobi(device) + 1
+    with pytest.raises(ValueError, match=rf"l <= {l - 1} for p={l}, .*use torch.linalg.svd"):
+        cuda.jacobi_svd(torch.eye(l, device="cuda")[None])
+    assert cuda.largest_jacobi(device, square=False, rows=10 * l) < l - 1
+    optin = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    known = {232448: (340, 240), 166912: (288, 203)}
+    if optin in known:
+        assert (cuda.largest_cholesky(device), cuda.largest_jacobi(device)) == known[optin]

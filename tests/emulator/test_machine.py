@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from osf_kernels.backends.forms import Coefficients, Update
-from tests.emulator import draws
+from tests.emulator import draws, factorizations
 from tests.emulator.harness import EmulatorError, build, compiler, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++)")
@@ -100,6 +100,40 @@ def test_update_needs_each_barrier(nth: int) -> None:
 def test_update_needs_each_warp_barrier(nth: int) -> None:
     mutation = {"update.cuh": without("__syncwarp();", nth)}
     assert mistakes(update_job(), mutations=mutation, only="inst/update_tf32x3.cu")
+
+
+def factorization_job(kernel: str) -> factorizations.CholeskyJob | factorizations.JacobiJob:
+    """More rows than a warp, more warps than one, and columns of zeros to complete."""
+    g = torch.Generator().manual_seed(3)
+    if kernel == "cholesky":
+        return factorizations.cholesky_job(factorizations.gram(1, 45, 100.0, g))
+    M = torch.randn(1, 75, 20, generator=g)
+    M[:, :, 4:13] = 0
+    return factorizations.jacobi_job(M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "file", "only", "nth"),
+    [
+        ("cholesky", "cholesky.cu", "cholesky.cu", 1),
+        ("jacobi", "jacobi.cuh", "inst/jacobi_*.cu", 2),
+        ("jacobi", "jacobi.cuh", "inst/jacobi_*.cu", 6),
+    ],
+)
+def test_factorizations_need_their_barriers(kernel: str, file: str, only: str, nth: int) -> None:
+    """Without one some schedule has other bits, or the machine stops it."""
+    job = factorization_job(kernel)
+    right = run([job], seeds=(0,))[0]
+    mutated = build(mutations={file: without(BARRIER, nth)}, only=only)
+    found = 0
+    for seed in SEEDS:
+        try:
+            done = run([job], seeds=(seed,), emulator=mutated)[0]
+            found += any(not torch.equal(done[out], right[out]) for out in job[1:])
+        except EmulatorError:
+            found += 1
+    assert found > 0
 
 
 @pytest.mark.slow
