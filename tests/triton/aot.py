@@ -259,3 +259,20 @@ def faults(
         if compiled.tensor_memory_columns * resident > TENSOR_MEMORY_COLUMNS:
             found.append(f"{resident} programs a processor do not fit its tensor memory")
     return found
+
+
+def product_faults(
+    compiled: Compiled, config: configs.TwoPass | configs.Gram | configs.SumGram, *, aligned: bool
+) -> list[str]:
+    """The same of the products in float32 accuracy, whose running sums are added apart."""
+    sums = isinstance(config, configs.SumGram)
+    found = faults(compiled, config, tensor_core=not sums, aligned=aligned)
+    if isinstance(config, configs.TwoPass):
+        tile = config.block_q * config.block_r
+    else:
+        tile = config.block**2
+    # AMD's matrix cores round to nearest, so there it matters less.
+    cuda = compiled.architecture.startswith("sm_")
+    if cuda and compiled.additions < tile // (32 * config.num_warps):
+        found.append("the running sum is kept in the tensor cores")
+    return found

@@ -11,7 +11,7 @@ from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Coefficients, Update
 from osf_kernels.backends.triton import autotune, configs, dispatch, launch
 from tests.helpers import generator_for, randn
-from tests.triton.jobs import assert_coefficients, assert_update
+from tests.triton.jobs import assert_coefficients, assert_gram, assert_multiply, assert_update
 
 
 @pytest.fixture
@@ -77,3 +77,25 @@ def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: list[list[int
     backend.update([job])
     assert len(runs) == count, "the bucket's choice is remembered"
     assert_update(job, before)
+
+
+def test_products(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> None:
+    """The products in float32 accuracy are searched on copies too, among configs of their own."""
+    runs = rank_by(monkeypatch, 1)
+    g = generator_for("autotune products")
+    A = randn(24, 40, dtype=torch.bfloat16, generator=g)
+    Q, out, square = torch.randn(1, 40, 4, generator=g), torch.empty(1, 24, 4), torch.empty(24, 24)
+    backend.multiply([A], Q, out)
+    assert_multiply([A], Q, out, False)
+    pinned = configs.multiply_config("sm_80", "bfloat16", 4)
+    assert len(runs) == len(configs.candidates(pinned))
+    backend.gram([A], square[None], side="left")
+    assert_gram([A], square[None], "left")
+    tried = len(configs.candidates(configs.gram_config("sm_80", "bfloat16", 24)))
+    # The timer above ranks by the number of the run, so the second search keeps its first.
+    assert len(runs) == len(configs.candidates(pinned)) + tried
+    touching = [A.data_ptr() in data for data in watched]
+    assert [i for i, own in enumerate(touching) if own] == [
+        len(configs.candidates(pinned)),
+        len(watched) - 1,
+    ]

@@ -7,7 +7,7 @@ dtype. They scale with |U|ᵀ|x| and the like, element by element.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,3 +157,30 @@ def assert_update(job: Update, x: Tensor, float32_precision: str = "ieee") -> No
     addend = job.addend.double().abs() if job.addend is not None else 0
     bound = unit * products + 4 * FLOAT32_UNIT * (extra + addend + truth.abs())
     _distance(job.out, truth, bound, f"update ({dot})")
+
+
+def assert_multiply(
+    As: Sequence[Tensor], Q: Tensor, out: Tensor, transpose: bool, float32_precision: str = "ieee"
+) -> None:
+    """A Q, or Aᵀ Q, of every matrix against float64 with exact products of 16-bit A."""
+    for A, q, result in zip(As, Q.expand(len(As), -1, -1), out, strict=True):
+        left = A.double().mT if transpose else A.double()
+        _assert_product(left, q.double(), result, A.dtype, float32_precision)
+
+
+def assert_gram(
+    As: Sequence[Tensor], out: Tensor, side: str, float32_precision: str = "ieee"
+) -> None:
+    """Aᵀ A, or A Aᵀ, of every matrix against float64, symmetric to the bit."""
+    for A, result in zip(As, out, strict=True):
+        left = A.double().mT if side == "right" else A.double()
+        _assert_product(left, left.mT, result, A.dtype, float32_precision)
+        assert torch.equal(result, result.mT)
+
+
+def _assert_product(
+    left: Tensor, right: Tensor, out: Tensor, dtype: torch.dtype, float32_precision: str
+) -> None:
+    product = PRODUCT_UNIT[float32_precision] if dtype == torch.float32 else 0.0
+    unit = (right.shape[0] + 8) * FLOAT32_UNIT + product
+    _distance(out, left @ right, unit * (left.abs() @ right.abs()), f"product of {dtype}")

@@ -93,6 +93,96 @@ def test_small_shared_memory() -> None:
                 assert not found, f"{compiled.name}: {found}"
 
 
+Product = tuple[str, torch.dtype, configs.TwoPass | configs.Gram | configs.SumGram, bool, int]
+
+
+def products(architecture: str) -> list[Product]:
+    """(class, dtype, config, transposed, rank): every config once, on either side in turn.
+
+    ``odd``: A of odd width; ``strided``: no unit stride; ``ragged``: Q of odd width, A aligned.
+    """
+    found: list[Product] = []
+    for i, dtype in enumerate((BF16, FP16, FP32)):
+        name = str(dtype).removeprefix("torch.")
+        for row, config in enumerate(configs.shipped_products(architecture, name)):
+            # Symmetric products of float16 are those of bfloat16, and parts are added alike.
+            own = dtype == BF16 or isinstance(config, configs.TwoPass)
+            if own or (dtype == FP32 and isinstance(config, configs.Gram)):
+                found.append(("aligned", dtype, config, bool((i + row) % 2), 128))
+    ragged = configs.multiply_config(architecture, "bfloat16", 8, whole=False)
+    multiply, gram, _ = configs.shipped_products(architecture, "bfloat16", aligned=False)
+    return [
+        *found,
+        ("ragged", BF16, ragged, False, 127),
+        ("odd", BF16, multiply, False, 127),
+        ("strided", FP32, gram, True, 127),
+    ]
+
+
+def check_product(
+    architecture: str,
+    kind: str,
+    dtype: torch.dtype,
+    config: configs.TwoPass | configs.Gram | configs.SumGram,
+    transposed: bool,
+    rank: int,
+) -> list[str]:
+    precision = on(architecture, CLASSES["fp32"]).float32_precision
+    aligned = kind in ("aligned", "ragged")
+    made = aot.products_of(
+        config, dtype, precision, aligned=aligned, transposed=transposed, rank=rank
+    )
+    if kind == "strided":
+        made.constants.update({key: 0 for key in made.constants if key.endswith("_LAYOUT")})
+    compiled = aot.compile_launch(made, architecture)
+    # Capabilities 8.6, 8.9 and 12.x (99 KB) take sm_80's tiles.
+    held_to = [compiled]
+    if architecture == "sm_80":
+        held_to.append(compiled._replace(architecture="sm_86"))
+    return [
+        f"{kind} {each.name} for {each.architecture}: {fault}"
+        for each in held_to
+        for fault in aot.product_faults(each, config, aligned=kind == "aligned")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_every_product_config(architecture: str) -> None:
+    rows = products(architecture)
+    assert len(rows) == 14
+    wrong = [fault for row in rows for fault in check_product(architecture, *row)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_products_of_bfloat16() -> None:
+    """The first of each kind, on the architecture that compiles fastest."""
+    small, _, gram, *_ = configs.shipped_products("sm_80", "bfloat16")
+    for config in (small, gram):
+        assert not check_product("sm_80", "aligned", BF16, config, False, 128)
+
+
+def test_gate_reports_a_running_sum_in_the_tensor_cores() -> None:
+    """The projection's own kernel keeps it there; and the products do where they are told to."""
+    config = configs.TwoPass(64, 32, 64, 4, 2, 1)
+    compiled = aot.compile_launch(aot.launches_of(config, CLASSES["bf16"]), "sm_80")
+    found = aot.product_faults(compiled, config, aligned=True)
+    assert found == ["the running sum is kept in the tensor cores"]
+
+
+def test_product_rows_are_all_reachable() -> None:
+    for architecture in configs.ARCHITECTURES:
+        for name in ("bfloat16", "float16", "float32"):
+            chosen = {configs.SUM_GRAM}
+            for size in (1, 16, 64, 65, 128, 129, 5000):
+                chosen.add(configs.multiply_config(architecture, name, size))
+                chosen.add(configs.gram_config(architecture, name, size))
+            shipped = configs.shipped_products(architecture, name)
+            assert chosen == set(shipped)
+            assert len(chosen) == len(shipped)
+            assert configs.multiply_config(architecture, name, 1, whole=False) == shipped[1]
+
+
 @pytest.mark.parametrize(
     ("architecture", "config", "kind", "fault"),
     [

@@ -69,7 +69,10 @@ def test_falls_back_to_the_pinned_config() -> None:
 
 def test_candidates_are_a_short_list_with_the_pinned_config_first() -> None:
     for architecture in configs.ARCHITECTURES:
-        for _, config in configs.shipped(architecture):
+        shipped: list[configs.Config] = [config for _, config in configs.shipped(architecture)]
+        for dtype in ("bfloat16", "float16", "float32"):
+            shipped += configs.shipped_products(architecture, dtype)
+        for config in shipped:
             found = configs.candidates(config)
             assert found[0] == config
             assert len(found) == len(set(found)) <= 8

@@ -1,4 +1,5 @@
-"""The Triton kernels on a GPU: float64 parity, determinism, streams, graphs, 64-bit offsets."""
+"""The projection's Triton kernels on a GPU: float64 parity, determinism, streams, graphs, 64-bit
+offsets. Those of the products in float32 accuracy are in ``test_gpu_products``."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ FILES = (
     "interpreted_coefficients",
     "interpreted_update",
     "interpreted_projection",
+    "interpreted_products",
     "interpreted_autotune",
 )
 

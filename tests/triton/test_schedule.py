@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends.forms import Coefficients, Update
-from osf_kernels.backends.triton import configs, schedule
+from osf_kernels.backends.triton import configs, gram_schedule, schedule
 from osf_kernels.backends.triton.schedule import Layout, View
 
 
@@ -81,6 +81,104 @@ def test_variant_can_be_named_or_refused() -> None:
         configs.coefficients_config("sm_80", 2, 8, 0, "one_pass")
     with pytest.raises(ValueError, match="'three'"):
         configs.coefficients_config("sm_80", 2, 8, 8, "three")
+
+
+def products(
+    As: list[Tensor], width: int, transpose: bool = False
+) -> tuple[list[schedule.Batch], list[schedule.Batch]]:
+    """Batches of A Q (or Aᵀ Q) and of Aᵀ A (or A Aᵀ), as they are planned for sm_90."""
+    rows, columns = As[0].shape
+    size, out = (rows, columns) if transpose else (columns, rows)
+    Q = torch.empty(size, width, device="meta")
+    results = [torch.empty(out, width, device="meta") for _ in As]
+    jobs = [
+        Coefficients(A, Q, None, result.mT, None)
+        if transpose
+        else Coefficients(A, None, Q, None, result)
+        for A, result in zip(As, results, strict=True)
+    ]
+    name = str(As[0].dtype).removeprefix("torch.")
+    fill = configs.FILL["sm_90"]
+    multiply = schedule.coefficients_launches(
+        jobs,
+        fill=fill,
+        float32_precision="tf32x3",
+        choose=lambda _, width, r, k, aligned: configs.multiply_config(
+            "sm_90", name, max(r, k), aligned
+        ),
+        accurate=True,
+    )
+    gram = gram_schedule.gram_launches(
+        As,
+        [torch.empty(size, size, device="meta") for _ in As],
+        right=not transpose,
+        fill=fill,
+        float32_precision="tf32x3",
+        choose=lambda _, size, aligned: configs.gram_config("sm_90", name, size, aligned),
+    )
+    return multiply, gram
+
+
+def weights(
+    count: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16, device: str = "meta"
+) -> list[Tensor]:
+    return [torch.empty(m, n, dtype=dtype, device=device) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_of_a_shape_group_take_two_launches(dtype: torch.dtype) -> None:
+    multiply, gram = products(weights(24, 1024, 768, dtype), 96)
+    assert [[made.kernel for made in batch.launches] for batch in multiply] == [
+        ["two_pass", "reduce_parts"]
+    ]
+    assert [[made.kernel for made in batch.launches] for batch in gram] == [["gram", "sum_gram"]]
+    for made in (multiply[0].launches[0], gram[0].launches[0]):
+        assert made.problems == 24
+        # Products of float32 as three of TF32, of 16-bit pieces exactly.
+        assert made.constants["PRECISION"] == ("tf32x3" if dtype == torch.float32 else "ieee")
+    pieces = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    assert multiply[0].launches[0].constants["DOT"] == pieces
+    assert gram[0].launches[0].constants["DOT"] == dtype
+
+
+def test_one_triangle_is_computed() -> None:
+    (batch,) = products(weights(3, 256, 4096), 8)[1]
+    (made,) = batch.launches
+    block = made.config.block  # type: ignore[union-attr]
+    count = 4096 // block
+    assert made.tiles == 3 * count * (count + 1) // 2
+
+
+def test_parts_of_a_gram_depend_on_the_matrix_alone_and_cover_its_sum() -> None:
+    for m, n in ((50000, 64), (4096, 128), (3000, 1000), (600, 40), (511, 8), (8192, 2048)):
+        alone = products(weights(1, m, n), 8)[1][0].launches[0]
+        parts, part = alone.metadata[2 + 5 : 2 + 7]
+        assert (parts - 1) * part < m <= parts * part
+        assert part % alone.config.block_k == 0  # type: ignore[union-attr]
+        assert parts == 1 or part >= configs.SHORTEST_GRAM_SPLIT // 2
+        together = products(weights(2, m, n), 8)[1][0].launches[0]
+        assert together.tiles == 2 * alone.tiles
+        assert together.metadata[3 + 5 : 3 + 7] == [parts, part]
+
+
+def test_workspace_of_grams_is_bounded() -> None:
+    """A list whose parts would not fit is launched in slices, every matrix once."""
+    batches = products(weights(200, 4096, 512), 8)[1]
+    each = max(batch.workspace_elements // batch.launches[0].problems for batch in batches)
+    assert len(batches) > 1
+    assert sum(batch.launches[0].problems for batch in batches) == 200
+    for batch in batches:
+        assert batch.workspace_elements <= configs.GRAM_WORKSPACE_ELEMENTS + each
+
+
+def test_columns_of_products_are_scheduled_as_rows() -> None:
+    """Aᵀ Q and A Aᵀ of a matrix in column order launch as A Q and Aᵀ A of its transpose."""
+    rows = weights(1, 256, 128, device="cpu")
+    columns = [A.mT for A in rows]
+    for one, other in zip(products(rows, 8), products(columns, 8, transpose=True), strict=True):
+        for first, second in zip(one[0].launches, other[0].launches, strict=True):
+            assert first.constants | {"A_LAYOUT": 0} == second.constants | {"A_LAYOUT": 0}
+            assert first.tiles == second.tiles
 
 
 def test_split_depends_on_the_matrix_alone() -> None:
@@ -158,6 +256,11 @@ def test_dot_rule() -> None:
     assert schedule.dot_rule(fp16, (fp16,), (), "tf32x3") == (fp16, "ieee")
     assert schedule.dot_rule(fp16, (fp16,), (fp32,), "tf32x3") == (fp32, "tf32")
     assert schedule.dot_rule(bf16, (fp16,), (), "tf32x3") == (fp32, "tf32")
+    for precision in ("tf32x3", "ieee"):
+        assert schedule.accurate_rule(fp32, precision) == (fp32, precision)
+        assert schedule.accurate_rule(bf16, precision) == (bf16, "ieee")
+        assert schedule.accurate_rule(fp16, precision) == (bf16, "ieee")
+    assert schedule.accurate_rule(fp32, "tf32") == (fp32, "tf32x3")
     for dtypes in ((fp32, fp32), (fp32, bf16), (bf16, fp32)):
         for precision in ("tf32x3", "tf32", "ieee"):
             assert schedule.dot_rule(*((dtypes[0]), dtypes[1:]), (), precision) == (fp32, precision)

@@ -135,7 +135,8 @@ def multiply(
         config: tile config instead of the pinned one.
 
     A NaN or Inf makes every sum it is part of non-finite; an Inf may come out as NaN, since its
-    pieces are Inf and NaN.
+    pieces are Inf and NaN. Elements of Q below 2⁻¹⁰⁹ (1.5e-33) lose what falls under bfloat16's
+    least step, 2⁻¹³³: scale such a Q first.
 
     Raises:
         TypeError: a float64 (or other) dtype. ValueError: shapes, devices or kinds that differ.

@@ -52,14 +52,17 @@ def multiply(
     transpose: bool,
     config: configs.TwoPass | None,
 ) -> None:
-    _check_alike("multiply", As, out, "out")
+    _check_alike("multiply", As, out)
     _check_float32("multiply", "Q", Q)
+    _check_device("multiply", "Q", Q, out)
     if not As:
         return
     m, n = As[0].shape[::-1] if transpose else As[0].shape
-    expected = f"({{}}{n}, l) with A of shape {tuple(As[0].shape)} and transpose={transpose}"
+    expected = (
+        f"({len(As)} or 1, {n}, l) with A of shape {tuple(As[0].shape)} and transpose={transpose}"
+    )
     if Q.ndim != 3 or Q.shape[0] not in (1, len(As)) or Q.shape[1] != n:
-        _refuse("multiply", "Q", expected.format(f"{len(As)} or 1, "), Q)
+        _refuse("multiply", "Q", expected, Q)
     if out.shape != (len(As), m, Q.shape[2]):
         _refuse("multiply", "out", str((len(As), m, Q.shape[2])), out)
     bases = Q.expand(len(As), -1, -1).unbind()
@@ -77,7 +80,7 @@ def gram(As: Sequence[Tensor], out: Tensor, side: str, config: configs.Gram | No
         raise ValueError(
             f"osf_kernels.backends.triton.gram: expected side to be 'right' or 'left', got {side!r}"
         )
-    _check_alike("gram", As, out, "out")
+    _check_alike("gram", As, out)
     if not As:
         return
     size = As[0].shape[1 if side == "right" else 0]
@@ -158,8 +161,8 @@ def _plan_coefficients(
             scratch = [autotune.scratch_coefficients(job)]
             return lambda chosen: coefficients(scratch, None, chosen, precision, accurate)  # type: ignore[arg-type]
 
-        key = ("coefficients", architecture, aligned, variant, accurate)
-        key = (*key, *_bucket(job, job.x, r, k))
+        bucket = _bucket(job, job.x, r, k)
+        key = ("coefficients", architecture, aligned, variant, accurate, *bucket)
         return _tuner().choose(key, pinned, runner)
 
     return schedule.coefficients_launches(
@@ -233,22 +236,26 @@ def _float32_precision(asked: str | None) -> str:
     return "ieee" if asked == "tf32x3" and launch.ON_AMD else asked
 
 
-def _check_alike(operator: str, As: Sequence[Tensor], out: Tensor, name: str) -> None:
+def _check_alike(operator: str, As: Sequence[Tensor], out: Tensor) -> None:
     """Raises unless the matrices are of one kind, and ``out`` float32 beside them."""
-    _check_float32(operator, name, out)
-    if len(As) != len(out):
-        _refuse(operator, name, f"({len(As)}, ...), one result a matrix,", out)
+    _check_float32(operator, "out", out)
+    if out.ndim != 3 or len(As) != len(out):
+        _refuse(operator, "out", f"({len(As)}, rows, columns), one result a matrix", out)
     for i, A in enumerate(As):
         if A.ndim != 2:
             _refuse(operator, f"As[{i}]", "a matrix", A)
         if (A.shape, A.dtype) != (As[0].shape, As[0].dtype):
             expected = f"{tuple(As[0].shape)} {_name(As[0].dtype)} like As[0]; call once a kind"
             _refuse(operator, f"As[{i}]", expected, A)
-        if A.device != out.device:
-            raise ValueError(
-                f"osf_kernels.backends.triton.{operator}: expected As[{i}] on {out.device} beside "
-                f"{name}, got {A.device}"
-            )
+        _check_device(operator, f"As[{i}]", A, out)
+
+
+def _check_device(operator: str, name: str, tensor: Tensor, out: Tensor) -> None:
+    if tensor.device != out.device:
+        raise ValueError(
+            f"osf_kernels.backends.triton.{operator}: expected {name} on {out.device} beside out, "
+            f"got {tensor.device}"
+        )
 
 
 def _check_float32(operator: str, name: str, tensor: Tensor) -> None:

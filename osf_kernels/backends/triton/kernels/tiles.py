@@ -138,8 +138,10 @@ def dot_apart(left, right, PRECISION: tl.constexpr):
 
     NVIDIA's tensor cores truncate where they add (Fasi, Higham, Mikaitis and Pranesh 2021,
     PeerJ Computer Science 7:e330), so a long sum kept in them drifts toward zero with every
-    step; added apart, it is rounded to nearest. The last argument is void for these dtypes, but
-    not being 0 it keeps the compiler from taking the caller's addition back into the product.
+    step; added apart, it is rounded to nearest. Modelled so, a sum of 16384 random products is
+    off by 7e-5 of its size kept in, by 7e-7 added apart every 64 (in float32 one by one: 6e-6).
+    The last argument is void for these dtypes, but not being 0 it keeps the compiler from taking
+    the caller's addition back into the product.
     """
     return tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
 
