@@ -117,7 +117,7 @@ def hard_matrices(
         "Kahan": kahan,
         "graded columns": unit * 1e-30 ** (j / max(n - 1, 1)),
         "graded rows": unit * 1e-30 ** (i / max(m - 1, 1)),
-        "near overflow": unit * (info.max / 2),
+        "near overflow": unit * (info.max / 2 / max(1, m * n) ** 0.5),  # σ₁ doesn't overflow
         "near underflow": unit * (info.tiny * 4),
         "subnormal": unit * (info.smallest_normal * info.eps * 64),
     }

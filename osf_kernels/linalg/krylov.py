@@ -16,7 +16,8 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.small import leading_svd, polished, relative_to
 
-# What the first pass of CholeskyQR may leave: the second squares it, to rounding.
+# How far from orthonormal the first pass of CholeskyQR, and projecting once more, may leave a block:
+# the second pass squares it, to rounding.
 SECOND_PASS_LIMIT = 1e-2
 
 
@@ -148,8 +149,12 @@ def orthonormal_against(
         noise = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator)
         norm = Y.norm(dim=(-2, -1), keepdim=True)
         scale = torch.where(norm > 0, norm, 1) * (torch.finfo(Y.dtype).eps / Y.shape[-2])
-        Y = torch.linalg.qr(_against(Y, basis) + scale * noise)[0]
-        return torch.linalg.qr(_against(Y, basis))[0], ok
+        Y = _against(Y, basis) + scale * noise
+        # Where nothing but rounding was left of Y, it lies anywhere: the second round may take most
+        # of it away, and the third mends what that costs.
+        for _ in range(2):
+            Y = _against(torch.linalg.qr(Y)[0], basis)
+        return torch.linalg.qr(Y)[0], ok
     Y, fine, _ = cholesky_qr(_against(Y, basis))
     Y, again, defect = cholesky_qr(_against(Y, basis))
     return Y, fine & again & (defect < SECOND_PASS_LIMIT)
@@ -162,12 +167,11 @@ def _against(Y: Tensor, basis: Tensor) -> Tensor:
 def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(Q, ok, defect) by one pass of CholeskyQR on columns scaled to norm 1.
 
-    ok (b,) says that the factorization exists; defect (b,) is max |G − I| of the scaled columns
-    that came in.
+    ok (b,) says that the factorization exists; defect (b,) is max |YᵀY − I| of what came in.
     """
     G = Y.mT @ Y
+    defect = (G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)).abs().amax((-2, -1))
     inverse_norms = G.diagonal(dim1=-2, dim2=-1).rsqrt()
     G = G * inverse_norms.unsqueeze(-1) * inverse_norms.unsqueeze(-2)
     inverse, info = primitives.cholesky_inverse(G)
-    defect = (G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)).abs().amax((-2, -1))
     return Y @ (inverse_norms.unsqueeze(-1) * inverse), info == 0, defect

@@ -119,7 +119,8 @@ def truncated_svd(
     Raises:
         TypeError: A holds no tensors or others than the dtypes above.
         ValueError: rank beyond min(m, n), NaN or Inf in A (before any solver runs, with the count
-            in each matrix), a generator on another device, a warm start that doesn't fit.
+            in each matrix), a generator on another device, a warm start that doesn't fit; a
+            singular value that overflows the result's dtype.
 
     Synchronizes once for the check of A and once a group. Doesn't take part in autograd. Nothing
     is returned, and nothing written, unless every matrix was decomposed.
@@ -318,10 +319,14 @@ def _results(
         held = S.double().square().sum() / entry.norm**2 if entry.norm else S.double().sum() + 1
         # Two factors, since one of them could itself overflow.
         half = entry.exponent // 2
+        scaled = S * 2.0**half * 2.0 ** (entry.exponent - half)
+        if entry.exponent > 0 and not bool(scaled.isfinite().all()):
+            expected = f"small enough for its singular values to fit {S.dtype}"
+            raise ValueError(describe(OP, entry.name, expected, "larger", "scale it down"))
         results.append(
             TruncatedSVD(
                 U=_own(factors.U[i]),
-                S=S * 2.0**half * 2.0 ** (entry.exponent - half),
+                S=scaled,
                 V=_own(factors.V[i]),
                 residual=residual.clone(),
                 captured=held.clamp_max(1).to(S.dtype),

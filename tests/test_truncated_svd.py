@@ -1,0 +1,477 @@
+"""truncated_svd: every method against float64, on spectra easy and hard."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from osf_kernels import TruncatedSVD, truncated_svd
+from osf_kernels.linalg import methods
+from osf_kernels.testing import hard_matrices, matrix_with_spectrum, orthonormality_ratio, svd_ratio
+from tests.helpers import generator_for
+
+SPECTRA = {
+    "power law": lambda q: torch.arange(1, q + 1).double() ** -0.5,
+    "flat": lambda q: torch.linspace(1.2, 0.8, q, dtype=torch.float64),
+    "steep": lambda q: 0.7 ** torch.arange(q).double(),
+    "gap": lambda q: torch.where(torch.arange(q) < q // 4, 1.0, 1e-3).double(),
+}
+COLD = ("randomized", "gram", "exact")
+
+
+def draw(
+    m: int, n: int, spectrum: str = "power law", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(A, U, S, V) with float64 truth of the rounded A."""
+    generator = generator_for(f"{m} {n} {spectrum} {dtype} {seed}")
+    A, _, _ = matrix_with_spectrum(
+        m, n, SPECTRA[spectrum](min(m, n)), dtype=dtype, generator=generator
+    )
+    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    return A, U, S, Vh.mT
+
+
+def overlap(truth: Tensor, found: Tensor) -> float:
+    r = found.shape[-1]
+    return float((truth[:, :r].mT @ found.double()).norm() ** 2 / r)
+
+
+def measured_residual(A: Tensor, result: TruncatedSVD) -> float:
+    """The definition of ``residual``, in float64."""
+    if result.rank == 0:
+        return 0.0
+    A, U, S, V = A.double(), result.U.double(), result.S.double(), result.V.double()
+    left, right = A @ V - U * S, A.mT @ U - V * S
+    return float(torch.hypot(left.norm(dim=0), right.norm(dim=0)).max() / S[0].clamp_min(1e-300))
+
+
+def assert_sound(A: Tensor, result: TruncatedSVD) -> None:
+    """What every result holds, whatever A: shapes, order, orthonormality, honest figures."""
+    m, n, r = *A.shape, result.rank
+    assert result.U.shape == (m, r)
+    assert result.V.shape == (n, r)
+    assert result.S.shape == (r,)
+    work = torch.float64 if A.dtype == torch.float64 else torch.float32
+    assert {result.U.dtype, result.S.dtype, result.V.dtype} == {work}
+    assert bool((result.S[:-1] >= result.S[1:]).all())
+    assert bool((result.S >= 0).all())
+    for basis in (result.U, result.V):
+        assert orthonormality_ratio(basis) < 30
+    for high, low in ((result.U, result.U_low), (result.V, result.V_low)):
+        if low is not None:
+            whole = torch.cat([high, low], -1)
+            assert whole.shape[0] == whole.shape[1]
+            assert orthonormality_ratio(whole) < 30
+    truth = measured_residual(A, result)
+    rounding = 30 * torch.finfo(work).eps * max(m, n) ** 0.5
+    if r and float(result.S[0]):  # subnormal singular values are rounded to one quantum
+        rounding += torch.finfo(work).smallest_normal * torch.finfo(work).eps / float(result.S[0])
+    assert truth <= 1.1 * float(result.residual) + rounding
+    assert float(result.residual) <= 2 * truth + rounding
+
+
+@pytest.mark.parametrize("method", COLD)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), [(90, 90), (130, 60), (60, 130)])
+def test_factors_are_orthonormal_and_their_residual_is_what_is_said(
+    method: str, spectrum: str, m: int, n: int
+) -> None:
+    A, _, _, _ = draw(m, n, spectrum)
+    for rank in (1, 7, 33, 60):
+        assert_sound(A, truncated_svd(A, rank, method=method))
+
+
+@pytest.mark.parametrize("method", COLD)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("complement", [False, True])
+def test_leading_triplets_to_a_tolerance(method: str, spectrum: str, complement: bool) -> None:
+    A, U, S, V = draw(150, 110, spectrum)
+    rank = 27  # where "gap" has its gap
+    result = truncated_svd(A, rank, method=method, tol=2e-5, complement=complement)
+    assert bool(result.converged)
+    assert_sound(A, result)
+    error = (result.S.double() - S[:rank]).abs().max() / S[0]
+    assert error <= 30 * torch.finfo(torch.float32).eps
+    if spectrum != "flat":  # where no leading subspace is well defined
+        assert overlap(U, result.U) > 1 - 1e-4
+        assert overlap(V, result.V) > 1 - 1e-4
+    best = S[:rank].square().sum() / S.square().sum()
+    assert float(result.captured) == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", COLD)
+@pytest.mark.parametrize("shape", [(40, 40), (70, 33), (33, 70)])
+def test_hard_matrices(method: str, shape: tuple[int, int]) -> None:
+    m, n = shape
+    for name, A in hard_matrices(m, n):
+        for rank in (1, 5, min(m, n)):
+            result = truncated_svd(A, rank, method=method, complement=True)
+            assert_sound(A, result)
+            assert result.captured <= 1
+            # Subnormal singular values are rounded to 2**-149.
+            if rank == min(m, n) and name != "subnormal":
+                assert svd_ratio(A, result.U, result.S, result.V) < 30, (name, rank)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rank"),
+    [(1, 1, 1), (1, 9, 1), (9, 1, 1), (0, 5, 0), (5, 0, 0), (4, 3, 0), (3, 3, 3)],
+)
+@pytest.mark.parametrize("method", ["auto", *COLD])
+def test_the_smallest_matrices(method: str, m: int, n: int, rank: int) -> None:
+    A = torch.randn(m, n, generator=generator_for(m, n, rank))
+    result = truncated_svd(A, rank, method=method, complement=True)
+    assert_sound(A, result)
+    assert result.U_low is not None
+    assert result.U_low.shape == (m, m - rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("method", ["auto", *COLD])
+def test_dtypes(dtype: torch.dtype, method: str) -> None:
+    A, _, S, V = draw(80, 100, dtype=dtype)
+    result = truncated_svd(A, 10, method=method, tol=1e-5)
+    assert_sound(A, result)
+    assert overlap(V, result.V) > 1 - 1e-6
+    if dtype == torch.float64 and method == "exact":
+        torch.testing.assert_close(result.S, S[:10], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("method", ["auto", *COLD])
+@pytest.mark.parametrize("complement", [False, True])
+def test_a_list_gives_what_a_loop_gives(method: str, complement: bool) -> None:
+    shapes = [(60, 80), (300, 260), (60, 80), (80, 60), (300, 260), (12, 12)]
+    ranks = [5, 0.1, 0.5, 12, 30, 1]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16] * 2
+    As = [draw(*shape, dtype=dtype)[0] for shape, dtype in zip(shapes, dtypes, strict=False)]
+    options = {"method": method, "complement": complement}
+    together = truncated_svd(As, ranks, generator=generator_for(1), **options)
+    for A, rank, one in zip(As, ranks, together, strict=True):
+        assert_sound(A, one)
+        alone = truncated_svd(A, rank, generator=generator_for(1), **options)
+        assert alone.method == one.method
+        torch.testing.assert_close(one.S, alone.S, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.V, alone.V, rtol=0, atol=2e-3)
+        assert float(one.captured) == pytest.approx(float(alone.captured), rel=1e-5)
+
+
+def test_a_batch_is_a_list_of_its_matrices() -> None:
+    A = torch.stack([draw(40, 50, seed=seed)[0] for seed in range(6)]).reshape(2, 3, 40, 50)
+    result = truncated_svd(A, 8, complement=True, tol=1e-5)
+    assert result.U.shape == (2, 3, 40, 8)
+    assert result.V_low is not None
+    assert result.V_low.shape == (2, 3, 50, 42)
+    assert result.residual.shape == result.captured.shape == (2, 3)
+    assert result.converged is not None
+    assert bool(result.converged.all())
+    for one, matrix in zip(result.unbind(), A.flatten(0, 1), strict=True):
+        assert_sound(matrix, one)
+    empty = truncated_svd(A[:0], 8)
+    assert empty.U.shape == (0, 3, 40, 8)
+
+
+def test_signs_are_fixed_by_the_largest_element_of_v() -> None:
+    A, _, _, _ = draw(50, 40)
+    for method in COLD:
+        V = truncated_svd(A, 10, method=method).V
+        assert bool((V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all())
+        torch.testing.assert_close(
+            truncated_svd(-A, 10, method=method, generator=generator_for(2)).V,
+            truncated_svd(A, 10, method=method, generator=generator_for(2)).V,
+            rtol=0,
+            atol=1e-4,
+        )
+
+
+def test_randomness_comes_from_the_generator_alone() -> None:
+    A, _, _, _ = draw(300, 300)
+    before = torch.random.get_rng_state()
+    one, two, three = (
+        truncated_svd(A, 6, method="randomized", generator=generator_for(key)) for key in (1, 1, 2)
+    )
+    assert torch.equal(one.U, two.U)
+    assert not torch.equal(one.U, three.U)
+    assert torch.equal(before, torch.random.get_rng_state())
+    generator = generator_for(3)
+    state = generator.get_state()
+    truncated_svd(A, 6, method="gram", generator=generator)
+    assert torch.equal(state, generator.get_state())
+
+
+# --- warm starts ---------------------------------------------------------------------------
+
+
+def drifted(A: Tensor, share: float) -> Tensor:
+    noise = torch.randn(A.shape, generator=generator_for("drift", share))
+    return A + noise * (share * A.norm() / noise.norm())
+
+
+@pytest.mark.parametrize("start", ["result", "columns"])
+def test_a_warm_start_follows_a_small_drift_in_one_round(start: str) -> None:
+    A, _, _, _ = draw(200, 160)
+    earlier = truncated_svd(A, 20, method="exact")
+    moved = drifted(A, 1e-3)
+    warm = earlier if start == "result" else earlier.V
+    result = truncated_svd(moved, 20, method="warm", warm_start=warm)
+    assert (result.method, result.iterations) == ("warm", 1)
+    assert_sound(moved, result)
+    _, S, Vh = torch.linalg.svd(moved.double())
+    assert overlap(Vh.mT, result.V) > 0.999
+    best = float(S[:20].square().sum() / S.square().sum())
+    assert float(result.captured) > 0.9999 * best
+
+
+@pytest.mark.parametrize("columns", [5, 20, 40])
+@pytest.mark.parametrize(("m", "n"), [(200, 160), (160, 200)])
+def test_a_warm_start_goes_on_until_it_meets_tol(columns: int, m: int, n: int) -> None:
+    A, _, _, _ = draw(m, n)
+    earlier = truncated_svd(A, columns, method="exact")
+    moved = drifted(A, 0.3)
+    result = truncated_svd(moved, 20, method="warm", warm_start=earlier, tol=1e-5)
+    assert result.iterations > 1
+    assert bool(result.converged)
+    assert_sound(moved, result)
+
+
+def test_auto_drops_a_warm_start_that_does_not_fit() -> None:
+    A, _, _, _ = draw(100, 100)
+    earlier = truncated_svd(A, 20, method="exact")
+    other, _, _, V = draw(100, 100, seed=1)
+    assert truncated_svd(drifted(A, 1e-4), 20, warm_start=earlier).method == "warm"
+    result = truncated_svd(other, 20, warm_start=earlier)
+    assert result.method != "warm"
+    assert overlap(V, result.V) > 0.999
+
+
+def test_deflated_takes_the_low_block_alone() -> None:
+    """After updates that were kept out of the protected span, of a size that reorders triplets."""
+    A, _, _, _ = draw(90, 70)
+    earlier = truncated_svd(A, 42, method="exact", complement=True)
+    assert earlier.U_low is not None
+    assert earlier.V_low is not None
+    update = torch.randn(A.shape, generator=generator_for("update")) * 0.05
+    P, Q = earlier.U_low, earlier.V_low
+    moved = A + P @ (P.mT @ update @ Q) @ Q.mT
+    for rank in (10, 42, 60, 70):
+        result = truncated_svd(moved, rank, method="deflated", warm_start=earlier, complement=True)
+        truth = truncated_svd(moved.double(), rank, method="exact")
+        assert_sound(moved, result)
+        assert float(result.residual) < 1e-5
+        torch.testing.assert_close(result.S.double(), truth.S, rtol=1e-4, atol=1e-6)
+        assert overlap(truth.V, result.V) > 1 - 1e-5
+    assert truncated_svd(moved, 42, warm_start=earlier).method == "deflated"
+
+
+def test_deflated_says_when_weights_moved_in_the_protected_span() -> None:
+    A, _, _, _ = draw(90, 70)
+    earlier = truncated_svd(A, 42, method="exact", complement=True)
+    moved = drifted(A, 0.1)
+    result = truncated_svd(moved, 42, method="deflated", warm_start=earlier)
+    assert float(result.residual) > 1e-3
+    with pytest.warns(RuntimeWarning, match=r"residuals above tol=0.0001: A has"):
+        late = truncated_svd(moved, 42, method="deflated", warm_start=earlier, tol=1e-4)
+    assert not bool(late.converged)
+    assert truncated_svd(moved, 42, warm_start=earlier).method != "deflated"
+
+
+# --- stopping and memory -------------------------------------------------------------------
+
+
+def test_a_tolerance_that_is_missed_names_the_matrix() -> None:
+    easy, hard = draw(120, 120, "gap")[0], draw(120, 120, "flat")[0]
+    with pytest.warns(RuntimeWarning, match=r"residuals above tol=1e-05: A\[1\] has") as record:
+        results = truncated_svd([easy, hard], 30, method="randomized", niter=3, tol=1e-5)
+    assert len(record) == 1
+    assert "A[0]" not in str(record[0].message)
+    assert record[0].filename == __file__
+    assert bool(results[0].converged)
+    assert not bool(results[1].converged)
+
+
+def test_each_matrix_of_a_group_stops_where_it_would_alone() -> None:
+    As = [draw(160, 160, spectrum)[0] for spectrum in ("gap", "flat", "power law", "steep")]
+    together = truncated_svd(As, 12, method="randomized", tol=1e-4, generator=generator_for(5))
+    for A, one in zip(As, together, strict=True):
+        alone = truncated_svd(A, 12, method="randomized", tol=1e-4, generator=generator_for(5))
+        torch.testing.assert_close(one.S, alone.S, rtol=1e-5, atol=1e-6)
+        assert float(one.residual) == pytest.approx(float(alone.residual), rel=0.2, abs=1e-6)
+
+
+def test_a_small_workspace_gives_the_same_in_parts_with_one_warning() -> None:
+    As = [draw(60, 60, seed=seed)[0] for seed in range(7)]
+    options = {"method": "randomized", "generator": generator_for(1)}
+    whole = truncated_svd(As, 6, **options)
+    with pytest.raises(ValueError, match="at least") as refused:
+        truncated_svd(As, 6, **options, max_workspace_bytes=1)
+    each = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+    options["generator"] = generator_for(1)
+    with pytest.warns(RuntimeWarning, match=r"7 matrices of 60 × 60 .* 2 at a time") as record:
+        parts = truncated_svd(As, 6, **options, max_workspace_bytes=2 * each)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.V, other.V, rtol=0, atol=1e-5)
+
+
+def test_running_out_of_memory_takes_smaller_parts_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    As = [draw(60, 60, seed=seed)[0] for seed in range(7)]
+    whole = truncated_svd(As, 6, method="gram")
+    run, sizes = methods.run, []
+
+    def cramped(method: str, group: methods.Group, safe: bool) -> object:
+        sizes.append(len(group.As))
+        if len(group.As) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(method, group, safe)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods, "run", cramped)
+    with pytest.warns(RuntimeWarning, match="at a time") as record:
+        parts = truncated_svd(As, 6, method="gram")
+    assert len(record) == 1
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.V, other.V, rtol=0, atol=1e-5)
+
+
+def test_a_workspace_without_room_for_one_is_refused() -> None:
+    A = draw(60, 60)[0]
+    with pytest.raises(
+        ValueError, match=r"max_workspace_bytes to be at least \d+ for A \(60, 60\)"
+    ):
+        truncated_svd(A, 6, max_workspace_bytes=1000)
+
+
+def test_a_short_workspace_has_randomized_iterate_on_one_block() -> None:
+    A, _, _, V = draw(400, 400, "steep")
+    result = truncated_svd(A, 20, method="randomized", tol=1e-4, max_workspace_bytes=800_000)
+    assert bool(result.converged)
+    assert overlap(V, result.V) > 0.999
+    assert_sound(A, result)
+
+
+# --- bad input -----------------------------------------------------------------------------
+
+
+def test_singular_values_that_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected A to be small enough .* scale it down"):
+        truncated_svd(torch.full((9, 9), 3e38), 2)
+
+
+def test_nan_and_inf_name_the_matrices_and_how_many() -> None:
+    As = [draw(20, 30, seed=seed)[0] for seed in range(4)]
+    As[1][3, 4] = float("nan")
+    As[3][:, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"A\[1\] has 1 of 600, A\[3\] has 20 of 600"):
+        truncated_svd(As, 5)
+
+
+def test_no_solver_runs_before_all_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solver(*_: object) -> None:
+        raise AssertionError("a solver ran")
+
+    monkeypatch.setattr(methods, "run", solver)
+    good, bad = draw(20, 20)[0], torch.full((20, 20), torch.nan)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        truncated_svd([good, bad], 5)
+    with pytest.raises(ValueError, match="rank of A"):
+        truncated_svd([good, good], [5, 21])
+
+
+A = torch.zeros(6, 4)
+BAD = {
+    "rank above min(m, n)": ({"A": A, "rank": 5}, r"min\(m, n\) = 4 of a 6 × 4 matrix, got 5"),
+    "negative rank": ({"A": A, "rank": -1}, "between 0 and"),
+    "rank as a fraction above 1": ({"A": A, "rank": 1.5}, r"in \(0, 1\]"),
+    "rank no number": ({"A": A, "rank": "3"}, "rank to be int or float, got str"),
+    "boolean rank": ({"A": A, "rank": True}, "rank to be int or float, got bool"),
+    "too few ranks": ({"A": [A, A], "rank": [1]}, "for each of 2 matrices, got 1"),
+    "a vector": ({"A": A[0], "rank": 1}, "A to be a matrix"),
+    "a batch in a list": ({"A": [A[None]], "rank": 1}, r"A\[0\] to be a matrix"),
+    "no tensor": ({"A": [[1.0]], "rank": 1}, r"A\[0\] to be a tensor, got list"),
+    "integers": ({"A": A.int(), "rank": 1}, "float32, bfloat16, float16 or float64"),
+    "method": ({"A": A, "rank": 1, "method": "svd"}, 'one of "auto"'),
+    "tol": ({"A": A, "rank": 1, "tol": 0.0}, "tol to be a positive number"),
+    "niter": ({"A": A, "rank": 1, "niter": 0}, "niter to be at least 1"),
+    "oversample": ({"A": A, "rank": 1, "oversample": 2.5}, "oversample to be an int"),
+    "warm without a start": ({"A": A, "rank": 1, "method": "warm"}, "warm_start to be given"),
+    "warm of rows": (
+        {"A": A, "rank": 1, "warm_start": torch.zeros(2, 4)},
+        "Vh.mT if it holds rows",
+    ),
+    "deflated without low bases": (
+        {"A": A, "rank": 1, "method": "deflated", "warm_start": torch.zeros(4, 2)},
+        "complement=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused(what: str) -> None:
+    arguments, message = BAD[what]
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        truncated_svd(**arguments)  # type: ignore[arg-type]
+    assert str(caught.value).startswith("osf_kernels.truncated_svd: expected ")
+
+
+@pytest.mark.gpu
+def test_a_generator_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pass torch\.Generator"):
+        truncated_svd(A.cuda(), 1, generator=torch.Generator())
+
+
+def test_it_takes_no_part_in_autograd_and_writes_nothing() -> None:
+    weight = torch.nn.Parameter(draw(30, 20)[0])
+    kept = weight.detach().clone()
+    result = truncated_svd(weight, 4)
+    assert not result.U.requires_grad
+    assert torch.equal(weight.detach(), kept)
+
+
+def test_results_own_their_memory() -> None:
+    results = truncated_svd([draw(64, 64, seed=seed)[0] for seed in range(4)], 8, complement=True)
+    for result in results:
+        for x in (result.U, result.S, result.V, result.U_low, result.V_low):
+            assert x is not None
+            assert x.is_contiguous()
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    share=st.floats(0.01, 1),
+    exponent=st.integers(-120, 120),
+    zeroed=st.integers(0, 10),
+    method=st.sampled_from(["auto", *COLD]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_matrix_comes_out_sound(
+    m: int, n: int, share: float, exponent: int, zeroed: int, method: str, seed: int
+) -> None:
+    A = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    A[:, : min(zeroed, n)] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = truncated_svd(A * 2.0**exponent, share, method=method, complement=True)
+    scaled = result.S * 2.0**-exponent
+    unscaled = TruncatedSVD(
+        result.U,
+        scaled,
+        result.V,
+        result.residual,
+        result.captured,
+        0,
+        "",
+        U_low=result.U_low,
+        V_low=result.V_low,
+    )
+    assert_sound(A, unscaled)
