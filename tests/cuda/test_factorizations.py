@@ -114,14 +114,19 @@ def test_any_strides(layout: str) -> None:
         assert torch.equal(got, expected.expand_as(got))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "largest"), [(80, 288), (90, 340)])
-def test_the_largest_inverse_factor(capability: int, largest: int) -> None:
+def test_inverse_factors_that_fit(capability: int, largest: int) -> None:
+    """Refused one beyond; taken, a matrix of zeros ends at its first pivot."""
     limit = SHARED_LIMIT[capability]
-    G = f.gram(1, largest, 1e3, generator(largest))
-    f.assert_inverse_factors(G, *cholesky(G, shared_limit=limit))
+    assert cholesky(torch.zeros(1, largest, largest), shared_limit=limit)[1].tolist() == [1]
     with pytest.raises(EmulatorError, match="cholesky_inverse: the matrices do not fit"):
-        cholesky(torch.eye(largest + 1)[None], shared_limit=limit)
+        cholesky(torch.zeros(1, largest + 1, largest + 1), shared_limit=limit)
+
+
+@pytest.mark.slow
+def test_the_largest_inverse_factor() -> None:
+    G = f.gram(1, 340, 1e3, generator("largest"))
+    f.assert_inverse_factors(G, *cholesky(G, shared_limit=SHARED_LIMIT[90]))
 
 
 # --- SVD ------------------------------------------------------------------------------------
@@ -204,17 +209,26 @@ def test_nothing_is_launched_for_nothing() -> None:
         assert run([svd])[0].launches == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("capability", "largest"), [(80, 203), (90, 240)])
-def test_the_largest_svd(capability: int, largest: int) -> None:
-    """Rows and columns of a bidiagonal matrix, shuffled: few rotations, in every column."""
+@pytest.mark.parametrize(
+    ("capability", "rows", "largest"),
+    [(80, 0, 203), (90, 0, 240), (80, 1000, 41), (90, 1000, 57), (90, 58110, 1)],
+)
+def test_svds_that_fit(capability: int, rows: int, largest: int) -> None:
+    """Refused one beyond; taken, a matrix of NaN ends before the first sweep. 0 rows: square."""
     limit = SHARED_LIMIT[capability]
-    g = generator(largest)
-    M = torch.diag(torch.linspace(1, 2, largest)) + torch.diag(torch.full((largest - 1,), 1e-3), 1)
-    M = M[torch.randperm(largest, generator=g)][:, torch.randperm(largest, generator=g)]
-    f.assert_svd(M[None], *jacobi(M[None], shared_limit=limit))
+    fits = torch.full((1, rows or largest, largest), NAN)
+    assert jacobi(fits, shared_limit=limit)[3].tolist() == [-1]
     with pytest.raises(EmulatorError, match="jacobi_svd: the matrices do not fit"):
-        jacobi(torch.eye(largest + 1)[None], shared_limit=limit)
+        jacobi(torch.zeros(1, rows or largest + 1, largest + 1), shared_limit=limit)
+
+
+@pytest.mark.slow
+def test_the_largest_svd() -> None:
+    """Rows and columns of a bidiagonal matrix, shuffled: few rotations, in every column."""
+    l, g = 240, generator("largest")
+    M = torch.diag(torch.linspace(1, 2, l)) + torch.diag(torch.full((l - 1,), 1e-3), 1)
+    M = M[torch.randperm(l, generator=g)][:, torch.randperm(l, generator=g)]
+    f.assert_svd(M[None], *jacobi(M[None], shared_limit=SHARED_LIMIT[90]))
 
 
 @pytest.mark.slow

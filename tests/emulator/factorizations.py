@@ -45,7 +45,8 @@ def assert_inverse_factors(G: Tensor, inverse: Tensor, info: Tensor) -> None:
     """inverse = R⁻¹ of G = RᵀR, all on the CPU.
 
     In the measure of LAPACK's test POT01, where an inverse may lose the condition of R; and no
-    further from the truth than twice what torch makes of it in float32.
+    further from the truth than twice what torch makes of it in float32, beside what a rounding of
+    G alone may do (torch may be exact by luck).
     """
     l = G.shape[-1]
     assert info.tolist() == [0] * len(G)
@@ -57,10 +58,12 @@ def assert_inverse_factors(G: Tensor, inverse: Tensor, info: Tensor) -> None:
         torch.linalg.cholesky(whole.float(), upper=True), torch.eye(l), upper=True
     )
     R = torch.linalg.inv(inverse.double())
-    allowed = torch.linalg.cond(truth) * l * EPS * torch.linalg.matrix_norm(whole)
+    condition = torch.linalg.cond(truth)
+    allowed = condition * l * EPS * torch.linalg.matrix_norm(whole)
     assert (torch.linalg.matrix_norm(R.mT @ R - whole) < THRESHOLD * allowed).all()
     error, eager_error = (torch.linalg.matrix_norm(x.double() - truth) for x in (inverse, eager))
-    assert (error <= 2 * eager_error + l * EPS * torch.linalg.matrix_norm(truth)).all()
+    rounding = EPS * condition.square() * torch.linalg.matrix_norm(truth)
+    assert (error <= 2 * eager_error + rounding).all()
 
 
 def awkward_matrices(l: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -112,6 +115,7 @@ def awkward_matrices(l: int, generator: torch.Generator) -> dict[str, Tensor]:
         "largest number": torch.full((l, l), torch.finfo(torch.float32).max / (2 * l)),
         "near underflow": randn(l, l) * 1e-38,
         "subnormal": randn(l, l) * 1e-42,
+        "columns over the whole range": randn(l, l) * 10 ** (36 - 72 * fraction),
         "over the whole range": torch.diag(10 ** (38 - 74 * fraction)),
     }
     return {name: case.float() for name, case in cases.items()}

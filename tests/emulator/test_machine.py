@@ -137,6 +137,17 @@ def test_factorizations_need_their_barriers(kernel: str, file: str, only: str, n
 
 
 @pytest.mark.slow
+def test_sweeps_that_do_not_suffice_are_reported() -> None:
+    """Two sweeps: their number is in info, for a matrix that needs more, and U has its columns."""
+    few = build(mutations={"jacobi.cuh": replaced("kSweeps = 30;", "kSweeps = 2;")}, only="inst/j*")
+    g = torch.Generator().manual_seed(4)
+    job = factorizations.jacobi_job(torch.stack([torch.randn(16, 16, generator=g), torch.eye(16)]))
+    done = run([job], emulator=few)[0]
+    assert done[job.info].tolist() == [2, 0]
+    assert all(done[out].isfinite().all() for out in job[1:])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["", "ptx::cp_async_wait<STAGES - 1>();"])
 @pytest.mark.parametrize(
     ("file", "only", "job"),
