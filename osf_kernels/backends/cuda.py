@@ -29,7 +29,7 @@ import importlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,9 +42,11 @@ __all__ = [
     "build_info",
     "cholesky_inverse",
     "coefficients",
+    "gram",
     "jacobi_svd",
     "largest_cholesky",
     "largest_jacobi",
+    "multiply",
     "pack",
     "unavailable_reason",
     "update",
@@ -106,7 +108,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return reason
 
 
-def coefficients(jobs: Sequence[Coefficients]) -> None:
+def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None) -> None:
     """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
 
     Two launches for all jobs of one arithmetic (see the module's table): products into partial
@@ -117,15 +119,17 @@ def coefficients(jobs: Sequence[Coefficients]) -> None:
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each job on one device.
+        allow_tf32: instead of what torch's matmul precision says.
 
     Raises:
         TypeError: another dtype. BackendUnavailableError: no extension. RuntimeError: a call of
             the CUDA runtime failed; the message names it.
     """
     extension = _extension()
+    allow_tf32 = _tf32_allowed() if allow_tf32 is None else allow_tf32
     for device, mine in _by_device(jobs).items():
         records = pack(mine, Tensor.data_ptr)
-        index, allow_tf32 = _index(device), _tf32_allowed()
+        index = _index(device)
         with torch.cuda.device(device):
             size = extension.coefficients_workspace_bytes(records, index, allow_tf32)
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -149,6 +153,33 @@ def update(jobs: Sequence[Update]) -> None:
         records = pack(mine, Tensor.data_ptr)
         stream = torch.cuda.current_stream(device).cuda_stream
         extension.update(records, _index(device), _tf32_allowed(), stream)
+
+
+def multiply(As: Sequence[Tensor], Q: Tensor, out: Tensor, *, transpose: bool = False) -> None:
+    """out[i] = A_i Q[i], or A_iᵀ Q[i], in float32 accuracy: coefficients of one side.
+
+    Args, returns and raises: as ``backends.triton.multiply``, with as many launches as
+    :func:`coefficients` takes.
+    """
+    shared = len(Q) == 1
+    jobs = [
+        Coefficients(A.mT if transpose else A, None, Q[0 if shared else i], None, out[i])
+        for i, A in enumerate(As)
+    ]
+    coefficients(jobs, allow_tf32=False)
+
+
+def gram(As: Sequence[Tensor], out: Tensor, *, side: Literal["left", "right"] = "right") -> None:
+    """out[i] = A_iᵀ A_i, or A_i A_iᵀ on the left, exactly symmetric: the upper triangle's products.
+
+    Args and raises: as ``backends.triton.gram``. Both triangles are computed; Triton's kernel
+    does half of that.
+    """
+    sides = [A if side == "right" else A.mT for A in As]
+    coefficients(
+        [Coefficients(X, X, None, out[i], None) for i, X in enumerate(sides)], allow_tf32=False
+    )
+    out.copy_(torch.triu(out) + torch.triu(out, 1).mT)
 
 
 def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +225,7 @@ def jacobi_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """M = U diag(S) Vᵀ by one-sided Jacobi, for every matrix of a batch.
 
     One launch, a matrix a block, its columns in shared memory. Matrices are scaled by a power of
-    two, so none over- or underflows, and where M = B D with D diagonal and B well conditioned,
+    two, so none over- or underflows, and where M = D B or B D with D diagonal and B orthogonal,
     small singular values are as accurate relative to themselves as large ones. A singular value
     below 2⁻¹²⁰ S[0] may come out as zero. Draws no random numbers, never synchronizes, and two
     calls agree bit for bit, as does a batch with a loop over it.
@@ -212,8 +243,8 @@ def jacobi_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         TypeError: another dtype. ValueError: another shape or device, p < l, or too large.
         BackendUnavailableError: no extension. RuntimeError: a call of the CUDA runtime failed.
 
-    Source: Hestenes 1958; the order of pairs, Brent & Luk 1985; the longer column first, de Rijk
-    1989; relative accuracy, Demmel & Veselić 1992.
+    Source: Hestenes 1958; the order of pairs, Brent & Luk 1985; the triangular start, Drmač &
+    Veselić 2008; relative accuracy, Demmel & Veselić 1992 and Cox & Higham 1998.
     """
     cuda_factor.check_tall(M)
     cuda_factor.check_columns(M, largest_jacobi(M.device, square=False, rows=max(M.shape[1], 1)))

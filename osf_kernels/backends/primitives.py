@@ -118,9 +118,8 @@ def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
         0 or the index from 1 of the first pivot that isn't positive. Never synchronizes on
         cuda's kernels; torch's own factorization doesn't either.
     """
-    name = _factorization_backend(G, "largest_cholesky")
-    if name != "torch":
-        pair: tuple[Tensor, Tensor] = backends.module(name).cholesky_inverse(G)
+    if cholesky_backend(G) == "cuda":
+        pair: tuple[Tensor, Tensor] = backends.module("cuda").cholesky_inverse(G)
         return pair
     R, info = torch.linalg.cholesky_ex(G, upper=True)
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
@@ -149,15 +148,26 @@ def small_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def small_svd_backend(M: Tensor) -> str:
     """Who computes :func:`small_svd`: "cuda" or "torch"."""
-    return _factorization_backend(M, "largest_jacobi")
+    if not _may_factorize(M):
+        return "torch"
+    cuda = backends.module("cuda")
+    held: int = cuda.largest_jacobi(M.device, square=False, rows=max(1, M.shape[-2]))
+    return "cuda" if M.shape[-1] <= held else "torch"
 
 
-def _factorization_backend(x: Tensor, largest: str) -> str:
-    """ "cuda" where its kernel holds the matrix and wasn't ruled out, else "torch"."""
-    requested = backends.requested()
-    if x.device.type != "cuda" or x.dtype != torch.float32 or requested not in ("auto", "cuda"):
+def cholesky_backend(G: Tensor) -> str:
+    """Who computes :func:`cholesky_inverse`: "cuda" or "torch"."""
+    if not _may_factorize(G):
         return "torch"
-    if backends.unavailable_reason("cuda", x.device) is not None:
-        return "torch"
-    held: int = getattr(backends.module("cuda"), largest)(x.device)
-    return "cuda" if max(x.shape[-2:]) <= held else "torch"
+    held: int = backends.module("cuda").largest_cholesky(G.device)
+    return "cuda" if G.shape[-1] <= held else "torch"
+
+
+def _may_factorize(x: Tensor) -> bool:
+    """Whether the extension may factorize x: on its device, in its dtype, not ruled out."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype == torch.float32
+        and backends.requested() in ("auto", "cuda")
+        and backends.unavailable_reason("cuda", x.device) is None
+    )

@@ -16,7 +16,7 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.small import leading_svd, polished, relative_to
 
-# How far from orthonormal the first pass of CholeskyQR, and projecting once more, may leave a block:
+# How far from orthonormal the first pass of CholeskyQR and projecting once more may leave a block:
 # the second pass squares it, to rounding.
 SECOND_PASS_LIMIT = 1e-2
 

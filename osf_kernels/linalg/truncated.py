@@ -139,7 +139,7 @@ def truncated_svd(
         return results
     if not results:  # an empty batch: the shapes of one matrix's factors
         one = torch.zeros(A.shape[-2:], dtype=A.dtype, device=A.device)
-        results = [truncated_svd(one, rank, tol=tol, method="exact", complement=complement)]
+        results = truncated_svd([one], rank, tol=tol, method="exact", complement=complement)
     return results[0] if A.dim() == 2 else _stacked(results, A.shape[:-2])
 
 

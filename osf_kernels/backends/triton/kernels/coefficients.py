@@ -156,19 +156,19 @@ def reduction_tile(
     for inner in range(first, tl.minimum(first + part_length, basis[3]), BLOCK_K):
         steps = inner + tl.arange(0, BLOCK_K)
         if TRANSPOSED:
-            x_tile = tl.trans(load_tile(x, steps, rows, X_LAYOUT))
+            x_tile = load_tile(x, steps, rows, X_LAYOUT)
         else:
             x_tile = load_tile(x, rows, steps, X_LAYOUT)
         basis_tile = load_tile(basis, steps, ranks, BASIS_LAYOUT)
+        if not ACCURATE:
+            x_tile = operand(x_tile, DOT, INTERPRET)
+            basis_tile = operand(basis_tile, DOT, INTERPRET)
+        if TRANSPOSED:
+            x_tile = tl.trans(x_tile)
         if ACCURATE:
             values += accurate_product(x_tile, basis_tile, PRECISION, INTERPRET)
         else:
-            values = tl.dot(
-                operand(x_tile, DOT, INTERPRET),
-                operand(basis_tile, DOT, INTERPRET),
-                values,
-                input_precision=PRECISION,
-            )
+            values = tl.dot(x_tile, basis_tile, values, input_precision=PRECISION)
 
     if parts == 1:
         store_result(
