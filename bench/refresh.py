@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import report
 from bench.contenders import OURS, first_line
-from bench.decompositions import LOWRANK, SVD, Contender, Results, contenders
+from bench.decompositions import LOWRANK, LOWRANK_ITERATIONS, SVD, Contender, Results, contenders
 from bench.spectra import Problem, Truth, ranks_of, shown
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_kernels.testing import orthonormality_ratio
@@ -187,14 +187,14 @@ def measure(
     rounds: int,
     *,
     curve: bool = True,
-    peers: bool = True,
+    lowrank: Sequence[int] = LOWRANK_ITERATIONS,
     memory: bool = True,
     say: Callable[[str], object] = lambda _: None,
 ) -> list[RefreshRow]:
     """The rows of a problem at several ranks, everyone interleaved. 0 rounds: the gate alone.
 
     Args:
-        curve, peers: as in ``decompositions.contenders``.
+        curve, lowrank: as in ``decompositions.contenders``.
         memory: measure what ours by method="auto" and linalg.svd allocate, in a run of its own.
 
     Raises what the library raises; a peer that can't run gets a row that says why.
@@ -206,7 +206,7 @@ def measure(
     known: dict[str, Results] = {}
     allocated: dict[str, int] = {}
     for rank in ranks:
-        for contender in contenders(problem, rank, curve=curve, peers=peers):
+        for contender in contenders(problem, rank, curve=curve, lowrank=lowrank):
             say(f"{shown(rank)}, checking {contender.name}")
             row = examine(problem, rank, contender, known)
             key = contender.name if contender.rankless else f"{contender.name} {shown(rank)}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bench import accuracy_plot, refresh_auto, refresh_suite, report
+from bench.decompositions import LOWRANK_ITERATIONS
 from bench.models import Rank
 from bench.refresh import RefreshRow, case_table, comparisons, failed
 from bench.refresh_suite import Job
@@ -100,7 +101,7 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         arguments.layers,
         device,
         curve=not arguments.no_curve,
-        peers=not arguments.no_peers,
+        lowrank=() if arguments.no_peers else LOWRANK_ITERATIONS,
     )
     layers = 0 if arguments.quick else refresh_suite.MINILM_LAYERS
     figures = refresh_suite.figures(figures_size, layers, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import osf_torch
-from osf_kernels import Basis
+from osf_kernels import Basis, TruncatedSVD
 
 TEMPERATURE = 0.05
 LEARNING_RATE = 2e-4
@@ -75,26 +76,62 @@ class Triplets(NamedTuple):
     smaller_V: Tensor | Basis
 
 
-def top_triplets(weight: Tensor, rho: float) -> Triplets:
-    """ρ of the shorter side of them, at least one, from ``torch.linalg.svd`` in float64.
+def triplets_of(svd: TruncatedSVD) -> Triplets:
+    """The triplets of a decomposition, with the low bases that are no wider than the high ones.
 
-    Rounded to the weight's dtype at the end: the columns of a float32 decomposition of these
-    weights are orthonormal to 2e-5 only and reproduce the weight to 1e-6, which would be most
-    of what leaks and drifts afterwards.
+    Such a basis is taken from the decomposition, or completes its columns by QR.
     """
-    rank = max(1, round(rho * min(weight.shape)))
-    U, S, Vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
 
-    def split(columns: Tensor) -> tuple[Tensor, Tensor | Basis]:
-        """The first ``rank`` columns, and the rest where it is all of their complement."""
-        high, low = (
-            part.to(weight.dtype).contiguous() for part in (columns[:, :rank], columns[:, rank:])
-        )
-        whole = columns.shape[0] == columns.shape[1]
-        return high, Basis(low, "low") if whole and low.shape[1] <= rank else high
+    def smaller(high: Tensor, low: Tensor | None) -> Tensor | Basis:
+        size, rank = high.shape
+        if size - rank > rank:
+            return high
+        if low is None:
+            low = torch.linalg.qr(high.double(), mode="complete").Q[:, rank:].to(high.dtype)
+        return Basis(low, "low")
 
-    (U, smaller_U), (V, smaller_V) = split(U), split(Vh.mT)
-    return Triplets(U, S[:rank].to(weight.dtype), V, smaller_U, smaller_V)
+    return Triplets(svd.U, svd.S, svd.V, smaller(svd.U, svd.U_low), smaller(svd.V, svd.V_low))
+
+
+class Refreshed(NamedTuple):
+    """A model's 2-D weights by one refresh, and what a loop of torch.linalg.svd took for them."""
+
+    subspaces: osf_torch.Subspaces
+    triplets: dict[str, Triplets]
+    seconds: float
+    loop_seconds: float
+
+    @property
+    def residual(self) -> float:
+        """The worst, relative to σ₁."""
+        return max(entry.residual for entry in self.subspaces.values())
+
+    @property
+    def methods(self) -> str:
+        """How many matrices by which method."""
+        taken = [entry.method for entry in self.subspaces.values()]
+        return ", ".join(f"{taken.count(name)} by {name}" for name in dict.fromkeys(taken))
+
+
+def refreshed(model: nn.Module, rho: float, say: Callable[[str], object]) -> Refreshed:
+    """``osf_torch.refresh`` of every 2-D weight at ρ, and the loop that it stands for.
+
+    Each runs once, one after the other, both in float32.
+    """
+    weights = matrices(model)
+    say(f"refreshing {len(weights)} weights")
+    started = time.perf_counter()
+    subspaces = osf_torch.refresh(model, rho, filter="*", keep="all", progress=False)
+    seconds = time.perf_counter() - started
+    triplets = {}
+    for name, entry in subspaces.items():
+        assert entry.svd is not None
+        triplets[name] = triplets_of(entry.svd)
+    say(f"torch.linalg.svd of {len(weights)} weights in a loop")
+    started = time.perf_counter()
+    for weight in weights.values():
+        torch.linalg.svd(weight.detach(), full_matrices=False)
+    return Refreshed(subspaces, triplets, seconds, time.perf_counter() - started)
 
 
 class Squares(NamedTuple):
@@ -148,7 +185,7 @@ def raw_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def train(
     model: nn.Module,
-    triplets: Mapping[str, Triplets],
+    subspaces: Mapping[str, osf_torch.Subspace],
     todo: Sequence[Batch],
     *,
     restore: bool,
@@ -158,7 +195,6 @@ def train(
     weights = matrices(model)
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    subspaces = {n: osf_torch.Subspace(U=t.U, V=t.V, S=t.S) for n, t in triplets.items()}
     guard = osf_torch.protect(model, subspaces, optimizer=optimizer, restore=restore)
     run = Run()
 

@@ -215,7 +215,7 @@ def test_a_wrong_result_of_ours_gets_no_speed(monkeypatch: pytest.MonkeyPatch) -
         return [dataclasses.replace(svd, V=svd.V * 1.1) for svd in real(*args, **options)]  # type: ignore[call-overload]
 
     monkeypatch.setattr(osf_kernels, "truncated_svd", off)
-    rows = refresh.measure(problem(), [6], 1, curve=False, peers=False, memory=False)
+    rows = refresh.measure(problem(), [6], 1, curve=False, lowrank=(), memory=False)
     ours, svd = rows
     assert ours.status.startswith("wrong: columns orthonormal")
     assert refresh.failed(ours)

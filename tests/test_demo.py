@@ -13,7 +13,10 @@ from torch import Tensor
 
 pytest.importorskip("rich", reason="the demo draws with rich")
 
+import osf_kernels
 from bench import contenders, corpus, demo, minilm, training
+from osf_kernels.testing import orthonormality_ratio
+from osf_torch import Decomposition, Subspaces
 
 SMALL = minilm.Config(
     vocab_size=50,
@@ -140,21 +143,36 @@ def test_every_matrix_has_a_kind() -> None:
 
 
 def triplets(m: int, n: int, r: int) -> training.Triplets:
-    return training.top_triplets(torch.randn(m, n), r / min(m, n))
+    return training.triplets_of(osf_kernels.truncated_svd(torch.randn(m, n), r))
 
 
-def test_triplets_are_the_top_ones() -> None:
+@pytest.mark.parametrize("complement", [False, True])
+def test_triplets_hold_the_narrower_basis_of_each_side(complement: bool) -> None:
     weight = torch.randn(40, 24)
-    top = training.top_triplets(weight, 0.25)
-    values = torch.linalg.svdvals(weight.double())
-    torch.testing.assert_close(top.S.double(), values[:6], rtol=1e-6, atol=0)
-    torch.testing.assert_close(weight @ top.V, top.U * top.S, atol=1e-5, rtol=0)
-    defect = (top.U.double().mT @ top.U.double() - torch.eye(6).double()).abs().max()
-    assert defect < 1e-7
+    svd = osf_kernels.truncated_svd(weight, 12, complement=complement)
+    top = training.triplets_of(svd)
+    assert top.smaller_U is top.U
+    low = top.smaller_V
+    assert isinstance(low, osf_kernels.Basis)
+    assert low.spans == "low"
+    assert low.columns.shape == (24, 12)
+    assert float((low.columns.mT @ top.V).norm()) < 1e-5
+    assert orthonormality_ratio(low.columns) < 30
 
 
-def test_rank_is_at_least_one() -> None:
-    assert training.top_triplets(torch.randn(2, 30), 0.1).S.shape == (1,)
+def test_refreshing_takes_every_matrix_and_the_time_of_the_loop() -> None:
+    model = small_encoder()
+    said: list[str] = []
+    found = training.refreshed(model, 0.5, said.append)
+    assert set(found.subspaces) == set(found.triplets) == set(training.matrices(model))
+    assert [s.rank for s in found.subspaces.values()] == [
+        max(1, round(0.5 * min(p.shape))) for p in training.matrices(model).values()
+    ]
+    assert found.seconds > 0
+    assert found.loop_seconds > 0
+    assert found.residual < 1e-5
+    assert sum(int(part.split()[0]) for part in found.methods.split(", ")) == len(found.subspaces)
+    assert len(said) == 2
 
 
 def test_squares_are_those_of_the_formula() -> None:
@@ -218,9 +236,10 @@ def test_a_run_projects_every_gradient_and_restore_pins(restore: bool) -> None:
     model = small_encoder()
     before = {name: p.detach().clone() for name, p in training.matrices(model).items()}
     todo = small_batches(4)
-    bases = {name: training.top_triplets(p, 0.5) for name, p in before.items()}
+    found = training.refreshed(model, 0.5, lambda _: None)
+    bases = found.triplets
     raw = training.raw_gradients(model, todo[0])
-    run = training.train(model, bases, todo, restore=restore)
+    run = training.train(model, found.subspaces, todo, restore=restore)
     assert len(run.losses) == 4
     assert set(run.projected) == set(run.change) == set(before)
     for name, g in run.projected.items():
@@ -256,11 +275,30 @@ def line(kind: str = "ffn up", **changes: object) -> demo.Line:
     return demo.Line(kind, **(values | changes))  # type: ignore[arg-type]
 
 
+def bases(seconds: float = 2.0, residual: float = 1e-6) -> training.Refreshed:
+    one = Decomposition(
+        U=None,
+        V=None,
+        svd=None,
+        shape=(4, 4),
+        rank=2,
+        method="gram",
+        iterations=1,
+        residual=residual,
+        captured=0.9,
+        converged=None,
+        seconds=seconds,
+    )
+    return training.Refreshed(Subspaces({"w": one}, seed=0), {}, seconds, 5.0)
+
+
 FALLING = [1.0, 0.9, 0.8, 0.7]
 
 
 def test_verdict_says_what_was_measured() -> None:
-    held, sentence = demo.verdict([line(leak=5e-7), line(demo.EVERYTHING, count=39)], FALLING)
+    held, sentence = demo.verdict(
+        [line(leak=5e-7), line(demo.EVERYTHING, count=39)], FALLING, bases()
+    )
     assert held
     for figure in (
         "39 trained matrices",
@@ -268,6 +306,8 @@ def test_verdict_says_what_was_measured() -> None:
         "worst leak 5e-07",
         "10.0% to 2e-06",
         "1.000 to 0.700",
+        "2.0 s where torch.linalg.svd in a loop took 5.0 s",
+        "(residual 1e-06)",
         "100 ms",
         "2.00 times",
         "1.10 times",
@@ -287,7 +327,7 @@ def test_verdict_says_what_was_measured() -> None:
 def test_verdict_fails_when_one_kind_fails(
     changes: dict[str, object], losses: list[float], reason: str
 ) -> None:
-    held, sentence = demo.verdict([line(), line(**changes), line(demo.EVERYTHING)], losses)
+    held, sentence = demo.verdict([line(), line(**changes), line(demo.EVERYTHING)], losses, bases())
     assert not held
     assert sentence.startswith("Not shown: ")
     assert reason in sentence
@@ -295,12 +335,27 @@ def test_verdict_fails_when_one_kind_fails(
 
 def test_verdict_fails_when_slower_or_restoring_did_little() -> None:
     slow = {contenders.OURS: 300.0, contenders.HAND: 110.0, contenders.NAIVE: 200.0}
-    held, sentence = demo.verdict([line(), line(demo.EVERYTHING, times_ms=slow)], FALLING)
+    held, sentence = demo.verdict([line(), line(demo.EVERYTHING, times_ms=slow)], FALLING, bases())
     assert not held
     assert "project_many_ (300 ms) was no faster than the formula as written" in sentence
-    held, sentence = demo.verdict([line(), line(demo.EVERYTHING, drift=1e-5)], FALLING)
+    held, sentence = demo.verdict([line(), line(demo.EVERYTHING, drift=1e-5)], FALLING, bases())
     assert not held
     assert "tenfold" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"residual": 1e-4}, "the residual is 1.0e-04, above 1e-05"),
+        ({"seconds": 6.0}, "refresh (6.0 s) was no faster than torch.linalg.svd in a loop (5.0 s)"),
+    ],
+)
+def test_verdict_fails_when_the_bases_are_wrong_or_late(
+    changes: dict[str, float], reason: str
+) -> None:
+    held, sentence = demo.verdict([line(), line(demo.EVERYTHING)], FALLING, bases(**changes))
+    assert not held
+    assert reason in sentence
 
 
 def test_table_says_where_to_find_a_missing_time() -> None:
@@ -323,7 +378,7 @@ def test_times_cover_every_kind_and_say_why_one_is_missing(
 
     monkeypatch.setattr(contenders, "compiled", lambda mode="complement": refuse)
     model = small_encoder()
-    bases = {n: training.top_triplets(p.detach(), 0.5) for n, p in training.matrices(model).items()}
+    bases = training.refreshed(model, 0.5, lambda _: None).triplets
     gradients = {n: torch.randn_like(p) for n, p in training.matrices(model).items()}
     kept = {n: g.clone() for n, g in gradients.items()}
     times, why = demo.times_by_kind(gradients, bases, 2, lambda _: None)

@@ -26,9 +26,9 @@ class Subspace:
         U: (m, r) orthonormal columns, a Basis, or None for an unprotected side.
         V: (n, k) likewise.
         S: (r,) singular values when U, S, V are triplets of the weight and both bases are high:
-            then the protected part is known without a copy. Take them from a float64 SVD, rounded
-            once: the columns of a float32 one are orthonormal to 2e-5 on trained weights only, and
-            that is what leaks and drifts.
+            then the protected part is known without a copy. Their columns must be orthonormal to
+            rounding, as those of ``refresh`` are; of a float32 torch.linalg.svd they are so to
+            2e-5 only on trained weights, and that is what leaks and drifts.
         protected: (m, n) W_ref − P(W_ref), instead of S. Where neither is given, ``protect``
             computes it from the weight as it stands.
     """
@@ -73,7 +73,7 @@ def protect(
 
     Args:
         model: its 2-D (or batched) parameters named in ``subspaces`` are protected.
-        subspaces: by parameter name as in ``model.named_parameters()``.
+        subspaces: by parameter name as in ``model.named_parameters()``; ``refresh`` makes them.
         optimizer: the one that steps the model; required for when="step" and for restore.
         when: "step" projects all gradients in one list call in the optimizer's step pre-hook;
             "backward" projects each gradient when it has been accumulated; "auto" takes "step"
