@@ -114,6 +114,7 @@ def products_of(
     m, n = (1024, 1024) if aligned else (1023, 1021)
     A = torch.empty(m, n, dtype=dtype)
     if isinstance(config, configs.TwoPass):
+        products = config
         Q, out = torch.empty(n, rank), torch.empty(m, rank)
         job = Coefficients(A, None, Q, None, out)
         if transposed:
@@ -122,7 +123,7 @@ def products_of(
             [job],
             fill=4096,
             float32_precision=precision,
-            choose=lambda *_: config,
+            choose=lambda *_: products,
             accurate=True,
         )
         return batch.launches[0]

@@ -81,7 +81,8 @@ def check_gram(
     config: configs.Gram | None = GRAM,
 ) -> Tensor:
     left = torch.stack([A.mT if side == "right" else A for A in As])
-    out = guarded(*left.shape[:2], left.shape[1])
+    batch, size, _ = left.shape
+    out = guarded(batch, size, size)
     backend.gram(As, out, side=side, config=config)
     assert_gram(As, out, side)
     assert_kept(out)

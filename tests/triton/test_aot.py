@@ -173,7 +173,7 @@ def test_gate_reports_a_running_sum_in_the_tensor_cores() -> None:
 def test_product_rows_are_all_reachable() -> None:
     for architecture in configs.ARCHITECTURES:
         for name in ("bfloat16", "float16", "float32"):
-            chosen = {configs.SUM_GRAM}
+            chosen: set[configs.Config] = {configs.SUM_GRAM}
             for size in (1, 16, 64, 65, 128, 129, 5000):
                 chosen.add(configs.multiply_config(architecture, name, size))
                 chosen.add(configs.gram_config(architecture, name, size))

@@ -151,7 +151,7 @@ _TWO_PASS: dict[str, dict[int, tuple[TwoPass, TwoPass]]] = {
     },
     "sm_100": {
         2: (TwoPass(128, 64, 64, 4, 3, 2), TwoPass(128, 64, 128, 8, 4, 1)),
-        4: (TwoPass(64, 32, 64, 4, 3, 3), TwoPass(128, 32, 64, 8, 3, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "gfx942": {
         2: (TwoPass(128, 64, 64, 8, 2, 1), TwoPass(128, 32, 128, 8, 2, 1)),
