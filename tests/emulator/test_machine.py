@@ -117,7 +117,8 @@ def factorization_job(kernel: str) -> factorizations.CholeskyJob | factorization
     ("kernel", "file", "only", "nth"),
     [
         ("cholesky", "cholesky.cu", "cholesky.cu", 1),
-        ("jacobi", "jacobi.cuh", "inst/jacobi_*.cu", 2),
+        ("jacobi", "triangular.cuh", "inst/jacobi_*.cu", 2),
+        ("jacobi", "jacobi.cuh", "inst/jacobi_*.cu", 1),
         ("jacobi", "jacobi.cuh", "inst/jacobi_*.cu", 6),
     ],
 )
