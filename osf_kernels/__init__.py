@@ -12,7 +12,8 @@ from osf_kernels._version import __version__
 from osf_kernels.backends import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError
-from osf_kernels.linalg.orthonormal import orthonormalize
+from osf_kernels.linalg.extension import extend_basis
+from osf_kernels.linalg.orthonormal import orthonormalize, polar
 from osf_kernels.linalg.result import TruncatedSVD
 from osf_kernels.linalg.truncated import truncated_svd
 from osf_kernels.ops.halves import apply_, coefficients
@@ -29,8 +30,10 @@ __all__ = [
     "__version__",
     "apply_",
     "coefficients",
+    "extend_basis",
     "orthonormalize",
     "plan",
+    "polar",
     "project",
     "project_",
     "project_many_",

@@ -229,7 +229,7 @@ def orthonormality_ratio(Q: Tensor) -> float:
     m, r = Q.shape[-2:]
     columns = Q.double()
     defect = torch.eye(r, dtype=torch.float64, device=Q.device) - columns.mT @ columns
-    norm = torch.linalg.matrix_norm(defect, ord=1).max() if r else torch.zeros(())
+    norm = torch.linalg.matrix_norm(defect, ord=1).max() if defect.numel() else 0.0
     return float(norm / (max(m, 1) * torch.finfo(Q.dtype).eps))
 
 

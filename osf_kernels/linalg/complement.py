@@ -11,7 +11,7 @@ from osf_kernels.backends import primitives
 _BLOCK = 64
 
 
-def complement(Q: Tensor) -> Tensor:
+def complement(Q: Tensor, columns: int | None = None) -> Tensor:
     """P with [Q, P] orthogonal: PᵀP = I, PᵀQ = 0.
 
     For every orthogonal Z, H = I − W M⁻¹ Wᵀ with W = Q + [Z; 0] and M = I + ZᵀQ₁, where Q₁ are
@@ -23,9 +23,10 @@ def complement(Q: Tensor) -> Tensor:
 
     Args:
         Q: (b, m, r) with r ≤ m, orthonormal columns.
+        columns: how many of the m − r, from the first; None for all.
 
     Returns:
-        P (b, m, m − r) of the working dtype, as orthonormal, and as orthogonal to Q, as the
+        P (b, m, columns) of the working dtype, as orthonormal, and as orthogonal to Q, as the
         columns of Q are to each other.
 
     Mutates nothing; doesn't synchronize; draws no random numbers.
@@ -35,13 +36,13 @@ def complement(Q: Tensor) -> Tensor:
     """
     Q = Q.to(primitives.working_dtype(Q.dtype))
     b, m, r = Q.shape
-    P = Q.new_empty(b, m, m - r)
+    wanted = m - r if columns is None else min(columns, m - r)
+    P = Q.new_empty(b, m, wanted)
     if P.numel() == 0:
         return P
-    top, bottom = Q[:, :r], Q[:, r:]
-    LU, Z = _factors(top)
+    LU, Z = _factors(Q[:, :r])
     # M = Zᵀ(Q₁ + Z) = Zᵀ L Z U, so M⁻ᵀ = Zᵀ L⁻ᵀ Z U⁻ᵀ.
-    X = torch.linalg.solve_triangular(LU.mT, bottom.mT, upper=False)
+    X = torch.linalg.solve_triangular(LU.mT, Q[:, r : r + wanted].mT, upper=False)
     blocks = [slice(i, min(i + _BLOCK, r)) for i in range(0, r, _BLOCK)]
     for i, at in enumerate(blocks):
         X[:, at] = Z[i] @ X[:, at]

@@ -11,7 +11,7 @@ synchronize anyway.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,8 +26,17 @@ from osf_kernels.ops._validation import DTYPES, require_tensor
 _SLACK = 8.0
 _PASSES = 3
 
+# Newton–Schulz reaches σ_min/σ₁ = _POLAR_REACH, by bounds that overestimate by about √r, in
+# _POLAR_STEPS; beyond, the SVD costs less.
+_POLAR_REACH = 1e-5
+_POLAR_STEPS = 17
 
-def orthonormalize(Y: Tensor, *, return_rank: bool = False) -> Any:
+
+@overload
+def orthonormalize(Y: Tensor, *, return_rank: Literal[False] = False) -> Tensor: ...
+@overload
+def orthonormalize(Y: Tensor, *, return_rank: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def orthonormalize(Y: Tensor, *, return_rank: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Q with QᵀQ = I and range(Q) ⊇ range(Y).
 
     Where Y has full numerical rank, Q is the Q of Y's QR factorization with a positive diagonal
@@ -36,8 +45,8 @@ def orthonormalize(Y: Tensor, *, return_rank: bool = False) -> Any:
     them; then no column belongs to one of Y's.
 
     The numerical rank counts the singular values of Y with its columns scaled to unit norm that
-    exceed 4·√m·eps·σ₁. So it doesn't depend on the scale of a column, a column of 1e-30 counts,
-    and a zero column doesn't.
+    exceed 4·√m·eps·σ₁, with eps of Q's dtype: what is given in bfloat16 is taken to be exact. So
+    it doesn't depend on the scale of a column; one of 1e-30 counts, and a zero column doesn't.
 
     Args:
         Y: (..., m, r) with m ≥ r, float32, bfloat16, float16 or float64.
@@ -45,7 +54,8 @@ def orthonormalize(Y: Tensor, *, return_rank: bool = False) -> Any:
 
     Returns:
         Q (..., m, r), float32 (float64 of a float64 Y), orthonormal to a few eps: LAPACK's ratio
-        ‖I − QᵀQ‖₁ / (m·eps) is under 30 whatever Y is. With return_rank also the rank, (...)
+        ‖I − QᵀQ‖₁ / (m·eps) is under 30 whatever Y is. Every column of Y lies in range(Q) but for
+        some √r·eps of its norm. With return_rank also the rank, (...)
         int64.
 
     Raises:
@@ -60,6 +70,33 @@ def orthonormalize(Y: Tensor, *, return_rank: bool = False) -> Any:
     _admit("orthonormalize", Y)
     Q, rank = _orthonormalize(Y)
     return (Q, rank) if return_rank else Q
+
+
+def polar(Y: Tensor) -> Tensor:
+    """Q = Y (YᵀY)^(-1/2): of all matrices with orthonormal columns the nearest to Y.
+
+    Where Y is rank deficient the nearest one isn't unique; Q is then U Vᵀ of an SVD of Y.
+
+    Args:
+        Y: (..., m, r) with m ≥ r, float32, bfloat16, float16 or float64.
+
+    Returns:
+        Q (..., m, r), float32 (float64 of a float64 Y), orthonormal as orthonormalize's; QᵀY is
+        symmetric positive semidefinite to rounding of ‖Y‖.
+
+    Raises:
+        TypeError, ValueError: as orthonormalize.
+
+    Mutates nothing; synchronizes once, and again only where a matrix takes the safe path; draws
+    no random numbers; not differentiable. Two calls agree bit for bit.
+
+    Source: Newton–Schulz with the scaling of Chen & Chow 2014, A stable scaling of Newton–Schulz
+    for improving the sign function computation of a Hermitian matrix; that the polar factor of Y
+    is that of its triangle, Higham & Papadimitriou 1994.
+    """
+    _admit("polar", Y)
+    Q: Tensor = _polar(Y)
+    return Q
 
 
 # --- the good path: Cholesky QR ------------------------------------------------------------
@@ -96,7 +133,7 @@ class _CholeskyQR(NamedTuple):
 def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
     b, m, r = Y.shape
     dtype = primitives.working_dtype(Y.dtype)
-    on_cpu = Y.device.type == "cpu"
+    on_cpu = _looks_are_free(Y)
     # On a CPU a pass in float64 costs what two in float32 do, and one is enough to a condition
     # number of 1e3, where two in float32 begin to fail. No square of a float32 overflows there.
     X = Y.double() if on_cpu and dtype == torch.float32 else scale_columns(Y.to(dtype))
@@ -126,7 +163,7 @@ def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
         done = predicted <= target
         usable = predicted <= 0.25
         if step == 0:
-            full = 1 / size >= _rank_tolerance(m, dtype) ** 2 * spread
+            full = 1 / size >= rank_tolerance(m, dtype) ** 2 * spread
         if on_cpu and bool((done | ~usable).all()):
             break
     else:
@@ -135,15 +172,22 @@ def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
     return _CholeskyQR(Q, X, finite, done, done & full)
 
 
+def _looks_are_free(X: Tensor) -> bool:
+    """Whether the host may decide by what a tensor holds: on a CPU, where nothing waits for it."""
+    return X.device.type == "cpu"
+
+
 def _gram(X: Tensor) -> Tensor:
     return X.mT @ X if X.device.type == "cpu" else primitives.gram(X.unbind(0))
 
 
-def _multiply(X: Tensor, M: Tensor) -> Tensor:
-    return X @ M if X.device.type == "cpu" else primitives.multiply(X.unbind(0), M)
+def _multiply(X: Tensor, M: Tensor, *, transpose: bool = False) -> Tensor:
+    if X.device.type == "cpu":
+        return (X.mT if transpose else X) @ M
+    return primitives.multiply(X.unbind(0), M, transpose=transpose)
 
 
-def _rank_tolerance(m: int, dtype: torch.dtype) -> float:
+def rank_tolerance(m: int, dtype: torch.dtype) -> float:
     """Relative to σ₁ of unit columns: over what rounding alone leaves of a dependent column."""
     return 4 * math.sqrt(m) * torch.finfo(dtype).eps
 
@@ -175,10 +219,67 @@ def orthonormal_columns_safe(Y: Tensor) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(scale_columns(Y.double()))
     norms = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
     U, sigma, _ = torch.linalg.svd(R / torch.where(norms > 0, norms, 1))
-    rank = (sigma > _rank_tolerance(Y.shape[-2], dtype) * sigma[:, :1]).sum(-1)
+    rank = (sigma > rank_tolerance(Y.shape[-2], dtype) * sigma[:, :1]).sum(-1)
     deficient = (rank < Y.shape[-1])[:, None, None]
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
     return torch.where(deficient, Q @ U, Q * sign[:, None, :]).to(dtype), rank
+
+
+# --- polar ---------------------------------------------------------------------------------
+
+
+def _polar_good(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q, finite, ok) of (b, m, r): Cholesky QR, then Newton–Schulz on the triangle R = QᵀY."""
+    dtype = primitives.working_dtype(Y.dtype)
+    Y = scale_columns(Y.to(dtype), (-2, -1))
+    found = _cholesky_qr(Y)
+    R = _multiply(found.Q, Y.to(found.Q.dtype), transpose=True)
+    above = _norm_bound(R)
+    eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    inverse = torch.linalg.solve_triangular(R, eye, upper=True)
+    factor, ok = _newton_schulz(R / above[:, None, None], 1 / (above * _norm_bound(inverse)))
+    return _multiply(found.Q, factor).to(dtype), found.finite, found.ok & ok
+
+
+def _norm_bound(M: Tensor) -> Tensor:
+    """An upper bound of ‖M‖₂, 1 of orthogonal diagonal ones: the less of ‖M‖_F, √(‖M‖₁‖M‖∞)."""
+    M = M.abs()
+    interpolated = (M.sum(-1).amax(-1) * M.sum(-2).amax(-1)).sqrt()
+    return torch.minimum(interpolated, torch.linalg.matrix_norm(M))
+
+
+def _newton_schulz(X: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """(the orthogonal polar factor, whether it converged) of X (b, r, r) with lower ≤ σ ≤ 1.
+
+    x ← αx(3 − α²x²)/2 takes all singular values to 1; with the α that gives ``lower`` and 1 the
+    same value a small one grows by up to 2.6 a step, not by 1.5.
+    """
+    on_cpu = _looks_are_free(X)
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    enough = torch.finfo(X.dtype).eps ** 0.25
+    near = within_reach = lower >= _POLAR_REACH
+    lower = lower.clamp_min(_POLAR_REACH)
+    for step in range(_POLAR_STEPS):
+        square = _gram(X)
+        near = torch.linalg.matrix_norm(square - eye) <= enough
+        if step + 1 == _POLAR_STEPS or (on_cpu and bool((near | ~within_reach).all())):
+            break
+        alpha = (3 / (1 + lower + lower.square())).sqrt()
+        lower = alpha * lower * (3 - (alpha * lower).square()) / 2
+        half = (alpha / 2)[:, None, None]
+        X = _multiply(X, half * (3 * eye - alpha.square()[:, None, None] * square))
+    for _ in range(2):  # each squares the defect, to rounding
+        X = _multiply(X, 1.5 * eye - 0.5 * _gram(X))
+    return X, near & within_reach
+
+
+def _polar_safe(Y: Tensor) -> Tensor:
+    """The polar factor of any finite (b, m, r), by Householder QR and an SVD in float64."""
+    dtype = primitives.working_dtype(Y.dtype)
+    Q, R = torch.linalg.qr(scale_columns(Y.double(), (-2, -1)))
+    U, _, Vh = torch.linalg.svd(R)
+    Z: Tensor = Q @ (U @ Vh)
+    return Z.to(dtype)
 
 
 # --- torch.library -------------------------------------------------------------------------
@@ -214,21 +315,27 @@ def _require_finite(op: str, Y: Tensor, finite: list[bool]) -> None:
         raise ValueError(describe(op, "Y", "finite", got))
 
 
+def _judge(op: str, Y: Tensor, finite: Tensor, ok: Tensor) -> Tensor | None:
+    """The matrices that take the safe path, None for none of them; refuses what isn't finite."""
+    finite_here, ok_here = torch.stack([finite, ok]).tolist()  # the one synchronization
+    _require_finite(op, Y, finite_here)
+    rest = [i for i, good in enumerate(ok_here) if not good]
+    return torch.tensor(rest, device=Y.device) if rest else None
+
+
 def _orthonormalize_impl(Y: Tensor) -> tuple[Tensor, Tensor]:
     op = "orthonormalize"
     _check(op, Y)
-    batch = Y.reshape(-1, *Y.shape[-2:]) if Y.numel() else Y.new_empty(0, *Y.shape[-2:])
-    found = _cholesky_qr(batch)
-    finite, full = torch.stack([found.finite, found.full]).tolist()  # the one synchronization
-    _require_finite(op, batch, finite)
-    Q = found.Q.to(primitives.working_dtype(Y.dtype))
-    rank = torch.full((len(batch),), Y.shape[-1], device=Y.device)
-    if not all(full):
-        rest = torch.tensor([i for i, good in enumerate(full) if not good], device=Y.device)
-        Q[rest], rank[rest] = orthonormal_columns_safe(batch[rest])
     if not Y.numel():
         Q, rank = _orthonormalize_fake(Y)
         return Q, rank.zero_()
+    batch = Y.reshape(-1, *Y.shape[-2:])
+    found = _cholesky_qr(batch)
+    rest = _judge(op, batch, found.finite, found.full)
+    Q = found.Q.to(primitives.working_dtype(Y.dtype))
+    rank = torch.full((len(batch),), Y.shape[-1], device=Y.device)
+    if rest is not None:
+        Q[rest], rank[rest] = orthonormal_columns_safe(batch[rest])
     return Q.reshape(Y.shape), rank.reshape(Y.shape[:-2])
 
 
@@ -242,9 +349,32 @@ def _orthonormalize_vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:
     return _orthonormalize(Y.movedim(in_dims[0], 0)), (0, 0)
 
 
+def _polar_impl(Y: Tensor) -> Tensor:
+    op = "polar"
+    _check(op, Y)
+    if not Y.numel():
+        return _polar_fake(Y)
+    batch = Y.reshape(-1, *Y.shape[-2:])
+    Q, finite, ok = _polar_good(batch)
+    rest = _judge(op, batch, finite, ok)
+    if rest is not None:
+        Q[rest] = _polar_safe(batch[rest])
+    return Q.reshape(Y.shape)
+
+
+def _polar_fake(Y: Tensor) -> Tensor:
+    _check("polar", Y)
+    return Y.new_empty(Y.shape, dtype=primitives.working_dtype(Y.dtype))
+
+
+def _polar_vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:
+    return _polar(Y.movedim(in_dims[0], 0)), 0
+
+
 _orthonormalize = register(
     "orthonormalize(Tensor Y) -> (Tensor, Tensor)",
     _orthonormalize_impl,
     _orthonormalize_fake,
     _orthonormalize_vmap,
 )
+_polar = register("polar(Tensor Y) -> Tensor", _polar_impl, _polar_fake, _polar_vmap)

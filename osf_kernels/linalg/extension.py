@@ -1,0 +1,238 @@
+"""extend_basis: a protected subspace that grows with what new samples add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast, overload
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+from osf_kernels.basis import Basis, Spans
+from osf_kernels.errors import describe
+from osf_kernels.linalg.complement import complement
+from osf_kernels.linalg.orthonormal import orthonormalize, rank_tolerance, scale_columns
+from osf_kernels.ops._validation import DTYPES, columns, require_lengths, require_tensor
+
+_OP = "extend_basis"
+BasisLike = Tensor | Basis | None
+
+
+@overload
+def extend_basis(basis: Tensor | None, samples: Tensor, *, energy: float) -> Tensor: ...
+@overload
+def extend_basis(basis: Basis, samples: Tensor, *, energy: float) -> Basis: ...
+@overload
+def extend_basis(
+    basis: Sequence[Tensor | Basis | None], samples: Sequence[Tensor], *, energy: float
+) -> list[Tensor | Basis]: ...
+def extend_basis(
+    basis: Tensor | Basis | Sequence[Tensor | Basis | None] | None,
+    samples: Tensor | Sequence[Tensor],
+    *,
+    energy: float,
+) -> Tensor | Basis | list[Tensor | Basis]:
+    """The least B' = [B, N] with ‖B'B'ᵀX‖²_F ≥ energy·‖X‖²_F, N of the residual's directions.
+
+    N are the leading left singular vectors of X − BBᵀX, as few as reach the energy. A direction
+    below 4·√m·eps·‖X‖_F is rounding and never added, so energy = 1 ends at the range of X.
+
+    Args:
+        basis: (..., m, r) orthonormal columns, r = 0 allowed; a Basis; None for an empty one; or
+            a list of these, of any mix of shapes.
+        samples: (..., m, s) columns, of the same batch; or a list as long.
+        energy: in (0, 1].
+
+    Returns:
+        (..., m, r'): the columns of ``basis`` as they were, bit for bit, and orthonormal ones,
+        orthogonal to them to rounding. float32 (float64 where all is), or ``basis`` itself where
+        it holds the energy. Of a Basis a Basis that spans alike: from a low one the new
+        directions are taken away, m − r' columns span what is left, and none is as it was.
+
+        From a list each matrix grows by what it needs. A batch has one r', that of the matrix
+        that needs most: the others take more directions than asked for, of their own residual
+        while it has any, arbitrary orthonormal ones beyond. Pass a list where that matters.
+
+    Raises:
+        TypeError: another type, dtype, or float64 beside another dtype.
+        ValueError: energy outside (0, 1]; shapes or devices that don't fit; NaN or Inf; lists of
+            different lengths. Nothing is returned then, of a list neither.
+
+    Mutates nothing; computes in float64; synchronizes; draws no random numbers; not
+    differentiable.
+
+    Source: Saha et al. 2021, Gradient Projection Memory (arXiv 2103.09762), equations 8 and 9.
+    """
+    if not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+        raise ValueError(describe(_OP, "energy", "in (0, 1]", energy, "0.97 is usual"))
+    if isinstance(samples, Tensor):
+        if isinstance(basis, (list, tuple)):
+            got = "one tensor beside a list of bases"
+            raise TypeError(describe(_OP, "samples", "a list", got, "pass samples.unbind()"))
+        return _extend(cast(BasisLike, basis), samples, energy)
+    return _extend_list(cast(Sequence[BasisLike], basis), samples, energy)
+
+
+def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
+    held, spans = _admit(basis, samples, "")
+    count = samples.shape[:-2].numel()
+    B = held.reshape(count, *held.shape[-2:])
+    X = samples.reshape(count, *samples.shape[-2:])
+    entries = [""] if samples.dim() == 2 else [f"[{i}]" for i in range(count)]
+    found = _directions(B, X, spans, energy, entries)
+    most = max(found.counts, default=0)
+    if most == 0:
+        return held if basis is None else basis
+    grown = found.grown(range(len(X)), most)
+    grown = grown.reshape(*samples.shape[:-2], *grown.shape[-2:])
+    return Basis(grown, basis.spans) if isinstance(basis, Basis) else grown
+
+
+def _extend_list(
+    bases: Sequence[BasisLike], samples: Sequence[Tensor], energy: float
+) -> list[Tensor | Basis]:
+    require_lengths(_OP, basis=bases, samples=samples)
+    admitted = [_admit(b, x, f"[{i}]") for i, (b, x) in enumerate(zip(bases, samples, strict=True))]
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, ((held, spans), x) in enumerate(zip(admitted, samples, strict=True)):
+        if x.dim() != 2:
+            got = tuple(x.shape)
+            raise ValueError(describe(_OP, f"samples[{i}]", "(m, s)", got, "unbind the batch"))
+        key = (held.shape, held.dtype, spans, x.shape, x.dtype, x.device)
+        groups.setdefault(key, []).append(i)
+    result: list[Tensor | Basis] = [held for held, _ in admitted]
+    for members in groups.values():
+        B = torch.stack([admitted[i][0] for i in members])
+        X = torch.stack([samples[i] for i in members])
+        found = _directions(B, X, admitted[members[0]][1], energy, [f"[{i}]" for i in members])
+        for k in set(found.counts):
+            alike = [at for at, count in enumerate(found.counts) if count == k]
+            grown = found.grown(alike, k) if k else None
+            for at, i in enumerate([members[j] for j in alike]):
+                before = bases[i]
+                if grown is None:
+                    result[i] = admitted[i][0] if before is None else before
+                elif isinstance(before, Basis):
+                    result[i] = Basis(grown[at], before.spans)
+                else:
+                    result[i] = grown[at]
+    return result
+
+
+def _admit(basis: BasisLike, samples: Tensor, at: str) -> tuple[Tensor, Spans]:
+    """(columns, what they span), or the refusal; an empty basis where there is none."""
+    require_tensor(_OP, f"samples{at}", samples)
+    if samples.dtype not in DTYPES:
+        expected = "float32, bfloat16, float16 or float64"
+        raise TypeError(describe(_OP, f"samples{at}", expected, samples.dtype, "convert it first"))
+    if samples.dim() < 2:
+        raise ValueError(describe(_OP, f"samples{at}", "(..., m, s)", tuple(samples.shape)))
+    *batch, m, _ = samples.shape
+    held, _ = columns(_OP, f"basis{at}", basis)
+    spans: Spans = basis.spans if isinstance(basis, Basis) else "high"
+    if held is None:
+        dtype = primitives.working_dtype(samples.dtype)
+        held = samples.new_empty(*batch, m, 0, dtype=dtype)
+    name = f"basis{at}"
+    if held.dtype not in DTYPES:
+        expected = "float32, bfloat16, float16 or float64"
+        raise TypeError(describe(_OP, name, expected, held.dtype, "convert it first"))
+    if (held.dtype == torch.float64) != (samples.dtype == torch.float64):
+        expected = "float64 together with its samples or not at all"
+        got = f"{held.dtype} beside {samples.dtype}"
+        raise TypeError(describe(_OP, name, expected, got, "convert one of them"))
+    if held.shape[:-1] != samples.shape[:-1]:
+        expected = f"{(*batch, m)} and its columns, as samples"
+        remedy = "both hold vectors of length m as columns; transpose what holds rows"
+        raise ValueError(describe(_OP, name, expected, tuple(held.shape), remedy))
+    if held.shape[-1] > m:
+        expected = f"no wider than its side, (..., m, r) with m={m}"
+        remedy = "orthonormal columns can't outnumber their rows"
+        raise ValueError(describe(_OP, name, expected, tuple(held.shape), remedy))
+    if held.device != samples.device:
+        expected = f"on {samples.device} like its samples"
+        raise ValueError(describe(_OP, name, expected, f"on {held.device}"))
+    for what, t in (("samples", samples), ("basis", held)):
+        if t.requires_grad and torch.is_grad_enabled():
+            got = "one that requires grad"
+            remedy = f"pass {what}.detach()"
+            raise ValueError(describe(_OP, f"{what}{at}", "a tensor without gradient", got, remedy))
+    return held, spans
+
+
+class _Directions(NamedTuple):
+    """What the samples of a batch add to their bases, leading first."""
+
+    held: Tensor  # (b, m, r) as given
+    spans: Spans
+    Q: Tensor  # (b, m, r) float64: held, orthonormal to its rounding
+    U: Tensor  # (b, a, q) float64: a = m, or the r coordinates in a low basis
+    counts: list[int]  # how many reach the energy
+    real: list[int]  # how many there are over rounding
+
+    def grown(self, which: Sequence[int], k: int) -> Tensor:
+        """The bases of ``which``, grown by k directions each, of the working dtype."""
+        dtype = primitives.working_dtype(self.held.dtype)
+        at = torch.tensor(list(which), device=self.held.device)
+        Q, low = self.Q[at], self.spans == "low"
+        N = self.U[at, :, :k]
+        for j, i in enumerate(which):
+            own = min(self.real[i], k)
+            if own < k:  # the others of the batch have more to add
+                found = N[j : j + 1, :, :own]
+                taken = found if low else torch.cat([Q[j : j + 1], found], -1)
+                N[j, :, own:] = complement(taken, k - own)[0]
+        if low:
+            return (Q @ complement(orthonormalize(N))).to(dtype)
+        N = orthonormalize(N - Q @ (Q.mT @ N))
+        largest = N.gather(-2, N.abs().argmax(-2, keepdim=True))
+        N = torch.where(largest < 0, -N, N)
+        return torch.cat([self.held[at].to(dtype), N.to(dtype)], -1)
+
+
+def _directions(
+    held: Tensor, samples: Tensor, spans: Spans, energy: float, at: Sequence[str]
+) -> _Directions:
+    """The residual's left singular vectors of (b, m, r) bases and (b, m, s) samples."""
+    for name, t in (("basis", held), ("samples", samples)):
+        bad = (~t.isfinite()).sum((-2, -1)).tolist()
+        for i, count in enumerate(bad):
+            if count:
+                got = f"{count} of {t[i].numel()} entries NaN or Inf"
+                raise ValueError(describe(_OP, f"{name}{at[i]}", "finite", got))
+    m, r = held.shape[-2:]
+    Q = orthonormalize(held.double())
+    X = samples.double()
+    X = scale_columns(X, (-2, -1)) if X.numel() else X
+    total = X.square().sum((-2, -1))
+    coordinates = Q.mT @ X
+    residual = coordinates if spans == "low" else X - Q @ coordinates
+    U, energies = _left_singular(residual, exact=held.dtype == torch.float64)
+    rounding = rank_tolerance(m, primitives.working_dtype(held.dtype)) ** 2 * total
+    real = energies > rounding[:, None]
+    left = energies.sum(-1, keepdim=True)
+    before = (total[:, None] - left).clamp_min(0) + energies.cumsum(-1) - energies
+    needed = real & (before < energy * total[:, None])
+    counts, available = torch.stack([needed.sum(-1), real.sum(-1)]).tolist()
+    room = r if spans == "low" else m - r
+    return _Directions(
+        held, spans, Q, U, [min(c, room) for c in counts], [min(c, room) for c in available]
+    )
+
+
+def _left_singular(R: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
+    """(U, σ²) of R (b, a, s), σ descending.
+
+    Of what was given in float32 a float64 Gram matrix of the shorter side loses nothing that is
+    over its rounding; ``exact`` takes the SVD.
+    """
+    if exact:
+        U, S, _ = torch.linalg.svd(R, full_matrices=False)
+        return U, S.square()
+    if R.shape[-2] <= R.shape[-1]:
+        squares, U = torch.linalg.eigh(R @ R.mT)
+        return U.flip(-1), squares.flip(-1).clamp_min(0)
+    squares, V = torch.linalg.eigh(R.mT @ R)
+    squares = squares.flip(-1).clamp_min(torch.finfo(R.dtype).tiny)
+    return R @ V.flip(-1) / squares.sqrt()[:, None, :], squares
