@@ -89,6 +89,7 @@ def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) ->
         )
         return batch.launches[0]
     products = configs.TwoPass(64, 32, 32, 4, 1) if isinstance(config, configs.Reduce) else config
+    assert isinstance(products, (configs.OnePass, configs.TwoPass))
     (batch,) = schedule.coefficients_launches(
         [Coefficients(x, U, V, A, B)],
         fill=4096,

@@ -180,7 +180,6 @@ def test_product_rows_are_all_reachable() -> None:
             shipped = configs.shipped_products(architecture, name)
             assert chosen == set(shipped)
             assert len(chosen) == len(shipped)
-            assert configs.multiply_config(architecture, name, 1, whole=False) == shipped[1]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_float64_is_not_compiled() -> None:
 def test_rows_are_all_reachable() -> None:
     """Every row of the tables is chosen by some rank, and no rule names a row they lack."""
     for architecture in configs.ARCHITECTURES:
-        chosen = {(4, configs.REDUCE)}
+        chosen: set[tuple[int, configs.Config]] = {(4, configs.REDUCE)}
         for width in (2, 4):
             for rank in (1, 20, 32, 33, 64, 65, 500):
                 chosen.add((width, configs.update_config(architecture, width, rank)))

@@ -192,7 +192,7 @@ _MULTIPLY: dict[str, dict[str, tuple[TwoPass, TwoPass]]] = {
     # A product of two pieces has an accumulator of its own in tensor memory (512 columns).
     "sm_100": {
         "bfloat16": (TwoPass(128, 64, 64, 4, 2, 2), TwoPass(128, 64, 128, 8, 2, 1)),
-        "float16": (TwoPass(128, 64, 64, 4, 2, 1), TwoPass(128, 64, 64, 8, 2, 1)),
+        "float16": (TwoPass(128, 64, 64, 4, 2, 1), TwoPass(128, 32, 64, 8, 2, 1)),
         "float32": (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 1)),
     },
     "gfx942": {
@@ -205,7 +205,7 @@ _MULTIPLY: dict[str, dict[str, tuple[TwoPass, TwoPass]]] = {
 # Keyed by the bytes of a dot operand, then by size, ascending; the last serves any size.
 _GRAM: dict[str, dict[int, tuple[Gram, Gram]]] = {
     "sm_80": {
-        2: (Gram(64, 64, 4, 3, 3), Gram(128, 32, 8, 3, 1)),
+        2: (Gram(64, 64, 4, 3, 2), Gram(128, 32, 8, 3, 1)),
         4: (Gram(64, 32, 4, 2, 2), Gram(128, 16, 8, 2, 1)),
     },
     "sm_90": {
@@ -227,6 +227,8 @@ _UNALIGNED_ONE_PASS = (OnePass(32, 32, 32, 8, 1, 1), OnePass(32, 32, 64, 8, 1, 1
 _UNALIGNED_TWO_PASS = TwoPass(64, 32, 32, 4, 1, 2)
 _UNALIGNED_UPDATE = Update(64, 32, 16, 8, 4, 1, 2)
 _UNALIGNED_MULTIPLY = TwoPass(64, 32, 64, 8, 1, 1)
+# x is aligned, but the basis or the result beside it is not.
+_RAGGED_MULTIPLY = TwoPass(128, 32, 64, 8, 2, 1)
 _UNALIGNED_GRAM = Gram(64, 32, 8, 1, 1)
 # Up to this rank the first row of _UPDATE serves, beyond it the second.
 _SMALL_UPDATE_RANK = 32
@@ -291,13 +293,14 @@ def multiply_config(
     Args:
         dtype: "bfloat16", "float16" or "float32", of x.
         aligned: whether x has rows or columns of whole, aligned 16-byte vectors.
-        whole: whether the basis and the result have. They are small beside x, so without it only
-            the first row, which would spill, is passed over.
+        whole: whether the basis and the result have.
     """
     if not aligned:
         return _UNALIGNED_MULTIPLY
+    if not whole:
+        return _RAGGED_MULTIPLY
     small, large = _MULTIPLY[architecture][dtype]
-    return small if whole and rank <= small.block_r else large
+    return small if rank <= small.block_r else large
 
 
 def gram_config(architecture: str, dtype: str, size: int, aligned: bool = True) -> Gram:
