@@ -116,12 +116,15 @@ class Refreshed(NamedTuple):
 def refreshed(model: nn.Module, rho: float, say: Callable[[str], object]) -> Refreshed:
     """``osf_torch.refresh`` of every 2-D weight at ρ, and the loop that it stands for.
 
-    Each runs once, one after the other, both in float32.
+    Each runs once, one after the other, both in float64: the residual of a float32 decomposition
+    would be most of what leaks and drifts afterwards.
     """
     weights = matrices(model)
     say(f"refreshing {len(weights)} weights")
     started = time.perf_counter()
-    subspaces = osf_torch.refresh(model, rho, filter="*", keep="all", progress=False)
+    subspaces = osf_torch.refresh(
+        model, rho, filter="*", keep="all", compute_dtype=torch.float64, progress=False
+    )
     seconds = time.perf_counter() - started
     triplets = {}
     for name, entry in subspaces.items():
@@ -130,7 +133,7 @@ def refreshed(model: nn.Module, rho: float, say: Callable[[str], object]) -> Ref
     say(f"torch.linalg.svd of {len(weights)} weights in a loop")
     started = time.perf_counter()
     for weight in weights.values():
-        torch.linalg.svd(weight.detach(), full_matrices=False)
+        torch.linalg.svd(weight.detach().double(), full_matrices=False)
     return Refreshed(subspaces, triplets, seconds, time.perf_counter() - started)
 
 

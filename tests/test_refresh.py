@@ -152,6 +152,26 @@ def test_protect_takes_it_and_the_protected_part_holds(rho, keep):
     assert all((p - before[name]).norm() > 1e-3 for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_double_precision_is_rounded_once(dtype):
+    model = nn.Sequential(linear(64, 48, 0, dtype=dtype), linear(40, 40, 1, dtype=dtype))
+    found = refresh(model, {"0.*": 0.4, "1.*": 0.8}, compute_dtype=torch.float64)
+    for name, entry in found.items():
+        W = model.get_parameter(name).detach().double()
+        truth = torch.linalg.svdvals(W)
+        assert entry.S.dtype == torch.float64
+        assert (entry.S - truth[: entry.rank]).abs().max() < 1e-13
+        for basis in (entry.U, entry.V):
+            assert basis.columns.dtype == torch.float32
+            columns = basis.columns.double()
+            defect = columns.mT @ columns - torch.eye(columns.shape[1])
+            assert torch.linalg.matrix_norm(defect, 2) < 2 * torch.finfo(torch.float32).eps
+        tail = project_reference(W, entry.U, entry.V).norm()
+        assert float((tail - truth[entry.rank :].norm()).abs() / truth[0]) < 1e-7
+    kept = refresh(nn.Sequential(linear(16, 16, dtype=dtype)), 4, compute_dtype=torch.float64)
+    assert refresh(nn.Sequential(linear(16, 16, dtype=dtype)), 4, previous=kept)
+
+
 def test_batching_changes_nothing(monkeypatch):
     model = nn.Sequential(*(linear(12, 12, i) for i in range(5)))
     together = refresh(model, 4)
@@ -477,6 +497,10 @@ def test_other_bad_input():
     model = small_model()
     with pytest.raises(ValueError, match='expected keep to be "smaller" or "all", got \'low\''):
         refresh(model, 4, keep="low")
+    with pytest.raises(
+        ValueError, match=r"compute_dtype to be torch\.float64 or None, got torch\.f"
+    ):
+        refresh(model, 4, compute_dtype=torch.float32)
     with pytest.raises(TypeError, match="expected filter to be a function"):
         refresh(model, 4, filter=[3])
     with pytest.raises(ValueError, match=r"'0\.weight' to have values, got a meta tensor"):

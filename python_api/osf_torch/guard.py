@@ -26,9 +26,10 @@ class Subspace:
         U: (m, r) orthonormal columns, a Basis, or None for an unprotected side.
         V: (n, k) likewise.
         S: (r,) singular values when U, S, V are triplets of the weight and both bases are high:
-            then the protected part is known without a copy. Their columns must be orthonormal to
-            rounding, as those of ``refresh`` are; of a float32 torch.linalg.svd they are so to
-            2e-5 only on trained weights, and that is what leaks and drifts.
+            then the protected part is known without a copy. Best from a float64 decomposition,
+            rounded once (``refresh(compute_dtype=torch.float64)``): the columns of a float32
+            torch.linalg.svd are orthonormal to 2e-5 only on trained weights, and that, and its
+            residual, is what leaks and drifts.
         protected: (m, n) W_ref − P(W_ref), instead of S. Where neither is given, ``protect``
             computes it from the weight as it stands.
     """

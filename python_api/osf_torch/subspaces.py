@@ -28,7 +28,7 @@ class Decomposition(Subspace):
         shape: (m, n) of the weight.
         rank: r.
         method, iterations: what ran, as in ``osf_kernels.TruncatedSVD``.
-        residual: of the triplets, relative to σ₁.
+        residual: of the triplets, relative to σ₁, as computed: before the bases were rounded.
         captured: share of ‖W‖²_F that they hold.
         converged: residual ≤ tol; None where no tol was given.
         seconds: of the decomposition, an equal share of its batch's.
