@@ -51,12 +51,17 @@ class AutoRow:
 
 
 def problems(
-    source: str, sizes: Sequence[int], aspects: Sequence[int], device: torch.device
+    source: str, sizes: Sequence[int], aspects: Sequence[int], count: int, device: torch.device
 ) -> Iterator[Problem]:
+    """Lists of ``count`` matrices of one shape, each with bases of its own."""
     for n in sizes:
         for aspect in aspects:
             if n * n * aspect <= LARGEST:
-                yield spectra.random_problem(source, aspect * n, n, device)
+                drawn = [
+                    spectra.random_problem(source, aspect * n, n, device, seed).matrices[0]
+                    for seed in range(count)
+                ]
+                yield Problem(source, "cold", drawn)
 
 
 def _row(problem: Problem, rho: float, method: str, niter: int | None) -> AutoRow:
@@ -161,6 +166,7 @@ def run(
     sizes: Sequence[int],
     rhos: Sequence[float],
     rounds: int,
+    count: int,
     device: torch.device,
     csv: Path | None,
     say: Callable[[str], object] = lambda _: None,
@@ -168,7 +174,7 @@ def run(
     rows: list[AutoRow] = []
     if csv is not None:
         csv.unlink(missing_ok=True)
-    for problem in problems(source, sizes, ASPECTS, device):
+    for problem in problems(source, sizes, ASPECTS, count, device):
         fresh = measure(problem, rhos, rounds, say)
         rows += fresh
         if csv is not None:

@@ -52,6 +52,8 @@ def add(commands: Any) -> None:
     auto.add_argument("--size", type=_listed, help="columns; rows are one and four times as many")
     auto.add_argument("--rho", type=_listed, help="shares of the shorter side")
 
+    auto.add_argument("--count", type=int, default=1, help="matrices a call, of one shape")
+
     for command in (refresh, auto):
         command.add_argument("--rounds", type=int, default=3)
         command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -160,4 +162,8 @@ def run_auto(arguments: argparse.Namespace, say: Callable[[str], object]) -> int
     if max(rhos) >= 1.0:
         raise ValueError(f"bench: expected --rho to be shares in (0, 1), got {max(rhos):g}")
     rounds = 1 if arguments.quick else max(1, arguments.rounds)
-    return refresh_auto.run(arguments.source, sizes, rhos, rounds, device, arguments.csv, say)
+    if arguments.count < 1:
+        raise ValueError(f"bench: expected --count to be at least 1, got {arguments.count}")
+    return refresh_auto.run(
+        arguments.source, sizes, rhos, rounds, arguments.count, device, arguments.csv, say
+    )

@@ -321,8 +321,9 @@ def test_the_auto_table_marks_the_fastest_that_is_accurate() -> None:
 
 
 def test_the_auto_shapes_stay_within_the_largest() -> None:
-    shapes = [tuple(p.matrices[0].shape) for p in refresh_auto.problems("flat", (16,), (1, 4), CPU)]
-    assert shapes == [(16, 16), (64, 16)]
+    found = list(refresh_auto.problems("flat", (16, 4096), (1, 4), 2, CPU))
+    assert [[tuple(A.shape) for A in p.matrices] for p in found] == [[(16, 16)] * 2, [(64, 16)] * 2]
+    assert not torch.equal(*found[0].matrices)
 
 
 # picture
@@ -402,7 +403,7 @@ def test_quick_runs_write_rows_tables_and_a_picture(
 
 def test_quick_auto_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "auto.csv"
-    assert cli.main(["refresh-auto", "--quick", "--csv", str(path)]) == 0
+    assert cli.main(["refresh-auto", "--quick", "--count", "2", "--csv", str(path)]) == 0
     assert "192x48" in capsys.readouterr().out
     assert tuple(report.read_csv(path)[0]) == report.columns(refresh_auto.AutoRow)
 
