@@ -18,7 +18,7 @@ from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_kernels.testing import orthonormality_ratio
 
 ORTHONORMAL = 30.0  # LAPACK's ratio ‖I − QᵀQ‖₁ / (m·eps)
-ROUNDING = 1e-5  # residual relative to σ₁ of a float32 decomposition that is right to rounding
+ROUNDING = 10.0  # in √max(m, n)·eps: residual relative to σ₁ of what is right to rounding
 HONEST = 1.5  # what a residual may exceed the one that the result states by, above rounding
 LOWRANK_2 = f"{LOWRANK} niter=2"
 
@@ -123,11 +123,14 @@ def refusal(found: Accuracy, results: Results) -> str | None:
     if not worst < ORTHONORMAL:
         return f"wrong: columns orthonormal to {worst:.3g} m·eps only, not {ORTHONORMAL:g}"
     stated = max(float(svd.residual) for svd in results)
-    limit = max(ROUNDING, HONEST * stated)
+    rounding = max(
+        ROUNDING * math.sqrt(max(svd.shape)) * torch.finfo(svd.S.dtype).eps for svd in results
+    )
+    limit = max(rounding, HONEST * stated)
     if not found.residual <= limit:
         return f"wrong: residual {found.residual:.2g} where the result states {stated:.2g}"
     direct = {svd.method for svd in results} & {"exact", "gram"}
-    if direct and not found.residual <= ROUNDING:
+    if direct and not found.residual <= rounding:
         return f"wrong: residual {found.residual:.2g} of {', '.join(sorted(direct))}"
     return None
 
