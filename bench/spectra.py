@@ -53,6 +53,7 @@ class Truth(NamedTuple):
     V: Tensor  # (n, q)
 
 
+@lru_cache(maxsize=48)  # by the tensor's identity: several problems may be of one matrix
 def truth_of(A: Tensor) -> Truth:
     U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     return Truth(U, S, Vh.mT)

@@ -254,6 +254,9 @@ def test_comparisons_say_what_is_gone_and_what_is_dominated() -> None:
     assert "randomized niter=3 leaves 0.25 of its missing overlap" in line
     (line,) = refresh.comparisons([row(OURS, 12.0, 0.3), peer])
     assert "SLOWER AND LESS ACCURATE; none of ours is as fast" in line
+    assert "SLOWER THAN" not in line
+    (line,) = refresh.comparisons([row(OURS, 12.0, 0.0, times_svd=0.9), peer])
+    assert line.endswith("SLOWER THAN linalg.svd")
     assert refresh.comparisons([slower, as_fast]) == []
 
 
