@@ -158,6 +158,13 @@ def _label(axes: Any, panel: Mapping[str, Sequence[Point]], dpi: float) -> None:
         for ms, missing, _ in points
     ]
     taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in centres]
+    frame = axes.get_window_extent()
+    far = 1e6
+    taken += [  # beside and below the panel
+        (-far, -far, frame.x0 * 72 / dpi, far),
+        (frame.x1 * 72 / dpi, -far, far, far),
+        (-far, -far, far, frame.y0 * 72 / dpi),
+    ]
     for ms, missing, text, colour in wanted:
         x, y = axes.transData.transform((ms, missing)) * 72 / dpi
         place, box = _free_place(x, y, 0.55 * LABEL_POINTS * len(text), taken)
