@@ -47,8 +47,8 @@ def measured_residual(A: Tensor, result: TruncatedSVD) -> float:
     if result.rank == 0:
         return 0.0
     A, U, S, V = A.double(), result.U.double(), result.S.double(), result.V.double()
-    left, right = A @ V - U * S, A.mT @ U - V * S
-    return float(torch.hypot(left.norm(dim=0), right.norm(dim=0)).max() / S[0].clamp_min(1e-300))
+    R = torch.cat([A @ V - U * S, A.mT @ U - V * S])
+    return float(torch.linalg.matrix_norm(R, ord=2) / S[0].clamp_min(1e-300))
 
 
 def assert_sound(A: Tensor, result: TruncatedSVD) -> None:
@@ -72,8 +72,8 @@ def assert_sound(A: Tensor, result: TruncatedSVD) -> None:
     rounding = 30 * torch.finfo(work).eps * max(m, n) ** 0.5
     if r and float(result.S[0]):  # subnormal singular values are rounded to one quantum
         rounding += torch.finfo(work).smallest_normal * torch.finfo(work).eps / float(result.S[0])
-    assert truth <= 1.1 * float(result.residual) + rounding
-    assert float(result.residual) <= 2 * truth + rounding
+    assert truth <= 1.25 * float(result.residual) + rounding
+    assert float(result.residual) <= truth + rounding
 
 
 @pytest.mark.parametrize("method", COLD)

@@ -49,18 +49,24 @@ def multiply(As: Sequence[Tensor], Q: Tensor, *, transpose: bool = False) -> Ten
         transpose: multiply by A_iᵀ.
 
     Returns:
-        (b, m, l), or (b, n, l), of the working dtype.
+        (b, m, l), or (b, n, l), of the working dtype, in either order of strides.
     """
     first = As[0]
     rows = first.shape[1] if transpose else first.shape[0]
-    out = Q.new_empty(len(As), rows, Q.shape[-1])
     name = products_backend(first)
     if name != "torch":
+        out = Q.new_empty(len(As), rows, Q.shape[-1])
         backends.module(name).multiply(As, Q, out, transpose=transpose)
         return out
+    if transpose:
+        # (Qᵀ A)ᵀ takes 0.4 to 0.8 of the time of Aᵀ Q for the narrow Q of a sketch on a CPU.
+        turned = Q.new_empty(len(As), Q.shape[-1], rows)
+        for i, A in enumerate(As):
+            torch.matmul(Q[i if len(Q) > 1 else 0].mT, A.to(Q.dtype), out=turned[i])
+        return turned.mT
+    out = Q.new_empty(len(As), rows, Q.shape[-1])
     for i, A in enumerate(As):
-        A = A.to(Q.dtype)
-        torch.matmul(A.mT if transpose else A, Q[i if len(Q) > 1 else 0], out=out[i])
+        torch.matmul(A.to(Q.dtype), Q[i if len(Q) > 1 else 0], out=out[i])
     return out
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.small import polished, relative_to
+from osf_kernels.linalg.residual import residual_of
+from osf_kernels.linalg.small import column_norms, polished
 
 # Below this share of σ₁ a singular value from a float32 Gram matrix is off by more than 1e-5 σ₁ or
 # its vectors by more than the polish takes back; float64 is then 2 to 3 times the time.
@@ -24,8 +25,9 @@ def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
         U, S, Vh = torch.linalg.svd(A, full_matrices=complement)
         parts.append((U, S, Vh.mT))
     U, S, V = (torch.stack(side) for side in zip(*parts, strict=True))
-    U, S, V, U_low, V_low = _split(U, S, V, rank)
-    residual = residuals(As, U, S, V)
+    U_low, V_low = U[..., rank:], V[..., rank:]
+    U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
+    residual = residual_of(As, U, S, V)
     low = (U_low, V_low) if complement else (None, None)
     return Factors(U, S, V, residual, 1, _fine(As), *low)
 
@@ -42,14 +44,14 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     if safe or As[0].dtype == torch.float64:
         return _gram_in_double(As, rank, complement)
     _, W = torch.linalg.eigh(primitives.gram(As))
-    V = W[..., n - rank :].flip(-1)
+    V = W[..., n - rank :]  # ascending, as they come: what is returned is copied once, at the end
     AV = primitives.multiply(As, V)
-    S = AV.norm(dim=-2)
-    ok = S[..., -1] > SINGLE_GRAM_LIMIT * S[..., 0] if rank else _fine(As)
+    S = column_norms(AV)
+    ok = S[..., 0] > SINGLE_GRAM_LIMIT * S[..., -1]
     U = polished(AV / S.unsqueeze(-2))
-    residual = residuals(As, U, S, V, AV)
+    residual = residual_of(As, U, S, V)
     V_low = W[..., : n - rank] if complement else None
-    return Factors(U, S, V, residual, 1, ok, None, V_low)
+    return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, 1, ok, None, V_low)
 
 
 def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
@@ -70,13 +72,16 @@ def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factor
     V[..., :rank] = V[..., :rank].gather(-1, order.unsqueeze(-2).expand(-1, n, -1))
     dtype = primitives.working_dtype(As[0].dtype)
     U, S, V = U.to(dtype), S.to(dtype), V.to(dtype)
-    residual = residuals(As, U, S, V[..., :rank])
+    residual = residual_of(As, U, S, V[..., :rank])
     V_low = V[..., rank:] if complement else None
     return Factors(U, S, V[..., :rank], residual, 1, _fine(As), None, V_low)
 
 
 def deflated(
-    As: Sequence[Tensor], high: Sequence[Tensor], low: Sequence[Tensor], rank: int
+    As: Sequence[Tensor],
+    high: Sequence[Tensor],
+    low: Sequence[Tensor],
+    rank: int,
 ) -> Factors:
     """The triplets of an earlier result, and those of the low block PᵀAQ, in one order.
 
@@ -96,36 +101,27 @@ def deflated(
     P, Q = low
     core = P.mT @ primitives.multiply(As, Q)  # (b, m − r, n − r)
     left, values, right_h = torch.linalg.svd(core, full_matrices=True)
-    U_all = torch.cat([U, P @ left], -1)
-    V_all = torch.cat([V, Q @ right_h.mT], -1)
+    order: Tensor | None
     merged, order = torch.cat([S, values], -1).sort(dim=-1, descending=True, stable=True)
-    U_all = _ordered(U_all, order)
-    V_all = _ordered(V_all, order)
-    U, S, V, U_low, V_low = _split(U_all, merged, V_all, rank)
-    return Factors(U, S, V, residuals(As, U, S, V), 1, _fine(As), U_low, V_low)
+    if S.device.type == "cpu" and bool((order[:, 1:] > order[:, :-1]).all()):
+        order = None  # nothing has overtaken, as a look at a CPU's numbers tells for free
+    U, U_low = _merged(U, P @ left, order, rank)
+    V, V_low = _merged(V, Q @ right_h.mT, order, rank)
+    S = merged[..., :rank]
+    return Factors(U, S, V, residual_of(As, U, S, V), 1, _fine(As), U_low, V_low)
 
 
-def residuals(
-    As: Sequence[Tensor], U: Tensor, S: Tensor, V: Tensor, AV: Tensor | None = None
-) -> Tensor:
-    """max over triplets of √(‖A v − σ u‖² + ‖Aᵀu − σ v‖²) / σ₁ of each matrix, by the products
-    A V, where it isn't known, and AᵀU."""
-    left = (primitives.multiply(As, V) if AV is None else AV) - U * S.unsqueeze(-2)
-    right = primitives.multiply(As, U, transpose=True) - V * S.unsqueeze(-2)
-    return relative_to(torch.hypot(left.norm(dim=-2), right.norm(dim=-2)), S)
-
-
-def _split(
-    U: Tensor, S: Tensor, V: Tensor, rank: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return U[..., :rank], S[..., :rank], V[..., :rank], U[..., rank:], V[..., rank:]
-
-
-def _ordered(columns: Tensor, order: Tensor) -> Tensor:
-    """The first columns in a new order, and those beyond it (of a rectangular A) after them."""
-    size = order.shape[-1]
-    index = order.unsqueeze(-2).expand(-1, columns.shape[-2], -1)
-    return torch.cat([columns[..., :size].gather(-1, index), columns[..., size:]], -1)
+def _merged(old: Tensor, new: Tensor, order: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """(high, low): columns of both in one order, and those of a longer side's ``new`` last."""
+    if order is None and rank == old.shape[-1]:
+        return old, new
+    columns = torch.cat([old, new], -1)
+    if order is not None:
+        size = order.shape[-1]
+        index = order.unsqueeze(-2).expand(-1, columns.shape[-2], -1)
+        sorted_ = columns[..., :size].gather(-1, index)
+        columns = torch.cat([sorted_, columns[..., size:]], -1)
+    return columns[..., :rank], columns[..., rank:]
 
 
 def _fine(As: Sequence[Tensor]) -> Tensor:

@@ -112,7 +112,7 @@ def warm(group: Group, safe: bool) -> Factors:
     while tol isn't met."""
     width = _warm_width(group)
     generator = group.generator(width)
-    start = torch.stack([_columns(w, width, group, generator) for w in group.warm])
+    start = _stacked([_columns(w, width, group, generator) for w in group.warm])
     first = subspace_iteration(
         group.As, start, group.rank, tol=group.tol, niter=1, safe=safe, generator=generator
     )
@@ -136,7 +136,7 @@ def _deflated(group: Group) -> Factors:
     dtype = primitives.working_dtype(group.As[0].dtype)
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([getattr(result, name) for result in earlier]).to(dtype)
+        return _stacked([getattr(result, name) for result in earlier]).to(dtype)
 
     high, low = map(stacked, "USV"), map(stacked, ("U_low", "V_low"))
     return dense.deflated(group.As, tuple(high), tuple(low), group.rank)
@@ -251,3 +251,8 @@ def _columns(
     shape = (V.shape[0], width - V.shape[1])
     noise = torch.randn(shape, dtype=dtype, device=V.device, generator=generator)
     return torch.cat([V, noise / math.sqrt(V.shape[0])], -1)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """A batch of matrices; of one a view."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))

@@ -88,10 +88,10 @@ def truncated_svd(
             float32, bfloat16, float16, float64. Never written.
         rank: of all, or in a list one of each: an int up to min(m, n), or a float in (0, 1], the
             fraction ρ of min(m, n).
-        tol: upper bound of the residual max √(‖A v − σ u‖² + ‖Aᵀu − σ v‖²) / σ₁ over the wanted
-            triplets. It is measured; iterative methods go on until it is met or ``niter`` is
-            spent, and a matrix that misses it is named in a warning and has converged=False.
-            None: a fixed number of iterations.
+        tol: upper bound of the residual ‖[A V − U Σ; AᵀU − V Σ]‖₂ / σ₁ of the wanted triplets, and
+            so of each triplet's own. It is measured; iterative methods go on until it is met or
+            ``niter`` is spent, and a matrix that misses it is named in a warning and has
+            converged=False. None: a fixed number of iterations.
         method: "randomized": block Krylov, where its space fits the workspace, else subspace
             iteration. "gram": eigenvectors of the smaller Gram matrix, in float64 where the
             spectrum is steep. "warm": ``warm_start`` as the sketch; one round, and a Krylov space
@@ -298,8 +298,7 @@ def _run(method: Method, entries: Sequence[Entry], options: _Options) -> list[Tr
 def _finished(factors: Factors, complement: bool) -> Factors:
     """Signs fixed, and the low bases that the method didn't find by itself."""
     U, V = factors.U, factors.V
-    largest = V.abs().argmax(dim=-2, keepdim=True)
-    signs = torch.where(V.gather(-2, largest) < 0, -1, 1).to(V.dtype)
+    signs = torch.where(-V.amin(-2, keepdim=True) > V.amax(-2, keepdim=True), -1, 1).to(V.dtype)
     U, V = U * signs, V * signs
     U_low, V_low = factors.U_low, factors.V_low
     if complement:
