@@ -294,11 +294,14 @@ def test_a_tolerance_that_is_missed_names_the_matrix() -> None:
     assert not bool(results[1].converged)
 
 
-def test_each_matrix_of_a_group_stops_where_it_would_alone() -> None:
-    As = [draw(160, 160, spectrum)[0] for spectrum in ("gap", "flat", "power law", "steep")]
-    together = truncated_svd(As, 12, method="randomized", tol=1e-4, generator=generator_for(5))
+@pytest.mark.parametrize("workspace", [None, 400_000], ids=["Krylov", "one block"])
+def test_each_matrix_of_a_group_stops_where_it_would_alone(workspace: int | None) -> None:
+    spectra = ("steep", "power law", "flat", "steep")[: 4 if workspace is None else 2]
+    As = [draw(160, 160, spectrum, seed=i)[0] for i, spectrum in enumerate(spectra)]
+    options = {"method": "randomized", "tol": 1e-4, "max_workspace_bytes": workspace}
+    together = truncated_svd(As, 12, **options, generator=generator_for(5))
     for A, one in zip(As, together, strict=True):
-        alone = truncated_svd(A, 12, method="randomized", tol=1e-4, generator=generator_for(5))
+        alone = truncated_svd(A, 12, **options, generator=generator_for(5))
         torch.testing.assert_close(one.S, alone.S, rtol=1e-5, atol=1e-6)
         assert float(one.residual) == pytest.approx(float(alone.residual), rel=0.2, abs=1e-6)
 

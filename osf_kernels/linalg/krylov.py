@@ -8,13 +8,14 @@ residual comes with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.residual import residual_in
+from osf_kernels.linalg.residual import residual_in, residual_of
 from osf_kernels.linalg.small import leading_svd, polished
 
 # ‖G − I‖_F of a block's Gram matrix. Below the first, one pass of CholeskyQR comes out orthonormal
@@ -110,8 +111,8 @@ def subspace_iteration(
 ) -> Factors:
     """Leading triplets by U = orth(A Q), Aᵀ U = V Σ Wᵀ, Q ← V, at most ``niter`` times.
 
-    The product A V of the next round measures the residual A V − U Σ of this one; Aᵀ U = V Σ holds
-    by construction. Stops once every residual is ≤ tol.
+    Aᵀ U = V Σ holds by construction, and A V − U Σ is measured. Each matrix is left as it is in
+    the round in which its residual is ≤ tol.
 
     Args:
         As: b matrices (m, n) of one shape, dtype and device.
@@ -120,22 +121,40 @@ def subspace_iteration(
     Source: Halko, Martinsson, Tropp 2011, algorithm 4.4, with a Rayleigh–Ritz step in each round.
     """
     empty = start.new_empty(len(As), As[0].shape[0], 0)
-    Y = primitives.multiply(As, start)
     ok = torch.ones(len(As), dtype=torch.bool, device=start.device)
+    V, found = start, None
     for iteration in range(1, niter + 1):
+        Y = primitives.multiply(As, V)
         U, fine = orthonormal_against(Y, empty, safe=safe, generator=generator)
-        ok &= fine
+        ok = ok & fine
         Z = primitives.multiply(As, U, transpose=True)
         V, S, W, fine = leading_svd(Z, U.shape[-1], safe=safe)
         U, ok = U @ W, ok & fine
-        Y = primitives.multiply(As, V)
-        off = torch.addcmul(Y[..., :rank], U[..., :rank], S[:, None, :rank], value=-1)
-        residual = residual_in(off, S)
-        if iteration == niter or (tol is not None and bool((residual <= tol).all())):
-            return Factors(
-                U[..., :rank], S[:, :rank], polished(V[..., :rank]), residual, iteration, ok
-            )
-    raise AssertionError("niter is at least 1")
+        if tol is None and iteration < niter:
+            continue
+        high = U[..., :rank], S[:, :rank], V[..., :rank]
+        residual = residual_of(As, *high, right_is_exact=True)
+        current = Factors(*high, residual, iteration, ok)
+        found = current if found is None or tol is None else _first(found, current, tol)
+        if tol is not None and bool((found.residual <= tol).all()):
+            break
+    assert found is not None  # niter is at least 1
+    return found._replace(V=polished(found.V), iterations=iteration)
+
+
+def _first(earlier: Factors, later: Factors, tol: float) -> Factors:
+    """Of each matrix the factors that met tol first, or the later ones."""
+    met = earlier.residual <= tol
+    fields = ("U", "S", "V", "residual", "ok")
+    kept: dict[str, Any] = {
+        name: torch.where(
+            met.reshape(-1, *[1] * (getattr(later, name).dim() - 1)),
+            getattr(earlier, name),
+            getattr(later, name),
+        )
+        for name in fields
+    }
+    return later._replace(**kept)
 
 
 def orthonormal_against(

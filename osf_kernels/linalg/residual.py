@@ -14,29 +14,41 @@ from torch import Tensor
 
 from osf_kernels.backends import primitives
 
-# Eight columns and two steps come within some 10 % of the norm of a matrix of pure noise, the
-# flattest of spectra, and closer to any other.
+# Eight columns and one step come within 20 % of the norm of a 2048 × 1024 matrix of pure noise, the
+# flattest of spectra (two: 11 %), and closer to any other; its longest column has 62 % of the norm.
 PROBES = 8
-STEPS = 2
+STEPS = 1
 # What float64 finds of it on random and on trained weights is 2 to 10 eps.
 ROUNDING = 8.0
 
 
-def residual_of(As: Sequence[Tensor], U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """‖R‖₂ / σ₁, (b,), of triplets of b matrices."""
+def residual_of(
+    As: Sequence[Tensor], U: Tensor, S: Tensor, V: Tensor, *, right_is_exact: bool = False
+) -> Tensor:
+    """‖R‖₂ / σ₁, (b,), of triplets of b matrices; of A V − U Σ alone where AᵀU = V Σ is known."""
     m, scale = U.shape[-2], S.unsqueeze(-1)
 
+    # [X, Σ X] in one product: the passes over U, V and A are what this costs.
     def apply(X: Tensor) -> Tensor:
-        top = primitives.multiply(As, V @ X) - U @ (scale * X)
-        bottom = primitives.multiply(As, U @ X, transpose=True) - V @ (scale * X)
+        k, both = X.shape[-1], torch.cat([X, scale * X], -1)
+        right, left = V @ both, U @ both
+        top = primitives.multiply(As, right[..., :k]) - left[..., k:]  # (b, m, k)
+        if right_is_exact:
+            return top
+        bottom = primitives.multiply(As, left[..., :k], transpose=True) - right[..., k:]
         return torch.cat([top, bottom], -2)  # (b, m + n, k)
 
     def transposed(Y: Tensor) -> Tensor:
-        top, bottom = Y[:, :m], Y[:, m:]
-        X = V.mT @ primitives.multiply(As, top, transpose=True) - scale * (U.mT @ top)
-        return X + U.mT @ primitives.multiply(As, bottom) - scale * (V.mT @ bottom)
+        k, top, bottom = Y.shape[-1], Y[:, :m], Y[:, m:]
+        back = primitives.multiply(As, top, transpose=True)
+        if right_is_exact:
+            return V.mT @ back - scale * (U.mT @ top)
+        right = V.mT @ torch.cat([back, bottom], -1)
+        left = U.mT @ torch.cat([primitives.multiply(As, bottom), top], -1)
+        return right[..., :k] + left[..., :k] - scale * (right[..., k:] + left[..., k:])
 
-    return _relative(_norm(apply, transposed, S), S)
+    norm = _relative(_norm(apply, transposed, S), S)
+    return torch.hypot(norm, _rounding(S)) if right_is_exact else norm
 
 
 def residual_in(R: Tensor, S: Tensor) -> Tensor:
@@ -44,8 +56,11 @@ def residual_in(R: Tensor, S: Tensor) -> Tensor:
 
     Of that, ``ROUNDING`` stands in, so that no tolerance below it is called met.
     """
-    rounding = torch.full_like(S[:, 0], ROUNDING * torch.finfo(S.dtype).eps)
-    return torch.hypot(_relative(_norm(R.matmul, R.mT.matmul, S), S), rounding)
+    return torch.hypot(_relative(_norm(R.matmul, R.mT.matmul, S), S), _rounding(S))
+
+
+def _rounding(S: Tensor) -> Tensor:
+    return torch.full_like(S[:, 0], ROUNDING * torch.finfo(S.dtype).eps)
 
 
 def _norm(

@@ -24,7 +24,7 @@ class TruncatedSVD:
         S: (..., r) singular values, descending.
         V: (..., n, r) orthonormal columns; V.mT are rows. In each column the element of largest
             magnitude is positive, which fixes the sign of U's.
-        residual: (...) ‖[A V − U Σ; AᵀU − V Σ]‖₂ / σ₁, measured by power iteration to some 10 %; it
+        residual: (...) ‖[A V − U Σ; AᵀU − V Σ]‖₂ / σ₁, measured by power iteration to 20 %; it
             bounds √(‖A v − σ u‖² + ‖Aᵀu − σ v‖²) / σ₁ of every triplet.
         captured: (...) ‖A V‖²_F / ‖A‖²_F, between 0 and 1; 1 for A = 0.
         iterations: how often the method multiplied by A and by Aᵀ; 1 for direct methods.
