@@ -76,6 +76,17 @@ def test_every_condition(size: tuple[int, int], condition: float, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_wide_ones_go_by_blocks(dtype: torch.dtype) -> None:
+    Y = of_condition(600, 515, 1e2, dtype)
+    eps = torch.finfo(dtype).eps
+    R = orthonormalize(Y).double().mT @ Y.double()
+    assert float(R.tril(-1).norm() / R.norm()) < 40 * eps
+    for Q in (orthonormalize(Y), polar(Y)):
+        assert orthonormality_ratio(Q) < 2
+        assert outside(Q, Y) < 4 * 515**0.5 * eps
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("condition", [1.0, 1e3])
 def test_nested_where_the_rank_is_full(condition: float, dtype: torch.dtype) -> None:
     Y = of_condition(80, 24, condition, dtype)

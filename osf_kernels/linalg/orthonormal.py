@@ -158,7 +158,7 @@ def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
             G.diagonal(dim1=-2, dim2=-1).add_(_SLACK * eps)
         inverse, _ = primitives.cholesky_inverse(G)
         size = inverse.square().sum((-2, -1))  # ‖R⁻¹‖²_F ≥ 1/σ_min²
-        Q = _multiply(Q, d[:, :, None] * inverse)
+        Q = _multiply_triangular(Q, d[:, :, None] * inverse)
         predicted = _SLACK * eps * size
         done = predicted <= target
         usable = predicted <= 0.25
@@ -177,8 +177,34 @@ def _looks_are_free(X: Tensor) -> bool:
     return X.device.type == "cpu"
 
 
+# From so many columns it pays on a CPU to skip the half of a product that is zero or known.
+_BLOCKED_FROM = 512
+
+
 def _gram(X: Tensor) -> Tensor:
-    return X.mT @ X if X.device.type == "cpu" else primitives.gram(X.unbind(0))
+    if X.device.type != "cpu":
+        return primitives.gram(X.unbind(0))
+    r = X.shape[-1]
+    if r < _BLOCKED_FROM:
+        return X.mT @ X
+    G = X.new_empty(len(X), r, r)
+    for start in range(0, r, r // 4):
+        stop = min(start + r // 4, r)
+        G[:, start:stop, start:] = X[..., start:stop].mT @ X[..., start:]
+        G[:, stop:, start:stop] = G[:, start:stop, stop:].mT
+    return G
+
+
+def _multiply_triangular(X: Tensor, R: Tensor) -> Tensor:
+    """X R for upper triangular R."""
+    r = R.shape[-1]
+    if X.device.type != "cpu" or r < _BLOCKED_FROM:
+        return _multiply(X, R)
+    out = torch.empty_like(X)
+    for start in range(0, r, r // 4):
+        stop = min(start + r // 4, r)
+        torch.matmul(X[..., :stop], R[:, :stop, start:stop], out=out[..., start:stop])
+    return out
 
 
 def _multiply(X: Tensor, M: Tensor, *, transpose: bool = False) -> Tensor:
