@@ -52,9 +52,10 @@ format: $(READY)  ## Format Python and C++ in place
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT)  ## Measure the projection on the CPU against its peers, write the committed CSV and picture
+bench: $(BUILT)  ## Measure projection and refresh on the CPU against their peers, write the committed CSVs and pictures
 	$(BIN)/python -m bench cpu-suite
 	$(BIN)/python -m bench overhead --csv bench/results/overhead_cpu.csv
+	$(BIN)/python -m bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png
 
 gpu-session:  ## On a GPU machine, with its own Python: build, gpu tests, sanitizer, bench into OUT
 	bash bench/gpu_session.sh $(OUT)

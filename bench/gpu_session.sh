@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command for a GPU machine: build in place, gpu tests, compute-sanitizer, projection bench.
+# One command for a GPU machine: build in place, gpu tests, compute-sanitizer, benches.
 #
 #   bench/gpu_session.sh OUT_DIR            run it all, inside nine minutes, results in OUT_DIR
 #   bench/gpu_session.sh --dry-run OUT_DIR  print the plan and check what can be checked anywhere
@@ -8,8 +8,8 @@
 # summary and worked around, never passed over. Every part has a time box; one that overruns is
 # stopped and reported, and the next one starts. PYTHON names the interpreter (default: python3).
 #
-# OUT_DIR receives at most seven files: session.log, environment.json, tests.xml, sanitizer.log,
-# projection_gpu.csv, bench.log, summary.txt. Exit status: 0 where every part passed, 1 where one
+# OUT_DIR receives at most eight files: session.log, environment.json, tests.xml, sanitizer.log,
+# projection_gpu.csv, refresh_gpu.csv, bench.log, summary.txt. Exit status: 0 where every part passed, 1 where one
 # failed or overran, 2 for bad arguments or a machine without a CUDA device.
 set -u -o pipefail
 
@@ -38,9 +38,10 @@ export PYTHONUNBUFFERED=1
 limit=530
 box_build=110
 box_tests=120
-box_sanitizer=120
-box_shapes=100
-box_model=80
+box_sanitizer=90
+box_shapes=85
+box_model=65
+box_refresh=60
 
 summary="$out/summary.txt"
 started=$SECONDS
@@ -87,13 +88,14 @@ COMMANDS
 }
 
 plan() {
-  local total=$((box_build + box_tests + box_sanitizer + box_shapes + box_model))
+  local total=$((box_build + box_tests + box_sanitizer + box_shapes + box_model + box_refresh))
   echo "out:        $out"
   echo "python:     $("$python" --version 2>&1) ($python)"
   echo "build       at most $box_build s"
   echo "tests       at most $box_tests s"
   echo "sanitizer   at most $box_sanitizer s (memcheck, racecheck, initcheck, synccheck)"
   echo "bench       at most $box_shapes s for single shapes, $box_model s for whole models"
+  echo "refresh     at most $box_refresh s"
   echo "together    $total s of $limit s"
   [ "$total" -le "$limit" ] || {
     echo "gpu_session: the boxes add up to more than the session" >&2
@@ -119,7 +121,7 @@ if [ $dry_run -eq 1 ]; then
 fi
 
 rm -f "$out"/session.log "$out"/environment.json "$out"/tests.xml "$out"/sanitizer.log \
-  "$out"/projection_gpu.csv "$out"/bench.log "$summary"
+  "$out"/projection_gpu.csv "$out"/refresh_gpu.csv "$out"/bench.log "$summary"
 
 capability=$("$python" - <<'PY'
 import torch
@@ -192,6 +194,9 @@ while read -r label box arguments <&3; do
   part "bench $label" "$allowed" "$out/bench.log" "$python" -m bench projection --device cuda \
     --csv "$out/projection_gpu.csv" $arguments
 done 3< <(bench_commands)
+
+part "bench refresh" "$box_refresh" "$out/bench.log" "$python" -m bench refresh --device cuda \
+  --suite figures --rounds 3 --csv "$out/refresh_gpu.csv"
 
 if [ -s "$out/projection_gpu.csv" ]; then
   "$python" -m bench show "$out/projection_gpu.csv" | tee -a "$summary"

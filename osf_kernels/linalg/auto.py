@@ -10,11 +10,13 @@ from typing import Literal
 
 Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 
-# Up to this share of min(m, n) a Krylov space of three times the rank is built in less time than
-# the Gram matrix is decomposed.
-KRYLOV_RANK_RATIO = 0.14
+# Up to this share of min(m, n) = 1024, growing as its square root, a Krylov space of three times
+# the rank is built in less time than the Gram matrix is decomposed: products of larger matrices
+# run at a higher rate, eigenvectors don't.
+KRYLOV_RANK_RATIO = 0.13
+KRYLOV_LARGEST_RATIO = 0.25
 # Below this size the iterations' many small products take longer than one decomposition.
-KRYLOV_SIZE = 256
+KRYLOV_SIZE = 320
 # From this share on the low block is small enough to be worth its two wide products.
 DEFLATION_RANK_RATIO = 0.35
 
@@ -29,6 +31,7 @@ def choose(m: int, n: int, rank: int, *, warm: bool, deflatable: bool) -> Method
         return "deflated"
     if warm and ratio <= 0.5:
         return "warm"
-    if size >= KRYLOV_SIZE and ratio <= KRYLOV_RANK_RATIO:
+    krylov = min(KRYLOV_LARGEST_RATIO, KRYLOV_RANK_RATIO * (size / 1024) ** 0.5)
+    if size >= KRYLOV_SIZE and ratio <= krylov:
         return "randomized"
     return "gram"

@@ -25,6 +25,9 @@ from osf_kernels.linalg.result import TruncatedSVD
 # .9999 of the leading subspace, in less time than fewer wider blocks take to .999.
 KRYLOV_STEPS = 12
 KRYLOV_OVERSAMPLE = 2.0  # of the rank
+# For a few triplets of a flat spectrum a space of three times the rank is too small: of MiniLM's
+# weights at rank 4 it misses half of the subspace, 48 columns more a hundredth.
+KRYLOV_LEAST_OVERSAMPLE = 48
 BLOCK_MULTIPLE = 8
 # Subspace iteration converges by (σ_{l+1}/σ_r)² a step, so that more would not help much.
 SUBSPACE_STEPS = 100
@@ -193,7 +196,7 @@ def _krylov_plan(group: Group) -> tuple[int, int]:
     small, r = min(group.shape), group.rank
     extra = group.oversample
     if extra is None:
-        extra = max(BLOCK_MULTIPLE, math.ceil(KRYLOV_OVERSAMPLE * r))
+        extra = max(KRYLOV_LEAST_OVERSAMPLE, math.ceil(KRYLOV_OVERSAMPLE * r))
     width = min(small, r + extra)
     if group.niter is None:
         block = max(1, width // (KRYLOV_STEPS * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE

@@ -99,10 +99,10 @@ def truncated_svd(
             those of its low block, in one order. "exact": torch.linalg.svd. "auto": by rank,
             size and what ``warm_start`` holds; an earlier result that no longer fits (residual
             above 1e-3, or tol) is dropped for a cold start. The result says what ran.
-        niter: products with A and Aᵀ each that an iterative method may take; default 11, or with
+        niter: products with A and Aᵀ each that an iterative method may take; default 12, or with
             ``tol`` as many as a space of min(m, n) needs.
-        oversample: columns beyond the rank: of the whole Krylov space, default 2·rank; of the
-            block in subspace iteration, default max(8, rank/8), and in a warm start, default 0.
+        oversample: columns beyond the rank: of the whole Krylov space, default max(48, 2·rank); of
+            the block in subspace iteration, default max(8, rank/8), and in a warm start, default 0.
         warm_start: a TruncatedSVD of an earlier A, or columns V (n, k) of any k; in a list one of
             each or None. More columns than wanted are dropped, fewer are filled up at random.
         complement: also return U_low and V_low, orthonormal to rounding and orthogonal to U and V.
