@@ -111,7 +111,7 @@ def draw(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
                 )
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_ylim(FLOOR / 2, 5.0)
+            axes.set_ylim(FLOOR / 2, 50.0)
             axes.margins(x=0.2)
             axes.grid(True, which="major", color="#dddddd", linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
