@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osf_kernels import TruncatedSVD, truncated_svd
+from osf_kernels import TruncatedSVD, extend_basis, orthonormalize, polar, truncated_svd
 from osf_kernels.linalg import methods
 from osf_kernels.testing import hard_matrices, matrix_with_spectrum, orthonormality_ratio, svd_ratio
 from tests.helpers import generator_for
@@ -428,6 +428,26 @@ def test_bad_input_is_refused(what: str) -> None:
 def test_a_generator_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pass torch\.Generator"):
         truncated_svd(A.cuda(), 1, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_lowered_matmul_precision_is_not_used(precision: str) -> None:
+    A, _, _, _ = draw(150, 110)
+    before = torch.get_float32_matmul_precision()
+    samples = torch.randn(150, 20, generator=generator_for("samples"))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for method in COLD:
+            assert_sound(A, truncated_svd(A, 20, method=method, complement=True))
+        for Q in (
+            orthonormalize(A[:, :30]),
+            polar(A[:, :30]),
+            extend_basis(orthonormalize(A[:, :9]), samples, energy=0.9),
+        ):
+            assert orthonormality_ratio(Q) < 30
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_it_takes_no_part_in_autograd_and_writes_nothing() -> None:

@@ -74,6 +74,7 @@ def extend_basis(
     return _extend_list(cast(Sequence[BasisLike], basis), samples, energy)
 
 
+@primitives.full_precision()
 def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
     held, spans = _admit(basis, samples, "")
     count = samples.shape[:-2].numel()
@@ -89,6 +90,7 @@ def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
     return Basis(grown, basis.spans) if isinstance(basis, Basis) else grown
 
 
+@primitives.full_precision()
 def _extend_list(
     bases: Sequence[BasisLike], samples: Sequence[Tensor], energy: float
 ) -> list[Tensor | Basis]:

@@ -349,6 +349,7 @@ def _judge(op: str, Y: Tensor, finite: Tensor, ok: Tensor) -> Tensor | None:
     return torch.tensor(rest, device=Y.device) if rest else None
 
 
+@primitives.full_precision()
 def _orthonormalize_impl(Y: Tensor) -> tuple[Tensor, Tensor]:
     op = "orthonormalize"
     _check(op, Y)
@@ -375,6 +376,7 @@ def _orthonormalize_vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:
     return _orthonormalize(Y.movedim(in_dims[0], 0)), (0, 0)
 
 
+@primitives.full_precision()
 def _polar_impl(Y: Tensor) -> Tensor:
     op = "polar"
     _check(op, Y)

@@ -133,7 +133,8 @@ def truncated_svd(
     options = _Options(
         method, tol, niter, oversample, complement, _Seed(generator), max_workspace_bytes
     )
-    results = _decompose(entries, options)
+    with primitives.full_precision():
+        results = _decompose(entries, options)
     _warn_unconverged(entries, results, tol)
     if not isinstance(A, Tensor):
         return results
