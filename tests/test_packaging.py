@@ -111,7 +111,7 @@ def test_metadata_asks_for_torch_alone(metadata: Message) -> None:
     assert metadata["Version"] == osf_kernels.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"triton", "test", "bench", "demo", "lint", "dev"}
+    assert extras == {"triton", "subspaces", "test", "bench", "demo", "lint", "dev"}
 
 
 def test_sdist_holds_csrc_without_a_toolkit(source_tree: Path, tmp_path: Path) -> None:
