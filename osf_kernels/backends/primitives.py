@@ -34,7 +34,10 @@ def full_precision() -> Iterator[None]:
     bfloat16: fine for activations, but bases would come out orthonormal to 1e-3. The settings
     are the process's, so other threads see them for the time of a call.
     """
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    settings = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # set on the module by itself
+    )
     before = [setting.fp32_precision for setting in settings]
     if not {"tf32", "bf16"} & set(before):
         yield
