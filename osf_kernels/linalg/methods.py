@@ -47,7 +47,12 @@ class Group:
     oversample: int | None
     warm: Sequence[TruncatedSVD | Tensor | None]
     generator: Callable[[int], torch.Generator]  # of a sketch's width
-    workspace_bytes: float  # for each matrix
+    workspace_bytes: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the factors are computed in."""
+        return primitives.working_dtype(self.As[0].dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,7 +80,7 @@ def workspace_bytes(method: Method, group: Group) -> int:
     """An upper estimate of what a method allocates for one matrix beside its results."""
     m, n = group.shape
     small, r = min(m, n), group.rank
-    item = 8 if group.As[0].dtype == torch.float64 else 4
+    item = group.dtype.itemsize
     copy = 0 if group.As[0].element_size() == item else m * n * item
     results = 2 * (m + n) * r * item
     if method == "randomized":
@@ -136,10 +141,9 @@ def warm(group: Group, safe: bool) -> Factors:
 
 def _deflated(group: Group) -> Factors:
     earlier = [w for w in group.warm if isinstance(w, TruncatedSVD)]
-    dtype = primitives.working_dtype(group.As[0].dtype)
 
     def stacked(name: str) -> Tensor:
-        return _stacked([getattr(result, name) for result in earlier]).to(dtype)
+        return _stacked([getattr(result, name) for result in earlier]).to(group.dtype)
 
     high, low = map(stacked, "USV"), map(stacked, ("U_low", "V_low"))
     return dense.deflated(group.As, tuple(high), tuple(low), group.rank)
@@ -209,14 +213,14 @@ def _krylov_plan(group: Group) -> tuple[int, int]:
 
 def _krylov_bytes(group: Group, width: int, block: int) -> int:
     m, n = group.shape
-    item = 8 if group.As[0].dtype == torch.float64 else 4
+    item = group.dtype.itemsize
     # The space, half of it once more while it grows, blocks on their way, B and its SVD in float64.
     return item * (m + n) * (2 * width + 4 * block) + 8 * 4 * width * width
 
 
 def _subspace_bytes(group: Group, width: int) -> int:
     m, n = group.shape
-    item = 8 if group.As[0].dtype == torch.float64 else 4
+    item = group.dtype.itemsize
     return item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
 
 
@@ -235,8 +239,9 @@ def _warm_width(group: Group) -> int:
 def _sketch(group: Group, width: int, generator: torch.Generator) -> Tensor:
     """(1, n, width): orthonormal columns of a Gaussian matrix."""
     _, n = group.shape
-    dtype = primitives.working_dtype(group.As[0].dtype)
-    noise = torch.randn(1, n, width, dtype=dtype, device=group.As[0].device, generator=generator)
+    noise = torch.randn(
+        1, n, width, dtype=group.dtype, device=group.As[0].device, generator=generator
+    )
     Q: Tensor = torch.linalg.qr(noise)[0]
     return Q
 
@@ -247,12 +252,11 @@ def _columns(
     """(n, width): the earlier V's leading columns, and random ones where it has fewer."""
     assert warm is not None
     V = warm if isinstance(warm, Tensor) else warm.V
-    dtype = primitives.working_dtype(group.As[0].dtype)
-    V = V[:, :width].to(dtype)
+    V = V[:, :width].to(group.dtype)
     if V.shape[1] == width:
         return V
     shape = (V.shape[0], width - V.shape[1])
-    noise = torch.randn(shape, dtype=dtype, device=V.device, generator=generator)
+    noise = torch.randn(shape, dtype=V.dtype, device=V.device, generator=generator)
     return torch.cat([V, noise / math.sqrt(V.shape[0])], -1)
 
 
