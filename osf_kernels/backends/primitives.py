@@ -32,8 +32,13 @@ def full_precision() -> Iterator[None]:
 
     Where torch's matmul precision is lowered, a GPU or oneDNN on a CPU rounds operands to TF32 or
     bfloat16: fine for activations, but bases would come out orthonormal to 1e-3. The settings
-    are the process's, so other threads see them for the time of a call.
+    are the process's, so other threads see them for the time of a call. Autocast, which would do
+    the same, is the thread's own.
     """
+    if torch._C._is_any_autocast_enabled():
+        with torch._C._DisableAutocast(), full_precision():
+            yield
+        return
     settings = (
         torch.backends.cuda.matmul,
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # set on the module by itself

@@ -7,6 +7,7 @@ is used, with fake, autograd and vmap rules registered on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -27,12 +28,28 @@ def register(
     """Defines an operator for every device and returns its callable overload."""
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, _outside_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=library)
     overload: Callable[..., Any] = getattr(torch.ops.osf_kernels, name).default
     return overload
+
+
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Operators choose what they multiply in; autocast would round their matmuls to 16 bits."""
+
+    @wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        if not _autocast():
+            return implementation(*arguments)
+        with torch._C._DisableAutocast():
+            return implementation(*arguments)
+
+    return run
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -47,8 +64,9 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """Whether an operator's implementation may be called as the function it is.
 
     The dispatcher takes 4 µs to come back to it. It is needed where something would see the
-    operator pass: a compiler, a trace, a profile, vmap, a mode, or a subclass of Tensor. That the
-    call isn't differentiated is the caller's to know.
+    operator pass: a compiler, a trace, a profile, vmap, a mode, or a subclass of Tensor; and under
+    autocast, which ``register`` keeps out. That the call isn't differentiated is the caller's to
+    know.
     """
     if torch.compiler.is_compiling():
         return False
@@ -56,7 +74,8 @@ def unobserved(*tensors: Tensor | None) -> bool:
         if t is not None and type(t) not in _PLAIN:
             return False
     return not (
-        _dispatch_modes()
+        _autocast()
+        or _dispatch_modes()
         or _function_modes()
         or _profiling()
         or _transform() is not None
