@@ -5,10 +5,10 @@ operator of ``osf_kernels``, of which it imports public names only.
 """
 
 from osf_torch.gradient import project_grad
-from osf_torch.guard import Guard, Leak, Subspace, protect
+from osf_torch.guard import Guard, Leak, protect
 from osf_torch.refresh import refresh
 from osf_torch.storage import load_subspaces, save_subspaces
-from osf_torch.subspaces import Decomposition, Subspaces
+from osf_torch.subspaces import Decomposition, Subspace, Subspaces
 
 __all__ = [
     "Decomposition",

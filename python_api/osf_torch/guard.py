@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,35 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Basis, Mode, plan, project, project_, project_many_, restore_many_
+from osf_kernels import Mode, plan
+from osf_torch import protected as weights
+from osf_torch.protected import Protected
+from osf_torch.refresh import refresh
+from osf_torch.selection import Rank, Ranks, named_weights
+from osf_torch.sharding import any_rank
+from osf_torch.state import read_state, state_of
+from osf_torch.subspaces import Subspace, Subspaces
 
 When = Literal["auto", "step", "backward"]
 
-# How far U, S, V may be from triplets of the weight, relative to S: float32 decompositions of
-# trained weights are off by 1e-6 to 1e-5, bfloat16 bases by 3e-3.
-TRIPLETS_LIMIT = 2e-2
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """What is protected of one weight.
-
-    Attributes:
-        U: (m, r) orthonormal columns, a Basis, or None for an unprotected side.
-        V: (n, k) likewise.
-        S: (r,) singular values when U, S, V are triplets of the weight and both bases are high:
-            then the protected part is known without a copy. Best from a float64 decomposition,
-            rounded once (``refresh(compute_dtype=torch.float64)``): the columns of a float32
-            torch.linalg.svd are orthonormal to 2e-5 only on trained weights, and that, and its
-            residual, is what leaks and drifts.
-        protected: (m, n) W_ref − P(W_ref), instead of S. Where neither is given, ``protect``
-            computes it from the weight as it stands.
-    """
-
-    U: Tensor | Basis | None
-    V: Tensor | Basis | None
-    S: Tensor | None = None
-    protected: Tensor | None = None
+# Guards whose hooks are on, so that protecting a parameter again replaces what was there.
+_ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -46,14 +31,6 @@ class Leak:
 
     raw: float
     applied: float
-
-
-@dataclass
-class _Entry:
-    name: str
-    weight: nn.Parameter
-    subspace: Subspace
-    leak: Leak | None = None
 
 
 def protect(
@@ -72,25 +49,36 @@ def protect(
     elementwise optimizers and weight decay reach into the protected span even from a
     projected gradient.
 
+    Call it when the parameters are those that will be trained: after ``fully_shard``,
+    ``parallelize_module`` or a move to another device, and before DeepSpeed's ``initialize``.
+    Sharded weights (DTensor, sharded on one mesh dimension) keep a slice of the basis of their
+    sharded side; each list of gradients takes one all-reduce on the mesh dimension's group, and
+    restoring another one. Replicated gradients (DistributedDataParallel) take none.
+
     Args:
-        model: its 2-D (or batched) parameters named in ``subspaces`` are protected.
-        subspaces: by parameter name as in ``model.named_parameters()``; ``refresh`` makes them.
+        model: its 2-D (or batched) parameters named in ``subspaces`` are protected; frozen ones
+            are left out, shared ones protected once. It may be compiled or wrapped.
+        subspaces: by parameter name as in ``model.named_parameters()``, without what wrappers
+            add; ``refresh`` makes them. Bases are moved to the weight's device.
         optimizer: the one that steps the model; required for when="step" and for restore.
         when: "step" projects all gradients in one list call in the optimizer's step pre-hook;
             "backward" projects each gradient when it has been accumulated; "auto" takes "step"
-            with an optimizer and "backward" without, and ``Guard.when`` says which.
+            with an optimizer and "backward" without (and for DeepSpeed's ZeRO-3, where a step sees
+            flat pieces), and ``Guard.when`` says which.
         restore: pin the protected part in the optimizer's step post-hook.
         mode: "complement" or "core", for projecting and restoring.
-        record: measure the leak at every projection for ``Guard.leak()``; costs another
-            projection and a synchronisation per matrix.
+        record: measure the leak at every projection for ``Guard.leak()``; costs two more
+            projections in float64 and a synchronisation per matrix.
 
     Returns:
-        A :class:`Guard`, attached.
+        A :class:`Guard`, attached. Hooks of an earlier guard on the same parameters are taken off.
 
     Raises:
         ValueError: no subspace, an unknown parameter name, a shape that doesn't fit, an
             optimizer that is missing or doesn't own a protected parameter, S that isn't the
             weight's; nothing is attached.
+
+    Computes the dense protected part where neither S nor ``protected`` is given.
     """
     if not subspaces:
         raise ValueError(
@@ -106,20 +94,41 @@ def protect(
                 f"osf_torch.protect: expected optimizer to be given with {need}, got None; "
                 'pass optimizer=, or restore=False and when="backward"'
             )
-    entries = _entries(model, subspaces, mode)
+    optimizer = _innermost(optimizer)
+    items = _items(model, subspaces, mode)
+    zero3 = next((item.name for item in items if weights.zero3_shape(item.weight)), None)
+    if zero3 is not None and (restore or when == "step"):
+        raise ValueError(
+            f"osf_torch.protect: expected whole weights for restoring and for when='step', got "
+            f"parameter {zero3!r} partitioned by DeepSpeed's ZeRO-3; pass restore=False and "
+            "when='backward'"
+        )
     if optimizer is not None:
-        _require_owner(optimizer, entries)
+        _require_owner(optimizer, items)
     if restore:
-        for entry in entries:
-            entry.subspace = _pinnable(entry, mode)
+        _pin(items, mode)
     chosen: Literal["step", "backward"]
-    chosen = when if when != "auto" else ("backward" if optimizer is None else "step")
-    return Guard(model, entries, optimizer, chosen, restore, mode, record)
+    if when == "auto":
+        chosen = "backward" if optimizer is None or zero3 is not None else "step"
+    else:
+        chosen = when
+    guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record)
+    for other in list(_ATTACHED):
+        other._let_go({id(item.weight) for item in items})
+    guard._attach()
+    return guard
 
 
-def _entries(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> list[_Entry]:
-    parameters = dict(model.named_parameters())
-    entries: list[_Entry] = []
+def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+    """The optimizer that steps, where another one (Accelerate's) wraps it."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> list[Protected]:
+    parameters = named_weights(model)
+    items: dict[int, Protected] = {}
     for name, subspace in subspaces.items():
         weight = parameters.get(name)
         if weight is None:
@@ -129,52 +138,41 @@ def _entries(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) ->
                 f"got {name!r}; it has {len(parameters)}, the first are {known}"
             )
         try:
-            plan(weight, subspace.U, subspace.V, mode=mode)
+            W, U, V = weights.shapes_of(weight, subspace)
+            plan(W, U, V, mode=mode)
+            if weight.requires_grad and id(weight) not in items:
+                items[id(weight)] = Protected(name, weight, subspace)
         except (TypeError, ValueError) as error:
             raise type(error)(f"osf_torch.protect: parameter {name!r}: {error}") from None
-        if weight.requires_grad:
-            entries.append(_Entry(name, weight, subspace))
-    if not entries:
+    if not items:
         raise ValueError(
             "osf_torch.protect: expected a protected parameter that requires grad, got none; "
             "every named parameter is frozen"
         )
-    return entries
+    return list(items.values())
 
 
-def _require_owner(optimizer: torch.optim.Optimizer, entries: list[_Entry]) -> None:
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for entry in entries:
-        if id(entry.weight) not in owned:
+def _require_owner(optimizer: torch.optim.Optimizer, items: list[Protected]) -> None:
+    owned = _owned(optimizer)
+    for item in items:
+        if id(item.weight) not in owned:
             raise ValueError(
-                f"osf_torch.protect: expected optimizer to own parameter {entry.name!r}, got one "
+                f"osf_torch.protect: expected optimizer to own parameter {item.name!r}, got one "
                 "that doesn't; build the optimizer from this model's parameters"
             )
 
 
-def _pinnable(entry: _Entry, mode: Mode) -> Subspace:
-    """The subspace with what restore_ needs: S for triplets, else the dense protected part."""
-    s = entry.subspace
-    if s.protected is not None:
-        return Subspace(s.U, s.V, None, s.protected)
-    high = all(b is not None and getattr(b, "spans", "high") == "high" for b in (s.U, s.V))
-    with torch.no_grad():
-        W = entry.weight.detach()
-        W = W if W.dtype == torch.float64 else W.float()
-        if s.S is None or not high:
-            return Subspace(s.U, s.V, None, W - project(W, s.U, s.V, mode=mode))
-        # Restoring sets UᵀW to S Vᵀ: were they another weight's, the first step would replace it.
-        U, V, S = _double(s.U), _double(s.V), s.S.double()
-        assert isinstance(U, Tensor)
-        assert isinstance(V, Tensor)
-        off = float((U.mT @ W.double() - S.unsqueeze(-1) * V.mT).norm() / S.norm())
-        if off > TRIPLETS_LIMIT:
-            raise ValueError(
-                f"osf_torch.protect: expected U, S, V of parameter {entry.name!r} to be singular "
-                f"triplets of it, got |U'W - S V'| = {off:.1e} |S|; take them from the weight "
-                "as it stands, or leave S out"
-            )
-        return s
+def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+@torch.no_grad()
+def _pin(items: list[Protected], mode: Mode) -> None:
+    for item in items:
+        try:
+            item.held = weights.pinned(item, mode)
+        except ValueError as error:
+            raise ValueError(f"osf_torch.protect: {error}") from None
 
 
 class Guard:
@@ -183,13 +181,16 @@ class Guard:
     Attributes:
         when: "step" or "backward": where gradients are projected.
         restores: whether the protected part is pinned after each step.
+        mode: "complement" or "core".
         projections: how many times gradients were projected so far.
+        subspaces: what is protected, as it was given or made by ``next_task``.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        entries: list[_Entry],
+        items: list[Protected],
+        subspaces: Mapping[str, Subspace],
         optimizer: torch.optim.Optimizer | None,
         when: Literal["step", "backward"],
         restore: bool,
@@ -198,75 +199,166 @@ class Guard:
     ) -> None:
         self.when = when
         self.restores = restore
+        self.mode: Mode = mode
         self.projections = 0
+        self.subspaces = subspaces
         self._model = model
-        self._entries = entries
-        self._mode = mode
+        self._optimizer = optimizer
+        self._items = {id(item.weight): item for item in items}
         self._record = record
-        self._stepped: list[_Entry] = []
-        self._handles: list[Any] = []
-        if when == "backward":
-            for entry in entries:
-                hook = self._after_accumulation(entry)
-                self._handles.append(entry.weight.register_post_accumulate_grad_hook(hook))
-        if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            if restore:
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._leaks: dict[str, Leak] = {}
+        self._stepped: list[Protected] = []
+        self._handles: dict[int | None, list[Any]] = {}  # of a weight's hooks; None: optimizer's
 
     def __repr__(self) -> str:
         pinned = "restored after each step" if self.restores else "not restored"
-        count = len(self._entries)
-        return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self._mode!r})"
+        count = len(self._items)
+        return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self.mode!r})"
 
-    # --- hooks ---
+    def _attach(self) -> None:
+        if self.when == "backward":
+            for key, item in self._items.items():
+                handle = item.weight.register_post_accumulate_grad_hook(self._after_accumulation)
+                self._handles[key] = [handle]
+        if self._optimizer is not None:
+            self._handles[None] = [self._optimizer.register_step_pre_hook(self._before_step)]
+            if self.restores:
+                post = self._optimizer.register_step_post_hook(self._after_step)
+                self._handles[None].append(post)
+        _ATTACHED.add(self)
 
-    def _after_accumulation(self, entry: _Entry) -> Any:
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                self._project([entry])
+    def _let_go(self, keys: set[int]) -> None:
+        """Takes the hooks off some weights; off the optimizer too where none is left."""
+        for key in keys & self._items.keys():
+            del self._items[key]
+            for handle in self._handles.pop(key, []):
+                handle.remove()
+        if not self._items:
+            self.remove()
 
-        return hook
+    # --- hooks; Dynamo runs them as they are where a step is compiled ---
 
+    @torch.compiler.disable
     @torch.no_grad()
-    def _before_step(self, *_: Any) -> None:
-        self._stepped = [entry for entry in self._entries if entry.weight.grad is not None]
-        if self.when == "step":
-            self._project(self._stepped)
+    def _after_accumulation(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._project([self._items[id(parameter)]])
 
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        ready = [item for item in self._items.values() if item.weight.grad is not None]
+        # A fused optimizer under GradScaler is called for a step that it then leaves out.
+        self._stepped = [] if _overflowed(optimizer, ready) else ready
+        if self.when == "step":
+            self._project([item for item in self._stepped if not item.is_projected()])
+
+    @torch.compiler.disable
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         """Pins what the step has moved; weights that had no gradient stood still."""
-        entries = self._stepped
-        restore_many_(
-            [entry.weight for entry in entries],
-            [entry.subspace.U for entry in entries],
-            [entry.subspace.V for entry in entries],
-            S=[entry.subspace.S for entry in entries],
-            protected=[entry.subspace.protected for entry in entries],
-            mode=self._mode,
-        )
+        weights.restore_all_(self._stepped, self.mode)
 
-    @torch.no_grad()
-    def _project(self, entries: list[_Entry]) -> None:
-        grads = [entry.weight.grad for entry in entries if entry.weight.grad is not None]
-        raw = [self._share(entry) for entry in entries] if self._record else []
-        bases = [(entry.subspace.U, entry.subspace.V) for entry in entries]
-        if len(grads) == 1:
-            project_(grads[0], *bases[0], mode=self._mode)
-        else:
-            project_many_(grads, [U for U, _ in bases], [V for _, V in bases], mode=self._mode)
-        for entry, before in zip(entries, raw, strict=False):
-            entry.leak = Leak(before, self._share(entry))
+    def _project(self, items: list[Protected]) -> None:
+        if not items:
+            return
+        raw = [self._share(item) for item in items] if self._record else []
+        weights.project_all_(items, self.mode)
+        for item, before in zip(items, raw, strict=False):
+            self._leaks[item.name] = Leak(before, self._share(item))
         self.projections += 1
 
-    def _share(self, entry: _Entry) -> float:
-        g = entry.weight.grad
-        assert g is not None
-        g = g.double()
-        U, V = _double(entry.subspace.U), _double(entry.subspace.V)
-        removed = g - project(g, U, V, mode=self._mode)
-        return float(removed.norm() / g.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    def _share(self, item: Protected) -> float:
+        assert item.weight.grad is not None
+        return weights.share(item, item.view(item.weight.grad), self.mode)
+
+    # --- what a training loop calls ---
+
+    @torch.no_grad()
+    def project_grads(self) -> None:
+        """g ← P(g) now, for every protected gradient there is; the step doesn't do it again
+        unless a gradient was written since.
+        """
+        ready = [item for item in self._items.values() if item.weight.grad is not None]
+        self._project([item for item in ready if not item.is_projected()])
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clips all gradients of the model by the norm of what is kept of them.
+
+        ``torch.nn.utils.clip_grad_norm_`` before the projection counts what is then removed, and
+        clips more than it says; this projects first. Under GradScaler call ``unscale_`` before.
+
+        Returns:
+            The norm before clipping, after projecting.
+        """
+        self.project_grads()
+        known = [item for item in self._items.values() if item.is_projected()]
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm, norm_type)
+        for item in known:  # scaling commutes with P
+            item.mark_projected()
+        return norm
+
+    def next_task(
+        self, ranks: Ranks | None = None, *, widen: Rank | None = None, **options: Any
+    ) -> Subspaces:
+        """At the end of a task: decomposes the weights as they are now and protects that.
+
+        Where the protected part was restored in mode "complement", the triplets of the last
+        refresh are triplets still, and those of the low block alone are computed (method
+        "deflated"), provided they were kept (``keep="all"``).
+
+        Args:
+            ranks: of the new bases, as in ``refresh``: another allocation, by hand or by
+                ``allocate_ranks``. None keeps the ranks, or widens them:
+            widen: how much every rank grows by, in directions (int) or as a share of min(m, n)
+                (float); as far as min(m, n).
+            options: of ``refresh``, such as tol, seed, keep or progress.
+
+        Returns:
+            The new subspaces, also in ``Guard.subspaces``; hooks stay where they are.
+
+        Raises:
+            ValueError: both ranks and widen, or as ``refresh``; the protection is as it was.
+        """
+        if ranks is not None and widen is not None:
+            raise ValueError(
+                "osf_torch.Guard.next_task: expected ranks or widen, got both; ranks says the new "
+                "ranks, widen how much the present ones grow"
+            )
+        chosen = self._widened(widen) if ranks is None else ranks
+        given = self.subspaces
+        if (
+            "previous" not in options
+            and self.restores
+            and self.mode == "complement"
+            and isinstance(given, Subspaces)
+            and all(given[item.name].svd is not None for item in self._items.values())
+        ):
+            options = {"keep": "all", "previous": given} | options
+        keys = set(self._items)
+        found = refresh(
+            self._model, chosen, filter=lambda _, parameter: id(parameter) in keys, **options
+        )
+        items = [Protected(name, self._by_name()[name].weight, s) for name, s in found.items()]
+        if self.restores:
+            _pin(items, self.mode)
+        self._items = {id(item.weight): item for item in items}
+        self.subspaces = found
+        self._leaks = {}
+        return found
+
+    def _widened(self, widen: Rank | None) -> dict[str, Rank]:
+        ranks: dict[str, Rank] = {}
+        for item in self._items.values():
+            short = min(item.weight.shape[-2:])
+            more = round(widen * short) if isinstance(widen, float) else widen or 0
+            rank = weights.rank_of(self.subspaces[item.name], item.weight.shape)
+            ranks[item.name] = max(1, min(short, rank + more))
+        return ranks
+
+    def _by_name(self) -> dict[str, Protected]:
+        return {item.name: item for item in self._items.values()}
 
     # --- what a user asks ---
 
@@ -282,65 +374,124 @@ class Guard:
             raise RuntimeError(
                 "osf_torch.Guard.leak: expected protect(..., record=True), got record=False"
             )
-        measured = {entry.name: entry.leak for entry in self._entries if entry.leak is not None}
-        if not measured:
+        if not self._leaks:
             raise RuntimeError(
                 "osf_torch.Guard.leak: expected a projected gradient, got none so far; run a "
                 "backward pass and, with when='step', an optimizer step first"
             )
-        return measured
+        return dict(self._leaks)
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
         """Per parameter ‖H(W) − H_ref‖ / ‖H_ref‖, how far the protected part H(W) = W − P(W)
-        has moved since it was protected; computed in float64.
+        has moved since it was protected; computed in float64, one matrix at a time.
 
         Raises:
             RuntimeError: with restore=False nothing was kept to compare with, unless the
-                subspace came with S or protected.
+                subspace came with protected, or with S and both bases high.
         """
         drifts: dict[str, float] = {}
-        for entry in self._entries:
-            s = entry.subspace
-            W, U, V = entry.weight.detach().double(), _double(s.U), _double(s.V)
-            if s.protected is not None:
-                reference = s.protected.double()
-            elif s.S is not None and isinstance(U, Tensor) and isinstance(V, Tensor):
-                reference = (U * s.S.double().unsqueeze(-2)) @ V.mT
-            else:
+        for item in self._items.values():
+            H = weights.reference(item)
+            if H is None:
                 raise RuntimeError(
-                    f"osf_torch.Guard.drift: expected a reference for {entry.name!r}, got a "
+                    f"osf_torch.Guard.drift: expected a reference for {item.name!r}, got a "
                     "subspace without S and protected and restore=False; give one of them"
                 )
-            moved = W - project(W, U, V, mode=self._mode) - reference
-            drifts[entry.name] = float(moved.norm() / reference.norm().clamp_min(1e-300))
+            moved = weights.remainder(item, item.view(item.weight), self.mode) - H
+            drifts[item.name] = weights.norm(item, moved) / max(weights.norm(item, H), weights.TINY)
         return drifts
 
-    def verify(self) -> None:
-        """Raises RuntimeError when the protection isn't working: a parameter was replaced since
-        (``load_state_dict(assign=True)``, a deepcopy trained in its place) or no hook ever fired.
+    def verify(self, model: nn.Module | None = None, *, tol: float | None = None) -> None:
+        """Raises RuntimeError when the protection isn't working.
+
+        That is: another model is trained than the one protected (a deepcopy has no hooks), a
+        parameter was replaced since (``load_state_dict(assign=True)``), the optimizer has let it
+        go, no hook ever fired, or weights moved in the protected span.
+
+        Args:
+            model: the one that is trained, to be compared with the one that was protected.
+            tol: on ``drift()``; None is what rounding and bases of this dtype explain, where the
+                guard restores, and looks at no weights where it doesn't.
         """
-        parameters = dict(self._model.named_parameters())
-        for entry in self._entries:
-            if parameters.get(entry.name) is not entry.weight:
+        if model is not None and model is not self._model:
+            own = {id(p) for p in self._model.parameters()}
+            if not {id(p) for p in model.parameters()} <= own:
                 raise RuntimeError(
-                    f"osf_torch.Guard.verify: expected parameter {entry.name!r} to be the one that "
+                    "osf_torch.Guard.verify: expected the model that was protected, got another; a "
+                    "deepcopy has no hooks: protect the model that is trained"
+                )
+        parameters = named_weights(self._model)
+        owned = None if self._optimizer is None else _owned(self._optimizer)
+        for item in self._items.values():
+            if parameters.get(item.name) is not item.weight:
+                raise RuntimeError(
+                    f"osf_torch.Guard.verify: expected parameter {item.name!r} to be the one that "
                     "was protected, got another; protect the model again after replacing it"
                 )
+            if owned is not None and id(item.weight) not in owned:
+                raise RuntimeError(
+                    f"osf_torch.Guard.verify: expected the optimizer to own parameter "
+                    f"{item.name!r} still, got one that doesn't; protect again with the new one"
+                )
+        if not self._handles:
+            raise RuntimeError(
+                "osf_torch.Guard.verify: expected hooks on the model, got none; remove() or a "
+                "later protect() has taken them off"
+            )
         if self.projections == 0:
             raise RuntimeError(
                 "osf_torch.Guard.verify: expected projected gradients, got none so far; the hooks "
                 "never fired: is this the model, and the optimizer, that is trained?"
             )
+        if tol is None and not self.restores:
+            return
+        by_name = self._by_name()
+        for name, drift in self.drift().items():
+            item = by_name[name]
+            limit = tol if tol is not None else weights.drift_limit(item)
+            if not drift <= limit:
+                raise RuntimeError(
+                    f"osf_torch.Guard.verify: expected the protected part of {name!r} to be where "
+                    f"it was to {limit:.0e}, got a drift of {drift:.1e}; something writes to the "
+                    "weight outside of the optimizer's step"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming to the bit takes: bases, S or the dense part, and the count.
+
+        Tensors are this rank's own, as they are used; nothing but tensors, numbers and strings.
+        """
+        return state_of(
+            list(self._items.values()), self.when, self.restores, self.mode, self.projections
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up where :meth:`state_dict` was called; the model and optimizer load their own.
+
+        Raises:
+            ValueError: of another set of parameters, other shapes, another mode, when or restore,
+                or another number of ranks; nothing is changed.
+        """
+        held = read_state(state, list(self._items.values()), self.when, self.restores, self.mode)
+        for item in self._items.values():
+            item.held = held[item.name]
+        self.projections = int(state["projections"])
+        self._leaks = {}
 
     def remove(self) -> None:
         """Takes every hook off; the model and the optimizer are as before. Idempotent."""
-        while self._handles:
-            self._handles.pop().remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles = {}
+        _ATTACHED.discard(self)
 
 
-def _double(basis: Tensor | Basis | None) -> Tensor | Basis | None:
-    if isinstance(basis, Basis):
-        columns = basis.columns.double()
-        return columns if basis.spans == "high" else Basis(columns, basis.spans)
-    return None if basis is None else basis.double()
+def _overflowed(optimizer: torch.optim.Optimizer, items: list[Protected]) -> bool:
+    """Whether GradScaler found Inf or NaN and left the decision to a fused optimizer."""
+    found = getattr(optimizer, "found_inf", None)
+    if found is None:
+        return False
+    group = next((item.sharding.group for item in items if item.sharding is not None), None)
+    return any_rank(group, found)

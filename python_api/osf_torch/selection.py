@@ -31,6 +31,32 @@ class Selected:
         return m, n
 
 
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch.compile's, DistributedDataParallel's or DeepSpeed's module."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in WRAPPERS:
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by every name they have, less what compiling and wrapping add to it.
+
+    So a model goes by the same names bare, compiled, checkpointed and distributed.
+    """
+    return {
+        ".".join(part for part in name.split(".") if part not in WRAPPED): parameter
+        for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)
+    }
+
+
 def listed(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - LISTED
@@ -48,7 +74,7 @@ def select(model: nn.Module, ranks: Ranks, filter: Filter, *, operator: str) -> 
     """
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_weights(model).items():
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
     matrices = [key for key, parameter in parameters.items() if parameter.dim() == 2]

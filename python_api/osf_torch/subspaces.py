@@ -1,4 +1,4 @@
-"""Subspaces: what a refresh found, by parameter name, as ``protect`` takes it."""
+"""What is protected of a weight, and Subspaces: what a refresh found, by parameter name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,31 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, TruncatedSVD
-from osf_torch.guard import Subspace
 
 Keep = Literal["smaller", "all"]
+Held = Tensor | Basis | None
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """What is protected of one weight.
+
+    Attributes:
+        U: (m, r) orthonormal columns, a Basis, or None for an unprotected side.
+        V: (n, k) likewise.
+        S: (r,) singular values when U, S, V are triplets of the weight and both bases are high:
+            then the protected part is known without a copy. Best from a float64 decomposition,
+            rounded once (``refresh(compute_dtype=torch.float64)``): the columns of a float32
+            torch.linalg.svd are orthonormal to 2e-5 only on trained weights, and that, and its
+            residual, is what leaks and drifts.
+        protected: (m, n) W_ref − P(W_ref), instead of S. Where neither is given, ``protect``
+            computes it from the weight as it stands.
+    """
+
+    U: Held
+    V: Held
+    S: Tensor | None = None
+    protected: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

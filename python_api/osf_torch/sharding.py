@@ -1,0 +1,108 @@
+"""How a weight lies on this rank, and what a sum over the ranks that share it takes.
+
+torch.distributed and DTensor do the work; a plain tensor is whole, and so is a DTensor that is
+replicated on every mesh dimension: their gradients are everywhere the same and are never reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = Any  # torch.distributed.ProcessGroup, which a build without distributed lacks
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The slice of one dimension of a weight that this rank holds.
+
+    Attributes:
+        dim: the dimension, from the end: -2 for rows, -1 for columns, below for a batch's.
+        start, size: the slice; the size may be 0 on the last ranks.
+        group: of the ranks that hold the other slices.
+        ranks: how many they are.
+    """
+
+    dim: int
+    start: int
+    size: int
+    group: Group
+    ranks: int
+
+    def slice(self, t: Tensor, dim: int) -> Tensor:
+        """This rank's part of a whole tensor, in memory of its own."""
+        return t.narrow(dim, self.start, self.size).clone(memory_format=torch.contiguous_format)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    return hasattr(t, "placements")
+
+
+def local(t: Tensor) -> Tensor:
+    """What this rank holds of a tensor; writing to it writes to the tensor."""
+    if not is_dtensor(t):
+        return t
+    held: Tensor = t.to_local()  # type: ignore[attr-defined]
+    return held
+
+
+def sharding_of(weight: Tensor) -> Sharding | None:
+    """How ``weight`` is sharded; None where it is whole on this rank.
+
+    Raises:
+        ValueError: sharded on two mesh dimensions, or in a way that isn't a plain Shard.
+    """
+    if not is_dtensor(weight):
+        return None
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    placements: Sequence[Any] = weight.placements  # type: ignore[attr-defined]
+    sharded = [(i, p) for i, p in enumerate(placements) if not p.is_replicate()]
+    if not sharded:
+        return None
+    mesh_dim, placement = sharded[0]
+    # FSDP over tensor-parallel rows gives a strided shard, a subclass whose rows aren't one slice.
+    if len(sharded) > 1 or type(placement).__name__ != "Shard":
+        raise ValueError(
+            "expected it to be sharded by Shard on one mesh dimension, replicated on the others, "
+            f"got placements {tuple(placements)}"
+        )
+    dim = placement.dim % weight.dim()
+    ranks, rank = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
+    whole = weight.shape[dim]
+    chunk = -(-whole // ranks)  # as torch.chunk cuts
+    start = min(whole, chunk * rank)
+    size = min(whole, start + chunk) - start
+    held = local(weight).shape[dim]
+    if held != size:
+        raise ValueError(
+            f"expected this rank to hold {size} of {whole} along dimension {dim}, got {held}"
+        )
+    return Sharding(dim - weight.dim(), start, size, mesh.get_group(mesh_dim), ranks)
+
+
+def sum_over(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over the group's ranks of tensors of one dtype and device, by one collective."""
+    import torch.distributed as dist
+
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    if flat.numel():
+        dist.all_reduce(flat, group=group)
+    sums, start = [], 0
+    for t in tensors:
+        sums.append(flat[start : start + t.numel()].view(t.shape))
+        start += t.numel()
+    return sums
+
+
+def any_rank(group: Group | None, flag: Tensor) -> bool:
+    """Whether ``flag`` is set here or, with a group, on any of its ranks; synchronises."""
+    if group is not None:
+        import torch.distributed as dist
+
+        flag = flag.clone()
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())
