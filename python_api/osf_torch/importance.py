@@ -1,0 +1,421 @@
+"""layer_importance: how much of its input's direction each layer hands on, on real activations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from osf_torch.progress import Show, progress_bar
+from osf_torch.selection import Filter, Selected, listed, select
+
+Per = Literal["block", "weight"]
+Forward = Callable[[nn.Module, Any], object]
+
+OP = "osf_torch.layer_importance"
+
+
+def layer_importance(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    filter: Filter = None,
+    per: Per = "block",
+    max_batches: int | None = None,
+    progress: Show = True,
+    forward: Forward | None = None,
+) -> dict[str, float]:
+    """I = s / mean(s), s = max(0, token mean of cos(x, y)): what :func:`allocate_ranks` takes.
+
+    x (d,) and y (d,) are a token's input and output of a layer. The token mean runs over all
+    batches and all calls of a module, so that a longer batch counts for more.
+
+    A similarity below zero counts as zero. The paper divides by the mean of the signed figures,
+    which blows up where they cancel and turns the order round where their mean is negative; where
+    none is negative the two are the same.
+
+    Args:
+        model: run in eval mode without gradients; a compiled one runs uncompiled.
+        batches: tensors (``model(batch)``), tuples or lists (``model(*batch)``) or mappings
+            (``model(**batch)``), as a data loader gives; moved to the device of the model's first
+            parameter. Where a mapping has an ``attention_mask`` (batch, length) that is zero for
+            padding, padding is left out of every activation with a row for each of its tokens:
+            (batch, length, d), (length, batch, d) or (batch·length, d).
+        filter: which weights, as in ``refresh``.
+        per: what a layer is.
+            "block": the transformer layer (residual block) that the weight is in, so that its
+            weights share one figure and x and y are as wide whatever the weight's shape is. A
+            block is a module in an nn.ModuleList or nn.Sequential which is alone there or has a
+            sibling of its class, and which returns a tensor of the shape of one that it takes;
+            of several around a weight the outermost. A weight outside any of them (a pooler, a
+            head) counts as the average layer, I = 1.
+            "weight": the weight itself, y = W x without the bias. Where W isn't square the first
+            min(m, n) coordinates of x and y are compared, as the authors' code does; the paper is
+            silent. On trained encoders these figures are small and of both signs (on all six
+            layers of MiniLM within ±.04, with a mean of -.001), so that they rank weights by
+            little more than chance, where the blocks' lie between .60 and .89.
+        max_batches: only the first so many.
+        progress: as in ``refresh``; without ``max_batches`` shown only where ``batches`` has a
+            length.
+        forward: called as ``forward(model, batch)`` in place of the calls above, with the batch
+            moved to the device.
+
+    Returns:
+        Parameter names as in ``refresh``, in the model's order, to importances that are at least
+        zero and 1 in the mean.
+
+    Raises:
+        ValueError: nothing matches, no batches, a weight whose layer was never reached, NaN or
+            Inf in a layer's activations (the first layer that ran with one is named), no block
+            around any of the weights, no similarity above zero.
+        TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
+
+    Changes neither the model (hooks are removed and every module's ``training`` is put back, on
+    errors too) nor the state of torch's random generators, from which a shuffling data loader
+    draws. Synchronises once, at the end.
+
+    Source: Nayak et al. 2025, "Sculpting Subspaces" (arXiv 2504.07097), layer importance by
+    input-output similarity, after AdaSVD (Li et al. 2025, arXiv 2502.01403), section 3.2.
+    """
+    if per not in ("block", "weight"):
+        raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"{OP}: expected max_batches to be at least 1, got {max_batches}")
+    selected = select(model, 1, filter, operator="layer_importance")
+    meters = _blocks(model) if per == "block" else _products(model, selected)
+    mask = _Mask()
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_undisturbed(model))
+        for meter in meters.values():
+            stack.enter_context(meter.watching(mask))
+        for batch in _shown(batches, max_batches, progress):
+            moved = _moved(batch, device)
+            mask.read(moved)
+            _run(model, moved, forward)
+        if not mask.batches:
+            raise ValueError(f"{OP}: expected at least one batch, got none")
+    similarities = _similarities(meters)
+    if per == "block":
+        found = _by_block(model, selected, meters, similarities)
+    else:
+        found = _by_weight(selected, similarities)
+    return _normalised(found, selected, per)
+
+
+class _Mask:
+    """The real tokens of the batch that is running."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._mask: Tensor | None = None
+
+    def read(self, batch: object) -> None:
+        self.batches += 1
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._mask = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows (tokens, d) of activations (..., d) that aren't padding."""
+        rows, mask = x.flatten(0, -2), self._mask
+        if mask is None:
+            return rows
+        if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
+            kept = mask
+        elif x.shape[:-1] == mask.mT.shape:
+            kept = mask.mT
+        else:
+            return rows
+        return rows[kept.flatten().to(x.device)]
+
+
+class _Meter:
+    """Sums cos(x, y) over the tokens of every call of some modules."""
+
+    order = itertools.count()  # of first calls, over all meters: who saw a NaN first
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.called = False
+        self.first = 0
+        self.sum: Tensor | None = None  # of cosines, float64
+        self.tokens = 0
+
+    @contextmanager
+    def watching(self, mask: _Mask) -> Iterator[None]:
+        raise NotImplementedError
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x (tokens, d) and y (tokens, d)."""
+        total = (_unit(x) * _unit(y)).sum(-1).sum(dtype=torch.float64)
+        if self.sum is None:
+            self.first = next(self.order)
+            self.sum = total
+        else:
+            self.sum = self.sum + total.to(self.sum.device)
+        self.tokens += len(x)
+
+
+class _Block(_Meter):
+    """x is the first argument of the output's shape, as it was before the call."""
+
+    @contextmanager
+    def watching(self, mask: _Mask) -> Iterator[None]:
+        pending: list[list[Tensor]] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Copies, since a block may add its residual to its argument in place.
+            pending.append([x.clone() for x in _activations((*args, *kwargs.values()))])
+
+        def after(module: nn.Module, args: object, kwargs: object, output: object) -> None:
+            taken = pending.pop()
+            self.called = True
+            y = next(iter(_activations([output])), None)
+            if y is None:
+                return
+            x = next((x for x in taken if x.shape == y.shape), None)
+            if x is not None:
+                self.add(mask.rows(x), mask.rows(y))
+
+        (module,) = self.modules
+        # Prepended: before hooks of others, which may replace the output.
+        with (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True, prepend=True),
+        ):
+            yield
+
+
+class _Product(_Meter):
+    """y = W x of the modules that own W, on the first min(m, n) coordinates."""
+
+    def __init__(self, modules: Sequence[nn.Module], shape: tuple[int, int]) -> None:
+        super().__init__(modules)
+        self.shape = shape
+
+    @contextmanager
+    def watching(self, mask: _Mask) -> Iterator[None]:
+        width = min(self.shape)
+
+        def after(module: nn.Module, args: object, kwargs: Any, output: object) -> None:
+            x = next(iter(_activations([args, *kwargs.values()])), None)
+            if x is None or not isinstance(output, Tensor):
+                return
+            # Either way round: modules with W as (inputs, outputs) exist.
+            if sorted((x.shape[-1], output.shape[-1])) != sorted(self.shape):
+                return
+            self.called = True
+            y = mask.rows(output)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                y = y.to(torch.promote_types(y.dtype, torch.float32)) - bias
+            self.add(mask.rows(x)[:, :width], y[:, :width])
+
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(
+                    module.register_forward_hook(after, with_kwargs=True, prepend=True)
+                )
+            yield
+
+
+def _blocks(model: nn.Module) -> dict[str, _Meter]:
+    """Meters of what may be a block, by module name, outer modules before inner ones."""
+    alike: set[int] = set()
+    for container in model.modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            members = list(container)
+            kinds = [type(member) for member in members]
+            alike.update(id(m) for m in members if len(members) == 1 or kinds.count(type(m)) > 1)
+    return {
+        name: _Block([module])
+        for name, module in model.named_modules()
+        if id(module) in alike and any(True for _ in module.children())
+    }
+
+
+def _products(model: nn.Module, selected: Sequence[Selected]) -> dict[str, _Meter]:
+    """Meters of weights, by parameter name."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(module)
+    return {s.name: _Product(owners[id(s.weight)], s.shape) for s in selected}
+
+
+def _activations(values: Iterable[object]) -> Iterator[Tensor]:
+    """The floating-point tensors with at least two dimensions, those of containers in place."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dim() >= 2:
+                yield value
+        elif isinstance(value, Mapping):
+            yield from _activations(value.values())
+        elif isinstance(value, tuple | list):
+            yield from _activations(value)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / ‖x‖ along the last dimension, with no overflow on the way; zero stays zero."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    return F.normalize(x, dim=-1, eps=tiny)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, uncompiled; afterwards every flag and the random generators as they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # nn.TransformerEncoder's fast path packs padded batches, and hooks wouldn't see its layers.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        if "torch._dynamo" in sys.modules:  # a compiled module would run without our hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, flag in flags:
+                module.training = flag
+
+
+def _shown(batches: Iterable[Any], limit: int | None, show: Show) -> Iterator[Any]:
+    """The first ``limit`` batches, with a bar where their number is known."""
+    known = [len(batches)] if isinstance(batches, Sized) else []
+    count = min([*known, *([] if limit is None else [limit])], default=None)
+    show = show if count is not None else False
+    with progress_bar(show, "importance", count or 0, count or 0) as bar:
+        for batch in itertools.islice(batches, limit):
+            yield batch
+            bar.advance(1, 1)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        raise TypeError(
+            f"{OP}: expected batches of tensors, tuples, lists or mappings, got "
+            f"{type(batch).__name__}; pass forward= with a function of model and batch"
+        )
+
+
+def _similarities(meters: Mapping[str, _Meter]) -> dict[str, float]:
+    """The mean of each meter that saw tokens, by one synchronisation a device."""
+    seen = {name: meter for name, meter in meters.items() if meter.tokens}
+    sums: dict[torch.device, list[Tensor]] = {}
+    for meter in seen.values():
+        assert meter.sum is not None
+        sums.setdefault(meter.sum.device, []).append(meter.sum)
+    read = {device: iter(torch.stack(found).tolist()) for device, found in sums.items()}
+    means = {}
+    for name, meter in seen.items():
+        assert meter.sum is not None
+        means[name] = next(read[meter.sum.device]) / meter.tokens
+    bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+    if bad:
+        first = min(bad, key=lambda name: meters[name].first)
+        raise ValueError(
+            f"{OP}: expected finite activations, got NaN or Inf first in {first!r}, and in "
+            f"{len(bad)} of {len(meters)} layers; look at that layer's weights and inputs"
+        )
+    return means
+
+
+def _by_block(
+    model: nn.Module,
+    selected: Sequence[Selected],
+    meters: Mapping[str, _Meter],
+    similarities: Mapping[str, float],
+) -> dict[str, float | None]:
+    """Each weight's similarity: of the outermost blocks around it; None outside of all."""
+    around: dict[int, list[str]] = {}
+    for name, meter in meters.items():
+        (module,) = meter.modules
+        for parameter in module.parameters():
+            around.setdefault(id(parameter), []).append(name)
+    found: dict[str, float | None] = {}
+    missed = []
+    for s in selected:
+        names = around.get(id(s.weight), [])
+        measured = [name for name in names if name in similarities]
+        outermost = [
+            name for name in measured if not any(name.startswith(f"{o}.") for o in measured)
+        ]
+        tokens = sum(meters[name].tokens for name in outermost)
+        if outermost:
+            total = sum(similarities[name] * meters[name].tokens for name in outermost)
+            found[s.name] = total / tokens
+        else:
+            found[s.name] = None
+            if names and not any(meters[name].called for name in names):
+                missed.append(s.name)
+    _require_reached(missed)
+    return found
+
+
+def _by_weight(
+    selected: Sequence[Selected], similarities: Mapping[str, float]
+) -> dict[str, float | None]:
+    _require_reached([s.name for s in selected if s.name not in similarities])
+    return {s.name: similarities[s.name] for s in selected}
+
+
+def _require_reached(missed: Sequence[str]) -> None:
+    if missed:
+        raise ValueError(
+            f"{OP}: expected the batches to run every layer, got none that reached "
+            f"{listed(missed)} by a call of its module with a real token; leave these out by "
+            "filter=, or pass other batches or forward="
+        )
+
+
+def _normalised(
+    found: Mapping[str, float | None], selected: Sequence[Selected], per: Per
+) -> dict[str, float]:
+    known = [max(0.0, s) for s in found.values() if s is not None]
+    if not known:
+        raise ValueError(
+            f"{OP}: expected a weight inside a block, a module of an nn.ModuleList or "
+            "nn.Sequential that returns the shape it takes, got none around "
+            f"{listed([s.name for s in selected])}; pass per='weight'"
+        )
+    mean = math.fsum(known) / len(known)
+    if mean == 0.0:
+        raise ValueError(
+            f"{OP}: expected a layer whose output points along its input, got similarities of at "
+            f"most {max(s for s in found.values() if s is not None):.3g} with per={per!r}; use "
+            "ranks_by_energy or fixed ranks"
+        )
+    return {name: 1.0 if s is None else max(0.0, s) / mean for name, s in found.items()}
