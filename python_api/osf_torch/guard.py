@@ -306,7 +306,7 @@ class Guard:
 
         Where the protected part was restored in mode "complement", the triplets of the last
         refresh are triplets still, and those of the low block alone are computed (method
-        "deflated"), provided they were kept (``keep="all"``).
+        "deflated"), provided that both were kept (``keep="all", complement=True``).
 
         Args:
             ranks: of the new bases, as in ``refresh``: another allocation, by hand or by
@@ -327,15 +327,12 @@ class Guard:
                 "ranks, widen how much the present ones grow"
             )
         chosen = self._widened(widen) if ranks is None else ranks
-        given = self.subspaces
-        if (
-            "previous" not in options
-            and self.restores
-            and self.mode == "complement"
-            and isinstance(given, Subspaces)
-            and all(given[item.name].svd is not None for item in self._items.values())
-        ):
-            options = {"keep": "all", "previous": given} | options
+        if self.restores and self.mode == "complement" and isinstance(self.subspaces, Subspaces):
+            kept = [self.subspaces[item.name].svd for item in self._items.values()]
+            if all(svd is not None for svd in kept):
+                low = all(svd is not None and svd.U_low is not None for svd in kept)
+                defaults = {"previous": self.subspaces, "keep": "all", "complement": low or None}
+                options = defaults | options
         keys = set(self._items)
         found = refresh(
             self._model, chosen, filter=lambda _, parameter: id(parameter) in keys, **options
