@@ -36,7 +36,7 @@ def layers(*shapes: tuple[int, int]) -> nn.ModuleList:
 # by importance
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     importance=st.lists(st.floats(-5, 20), min_size=1, max_size=8),
     data=st.data(),
