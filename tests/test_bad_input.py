@@ -254,8 +254,8 @@ def test_a_backend_by_name_works_or_raises():
 @pytest.mark.parametrize(
     ("value", "outcome"),
     [
-        ("torch", "ran"),
-        ("auto", "ran"),
+        pytest.param("torch", "ran", marks=pytest.mark.slow),
+        pytest.param("auto", "ran", marks=pytest.mark.slow),
         ("triton", 'BackendUnavailableError: osf_kernels: backend "triton" was asked for'),
         ("fast", "ValueError: "),
     ],

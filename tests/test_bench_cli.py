@@ -150,6 +150,7 @@ def test_a_missing_gpu_is_said(
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_needs_no_rich() -> None:
     """A GPU machine may lack it; only the demo draws with it."""
     code = "import sys; sys.modules['rich'] = None; import bench.__main__"

@@ -16,6 +16,7 @@ import torch
 
 import osf_kernels
 from osf_kernels import env
+from osf_kernels.__main__ import main
 from osf_kernels.backends import NAMES, unavailable_reason
 
 
@@ -77,11 +78,13 @@ def test_a_bad_value_is_reported_and_not_fatal(found: dict[str, Any]) -> None:
     assert [s["name"] for s in found["environment"] if s["problem"]] == ["OSF_BACKEND"]
 
 
-def test_text_shows_all_of_the_json_in_aligned_columns(root: Path, found: dict[str, Any]) -> None:
-    done = run_info(root, "info")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    blocks = {lines[0]: lines[1:] for lines in map(str.splitlines, done.stdout.split("\n\n"))}
+def test_text_shows_all_of_the_json_in_aligned_columns(
+    capsys: pytest.CaptureFixture[str], found: dict[str, Any]
+) -> None:
+    assert main(["info"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    blocks = {lines[0]: lines[1:] for lines in map(str.splitlines, out.split("\n\n"))}
     assert list(blocks) == ["Versions", "Devices", "Backends", "Environment"]
     assert len(blocks["Versions"]) == len(found["versions"])
     assert len(blocks["Backends"]) == len(found["backends"])
@@ -92,19 +95,23 @@ def test_text_shows_all_of_the_json_in_aligned_columns(root: Path, found: dict[s
         assert len(starts) == 1, lines
 
 
-def test_no_command_prints_help(root: Path) -> None:
-    done = run_info(root)
-    assert done.returncode == 0
-    assert "usage: python -m osf_kernels" in done.stdout
-    assert "info" in done.stdout
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert "usage: python -m osf_kernels" in out
+    assert "info" in out
 
 
 @pytest.mark.parametrize("arguments", [["inform"], ["info", "--yaml"], ["info", "extra"]])
-def test_bad_arguments_are_refused_with_usage(root: Path, arguments: list[str]) -> None:
-    done = run_info(root, *arguments)
-    assert done.returncode == 2
-    assert "usage:" in done.stderr
-    assert done.stdout == ""
+def test_bad_arguments_are_refused_with_usage(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert "usage:" in err
+    assert out == ""
 
 
 @pytest.mark.parametrize("name", list(env.VARIABLES))

@@ -147,7 +147,12 @@ def test_a_list_of_every_shape_and_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "r", "k", "reads"), [(BF16, 150, 20, 2), (F16, 20, 130, 2), (F32, 20, 100, 2)]
+    ("dtype", "r", "k", "reads"),
+    [
+        (BF16, 150, 20, 2),
+        pytest.param(F16, 20, 130, 2, marks=pytest.mark.slow),
+        (F32, 20, 100, 2),
+    ],
 )
 def test_ranks_beyond_a_block(dtype: torch.dtype, r: int, k: int, reads: int) -> None:
     """x is read once more for each further block of the larger rank."""
@@ -244,7 +249,9 @@ def test_empty_sides_and_ranks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", QUICK_DTYPES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), pytest.param(-float("inf"), marks=pytest.mark.slow)]
+)
 def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
     """One bad element spoils its row of B and its column of A, and nothing else."""
     g = generator("finite", dtype)

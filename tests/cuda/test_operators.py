@@ -103,7 +103,10 @@ def step_on_a_gpu(x: Tensor, U: Basis | None, V: Basis | None, mode: Mode) -> St
 
 
 @pytest.mark.parametrize("mode", ["complement", "core"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32],
+)
 def test_a_list_of_every_form(dtype: torch.dtype, mode: Mode) -> None:
     """Both modes, high and low bases, one list: as accurate as eager torch in the same dtype."""
     drawn = [draw(*case, dtype, seed) for seed, case in enumerate(CASES)]

@@ -20,6 +20,8 @@ CONFIGS: dict[str, configs.OnePass | configs.TwoPass] = {
 }
 VARIANTS = tuple(CONFIGS)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What float16 shares with bfloat16 runs for it in the full suite.
+QUICK_DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def bits(job: Coefficients) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_against_float64(variant: str, dtype: torch.dtype) -> None:
     g = generator_for(variant, dtype)
     job = draw_coefficients((75, 41), (20, 13), g, dtype=dtype)
@@ -95,7 +97,7 @@ def test_expanded_and_transposed_views(variant: str) -> None:
         assert_coefficients(job)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param("one_pass", marks=pytest.mark.slow), "two_pass"])
 def test_list_of_mixed_shapes(variant: str) -> None:
     """Any mix of shapes, ranks and dtypes in one call, to the bit what a loop and a rerun give."""
     g = generator_for("list", variant)
@@ -136,7 +138,9 @@ def test_sums_are_split_and_ordered() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("basis_layout", ["rows", "unaligned"])
+@pytest.mark.parametrize(
+    "basis_layout", ["rows", pytest.param("unaligned", marks=pytest.mark.slow)]
+)
 def test_offset(variant: str, basis_layout: str) -> None:
     g = generator_for(variant, basis_layout)
     job = draw_coefficients((72, 40), (12, 12), g, basis_layout=basis_layout, offset=True)

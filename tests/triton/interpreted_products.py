@@ -16,6 +16,8 @@ from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_gram, assert_multiply, draw
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What float16 shares with bfloat16 runs for it in the full suite.
+QUICK_DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16)
 SIDES: tuple[Literal["right", "left"], ...] = ("right", "left")
 # Small tiles, so that small matrices have several and every edge is ragged.
 MULTIPLY = configs.TwoPass(32, 32, 16, 4, 1)
@@ -95,7 +97,7 @@ def check_gram(
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_multiply_against_float64(dtype: torch.dtype, transpose: bool) -> None:
     g = generator_for("multiply", dtype, transpose)
     check_multiply(
@@ -127,7 +129,13 @@ def test_matrices_of_unlike_strides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width"), [(torch.bfloat16, 33), (torch.float32, 1), (torch.float16, 1)], ids=str
+    ("dtype", "width"),
+    [
+        pytest.param(torch.bfloat16, 33, marks=pytest.mark.slow),
+        (torch.float32, 1),
+        (torch.float16, 1),
+    ],
+    ids=str,
 )
 def test_shared_sketch(dtype: torch.dtype, width: int) -> None:
     g = generator_for("shared", dtype, width)
@@ -183,7 +191,7 @@ def test_pieces_hold_every_bit(dtype: torch.dtype) -> None:
     assert torch.equal(out[0], values.float() * scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_multiply_ill_scaled(dtype: torch.dtype) -> None:
     """Rows and columns over many decades: the error follows each element's own size."""
     g = generator_for("scales", dtype)
@@ -222,7 +230,7 @@ def test_multiply_keeps_non_finite_values(value: float, transpose: bool) -> None
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_gram_against_float64(dtype: torch.dtype, side: Literal["right", "left"]) -> None:
     g = generator_for("gram", dtype, side)
     check_gram([draw(75, 41, dtype, g)], side)
@@ -242,7 +250,7 @@ def test_gram_strides(side: Literal["right", "left"], layout: str) -> None:
         assert torch.equal(other, out)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, pytest.param(6, marks=pytest.mark.slow)])
 def test_every_tile_of_the_triangle(count: int) -> None:
     """Odd and even numbers of tiles, the last of them ragged."""
     g = generator_for("triangle", count)
@@ -262,7 +270,9 @@ def test_pinned_gram_configs(dtype: torch.dtype, side: Literal["right", "left"])
         check_gram([draw(*shape, dtype, g)], side, None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str
+)
 def test_long_sums_of_one_sign(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Sums that only grow lose most: still at most twice what torch loses in float32."""
     monkeypatch.undo()
@@ -303,6 +313,7 @@ def test_gram_keeps_non_finite_values(value: float) -> None:
 # --- both ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_bits_in_a_list_a_loop_and_again() -> None:
     g = generator_for("bits")
     As, Q, out = draw_multiply((70, 35), 9, g, transpose=True)
@@ -322,6 +333,7 @@ def test_same_bits_in_a_list_a_loop_and_again() -> None:
         assert torch.equal(alone_square[0], square[i])
 
 
+@pytest.mark.slow
 def test_sums_are_split_and_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases above do split sums, and a workspace beyond its bound is cut, to the same bits."""
     g = generator_for("split")
@@ -368,7 +380,13 @@ def test_torch_matmul_precision_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert made == [("two_pass", "tf32x3"), ("gram", "tf32x3")] * 2
 
 
-@pytest.mark.parametrize("shape", [(0, 12), (12, 0), (0, 0), (1, 1), (1, 50), (50, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((0, 12), (12, 0), (0, 0)),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 1), (1, 50), (50, 1))),
+    ],
+)
 def test_degenerate_shapes(shape: tuple[int, int]) -> None:
     """A sum over nothing is zero, written all the same."""
     g = generator_for(shape)

@@ -132,6 +132,7 @@ def counted(matrix: Tensor) -> Iterator[Traffic]:
         yield traffic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dual_form_reads_twice_and_writes_once(dtype: torch.dtype) -> None:
     """A, B and the update, each over many tiles: two reads of g and one write, to the byte."""

@@ -59,7 +59,7 @@ def check(architecture: str, name: str, *, aligned: bool = True, strided: bool =
     return checked
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm_80", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_bfloat16(architecture: str) -> None:
     assert check(architecture, "bf16") == 7
 
@@ -186,7 +186,11 @@ def test_product_rows_are_all_reachable() -> None:
     ("architecture", "config", "kind", "fault"),
     [
         ("sm_80", configs.Update(128, 128, 64, 8, 1, 2), "fp32", "spills"),
-        ("gfx942", configs.TwoPass(256, 128, 128, 8, 2), "bf16", "shared memory, limit 65536"),
+        pytest.param(
+            *("gfx942", configs.TwoPass(256, 128, 128, 8, 2)),
+            *("bf16", "shared memory, limit 65536"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_gate_reports_a_bad_config(

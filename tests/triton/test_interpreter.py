@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,12 @@ FILES = (
 )
 
 
-def run_interpreted(root: Path, name: str, marker: str) -> None:
-    """The tests of one file with that marker expression, in a process of their own."""
+def run_interpreted(root: Path, names: Sequence[str], marker: str) -> None:
+    """The tests of some files with that marker expression, in a process of their own."""
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "--no-header", "-rf"),
-        *("-p", "no:cacheprovider", "-m", marker, f"tests/triton/{name}.py"),
+        *("-p", "no:cacheprovider", "-m", marker),
+        *(f"tests/triton/{name}.py" for name in names),
     ]
     result = subprocess.run(
         command,
@@ -45,12 +47,11 @@ def run_interpreted(root: Path, name: str, marker: str) -> None:
     assert " passed" in result.stdout, result.stdout
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_interpreted(root: Path, name: str) -> None:
-    run_interpreted(root, name, "not slow")
+def test_interpreted(root: Path) -> None:
+    run_interpreted(root, FILES, "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if name != "interpreted_autotune"])
 def test_interpreted_slow(root: Path, name: str) -> None:
-    run_interpreted(root, name, "slow")
+    run_interpreted(root, [name], "slow")

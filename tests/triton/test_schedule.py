@@ -321,6 +321,7 @@ def test_imports_without_triton(root: Path) -> None:
     assert "triton cannot be imported: " in run_python(root, code)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_unavailable_on_a_cpu_unless_interpreted(root: Path) -> None:
     pytest.importorskip("triton")
