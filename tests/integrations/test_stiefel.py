@@ -404,6 +404,15 @@ def test_a_nan_moves_nothing():
     assert all(torch.equal(p, b) for p, b in zip((fine, broken), before, strict=True))
 
 
+def test_a_sparse_gradient_is_refused():
+    p = torch.nn.Parameter(point(6, 2))
+    p.grad = torch.ones(6, 2, dtype=torch.float64).to_sparse()
+    with pytest.raises(
+        ValueError, match="expected dense gradients, got a sparse one of parameter 0"
+    ):
+        StiefelAdamW([p]).step()
+
+
 def test_refusals_add_nothing():
     X, F = split(10, 3, 4)
     optimizer = StiefelAdamW([torch.nn.Parameter(point(10, 3))])

@@ -86,8 +86,8 @@ def _matches(installed: str, versions: str) -> bool:
 
 def _release(version: str) -> _Release:
     """The release numbers a version starts with: (0, 21, 2) of "0.21.2.dev0+local"."""
-    numbers = re.match(r"(?:\d+!)?(\d+(?:\.\d+)*)", version)
-    return tuple(int(n) for n in numbers[1].split(".")) if numbers else ()
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in numbers[0].split(".")) if numbers else ()
 
 
 def _padded(release: _Release, width: int) -> _Release:

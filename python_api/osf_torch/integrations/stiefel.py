@@ -215,7 +215,9 @@ class StiefelAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
-                    raise _error("StiefelAdamW.step", "dense gradients", f"a sparse one of {i}")
+                    raise _error(
+                        "StiefelAdamW.step", "dense gradients", f"a sparse one of {_name(group, i)}"
+                    )
                 X, G = (p.mT, p.grad.mT) if group["rows"] else (p, p.grad)
                 entries.append(_Entry(group, p, X, G))
                 names.append(_name(group, i))
