@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from osf_kernels import apply_, coefficients, polar, project, project_many_
+from osf_kernels import apply_, coefficients, polar, project, project_, project_many_
 
 Metric = Literal["canonical", "euclidean", "horizontal"]
 _METRICS = ("canonical", "euclidean", "horizontal")
@@ -64,11 +64,16 @@ def tangent_project(G: Tensor, X: Tensor, *, metric: Metric = "euclidean") -> Te
         raise _error("tangent_project", f"metric to be one of {', '.join(_METRICS)}", metric)
     _require_alike("tangent_project", "G", G, X)
     with torch.no_grad():
-        if metric == "horizontal":
-            return project(G, X)
-        A, B = coefficients(G, X, None)  # XᵀG (..., r, r), and nothing of the right side
-        A = A.mT if metric == "canonical" else (A + A.mT) / 2
-        return apply_(G.clone(memory_format=torch.contiguous_format), X, None, A, B)
+        return _tangent_(G.clone(memory_format=torch.contiguous_format), X, metric)
+
+
+def _tangent_(G: Tensor, X: Tensor, metric: Metric) -> Tensor:
+    """:func:`tangent_project` in place."""
+    if metric == "horizontal":
+        return project_(G, X)
+    A, B = coefficients(G, X, None)  # XᵀG (..., r, r), and nothing of the right side
+    A = A.mT if metric == "canonical" else (A + A.mT) / 2
+    return apply_(G, X, None, A, B)
 
 
 def project_away(G: Tensor, frozen: Tensor | None) -> Tensor:
@@ -246,12 +251,12 @@ class StiefelAdamW(torch.optim.Optimizer):
             return stacked
 
         X = _stacked(entry.X for entry in entries)
-        G = tangent_project(away_(_stacked(entry.G for entry in entries)), X, metric=metric)
+        G = _tangent_(away_(_stacked(entry.G for entry in entries)), X, metric)
         directions = [
             self._adam(entry, g.reshape(entry.X.shape))
             for entry, g in zip(entries, G.split(counts), strict=True)
         ]
-        step = tangent_project(away_(_stacked(directions)), X, metric=metric)
+        step = _tangent_(away_(_stacked(directions)), X, metric)
         moved = polar(away_(X + step))
         for entry, point in zip(entries, moved.split(counts), strict=True):
             entry.X.copy_(point.reshape(entry.X.shape))
