@@ -1,0 +1,322 @@
+"""``python -m bench continual``: five tasks one after the other, and what each method forgets.
+
+The trained MiniLM encoder learns five classification tasks in a row from text that installed
+packages ship, with a head a task, by plain fine-tuning, LoRA and OSF of peft, and ours. Every
+method trains the nn.Linear weights of the encoder alone (or adapters of them), with AdamW, the same
+batches and heads, and with the learning rate of a grid that gave it the best average validation
+accuracy after the last task with seed 0 (``--tune``; ``continual_lr.csv``). No test document is
+looked at before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import continual_cost, continual_tasks, minilm, report
+from bench.continual_cost import Cost
+from bench.continual_methods import COMPARED, METHODS
+from bench.continual_plot import draw
+from bench.continual_rows import Key, Row, Run, key, read, rows_of, summarise
+from bench.continual_rows import verdict as verdict_of
+from bench.continual_run import (
+    Build,
+    EncodedTask,
+    Setting,
+    average_accuracy,
+    encode,
+    train_sequence,
+)
+from bench.continual_tasks import Split
+
+RESULTS = report.ROOT / "bench" / "results"
+GRID = (1e-4, 3e-4, 1e-3, 3e-3)
+FIRST_TRIED = (1, 2)  # of the grid; then on in the better direction until it gets no better
+TUNING_SEED = 0
+TRAINED, RANDOM = "all-MiniLM-L6-v2", "random"
+QUICK = minilm.Config(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3
+)
+QUICK_STEPS = 2
+COST_ROUNDS = 9
+
+Say = Callable[[str], object]
+
+
+def add(commands: Any) -> None:
+    """The subcommand's arguments."""
+    command = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
+    arguments_of(command, RESULTS / "continual.csv")
+    command.add_argument("--methods", type=_names, default=COMPARED, help=", ".join(METHODS))
+    command.add_argument("--lr", type=float, help="for every method, instead of the tuned ones")
+    command.add_argument(
+        "--rates", type=Path, default=RESULTS / "continual_lr.csv", help="the tuning's rows"
+    )
+    command.add_argument("--picture", type=Path, help="default: beside the CSV")
+    command.add_argument("--tune", action="store_true", help="find the learning rates, no test")
+    command.add_argument(
+        "--rounds", type=int, default=COST_ROUNDS, help="of step times; 0 measures no cost"
+    )
+    command.add_argument("--quick", action="store_true", help="a small random encoder, two steps")
+
+
+def arguments_of(command: argparse.ArgumentParser, csv: Path) -> None:
+    """What every command on the sequence takes."""
+    default = Setting()
+    command.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...: how many")
+    command.add_argument("--steps", type=int, default=default.steps, help="of each task")
+    command.add_argument("--batch", type=int, default=default.batch)
+    command.add_argument("--csv", type=Path, default=csv, help="rows; finished runs aren't redone")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(part for part in text.split(",") if part)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
+        )
+    return names
+
+
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Raises ValueError for a number below 1."""
+    for name in ("seeds", "steps", "batch"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(
+                f"bench: expected --{name} to be at least 1, got {getattr(arguments, name)}"
+            )
+    return Setting(steps=arguments.steps, batch=arguments.batch)
+
+
+class Sequences:
+    """Runs sequences of tasks, each once: a finished one is read from its file."""
+
+    def __init__(
+        self,
+        encoder: minilm.SentenceEncoder,
+        tasks: Sequence[EncodedTask],
+        setting: Setting,
+        *,
+        model: str = TRAINED,
+        text: str = "",
+        say: Say = lambda _: None,
+    ) -> None:
+        self.encoder = encoder
+        self.tasks = tasks
+        self.setting = setting
+        self.model = model
+        self.text = text
+        self.say = say
+
+    def asked(self, method: str, seed: int, rate: float, split: Split) -> Row:
+        first, last = self.setting.ranks
+        return Row(
+            method=method,
+            seed=seed,
+            learning_rate=rate,
+            steps=self.setting.steps,
+            batch=self.setting.batch,
+            first_rank=first,
+            last_rank=last,
+            model=self.model,
+            text=self.text,
+            split=split,
+        )
+
+    def run(
+        self,
+        csv: Path,
+        method: str,
+        seed: int,
+        rate: float,
+        split: Split = "test",
+        build: Build | None = None,
+    ) -> Run:
+        """From the file, or trained now and appended to it; ``build`` for a method of no table."""
+        asked = self.asked(method, seed, rate, split)
+        done: dict[Key, Run] = read(csv)
+        if key(asked) not in done:
+            started = time.perf_counter()
+            matrix = train_sequence(
+                build or METHODS[method].build,
+                self.encoder,
+                self.tasks,
+                self.setting,
+                learning_rate=rate,
+                seed=seed,
+                split=split,
+                on_step=lambda task: self.say(f"{method}, lr {rate:g}, seed {seed}: {task}"),
+            )
+            seconds = time.perf_counter() - started
+            names = [task.name for task in self.tasks]
+            rows = rows_of(asked, matrix, names, seconds)
+            report.append_csv(csv, rows, report.environment(torch.device("cpu")), Row)
+            done = read(csv)
+        else:
+            for _ in range(self.setting.steps * len(self.tasks)):
+                self.say(f"{method}, seed {seed}: already there")
+        return done[key(asked)]
+
+    def tune(self, csv: Path, method: str) -> dict[float, float]:
+        """Learning rate -> average validation accuracy after the last task, of those tried.
+
+        From two neighbours in the middle of the grid on in the direction of the better one, for
+        as long as that goes up. A run whose loss overflows counts as 0.
+        """
+        found: dict[float, float] = {}
+
+        def score(place: int) -> float:
+            rate = GRID[place]
+            if rate not in found:
+                try:
+                    run = self.run(csv, method, TUNING_SEED, rate, "validation")
+                    found[rate] = average_accuracy(run.matrix)
+                except FloatingPointError:
+                    found[rate] = 0.0
+            return found[rate]
+
+        low, high = FIRST_TRIED
+        ahead = score(high) > score(low)
+        place, stride = (high, 1) if ahead else (low, -1)
+        while 0 <= place + stride < len(GRID) and score(place + stride) > score(place):
+            place += stride
+        return found
+
+
+def best_rates(runs: Mapping[Key, Run], wanted: Row) -> dict[str, float]:
+    """The learning rate of the best average accuracy of each method, of the runs like ``wanted``.
+
+    Of equals, the smaller one.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for run_key, run in runs.items():
+        like = replace(wanted, method=run.method, learning_rate=run.learning_rate)
+        if key(like) == run_key:
+            candidate = (average_accuracy(run.matrix), -run.learning_rate)
+            best[run.method] = max(best.get(run.method, candidate), candidate)
+    return {method: -negative for method, (_, negative) in best.items()}
+
+
+def rates_for(methods: Sequence[str], csv: Path, sequences: Sequences) -> dict[str, float]:
+    """Raises ValueError where a method was not tuned in this setting."""
+    wanted = sequences.asked("", TUNING_SEED, 0.0, "validation")
+    found = best_rates(read(csv), wanted)
+    missing = [name for name in methods if name not in found]
+    if missing:
+        raise ValueError(
+            f"bench.continual: {csv} has no learning rate of {', '.join(missing)} for "
+            f"{wanted.steps} steps of {wanted.batch} on the text {wanted.text}; run with --tune "
+            "first, or give --lr"
+        )
+    return {name: found[name] for name in methods}
+
+
+def measure_costs(
+    methods: Sequence[str],
+    encoder: minilm.SentenceEncoder,
+    setting: Setting,
+    rounds: int,
+    csv: Path,
+    *,
+    apart: bool,
+    say: Say = lambda _: None,
+) -> dict[str, Cost]:
+    """Step times here, memory in a process each (``apart``); the file is written anew."""
+    costs = continual_cost.times(methods, encoder, setting, rounds, say)
+    for name in methods if apart else ():
+        say(f"memory of {name}")
+        for field, value in continual_cost.memory_apart(name, setting).items():
+            setattr(costs[name], field, value)
+    csv.unlink(missing_ok=True)
+    report.append_csv(csv, costs.values(), report.environment(torch.device("cpu")), Cost)
+    return costs
+
+
+def opened(
+    setting: Setting, say: Say, *, quick: bool = False
+) -> tuple[Sequences, list[continual_tasks.Task]]:
+    """The encoder and the tasks. Raises FileNotFoundError where a package is missing."""
+    directory = minilm.model_directory()
+    if quick:
+        torch.manual_seed(0)
+        encoder, model = minilm.SentenceEncoder(QUICK).eval(), RANDOM
+    else:
+        encoder, model = minilm.load(directory), TRAINED
+    tasks = continual_tasks.load(say)
+    encoded = encode(tasks, directory)
+    text = continual_tasks.fingerprint(tasks)
+    return Sequences(encoder, encoded, setting, model=model, text=text, say=say), tasks
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.quick:
+        arguments.steps, arguments.seeds = min(arguments.steps, QUICK_STEPS), 1
+        arguments.lr = arguments.lr or 1e-3
+    from bench import continual_show as show  # rich: only where something is drawn
+
+    setting = setting_of(arguments)
+    methods: tuple[str, ...] = arguments.methods
+    seeds = 1 if arguments.tune else arguments.seeds
+    console = show.console_of()
+    started = time.perf_counter()
+    runs: dict[str, list[Run]] = {name: [] for name in methods}
+    tried: dict[str, dict[float, float]] = {}
+    costs: dict[str, Cost] = {}
+    with show.bar_on(console) as progress:
+        reading = progress.add_task("reading", total=None)
+
+        def say_reading(text: str) -> None:
+            progress.update(reading, description=text)
+
+        sequences, tasks = opened(setting, say_reading, quick=arguments.quick)
+        progress.remove_task(reading)
+        show.describe(console, tasks, setting)
+        rates = dict.fromkeys(methods, arguments.lr)
+        if arguments.lr is None and not arguments.tune:
+            rates = rates_for(methods, arguments.rates, sequences)
+        # Three rates of the grid are tried of most methods.
+        total = len(methods) * (3 if arguments.tune else seeds) * setting.steps * len(tasks)
+        bar = progress.add_task("training", total=total)
+        sequences.say = lambda text: progress.update(bar, description=text, advance=1)
+        # Seeds outermost: an interrupted run has all methods of the seeds that it finished.
+        for seed in range(seeds):
+            for name in methods:
+                if arguments.tune:
+                    tried[name] = sequences.tune(arguments.rates, name)
+                else:
+                    runs[name].append(sequences.run(arguments.csv, name, seed, rates[name]))
+        if arguments.rounds and not arguments.tune:
+            costs = measure_costs(
+                methods,
+                sequences.encoder,
+                setting,
+                arguments.rounds,
+                arguments.csv.with_name(f"{arguments.csv.stem}_cost.csv"),
+                apart=not arguments.quick,
+                say=lambda text: progress.update(bar, description=text),
+            )
+    if arguments.tune:
+        console.print("average validation accuracy after the last task, %, by learning rate:")
+        console.print(show.tuning_table(tried, GRID), markup=False, highlight=False)
+        console.print(f"{time.perf_counter() - started:.0f} s; rows in {arguments.rates}")
+        return 0
+    summaries = {name: summarise(found) for name, found in runs.items()}
+    console.print(show.draw_table(summaries, costs, [task.name for task in tasks]))
+    picture = arguments.picture or arguments.csv.with_suffix(".png")
+    try:
+        draw(runs, picture)
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+    else:
+        console.print(f"rows in {arguments.csv}, picture in {picture}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - started:.0f} s in all.")
+    console.print(verdict_of(summaries), markup=False, highlight=False, soft_wrap=True)
+    return 0

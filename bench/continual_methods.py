@@ -1,0 +1,180 @@
+"""The ways to train an encoder on a sequence of tasks that ``bench.continual`` compares.
+
+Each trains the same weights, those of the encoder's nn.Linear modules (LoRA: adapters of them), and
+leaves embeddings, LayerNorms and biases as they are, which is what PEFT's tuners do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import osf_torch
+from osf_kernels import Mode
+from osf_torch.importance import layer_importance
+from osf_torch.ranks import allocate_ranks
+
+LORA_RANK = 16
+MIN_RETAINED = 0.1  # mrr of adaptive ranks
+
+Tokens = tuple[Tensor, Tensor]
+
+
+def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the model's nn.Linear modules, by parameter name."""
+    linear = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    return {name: p for name, p in model.named_parameters() if name in linear}
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    return [name.removesuffix(".weight") for name in linear_weights(model)]
+
+
+class Plain:
+    """Full fine-tuning; also the protocol: ``begin`` a task, ``protect`` its optimizer, ``end``."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+        for parameter in encoder.parameters():
+            parameter.requires_grad_(False)
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        """The module to train on a task: what of it requires grad goes to the optimizer.
+
+        Args:
+            task: its number from 0.
+            rank: share of each weight's directions that a protecting method keeps.
+            batches: some of the task's inputs.
+        """
+        for weight in linear_weights(self.encoder).values():
+            weight.requires_grad_(True)
+        return self.encoder
+
+    def protect(self, optimizer: torch.optim.Optimizer) -> None:
+        """Attaches what the method does to the optimizer's steps."""
+
+    def end(self) -> None:
+        """Ends the task: ``encoder`` holds what was learned."""
+
+
+class Everything(Plain):
+    """Full fine-tuning of every parameter, embeddings, LayerNorms and biases included."""
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        return self.encoder.requires_grad_(True)
+
+
+class Lora(Plain):
+    """peft's LoRA: one adapter, trained on one task after the other."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__(encoder)
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=linear_modules(encoder)
+        )
+        self.encoder = get_peft_model(encoder, config)
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        return self.encoder
+
+
+class PeftOsf(Plain):
+    """peft's OSF: a new decomposition a task, merged into the weights after it."""
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        from peft import OSFConfig, get_peft_model
+
+        names = linear_modules(self.encoder)
+        config = OSFConfig(target_modules=names, effective_rank=rank)
+        self._wrapped: Any = get_peft_model(self.encoder, config)
+        return self._wrapped
+
+    def end(self) -> None:
+        # Its example calls unload(), which in 0.21 returns the weights from before the task.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.encoder = self._wrapped.merge_and_unload()
+        del self._wrapped
+
+
+class Ours(Plain):
+    """osf_torch: a refresh a task, its subspaces protected through the task's steps."""
+
+    mode: Mode = "complement"
+    restore = True
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        super().begin(task, rank, batches)
+        self._subspaces = osf_torch.refresh(
+            self.encoder, self.ranks(rank, batches), progress=False, seed=task
+        )
+        return self.encoder
+
+    def ranks(self, rank: float, batches: Sequence[Tokens]) -> float | dict[str, int]:
+        return rank
+
+    def protect(self, optimizer: torch.optim.Optimizer) -> None:
+        self._guard = osf_torch.protect(
+            self.encoder, self._subspaces, optimizer=optimizer, mode=self.mode, restore=self.restore
+        )
+
+    def end(self) -> None:
+        self._guard.verify()
+        self._guard.remove()
+        del self._guard, self._subspaces
+
+
+class OursWithoutRestore(Ours):
+    restore = False
+
+
+class OursCore(Ours):
+    mode: Mode = "core"
+
+
+class OursAdaptive(Ours):
+    """Ranks by layer importance; importance has mean 1, so the mean rank is that of the others."""
+
+    def __init__(self, encoder: nn.Module, mrr: float = MIN_RETAINED) -> None:
+        super().__init__(encoder)
+        self.mrr = mrr
+
+    def ranks(self, rank: float, batches: Sequence[Tokens]) -> float | dict[str, int]:
+        importance = layer_importance(
+            self.encoder,
+            [{"ids": ids, "attention_mask": mask} for ids, mask in batches],  # padding left out
+            forward=lambda model, batch: model(batch["ids"], batch["attention_mask"]),
+            progress=False,
+        )
+        return allocate_ranks(importance, self.encoder, mrr=min(self.mrr, rank), trr=rank)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison."""
+
+    title: str
+    build: Callable[[nn.Module], Plain]
+    compared: bool = True  # in a run that names no methods
+
+
+METHODS: dict[str, Method] = {
+    "plain": Method("plain fine-tuning", Plain),
+    "lora": Method(f"LoRA (peft, r = {LORA_RANK})", Lora),
+    "peft-osf": Method("OSF (peft)", PeftOsf),
+    "core": Method("ours, core", OursCore),
+    "complement": Method("ours", Ours),
+    "no-restore": Method("ours, no restore", OursWithoutRestore),
+    "adaptive": Method("ours, adaptive ranks", OursAdaptive),
+    "everything": Method("plain, every parameter", Everything, compared=False),
+}
+COMPARED = tuple(name for name, method in METHODS.items() if method.compared)

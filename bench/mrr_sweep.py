@@ -1,0 +1,93 @@
+"""``python -m bench mrr``: adaptive ranks by their minimum retention ratio, at a fixed target.
+
+A short run of the continual bench's sequence for each mrr. At mrr = trr every layer keeps the same
+share; the smaller mrr is, the more the layers' importance counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.continual import RESULTS, Sequences, arguments_of, opened, setting_of
+from bench.continual_methods import OursAdaptive
+from bench.continual_rows import Run, summarise
+from bench.continual_run import Setting
+
+DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
+DEFAULT_TRR = 0.8  # the paper's
+DEFAULT_RATE = 1e-3
+
+
+def add(commands: Any) -> None:
+    """The subcommand's arguments."""
+    command = commands.add_parser("mrr", help="adaptive ranks by minimum retention ratio")
+    arguments_of(command, RESULTS / "continual_mrr.csv")
+    command.set_defaults(seeds=1, steps=40)
+    command.add_argument("--mrr", type=_shares, default=DEFAULT_MRR, help="listed with commas")
+    command.add_argument("--trr", type=float, default=DEFAULT_TRR, help="target retention ratio")
+    command.add_argument("--tasks", type=int, default=3, help="of the sequence's first")
+    command.add_argument("--lr", type=float, default=DEFAULT_RATE)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
+
+
+def name_of(mrr: float) -> str:
+    return f"adaptive mrr={mrr:g}"
+
+
+def sweep(
+    sequences: Sequences, mrrs: Sequence[float], seeds: int, rate: float, csv: Path
+) -> dict[float, list[Run]]:
+    """The runs of each mrr; those in the file already are not redone."""
+    return {
+        mrr: [
+            sequences.run(csv, name_of(mrr), seed, rate, build=partial(OursAdaptive, mrr=mrr))
+            for seed in range(seeds)
+        ]
+        for mrr in mrrs
+    }
+
+
+def table(found: dict[float, list[Run]]) -> str:
+    header = ("mrr", "average", "learned", "forgotten")
+    lines = []
+    for mrr, runs in found.items():
+        summary = summarise(runs)
+        lines.append(
+            (f"{mrr:g}", str(summary.average), str(summary.learned), str(summary.forgotten))
+        )
+    return report.table(header, lines)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from bench.continual_show import bar_on, console_of, describe
+
+    mrrs, trr = arguments.mrr, arguments.trr
+    if not mrrs or not all(0 <= mrr <= trr <= 1 for mrr in mrrs):
+        raise ValueError(f"bench mrr: expected 0 <= mrr <= trr <= 1, got {mrrs} and {trr}")
+    if arguments.tasks < 1:
+        raise ValueError(f"bench mrr: expected --tasks to be at least 1, got {arguments.tasks}")
+    plain = setting_of(arguments)
+    setting = Setting(plain.steps, plain.batch, (trr, trr))
+    console = console_of()
+    with bar_on(console) as progress:
+        bar = progress.add_task("reading", total=None)
+        sequences, tasks = opened(setting, lambda text: progress.update(bar, description=text))
+        sequences.tasks = sequences.tasks[: arguments.tasks]
+        sequences.text += f" {len(sequences.tasks)} tasks"
+        describe(console, tasks[: arguments.tasks], setting)
+        steps = setting.steps * len(sequences.tasks) * len(mrrs) * arguments.seeds
+        progress.update(bar, total=steps)
+        sequences.say = lambda text: progress.update(bar, description=text, advance=1)
+        found = sweep(sequences, mrrs, arguments.seeds, arguments.lr, arguments.csv)
+    console.print(f"adaptive ranks at trr = {trr:g}; accuracy on test documents in %:")
+    console.print(table(found), markup=False, highlight=False)
+    console.print(f"rows in {arguments.csv}", soft_wrap=True)
+    return 0
