@@ -84,6 +84,7 @@ def test_bad_comparisons_are_refused(monkeypatch, versions):
         require_version("osf-test-peer", versions, "some")
 
 
+@pytest.mark.slow
 def test_no_integration_is_imported_with_the_package():
     """In a process of its own, since other tests import them."""
     source = Path(osf_torch.__file__).resolve().parent.parent
