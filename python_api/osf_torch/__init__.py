@@ -6,6 +6,8 @@ operator of ``osf_kernels``, of which it imports public names only.
 
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard, Leak, protect
+from osf_torch.importance import layer_importance
+from osf_torch.ranks import allocate_ranks, ranks_by_energy
 from osf_torch.refresh import refresh
 from osf_torch.storage import load_subspaces, save_subspaces
 from osf_torch.subspaces import Decomposition, Subspace, Subspaces
@@ -16,9 +18,12 @@ __all__ = [
     "Leak",
     "Subspace",
     "Subspaces",
+    "allocate_ranks",
+    "layer_importance",
     "load_subspaces",
     "project_grad",
     "protect",
+    "ranks_by_energy",
     "refresh",
     "save_subspaces",
 ]

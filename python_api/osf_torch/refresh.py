@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from osf_kernels import TruncatedSVD, truncated_svd
 from osf_torch.progress import Show, progress_bar
-from osf_torch.selection import Filter, Ranks, Selected, listed, select
+from osf_torch.selection import Filter, Selected, listed, select
+from osf_torch.selection import Ranks as WantedRanks
+from osf_torch.sharding import Group, local, sharding_of, sum_over
+from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import Decomposition, Keep, Subspaces, assemble, smaller
 
 Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
@@ -53,9 +57,13 @@ class _Kind(NamedTuple):
         return f"{self.shape[0]}x{self.shape[1]} r={self.rank}"
 
 
+_Batch = tuple[_Kind, list[Selected]]
+_Result = tuple[dict[str, Tensor], dict[str, Any]]  # factors and facts
+
+
 def refresh(
     model: nn.Module,
-    ranks: Ranks,
+    ranks: WantedRanks,
     *,
     previous: Subspaces | None = None,
     progress: Show = True,
@@ -69,11 +77,13 @@ def refresh(
     offload: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    group: Group | None = None,
 ) -> Subspaces:
     """Decomposes a model's weights, W ≈ U diag(S) Vᵀ, into what :func:`protect` takes.
 
     Weights of one shape, rank, dtype and device go to ``osf_kernels.truncated_svd`` together, on
-    the device where they are.
+    the device where they are. Sharded weights (DTensor) are gathered a batch at a time on the rank
+    that decomposes them; every rank then has the whole bases, and ``protect`` keeps its slices.
 
     Args:
         model: its 2-D parameters of float32, bfloat16, float16 or float64.
@@ -105,6 +115,9 @@ def refresh(
         compute_dtype: torch.float64 decomposes in double precision whatever the weights are, and
             rounds the bases once. That takes about three times as long; what leaks and drifts
             under ``protect`` in float32 falls from the residual, some 1e-6, to rounding.
+        group: a process group over whose ranks the weights are shared out by cost, each rank
+            calling with the same arguments; results are broadcast as tensors. None takes the
+            group that the first sharded weight is sharded over, or this process alone.
 
     Returns:
         Subspaces by parameter name, in the model's order; ``print(_.summary())`` shows them.
@@ -114,7 +127,8 @@ def refresh(
             without a rank, a rank or key that doesn't fit, NaN or Inf in a weight (all weights
             are looked at before the first is decomposed), a ``previous`` that lacks a weight, its
             shape or its triplets. All name the parameter; no partial result is left.
-        TypeError: a weight of another dtype, a DTensor.
+        TypeError: a weight of another dtype.
+        RuntimeError: another rank of the group failed.
 
     Mutates nothing; synchronises once a batch; draws from ``seed`` alone.
     """
@@ -125,51 +139,99 @@ def refresh(
             "osf_torch.refresh: expected compute_dtype to be torch.float64 or None, got "
             f"{compute_dtype}; 16-bit weights are decomposed in float32 accuracy as they are"
         )
-    selected = select(model, ranks, filter, operator="refresh")
+    selected = select(model, ranks, filter, operator="refresh", sharded=True)
     if previous is not None:
         _require_fit(previous, selected)
+    sharers = Ranks.of((s.weight for s in selected), group)
     _require_finite(selected)
-    batches = list(
-        _batches(selected, complement, max_workspace_bytes or FACTOR_BYTES, compute_dtype)
-    )
-    total = sum(kind.cost * len(batch) for kind, batch in batches)
+    kinds = [_kind(s, complement) for s in selected]
+    limit_bytes = max_workspace_bytes or FACTOR_BYTES
+    shares = [
+        list(_batches([selected[i] for i in share], complement, limit_bytes, compute_dtype))
+        for share in sharers.split([kind.cost for kind in kinds])
+    ]
+    options = {"tol": tol, "method": method, "max_workspace_bytes": max_workspace_bytes}
     found: dict[str, Decomposition] = {}
-    with progress_bar(progress, "refresh", len(selected), total) as bar:
-        for kind, batch in batches:
-            bar.begin(f"{kind} {batch[0].name}")
-            started = time.perf_counter()
-            starts = None if previous is None else [_start(previous, s) for s in batch]
-            with torch.no_grad(), _Named(batch):
-                results = truncated_svd(
-                    [s.weight.detach().to(compute_dtype) for s in batch],
-                    kind.rank,
-                    tol=tol,
-                    method=method,
-                    warm_start=starts,
-                    complement=kind.complement,
-                    generator=torch.Generator(kind.device).manual_seed(seed),
-                    max_workspace_bytes=max_workspace_bytes,
-                )
-            figures = _figures(results)  # synchronises, so that the time is whole
-            seconds = (time.perf_counter() - started) / len(batch)
-            for s, result, figure in zip(batch, results, figures, strict=True):
-                factors = _factors(result)
-                held = dtype
-                if held is None:
-                    held = torch.float64 if kind.dtype == torch.float64 else torch.float32
-                if keep == "smaller":
-                    factors = smaller(factors)
-                found[s.name] = assemble(
-                    {part: _kept(factor, part, offload, held) for part, factor in factors.items()},
-                    shape=s.shape,
-                    rank=kind.rank,
-                    method=result.method,
-                    iterations=result.iterations,
-                    seconds=seconds,
-                    **figure,
-                )
-            bar.advance(len(batch), kind.cost * len(batch))
+    shown = progress if sharers.rank == 0 else False
+    with progress_bar(shown, "refresh", len(selected), sum(kind.cost for kind in kinds)) as bar:
+        for at_once in itertools.zip_longest(*shares):  # a batch of every rank
+            results: list[_Result] = []
+            error = None
+            for owner, (kind, batch) in _present(at_once):
+                weights = [whole(s.weight.detach()) for s in batch]
+                if owner != sharers.rank:
+                    continue
+                bar.begin(f"{kind} {batch[0].name}")
+                try:
+                    starts = None if previous is None else [_start(previous, s) for s in batch]
+                    weights = [W.to(compute_dtype) for W in weights]
+                    results = _decomposed(kind, batch, weights, starts, seed, **options)
+                except Exception as caught:
+                    error = caught
+            sharers.agree(error, kinds[0].device, "refresh")
+            for owner, (kind, batch) in _present(at_once):
+                mine = iter(results if owner == sharers.rank else ())
+                for s in batch:
+                    factors, facts = next(mine, (_unfilled(kind, compute_dtype), None))
+                    if keep == "smaller":
+                        factors = smaller(factors)
+                    held = dtype
+                    if held is None:
+                        held = torch.float64 if kind.dtype == torch.float64 else torch.float32
+                    factors = {
+                        part: factor.detach().to(held if part != "S" else None)
+                        for part, factor in factors.items()
+                    }
+                    factors, facts = sharers.send(owner, factors, facts, s.weight.device)
+                    factors = {part: _kept(factor, offload) for part, factor in factors.items()}
+                    found[s.name] = assemble(factors, shape=s.shape, rank=kind.rank, **facts)
+                bar.advance(len(batch), kind.cost * len(batch))
     return Subspaces({s.name: found[s.name] for s in selected}, seed=seed)
+
+
+def _present(batches: Iterable[_Batch | None]) -> Iterator[tuple[int, _Batch]]:
+    """The ranks that have a batch, with it."""
+    return ((rank, batch) for rank, batch in enumerate(batches) if batch is not None)
+
+
+def _decomposed(
+    kind: _Kind,
+    batch: Sequence[Selected],
+    weights: Sequence[Tensor],
+    starts: Sequence[TruncatedSVD | Tensor] | None,
+    seed: int,
+    **options: Any,  # of truncated_svd
+) -> list[_Result]:
+    started = time.perf_counter()
+    with torch.no_grad(), _Named(batch):
+        results = truncated_svd(
+            weights,
+            kind.rank,
+            warm_start=starts,
+            complement=kind.complement,
+            generator=torch.Generator(kind.device).manual_seed(seed),
+            **options,
+        )
+    figures = _figures(results)  # synchronises, so that the time is whole
+    seconds = (time.perf_counter() - started) / len(batch)
+    return [
+        (
+            _factors(result),
+            figure | {"method": result.method, "iterations": result.iterations, "seconds": seconds},
+        )
+        for result, figure in zip(results, figures, strict=True)
+    ]
+
+
+def _unfilled(kind: _Kind, compute_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Factors that another rank computes, for their names and shapes, in no memory."""
+    (m, n), r = kind.shape, kind.rank
+    shapes = {"U": (m, r), "S": (r,), "V": (n, r)}
+    if kind.complement:
+        shapes |= {"U_low": (m, m - r), "V_low": (n, n - r)}
+    double = torch.float64 in (kind.dtype, compute_dtype)
+    dtype = torch.float64 if double else torch.float32
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
 
 
 def _batches(
@@ -180,11 +242,7 @@ def _batches(
 ) -> Iterator[tuple[_Kind, list[Selected]]]:
     kinds: dict[_Kind, list[Selected]] = {}
     for s in selected:
-        # Low bases pay where both are the smaller ones: of a 4:1 weight the longer side's would
-        # be many times the weight itself.
-        low = 2 * s.rank > max(s.shape) if complement is None else complement
-        kind = _Kind(s.weight.device, s.weight.dtype, s.shape, s.rank, low)
-        kinds.setdefault(kind, []).append(s)
+        kinds.setdefault(_kind(s, complement), []).append(s)
     for kind, members in kinds.items():
         computed = kind._replace(dtype=compute_dtype or kind.dtype)
         size = max(1, min(BATCH, limit_bytes // max(1, computed.factor_bytes)))
@@ -192,11 +250,21 @@ def _batches(
             yield kind, members[first : first + size]
 
 
+def _kind(s: Selected, complement: bool | None) -> _Kind:
+    # Low bases pay where both are the smaller ones: of a 4:1 weight the longer side's would be
+    # many times the weight itself.
+    low = 2 * s.rank > max(s.shape) if complement is None else complement
+    return _Kind(s.weight.device, s.weight.dtype, s.shape, s.rank, low)
+
+
 def _require_finite(selected: Sequence[Selected]) -> None:
-    """Refuses NaN and Inf, with one synchronisation a device."""
+    """Refuses NaN and Inf on any rank, with one synchronisation a device."""
     counts: dict[torch.device, list[Tensor]] = {}
     for s in selected:
-        count = (~torch.isfinite(s.weight.detach())).sum()
+        count = (~torch.isfinite(local(s.weight.detach()))).sum()
+        cut = sharding_of(s.weight)
+        if cut is not None:
+            (count,) = sum_over(cut.group, [count])
         counts.setdefault(s.weight.device, []).append(count)
     taken = {device: iter(torch.stack(found).tolist()) for device, found in counts.items()}
     bad = [f"{s.name!r} has {n}" for s in selected if (n := next(taken[s.weight.device]))]
@@ -258,15 +326,13 @@ def _factors(svd: TruncatedSVD) -> dict[str, Tensor]:
     return {name: factor for name, factor in found.items() if factor is not None}
 
 
-def _kept(
-    factor: Tensor, part: str, device: torch.device | str | None, dtype: torch.dtype | None
-) -> Tensor:
+def _kept(factor: Tensor, device: torch.device | str | None) -> Tensor:
     """The factor where it is to stay, in memory of its own: a view would hold on to the rest."""
-    moved = factor.detach().to(device, dtype if part != "S" else None)
+    moved = factor.to(device)
     return moved.clone() if moved.untyped_storage().nbytes() > moved.nbytes else moved
 
 
-def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, float | bool | None]]:
+def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, Any]]:
     """Residual, captured and converged of each as Python numbers, by one synchronisation."""
     stacked = torch.stack([torch.stack([r.residual, r.captured]).double() for r in results])
     flags = [r.converged for r in results]

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from osf_torch.sharding import is_dtensor, sharding_of
+
 Rank = int | float
 Ranks = Rank | Mapping[str, Rank]
 Filter = Callable[[str, nn.Parameter], bool] | str | Sequence[str] | None
@@ -63,11 +65,13 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def select(model: nn.Module, ranks: Ranks, filter: Filter, *, operator: str) -> list[Selected]:
+def select(
+    model: nn.Module, ranks: Ranks, filter: Filter, *, operator: str, sharded: bool = False
+) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
-    as in ``model.named_parameters()``.
+    as in ``model.named_parameters()``. ``sharded`` says whether DTensors are taken.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
@@ -92,7 +96,7 @@ def select(model: nn.Module, ranks: Ranks, filter: Filter, *, operator: str) -> 
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
-        _require_decomposable(name, weight, operator)
+        _require_decomposable(name, weight, operator, sharded)
         m, n = weight.shape
         selected.append(Selected(name, weight, _resolved(rank, m, n, name, operator)))
     return selected
@@ -153,7 +157,7 @@ def _ranks(ranks: Ranks, names: Sequence[Sequence[str]], operator: str) -> list[
     return found
 
 
-def _require_decomposable(name: str, weight: nn.Parameter, operator: str) -> None:
+def _require_decomposable(name: str, weight: nn.Parameter, operator: str, sharded: bool) -> None:
     if weight.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(
@@ -165,10 +169,15 @@ def _require_decomposable(name: str, weight: nn.Parameter, operator: str) -> Non
             f"osf_torch.{operator}: expected parameter {name!r} to have values, got a meta tensor; "
             "load the weights first"
         )
-    if hasattr(weight, "placements"):
+    if is_dtensor(weight) and sharded:
+        try:
+            sharding_of(weight)
+        except ValueError as error:
+            raise ValueError(f"osf_torch.{operator}: parameter {name!r}: {error}") from None
+    elif is_dtensor(weight):
         raise TypeError(
             f"osf_torch.{operator}: expected parameter {name!r} to be a whole tensor, got a "
-            "DTensor; refresh before sharding, or gather the weight first"
+            "DTensor; do this before sharding, or gather the weight first"
         )
 
 

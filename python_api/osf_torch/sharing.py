@@ -1,0 +1,115 @@
+"""Ranks that share out work on a model: who does what, and how results travel, as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_torch.sharding import Group, is_dtensor, sharding_of
+
+METHODS = ("randomized", "gram", "warm", "deflated", "exact")
+UNKNOWN = -1.0  # what converged is sent as where no tol was given
+
+
+class Ranks:
+    """The ranks of a group, or this process alone.
+
+    Attributes:
+        group: None alone.
+        rank, count: of this process, and of all.
+    """
+
+    def __init__(self, group: Group | None) -> None:
+        self.group, self.rank, self.count = group, 0, 1
+        if group is not None:
+            import torch.distributed as dist
+
+            self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], group: Group | None) -> Ranks:
+        """Those of ``group``, else those that the first sharded tensor is sharded over."""
+        if group is None:
+            cuts = (sharding_of(t) for t in tensors)
+            group = next((cut.group for cut in cuts if cut is not None), None)
+        return cls(group)
+
+    def split(self, costs: Sequence[float]) -> list[list[int]]:
+        """Which items each rank takes: the costliest first, each to whoever has least to do."""
+        loads = [0.0] * self.count
+        taken: list[list[int]] = [[] for _ in range(self.count)]
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            least = loads.index(min(loads))
+            loads[least] += costs[i]
+            taken[least].append(i)
+        return [sorted(items) for items in taken]
+
+    def agree(self, error: Exception | None, device: torch.device, operator: str) -> None:
+        """Raises on every rank where one has an error, so that no rank waits for its result."""
+        failed = error is not None
+        if self.group is not None:
+            import torch.distributed as dist
+
+            flags = torch.zeros(self.count, device=device)
+            flags[self.rank] = float(failed)
+            dist.all_reduce(flags, group=self.group)
+            if error is None and flags.any():
+                who = flags.nonzero().flatten().tolist()
+                raise RuntimeError(
+                    f"osf_torch.{operator}: expected every rank to do its share, got an error on "
+                    f"rank {who[0]} of the group; see what it raised"
+                )
+        if error is not None:
+            raise error
+
+    def send(
+        self,
+        owner: int,
+        factors: Mapping[str, Tensor],
+        facts: Mapping[str, Any] | None,
+        device: torch.device,
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The owner's factors and facts, on every rank.
+
+        Args:
+            factors: the owner's values; elsewhere meta tensors of the same names, shapes, dtypes.
+            facts: residual, captured, converged, iterations, seconds and method; None elsewhere.
+            device: where both are to be.
+        """
+        if self.group is None:
+            assert facts is not None
+            return dict(factors), dict(facts)
+        import torch.distributed as dist
+
+        sent = {
+            name: torch.empty_like(t, device=device) if t.is_meta else t.contiguous()
+            for name, t in factors.items()
+        }
+        figures = torch.empty(6, dtype=torch.float64, device=device)
+        if facts is not None:
+            converged = UNKNOWN if facts["converged"] is None else float(facts["converged"])
+            numbers = [facts[key] for key in ("residual", "captured", "iterations", "seconds")]
+            numbers += [converged, METHODS.index(facts["method"])]
+            figures.copy_(torch.tensor(numbers, dtype=figures.dtype))
+        for t in (figures, *sent.values()):
+            dist.broadcast(t, group_src=owner, group=self.group)
+        residual, captured, iterations, seconds, flag, method = figures.tolist()
+        return sent, {
+            "residual": residual,
+            "captured": captured,
+            "converged": None if flag == UNKNOWN else bool(flag),
+            "iterations": int(iterations),
+            "seconds": seconds,
+            "method": METHODS[int(method)],
+        }
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one gathered, which every rank of its mesh must join."""
+    if not is_dtensor(t):
+        return t
+    gathered: Tensor = t.full_tensor()  # type: ignore[attr-defined]
+    return gathered
