@@ -8,7 +8,7 @@ residual comes with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.residual import residual_in, residual_of
 from osf_kernels.linalg.small import leading_svd, polished
 
-# ‖G − I‖_F of a block's Gram matrix. Below the first, one pass of CholeskyQR comes out orthonormal
-# to rounding; above the second, what is left after the first pass has lost too much to the
-# projection for the second to end there.
-ONE_PASS_LIMIT = 0.5
+# What one pass on a CPU may make of rounding, by a bound that is some five times what it does.
+# A pass multiplies what the space has lost before, by 1 to 6 for random and for trained weights:
+# a few blocks come out as orthonormal from one pass as from two, then one takes two.
+GROWTH_LIMIT = 16.0
+# Above these, what is left after the first pass has lost too much to the projection for the second
+# to end there: what the second makes of rounding, and ‖G − I‖_F of the Gram matrix it factorizes.
+SECOND_PASS_GROWTH = 1.1
 SECOND_PASS_LIMIT = 1e-2
 
 
@@ -55,6 +58,7 @@ class KrylovSpace:
         self._U = start.new_empty(b, m, 0)
         self._V = start.new_empty(b, n, 0)
         self._B = start.new_empty(b, 0, 0)
+        self._growth = {"U": 1.0, "V": 1.0}
 
     def grow(self, width: int) -> None:
         """Adds blocks until the space has ``width`` ≤ min(m, n) columns.
@@ -69,12 +73,12 @@ class KrylovSpace:
             end = min(width, begin + self.block)
             Q = self._Z[:, :, : end - begin]
             if begin:
-                Q = self._orthonormal(Q, V[:, :, :begin])
+                Q, _ = self._orthonormal("V", Q, V[:, :, :begin])
             V[:, :, begin:end] = Q
             Y = primitives.multiply(self._As, Q)
-            X = self._orthonormal(Y, U[:, :, :begin])
+            X, B[:, :begin, begin:end] = self._orthonormal("U", Y, U[:, :, :begin])
             U[:, :, begin:end] = X
-            B[:, :end, begin:end] = U[:, :, :end].mT @ Y
+            B[:, begin:end, begin:end] = X.mT @ Y
             self._Z = primitives.multiply(self._As, X, transpose=True)
             self.iterations += 1
         self._U, self._V, self._B, self.width = U, V, B, width
@@ -83,8 +87,15 @@ class KrylovSpace:
         """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ width."""
         U, V, Z = self._U, self._V, self._Z
         Ub, S, Vb, fine = leading_svd(self._B, rank, safe=self._safe)
-        outside = Z - V @ (V.mT @ Z)  # (b, n, w)
-        residual = residual_in(outside @ Ub[:, -Z.shape[-1] :], S)
+        last = Ub[:, -Z.shape[-1] :]
+
+        # A few probes are projected, not all of Z.
+        def outside(X: Tensor) -> Tensor:
+            return torch.baddbmm(X, V, V.mT @ X, alpha=-1)
+
+        residual = residual_in(
+            lambda X: outside(Z @ (last @ X)), lambda Y: last.mT @ (Z.mT @ outside(Y)), S
+        )
         return Factors(U @ Ub, S, V @ Vb, residual, self.iterations, self._ok & fine)
 
     def keep(self, indices: Tensor) -> None:
@@ -93,10 +104,13 @@ class KrylovSpace:
         self._U, self._V, self._B = self._U[indices], self._V[indices], self._B[indices]
         self._Z, self._ok = self._Z[indices], self._ok[indices]
 
-    def _orthonormal(self, Y: Tensor, basis: Tensor) -> Tensor:
-        Q, fine = orthonormal_against(Y, basis, safe=self._safe, generator=self._generator)
-        self._ok = self._ok & fine
-        return Q
+    def _orthonormal(self, side: str, Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """The next block of a side from Y, and basisᵀY."""
+        found = orthonormal_against(
+            Y, basis, safe=self._safe, generator=self._generator, growth=self._growth[side]
+        )
+        self._ok, self._growth[side] = self._ok & found.ok, found.growth
+        return found.Q, found.along
 
 
 def subspace_iteration(
@@ -125,7 +139,7 @@ def subspace_iteration(
     V, found = start, None
     for iteration in range(1, niter + 1):
         Y = primitives.multiply(As, V)
-        U, fine = orthonormal_against(Y, empty, safe=safe, generator=generator)
+        U, _, fine, _ = orthonormal_against(Y, empty, safe=safe, generator=generator)
         ok = ok & fine
         Z = primitives.multiply(As, U, transpose=True)
         V, S, W, fine = leading_svd(Z, U.shape[-1], safe=safe)
@@ -157,36 +171,63 @@ def _first(earlier: Factors, later: Factors, tol: float) -> Factors:
     return later._replace(**kept)
 
 
+class Block(NamedTuple):
+    """Orthonormal columns Q (b, m, w) made of Y, and ``along`` = basisᵀY.
+
+    ``ok`` (b,) is False where the factorization broke down. ``growth`` bounds what basis and Q
+    together have lost of orthogonality, in roundings.
+    """
+
+    Q: Tensor
+    along: Tensor
+    ok: Tensor
+    growth: float
+
+
 def orthonormal_against(
-    Y: Tensor, basis: Tensor, *, safe: bool, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(Q, ok): orthonormal columns that span Y less its part in ``basis``, orthogonal to it.
+    Y: Tensor,
+    basis: Tensor,
+    *,
+    safe: bool,
+    generator: torch.Generator,
+    growth: float = 1.0,
+) -> Block:
+    """Orthonormal columns that span Y less its part in ``basis``, orthogonal to it.
 
     Projecting and orthonormalizing twice is enough (Barlow & Smoktunowicz 2013); the first pass
-    leaves a condition number that the second takes to rounding.
+    leaves a condition number that the second takes to rounding. On a CPU, where a look at a number
+    is free, the second is left out where the first lost little (Daniel, Gragg, Kaufman, Stewart
+    1976) of a basis that has lost ``growth``.
     """
     ok = torch.ones(len(Y), dtype=torch.bool, device=Y.device)
+    along = basis.mT @ Y
+    X = torch.baddbmm(Y, basis, along, alpha=-1)
     if safe:
         # Where the space ends, noise far below the rounding of A continues it.
         noise = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator)
         norm = Y.norm(dim=(-2, -1), keepdim=True)
         scale = torch.where(norm > 0, norm, 1) * (torch.finfo(Y.dtype).eps / Y.shape[-2])
-        Y = _against(Y, basis) + scale * noise
+        X = X + scale * noise
         # Where nothing but rounding was left of Y, it lies anywhere: the second round may take most
         # of it away, and the third mends what that costs.
         for _ in range(2):
-            Y = _against(torch.linalg.qr(Y)[0], basis)
-        return torch.linalg.qr(Y)[0], ok
-    alone = not basis.shape[-1]
-    Y, fine, spread = cholesky_qr(_against(Y, basis))
-    if alone and Y.device.type == "cpu" and bool((spread < ONE_PASS_LIMIT).all()):
-        return Y, fine  # a look at a number is free there
-    Y, again, spread = cholesky_qr(_against(Y, basis), scale=False)
-    return Y, fine & again & (spread < SECOND_PASS_LIMIT)
+            X = _against(torch.linalg.qr(X)[0], basis)
+        return Block(torch.linalg.qr(X)[0], along, ok, growth)
+    if Y.device.type == "cpu":
+        Q, pass_growth = _cholesky_qr_in_float64(X, along)
+        after = growth * float(pass_growth.amax())
+        if after <= GROWTH_LIMIT:  # not of NaN
+            return Block(Q, along, ok, max(growth, after))
+        lost = basis.mT @ Q
+        Q, pass_growth = _cholesky_qr_in_float64(torch.baddbmm(Q, basis, lost, alpha=-1), lost)
+        return Block(Q, along, pass_growth <= SECOND_PASS_GROWTH, growth)
+    Q, first, _ = cholesky_qr(X)
+    Q, second, spread = cholesky_qr(_against(Q, basis), scale=False)
+    return Block(Q, along, first & second & (spread < SECOND_PASS_LIMIT), growth)
 
 
 def _against(Y: Tensor, basis: Tensor) -> Tensor:
-    return torch.baddbmm(Y, basis, basis.mT @ Y, alpha=-1) if basis.shape[-1] else Y
+    return torch.baddbmm(Y, basis, basis.mT @ Y, alpha=-1)
 
 
 def cholesky_qr(Y: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,3 +243,20 @@ def cholesky_qr(Y: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor, Tenso
     spread = (G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)).norm(dim=(-2, -1))
     inverse, info = primitives.cholesky_inverse(G)
     return Y @ (inverse_norms * inverse), info == 0, spread
+
+
+def _cholesky_qr_in_float64(X: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, growth) by one pass of CholeskyQR with a float64 Gram matrix, on any scale of columns.
+
+    A float64 Gram matrix costs what two in float32 do, and loses nothing of X that float32 holds.
+    Each column x of X is what was left of one y, y less its part ``lost``; growth (b,) is the most
+    that a column of Q has of the rounding of y: the columns of diag(‖y‖) R⁻¹ by their norm. It is
+    NaN where the factorization doesn't exist.
+    """
+    D = X.double()
+    G = D.mT @ D
+    inverse, _ = primitives.cholesky_inverse(G)
+    square = G.diagonal(dim1=-2, dim2=-1) + lost.double().square().sum(-2)  # ‖y‖²
+    inverse = inverse.to(X.dtype)  # what overflows here is a growth beyond every limit
+    growth = (square.unsqueeze(-1) * inverse.double().square()).sum(-2).amax(-1).sqrt()
+    return X @ inverse, growth

@@ -51,12 +51,14 @@ def residual_of(
     return torch.hypot(norm, _rounding(S)) if right_is_exact else norm
 
 
-def residual_in(R: Tensor, S: Tensor) -> Tensor:
-    """The same of an R that is at hand, (b, p, r): all of it that isn't zero but for rounding.
+def residual_in(
+    apply: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], S: Tensor
+) -> Tensor:
+    """The same of an R that is known by R X and RᵀY: all of it that isn't zero but for rounding.
 
     Of that, ``ROUNDING`` stands in, so that no tolerance below it is called met.
     """
-    return torch.hypot(_relative(_norm(R.matmul, R.mT.matmul, S), S), _rounding(S))
+    return torch.hypot(_relative(_norm(apply, transposed, S), S), _rounding(S))
 
 
 def _rounding(S: Tensor) -> Tensor:
