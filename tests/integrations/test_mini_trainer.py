@@ -30,7 +30,7 @@ SHAPES = [(160, 160, 96), (200, 144, 72), (144, 200, 120), (300, 130, 65), (130,
 
 @pytest.fixture(autouse=True)
 def no_low_bases() -> None:
-    osft._low_bases.clear()
+    osft.drop_low_bases()
 
 
 def factors_by_formula(W: Tensor, k: int) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def test_float64_factors_are_those_of_the_formula_to_rounding(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float32_factors_are_as_close_to_float64_as_torch_s_own(shape, dtype):
+def test_float32_factors_are_as_close_to_float64_as_torch_s_own(dtype, shape):
     m, n, k = shape
     W = gapped(m, n, k, dtype=dtype)
     d = osft.create_svd_dict(W, k)
@@ -135,31 +135,49 @@ def test_ranks_at_and_beyond_the_ends(size):
         assert_factors(W, osft.create_svd_dict(W, top_k), min(top_k, size))
 
 
-def test_the_split_is_taken_and_left_where_the_gram_matrix_is_not_exact(monkeypatch):
-    """The low block alone, (N − k) × (M − k), goes to LAPACK, and the whole where a residual says
-    so: planted here."""
+@pytest.fixture
+def split(monkeypatch):
+    """As on a GPU: high and low triplets apart. Yields what is decomposed by which method."""
     taken = []
     genuine = osft.truncated_svd
-    factor = 1.0
 
     def watched(A, rank, **options):
         taken.append((tuple(A.shape), options["method"]))
-        result = genuine(A, rank, **options)
-        if options["method"] == "gram":
-            object.__setattr__(result, "residual", result.residual * factor)
-        return result
+        return genuine(A, rank, **options)
 
     monkeypatch.setattr(osft, "truncated_svd", watched)
+    monkeypatch.setattr(osft, "_splits", lambda W, dtype, k: 0 < k < min(W.shape))
+    return taken
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_split_factors_are_as_exact(split, shape):
+    """The low block alone, (N − k) × (M − k), is decomposed beside the Gram matrix."""
+    m, n, k = shape
+    test_float32_factors_are_as_close_to_float64_as_torch_s_own(torch.float32, shape)
+    assert split == [((m, n), "gram"), ((m - k, n - k), "exact")]
+
+
+@pytest.mark.parametrize("kind", ["steep", "crowded", "rank-deficient", "zero", "tiny", "huge"])
+def test_hard_spectra_split(split, kind):
+    test_hard_spectra(kind)
+    assert split
+
+
+def test_the_split_is_left_where_it_is_not_exact(split, monkeypatch):
     W = gapped(160, 160, 96, dtype=torch.float32)
+    monkeypatch.setattr(osft, "RESIDUAL_LIMIT", 0.0)  # nothing is that exact
     assert_factors(W, osft.create_svd_dict(W, 96), 96)
-    assert taken == [((160, 160), "gram"), ((64, 64), "exact")]
-    taken.clear()
-    factor = 1e6
-    assert_factors(W, osft.create_svd_dict(W, 96), 96)
-    assert taken == [((160, 160), "gram"), ((160, 160), "exact")]
-    taken.clear()
-    osft.create_svd_dict(W, 96, upcast_dtype=torch.float64)
-    assert taken == [((160, 160), "exact")]
+    assert split == [((160, 160), "gram")]
+
+
+def test_where_the_split_is_taken():
+    W = torch.ones(8, 6)
+    assert not osft._splits(W, torch.float32, 3)
+    if torch.cuda.is_available():
+        assert osft._splits(W.cuda(), torch.float32, 3)
+        assert not osft._splits(W.cuda(), torch.float64, 3)
+        assert not osft._splits(W.cuda(), torch.float32, 6)
 
 
 @pytest.mark.parametrize("kind", ["steep", "crowded", "rank-deficient", "zero", "tiny", "huge"])
@@ -364,6 +382,16 @@ def test_a_shard_without_other_ranks_is_refused():
     with pytest.raises(ValueError, match="expected V_high to have rank_high=10 rows, got 5"):
         osft.project_gradient_to_orthogonal_space(d)
     assert torch.equal(d["U_low"].grad, before)
+
+
+@pytest.mark.timing
+def test_a_decomposition_holds_one_factor_twice_at_most():
+    """Beside U, S, V in two copies, as slices of the whole that are kept until the end would be."""
+    from bench.timing import peak_extra_bytes
+
+    W = gapped(256, 256, 128, dtype=torch.float32)
+    extra = peak_extra_bytes(lambda: osft.create_svd_dict(W, 128), torch.device("cpu"))
+    assert extra < 3.2 * W.numel() * W.element_size()
 
 
 # --- caches -----------------------------------------------------------------------------------
@@ -599,8 +627,7 @@ def test_a_model_of_the_peer_trains_alike(peer):
     for name, weight in theirs.items():
         moved = (weight - weights[name]).norm()
         assert moved > 1e-3
-        # AdamW's first steps are signs: a factor's entry near zero may take either, so compare
-        # what a sign more or less leaves alike.
+        # Factors may differ in the sign of a triplet, for which AdamW's steps are odd.
         assert (ours[name] - weight).norm() < 1e-6 * moved
 
 
@@ -848,3 +875,31 @@ def test_tensors_that_are_no_shards_of_a_mesh():
         assert of_summing > 1  # the fault this is there for shows
         assert max(errors) < 1e-13
         assert "redistribute it first" in message
+
+
+# --- the bench --------------------------------------------------------------------------------
+
+
+def test_bench_rows(monkeypatch, tmp_path, capsys):
+    from bench import integrations_mini_trainer as bench
+
+    monkeypatch.setattr(bench, "SHAPES", ((48, 48),))
+    monkeypatch.setattr(bench, "RATIOS", (0.75,))
+    path = tmp_path / "rows.csv"
+    assert bench.main(["--rounds", "1", "--csv", str(path)]) == 0
+    rows = path.read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 + 4
+    assert "osf-kernels, high bases" in capsys.readouterr().out
+
+
+def test_a_wrong_projection_gets_no_time(monkeypatch):
+    from bench import integrations_mini_trainer as bench
+
+    monkeypatch.setattr(osft, "_low_basis", lambda high, dim: None)
+    W = gapped(32, 32, 24, dtype=torch.float32)
+    assert all(row.median_ms is not None for row in bench.project(W, 24, 1))
+    monkeypatch.setattr(osft, "_project", lambda sides: None)
+    for row in bench.project(W, 24, 1):
+        wrong = row.contender.startswith("osf-kernels")
+        assert row.status.startswith("wrong") == wrong
+        assert (row.median_ms is None) == wrong

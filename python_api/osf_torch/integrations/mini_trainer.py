@@ -59,13 +59,9 @@ VERSIONS = ">=0.9,<0.10"
 SVDDict = Mapping[str, Any]
 Spans = Literal["high", "low"]
 
-# The high triplets by the Gram matrix, then the low block, take less time than one SVD of the whole
-# from this share of R on, for this R and more, and while the longer side's complement has no more
-# than R columns; two cores, float32, 1024 × 1024 and 2048 × 768, ρ = .5 and .75.
-SPLIT_RANK_RATIO = 0.35
-SPLIT_SIZE = 128
-# A float32 torch.linalg.svd leaves residuals of 5 to 10 eps σ₁.
-RESIDUAL_LIMIT_EPS = 64
+# How far the split's high triplets may be from those of float32, relative to σ₁: torch.linalg.svd
+# leaves 5 to 15 eps.
+RESIDUAL_LIMIT = 32 * torch.finfo(torch.float32).eps
 
 
 # --- decomposition ---------------------------------------------------------------------------
@@ -85,9 +81,7 @@ def create_svd_dict(
         weight: (N, M), any floating dtype.
         top_k: k, how many triplets are frozen; capped to R = min(N, M).
         decompose_existing: False gives zeros of the right shapes, to be filled later.
-        upcast_dtype: what the SVD is computed in. float64 is LAPACK's own SVD; in float32 the
-            high triplets come from the Gram matrix where that is as exact (residual below
-            64 eps σ₁, measured), the low ones from what they leave.
+        upcast_dtype: what the SVD is computed in, and is exact to; float32 for half precisions.
         output_dtype: of the factors; default ``upcast_dtype``.
         use_meta: with decompose_existing=False, factors on the meta device.
 
@@ -121,52 +115,77 @@ def create_svd_dict(
         )
     m, n = weight.shape
     k = min(top_k, m, n)
+    dtype = output_dtype or upcast_dtype
     if decompose_existing:
-        high, low = _decomposed(weight.detach().to(upcast_dtype), k)
+        split = _split_triplets if _splits(weight, upcast_dtype, k) else _whole_triplets
+        factors = split(weight.detach().to(upcast_dtype), k, dtype)
     else:
         device = torch.device("meta") if on_meta else weight.device
-        high, low = (
-            (
-                torch.zeros(m, width, device=device),
-                torch.zeros(width, device=device),
-                torch.zeros(n, width, device=device),
-            )
-            for width in (k, min(m, n) - k)
-        )
-    dtype = output_dtype or upcast_dtype
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        p = min(m, n) - k
+        factors = [(zeros(m, k), zeros(m, p)), (zeros(k), zeros(p)), (zeros(k, n), zeros(p, n))]
     svd_dict: dict[str, Any] = {}
-    for name, (U, S, V) in (("high", high), ("low", low)):
-        for letter, factor in (("U", U), ("S", S), ("V", V.mT)):
-            stored = factor.to(dtype).contiguous()
-            svd_dict[f"{letter}_{name}"] = stored if name == "high" else nn.Parameter(stored)
+    svd_dict |= {f"{x}_high": high for x, (high, _) in zip("USV", factors, strict=True)}
+    svd_dict |= {f"{x}_low": nn.Parameter(low) for x, (_, low) in zip("USV", factors, strict=True)}
     return svd_dict | {"rank_high": k}
 
 
-Triplets = tuple[Tensor, Tensor, Tensor]
+Factors = list[tuple[Tensor, Tensor]]  # (high, low) of U, of S, and of V in rows
+
+
+def _splits(weight: Tensor, upcast_dtype: torch.dtype, k: int) -> bool:
+    """Whether high and low triplets are computed apart.
+
+    On a GPU torch.linalg.svd is Jacobi's and slow; eigenvectors of the Gram matrix and the SVD of
+    the low block, (1 − ρ)³ of the work, are to be less (unmeasured). On a CPU LAPACK's SVD takes
+    less time than float64 eigenvectors, and float32 ones leave 3 to 10 times its error on
+    σᵢ = i^-½ (measured).
+    """
+    return weight.is_cuda and upcast_dtype != torch.float64 and 0 < k < min(weight.shape)
 
 
 @torch.no_grad()
-def _decomposed(W: Tensor, k: int) -> tuple[Triplets, Triplets]:
-    """The first k singular triplets of W and the others, each U (N, ·), S, V (M, ·)."""
-    m, n = W.shape
-    size = min(m, n)
-    split = SPLIT_RANK_RATIO * size <= k < size and size >= SPLIT_SIZE
-    if W.dtype == torch.float64 or not split or max(m, n) - k > size:
-        return _decomposed_whole(W, k)
-    high = truncated_svd(W, k, method="gram", complement=True)
-    if float(high.residual) > RESIDUAL_LIMIT_EPS * torch.finfo(high.S.dtype).eps:
-        return _decomposed_whole(W, k)
+def _whole_triplets(W: Tensor, k: int, dtype: torch.dtype) -> Factors:
+    """LAPACK's, split; at most one factor is held twice."""
+    W = W if W.dtype == torch.float64 else W.float()
+    if not bool(W.isfinite().all()):
+        raise ValueError(
+            "osf_torch.integrations.mini_trainer.create_svd_dict: expected weight to be finite, "
+            "got NaN or Inf; mend it first"
+        )
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    left = _own(U[:, :k], dtype), _own(U[:, k:], dtype)
+    del U
+    return [
+        left,
+        (_own(S[:k], dtype), _own(S[k:], dtype)),
+        (_own(Vh[:k], dtype), _own(Vh[k:], dtype)),
+    ]
+
+
+@torch.no_grad()
+def _split_triplets(W: Tensor, k: int, dtype: torch.dtype) -> Factors:
+    """The high triplets from the Gram matrix in float64, and the SVD of what they leave."""
+    A = W.double()
+    high = truncated_svd(A, k, method="gram", complement=True)
+    if float(high.residual) > RESIDUAL_LIMIT:
+        return _whole_triplets(W, k, dtype)
     assert high.U_low is not None
     assert high.V_low is not None
-    block = high.U_low.mT @ (W.to(high.S.dtype) @ high.V_low)  # (N − k, M − k)
-    low = truncated_svd(block, size - k, method="exact")
-    return (high.U, high.S, high.V), (high.U_low @ low.U, low.S, high.V_low @ low.V)
+    block = high.U_low.mT @ (A @ high.V_low)  # (N − k, M − k)
+    low = truncated_svd(block, min(block.shape), method="exact")
+    return [
+        (_own(high.U, dtype), _own(high.U_low @ low.U, dtype)),
+        (_own(high.S, dtype), _own(low.S, dtype)),
+        (_own(high.V.mT, dtype), _own((high.V_low @ low.V).mT, dtype)),
+    ]
 
 
-def _decomposed_whole(W: Tensor, k: int) -> tuple[Triplets, Triplets]:
-    whole = truncated_svd(W, min(W.shape), method="exact")
-    U, S, V = whole.U, whole.S, whole.V
-    return (U[:, :k], S[:k], V[:, :k]), (U[:, k:], S[k:], V[:, k:])
+def _own(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 # --- projections -----------------------------------------------------------------------------
@@ -466,6 +485,11 @@ def _low_basis(high: Tensor, dim: int) -> Tensor | None:
     return low
 
 
+def drop_low_bases() -> None:
+    """Frees the complements that are kept; the next projections compute those they need."""
+    _low_bases.clear()
+
+
 def _complement(columns: Tensor) -> Tensor:
     """Orthonormal columns of what random ones have beside ``columns`` (size, k).
 
@@ -513,7 +537,7 @@ def enable(*, low_bases: bool = True) -> None:
     peer = require_peer(_PEER, DISTRIBUTION, VERSIONS, "mini_trainer")
     _use_low_bases = low_bases
     if not low_bases:
-        _low_bases.clear()
+        drop_low_bases()
     if _replaced:
         return
     replacements = _REPLACEMENTS | {
@@ -537,7 +561,7 @@ def disable() -> None:
         for name, original in originals.items():
             setattr(cls, name, original)
     _classes.clear()
-    _low_bases.clear()
+    drop_low_bases()
 
 
 def _adopting(original: Callable[[type], type]) -> Callable[[type], type]:
