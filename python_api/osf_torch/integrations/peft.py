@@ -13,8 +13,9 @@ S_low, V_low from the others. What is replaced:
 - decomposition: ``decompose_weight_matrix`` works on the tall side of a weight, and beyond
   ``SPLIT_SIZE`` finds the leading triplets by ``osf_kernels.truncated_svd`` and then only the SVD
   of what they leave;
-- hooks: each gradient is projected in place once it is accumulated, where PEFT's tensor hooks
-  allocate another, and never fire on FSDP2's shards;
+- hooks: each gradient is projected in place once it is accumulated. PEFT's tensor hooks allocate
+  another, never fire on FSDP2's shards, and are lost where a bfloat16 model's adapter is cast to
+  float32, which is PEFT's default;
 - forward: the frozen part takes no gradient and no concatenated copies of the factors;
 - ``project_gradient_to_orthogonal_space``: the V side from V_high itself instead of an n × n Gram
   matrix; a gradient that is whole on every rank is projected there, and not summed over them.
@@ -44,6 +45,7 @@ Source: Sculpting Subspaces, arXiv 2504.07097, and PEFT's OSF tuner.
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +53,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from osf_kernels import (
     Basis,
@@ -75,6 +78,7 @@ SPLIT_RATIO = 0.4
 # How far BᵀB may be from I for B Bᵀ to be applied at every step: its error is a factor a step.
 RESTORING_ERROR = 1e-5
 
+_MODULES = ("layer", "model", "utils")
 _ROWS, _COLUMNS = -2, -1
 _SIDES = {"U_low": _ROWS, "V_low": _COLUMNS}
 
@@ -84,7 +88,7 @@ _SIDES = {"U_low": _ROWS, "V_low": _COLUMNS}
 
 @dataclass
 class _Switched:
-    """What was replaced: (owner, name, the peer's own), and the hook on all optimizers."""
+    """What was replaced: (owner, name, the peer's own or None), and the hook on all optimizers."""
 
     replaced: list[tuple[Any, str, Any]]
     restoring: Any = None
@@ -108,8 +112,9 @@ def enable(*, restore: bool = False) -> None:
     global _switched
     require_peer(*PEER, "peft")
     if _switched is None:
-        layer = importlib.import_module("peft.tuners.osf.layer")
-        utils = importlib.import_module("peft.tuners.osf.utils")
+        layer, model, utils = map(
+            importlib.import_module, (f"peft.tuners.osf.{name}" for name in _MODULES)
+        )
         _switched = _Switched([])
         for owner, name, ours in (
             (utils, "decompose_weight_matrix", decompose_weight_matrix),
@@ -121,12 +126,12 @@ def enable(*, restore: bool = False) -> None:
             ),
             (layer.OSFLayer, "_attach_hooks", _attach_layer),
             (layer.Linear, "forward", _forward),
+            (model.OSFModel, "_cast_adapter_dtype", _cast_adapter_dtype),
         ):
-            _switched.replaced.append((owner, name, getattr(owner, name)))
+            _switched.replaced.append((owner, name, vars(owner).get(name)))
             setattr(owner, name, ours)
     if restore and _switched.restoring is None:
-        register = torch.optim.optimizer.register_optimizer_step_post_hook
-        _switched.restoring = register(_restore_hook)
+        _switched.restoring = register_optimizer_step_post_hook(_restore_hook)
     elif not restore and _switched.restoring is not None:
         _switched.restoring.remove()
         _switched.restoring = None
@@ -142,7 +147,10 @@ def disable() -> None:
     if _switched is None:
         return
     for owner, name, own in _switched.replaced:
-        setattr(owner, name, own)
+        if own is None:
+            delattr(owner, name)  # inherited
+        else:
+            setattr(owner, name, own)
     if _switched.restoring is not None:
         _switched.restoring.remove()
     _switched = None
@@ -174,17 +182,7 @@ def attach(model: nn.Module) -> int:
                         f"osf_torch.integrations.peft.attach: {side} of {adapter!r} in {name!r}: "
                         f"{error}"
                     ) from None
-    count = 0
-    for _, layer in layers:
-        kept = [h for h in layer.hook_handles if isinstance(h, _Projection) and h.live()]
-        for handle in layer.hook_handles:
-            if handle not in kept:
-                handle.remove()
-        layer.hook_handles[:] = kept
-        for adapter in layer.osf_svd_params:
-            _attach_layer(layer, adapter)
-        count += len(layer.hook_handles)
-    return count
+    return sum(_attach_anew(layer) for _, layer in layers)
 
 
 def verify(model: nn.Module) -> None:
@@ -342,7 +340,8 @@ class _Projection:
     """Hook, and handle, of one parameter of one OSF layer; in the layer's ``hook_handles``."""
 
     def __init__(self, layer: Any, adapter: str, side: str, parameter: Tensor) -> None:
-        self.layer, self.adapter, self.side = layer, adapter, side
+        # Weakly: torch keeps hooks where the garbage collector can't see a cycle through them.
+        self._layer, self.adapter, self.side = weakref.ref(layer), adapter, side
         self._restoring: Basis | Tensor | None = None
         # Hooks go onto what requires grad; an adapter that isn't active is to have its own too.
         trainable = parameter.requires_grad
@@ -352,9 +351,15 @@ class _Projection:
 
     def live(self) -> bool:
         """Whether the layer's parameter is still the one that was hooked."""
-        if self._handle is None or self.adapter not in self.layer.osf_svd_params:
-            return False
-        return _projection_of(self.layer.osf_svd_params[self.adapter][self.side]) is self
+        parameter = self._parameter()
+        return parameter is not None and _projection_of(parameter) is self
+
+    def _parameter(self) -> Tensor | None:
+        layer = self._layer() if self._handle is not None else None
+        if layer is None or self.adapter not in layer.osf_svd_params:
+            return None
+        parameter: Tensor = layer.osf_svd_params[self.adapter][self.side]
+        return parameter
 
     def remove(self) -> None:
         if self._handle is not None:
@@ -371,11 +376,12 @@ class _Projection:
 
     def basis(self) -> Tensor | Basis:
         """What projects: high where PEFT keeps it, else low, which is then the complement."""
-        high = getattr(self.layer, f"_osf_{self.side[0]}_high")
+        layer: Any = self._layer()  # alive, as what owns the parameter that is projected
+        high = getattr(layer, f"_osf_{self.side[0]}_high")
         if self.adapter in high:
             columns: Tensor = high[self.adapter]
             return columns if self.side == "U_low" else columns.mT
-        columns = getattr(self.layer, f"_osf_{self.side}_init")[self.adapter]
+        columns = getattr(layer, f"_osf_{self.side}_init")[self.adapter]
         return Basis(columns if self.side == "U_low" else columns.mT, "low")
 
     def target(self, matrix: Tensor) -> _Target:
@@ -397,11 +403,8 @@ class _Projection:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Projection:
         """Hooks the layer's copy, whose parameters, copied before, come without hooks."""
-        if not self.live():
-            return _unhooked()
-        original = self.layer.osf_svd_params[self.adapter][self.side]
-        layer, parameter = memo.get(id(self.layer)), memo.get(id(original))
-        if layer is None or parameter is None:
+        layer, parameter = memo.get(id(self._layer())), memo.get(id(self._parameter()))
+        if not self.live() or layer is None or parameter is None:
             return _unhooked()
         return _Projection(layer, self.adapter, self.side, parameter)
 
@@ -424,6 +427,28 @@ def _attach_layer(self: Any, adapter_name: str) -> None:
         parameter = self.osf_svd_params[adapter_name][side]
         if _projection_of(parameter) is None:
             self.hook_handles.append(_Projection(self, adapter_name, side, parameter))
+
+
+def _attach_anew(layer: Any) -> int:
+    """Hooks the parameters that the layer has now, in place of whatever hooks it had."""
+    kept = [h for h in layer.hook_handles if isinstance(h, _Projection) and h.live()]
+    for handle in layer.hook_handles:
+        if handle not in kept:
+            handle.remove()
+    layer.hook_handles[:] = kept
+    for adapter in layer.osf_svd_params:
+        _attach_layer(layer, adapter)
+    return len(layer.hook_handles)
+
+
+def _cast_adapter_dtype(self: Any, *args: Any, **kwargs: Any) -> None:
+    """OSFModel._cast_adapter_dtype, the last step of making and of loading an adapter: that of a
+    bfloat16 model gets float32 parameters here, new ones, on which no hook is."""
+    base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
+    base._cast_adapter_dtype(self, *args, **kwargs)
+    for module in self.model.modules():
+        if hasattr(module, "osf_svd_params"):
+            _attach_anew(module)
 
 
 def _projection_of(parameter: Tensor) -> _Projection | None:

@@ -1,0 +1,813 @@
+"""integrations.peft: against PEFT's own OSF tuner and formulas in float64, on one rank and more."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import importlib.metadata
+import pickle
+import weakref
+from collections.abc import Iterator
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from osf_kernels.testing import (
+    assert_error_within,
+    matrix_with_spectrum,
+    orthonormality_ratio,
+    project_eager,
+    svd_ratio,
+)
+from osf_torch.integrations import peft as osf_peft
+from tests.distributed.ranks import Collectives, run_ranks
+from tests.helpers import generator_for, randn
+
+SIDES = ("U_low", "V_low")
+SHAPES = [(48, 48, 24), (60, 36, 20), (36, 60, 27), (90, 24, 12), (24, 90, 12)]
+
+
+@pytest.fixture
+def switched_off() -> Iterator[None]:
+    yield
+    osf_peft.disable()
+
+
+@pytest.fixture
+def peft(switched_off: None) -> ModuleType:
+    """PEFT, whose import takes seconds: what uses it is slow."""
+    return importlib.import_module("peft")
+
+
+# --- decomposition, without PEFT ---
+
+
+def spectrum(kind: str, size: int) -> Tensor:
+    i = torch.arange(1, size + 1, dtype=torch.float64)
+    return {
+        "flat": 1 + 0.5 / i,
+        "steep": i**-0.5 * 10.0 ** (-5 * i / size),
+        "deficient": torch.where(i > 0.6 * size, 0.0, i**-0.5),
+        "outlier": torch.where(i == 1, 300.0, 1 / i**0.5),
+    }[kind]
+
+
+def drawn(m: int, n: int, kind: str, dtype: torch.dtype) -> Tensor:
+    A, _, _ = matrix_with_spectrum(
+        m, n, spectrum(kind, min(m, n)), dtype=dtype, generator=generator_for(m, n, kind)
+    )
+    return A
+
+
+def sides(d: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    U = torch.cat([d["U_high"], d["U_low"].detach()], 1)
+    S = torch.cat([d["S_high"], d["S_low"].detach()])
+    return U, S, torch.cat([d["V_high"], d["V_low"].detach()]).mT
+
+
+def rebuilt(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    return (U.double() * S.double()) @ V.double().mT
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("kind", ["flat", "steep", "deficient", "outlier"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_decomposition_meets_lapacks_ratios(m, n, k, kind, split, monkeypatch):
+    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8 if split else 10_000)
+    W = drawn(m, n, kind, torch.float32)
+    before = W.clone()
+    d = osf_peft.decompose_weight_matrix(W, k)
+    assert torch.equal(W, before)
+    assert list(d) == ["U_high", "S_high", "V_high", "U_low", "S_low", "V_low", "rank_high"]
+    assert d["rank_high"] == k
+    U, S, V = sides(d)
+    assert orthonormality_ratio(U) < 30
+    assert orthonormality_ratio(V) < 30
+    assert svd_ratio(W, U, S, V) < 30
+    truth = torch.linalg.svdvals(W.double())
+    assert (S - truth).abs().max() < 10 * torch.finfo(torch.float32).eps * truth[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decomposition_keeps_the_dtype(dtype):
+    W = drawn(40, 30, "flat", dtype)
+    d = osf_peft.decompose_weight_matrix(W, 12)
+    for name, factor in d.items():
+        if name != "rank_high":
+            assert factor.dtype == dtype
+            assert factor.is_contiguous()
+            assert factor.untyped_storage().nbytes() == factor.nbytes
+            assert isinstance(factor, nn.Parameter) == name.endswith("low")
+    error = (rebuilt(*sides(d)) - W.double()).norm() / W.double().norm()
+    assert error < 4 * torch.finfo(dtype).eps * (5 if dtype == torch.float64 else 1)
+
+
+@pytest.mark.parametrize("top_k", [0, 20, 33])
+@pytest.mark.parametrize("split", [False, True])
+def test_one_part_may_be_empty(top_k, split, monkeypatch):
+    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8 if split else 10_000)
+    W = drawn(20, 31, "flat", torch.float32)
+    d = osf_peft.decompose_weight_matrix(W, top_k)
+    assert d["rank_high"] == min(top_k, 20)
+    assert d["U_high"].shape == (20, min(top_k, 20))
+    assert d["V_low"].shape == (20 - min(top_k, 20), 31)
+    assert (rebuilt(*sides(d)) - W.double()).norm() < 1e-5 * W.norm()
+
+
+def test_a_zero_weight_has_orthonormal_factors(monkeypatch):
+    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8)
+    U, S, V = sides(osf_peft.decompose_weight_matrix(torch.zeros(24, 24), 12))
+    assert not S.any()
+    assert orthonormality_ratio(U) < 30
+    assert orthonormality_ratio(V) < 30
+
+
+def test_a_meta_weight_has_shapes_alone():
+    d = osf_peft.decompose_weight_matrix(torch.empty(8, 6, device="meta"), 2)
+    assert {name: tuple(d[name].shape) for name in ("U_high", "U_low", "S_low", "V_low")} == {
+        "U_high": (8, 2),
+        "U_low": (8, 4),
+        "S_low": (4,),
+        "V_low": (4, 6),
+    }
+    assert d["U_low"].is_meta
+
+
+# --- one gradient, without PEFT ---
+
+
+def formula(d: dict[str, Any], side: str, X: Tensor) -> Tensor:
+    high = d["U_high"] if side == "U_low" else d["V_high"].mT
+    H = high.double() @ high.double().mT
+    P = torch.eye(len(H), dtype=torch.float64) - H
+    return P @ X.double() if side == "U_low" else X.double() @ P
+
+
+def with_gradients(m: int, n: int, k: int, *key: object) -> dict[str, Any]:
+    d = osf_peft.decompose_weight_matrix(drawn(m, n, "flat", torch.float32), k)
+    for side in SIDES:
+        d[side].grad = randn(
+            *d[side].shape, dtype=torch.float32, generator=generator_for(m, n, side, *key)
+        )
+    return d
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_project_gradient_is_the_formula(m, n, k):
+    d = with_gradients(m, n, k)
+    grads = {side: d[side].grad for side in SIDES}
+    raw = {side: g.clone() for side, g in grads.items()}
+    osf_peft.project_gradient_to_orthogonal_space(d)
+    for side, g in raw.items():
+        assert d[side].grad is grads[side], "in place"
+        peer = (
+            project_eager(g, d["U_high"], None)
+            if side == "U_low"
+            else project_eager(g, None, d["V_high"].mT)
+        )
+        assert_error_within(d[side].grad, formula(d, side, g), peer, scale=g)
+
+
+def test_project_gradient_takes_what_there_is():
+    d = with_gradients(20, 30, 8)
+    raw = d["V_low"].grad.clone()
+    d["U_low"].grad = None
+    osf_peft.project_gradient_to_orthogonal_space(d)
+    assert d["U_low"].grad is None
+    assert not torch.equal(d["V_low"].grad, raw)
+    d["V_low"].grad = None
+    osf_peft.project_gradient_to_orthogonal_space(d)
+
+
+def test_another_version_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.18.1")
+    with pytest.raises(ImportError, match=r"expected peft >=0\.21,<0\.22 to be .*got 0\.18"):
+        osf_peft.enable()
+
+
+# --- layers ---
+
+TARGETS = ["0", "2", "4"]
+
+
+def plain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """A square, a tall and a wide weight."""
+    model = nn.Sequential(
+        nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16)
+    )
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(randn(*p.shape, dtype=torch.float64, generator=generator_for(i)) / 5)
+    return model.to(dtype)
+
+
+def wrapped(peft: ModuleType, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    cast = options.pop("autocast_adapter_dtype", True)
+    config = peft.OSFConfig(target_modules=TARGETS, **({"effective_rank": 0.5} | options))
+    return peft.get_peft_model(plain(dtype), config, autocast_adapter_dtype=cast)
+
+
+def layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "osf_svd_params")]
+
+
+def inputs(step: int, rows: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    return randn(rows, 24, dtype=dtype, generator=generator_for("inputs", step))
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x[:, :16]).square().mean()
+
+
+def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
+    params = [p for p in model.parameters() if p.requires_grad]
+    if kind == "sgd":
+        return torch.optim.SGD(params, lr=0.2, momentum=0.9)
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, rows: int = 8
+) -> list[float]:
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, inputs(step, rows))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def protected(layer: Any, side: str, adapter: str = "default") -> Tensor:
+    """I − P in float64, from what the layer keeps of its decomposition."""
+    high = getattr(layer, f"_osf_{side[0]}_high")
+    if adapter in high:
+        B = high[adapter].double()
+        B = torch.linalg.qr(B if side == "U_low" else B.mT)[0]
+        return B @ B.mT
+    B = getattr(layer, f"_osf_{side}_init")[adapter].double()
+    B = torch.linalg.qr(B if side == "U_low" else B.mT)[0]
+    return torch.eye(len(B), dtype=torch.float64) - B @ B.mT
+
+
+def share(layer: Any, side: str, X: Tensor, adapter: str = "default") -> float:
+    """How much of X lies in the protected span."""
+    H = protected(layer, side, adapter)
+    X = X.detach().double()
+    inside = H @ X if side == "U_low" else X @ H
+    return float(inside.norm() / X.norm())
+
+
+def shares(model: nn.Module, of: str) -> list[float]:
+    found = []
+    for layer in layers(model):
+        for side in SIDES:
+            parameter = layer.osf_svd_params["default"][side]
+            found.append(share(layer, side, parameter.grad if of == "grad" else parameter))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("rows", [8, 64])  # S on the activations, and on a factor
+def test_training_goes_as_with_peft(peft, kind, rows):
+    theirs = wrapped(peft)
+    expected = train(theirs, optimizer_of(theirs, kind), 25, rows)
+    osf_peft.enable()
+    ours = wrapped(peft)
+    found = train(ours, optimizer_of(ours, kind), 25, rows)
+    assert expected[-1] < 0.8 * expected[0], "it did train"
+    for a, b in zip(found, expected, strict=True):
+        assert abs(a - b) < 1e-4 * b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init_weights", [True, False])
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_step_is_as_exact_as_peft(peft, init_weights, rows):
+    """Outputs and gradients of one step, in float32, against PEFT's in float64."""
+
+    def step(dtype: torch.dtype, made: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        model = (made or wrapped(peft, init_weights=init_weights)).to(dtype)
+        for i, layer in enumerate(layers(model)):
+            for side in ("U_low", "S_low", "V_low"):  # away from where the delta is zero
+                parameter = layer.osf_svd_params["default"][side]
+                gen = generator_for("away", i, side)
+                parameter.data += 0.1 * randn(*parameter.shape, dtype=dtype, generator=gen)
+        x = inputs(0, rows, dtype)
+        y = model(x)
+        (y - x[:, :16]).square().mean().backward()
+        return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    made = wrapped(peft, init_weights=init_weights)
+    twin = copy.deepcopy(made)
+    osf_peft.attach(made)  # hooks of ours in float64 too: PEFT's don't survive the copy
+    truth_y, truth = step(torch.float64, made)
+    peer_model = copy.deepcopy(twin)
+    osf_peft.attach(peer_model)
+    peer_y, peer = step(torch.float32, peer_model)
+    osf_peft.enable()
+    our_model = copy.deepcopy(twin)
+    osf_peft.attach(our_model)
+    y, grads = step(torch.float32, our_model)
+    assert_error_within(y, truth_y, peer_y, scale=truth_y)
+    assert list(grads) == list(truth)
+    for name, g in grads.items():
+        assert_error_within(g, truth[name], peer[name], scale=truth[name], factor=2.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("effective_rank", [0.25, 0.5, 0.9])
+def test_gradients_stay_out_of_the_protected_span(peft, effective_rank):
+    osf_peft.enable()
+    model = wrapped(peft, effective_rank=effective_rank)
+    osf_peft.verify(model)
+    loss_of(model, inputs(0)).backward()
+    assert max(shares(model, "grad")) < 1e-6
+    for layer in layers(model):
+        for handle in layer.hook_handles:
+            handle.remove()
+    model.zero_grad()
+    loss_of(model, inputs(0)).backward()
+    assert min(shares(model, "grad")) > 0.1, "without hooks they don't"
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_the_projection_of_the_sum(peft):
+    osf_peft.enable()
+    model, bare = wrapped(peft), wrapped(peft)
+    for layer in layers(bare):
+        layer._detach_hooks()
+    for m in (model, bare):
+        for step in range(3):
+            loss_of(m, inputs(step)).backward()
+    for ours, raw in zip(layers(model), layers(bare), strict=True):
+        for side in SIDES:
+            g = raw.osf_svd_params["default"][side].grad.double()
+            H = protected(ours, side)
+            expected = g - (H @ g if side == "U_low" else g @ H)
+            found = ours.osf_svd_params["default"][side].grad
+            assert (found - expected).norm() < 2e-6 * g.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["enable", "restore_after"])
+def test_restored_factors_hold_the_protected_part(peft, how):
+    def trained(restored: bool) -> tuple[float, float]:
+        osf_peft.enable(restore=restored and how == "enable")
+        model = wrapped(peft)
+        optimizer = optimizer_of(model)
+        if restored and how == "restore_after":
+            osf_peft.restore_after(model, optimizer)
+        weights = [layer.get_base_layer().weight.detach().double() for layer in layers(model)]
+        train(model, optimizer, 300)
+        drift = 0.0
+        merged = [layer.get_base_layer() for layer in layers(model)]
+        worst = max(shares(model, "parameter"))
+        model.merge_adapter()
+        for W, layer in zip(weights, merged, strict=True):
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            k = len(S) // 2
+            moved = U[:, :k].mT @ layer.weight.double() - S[:k, None] * Vh[:k]
+            drift = max(drift, float(moved.norm() / S[:k].norm()))
+        return worst, drift
+
+    leak, drift = trained(restored=True)
+    assert leak < 2e-6
+    assert drift < 1e-5
+    leak, drift = trained(restored=False)
+    assert leak > 1e-2, "projected gradients alone don't"
+    assert drift > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restoring_a_thousand_times_scales_nothing(peft, dtype):
+    """B Bᵀ of bfloat16 columns is no projector: applied 1,000 times it would."""
+    osf_peft.enable()
+    model = wrapped(peft, dtype, autocast_adapter_dtype=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    osf_peft.restore_after(model, optimizer)
+    loss_of(model, inputs(0, dtype=dtype)).backward()
+    optimizer.step()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "_low" in n}
+    for _ in range(1000):
+        optimizer.step()
+    for name, p in before.items():
+        moved = (model.get_parameter(name).double() - p.double()).norm() / p.double().norm()
+        assert moved < (1e-3 if dtype == torch.float32 else 5e-3), name
+
+
+@pytest.mark.slow
+def test_restoring_stops(peft):
+    osf_peft.enable()
+    model = wrapped(peft)
+    optimizer = optimizer_of(model)
+    handle = osf_peft.restore_after(model, optimizer)
+    train(model, optimizer, 3)
+    assert max(shares(model, "parameter")) < 2e-6
+    handle.remove()
+    train(model, optimizer, 3)
+    assert max(shares(model, "parameter")) > 1e-3
+    osf_peft.enable(restore=True)
+    train(model, optimizer, 1)
+    assert max(shares(model, "parameter")) < 2e-6
+    osf_peft.enable(restore=False)
+    train(model, optimizer, 3)
+    assert max(shares(model, "parameter")) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_bfloat16_model_is_projected(peft):
+    """PEFT casts its adapter to float32 last, to parameters without hooks."""
+
+    def leak() -> float:
+        model = wrapped(peft, torch.bfloat16)
+        assert layers(model)[0].osf_svd_params["default"]["U_low"].dtype == torch.float32
+        loss_of(model, inputs(0, dtype=torch.bfloat16)).backward()
+        return max(shares(model, "grad"))
+
+    assert leak() > 0.1
+    osf_peft.enable()
+    assert leak() < 1e-2
+
+
+@pytest.mark.slow
+def test_switching_leaves_no_trace(peft):
+    parts = [importlib.import_module(f"peft.tuners.osf.{name}") for name in osf_peft._MODULES]
+    owners = [*parts, parts[0].OSFLayer, parts[0].Linear, parts[1].OSFModel]
+    before = [dict(vars(owner)) for owner in owners]
+    osf_peft.enable()
+    osf_peft.enable()
+    changed = sum(vars(owner) != held for owner, held in zip(owners, before, strict=True))
+    assert changed == 5
+    model = wrapped(peft)
+    osf_peft.disable()
+    osf_peft.disable()
+    for owner, held in zip(owners, before, strict=True):
+        assert dict(vars(owner)) == held
+    osf_peft.verify(model)
+    loss_of(model, inputs(0)).backward()
+    assert max(shares(model, "grad")) < 1e-6, "layers made meanwhile go on projecting"
+
+
+@pytest.mark.slow
+def test_layers_made_before_are_attached_once(peft):
+    model = wrapped(peft)
+    with pytest.raises(RuntimeError, match=r"verify: .* no hook on U_low of 'default' in 'base_m"):
+        osf_peft.verify(model)
+    assert osf_peft.attach(model) == osf_peft.attach(model) == 6
+    osf_peft.verify(model)
+    for layer in layers(model):
+        assert len(layer.hook_handles) == 2
+        for side in SIDES:
+            parameter = layer.osf_svd_params["default"][side]
+            assert not parameter._backward_hooks, "PEFT's own is off"
+            assert len(parameter._post_accumulate_grad_hooks) == 1
+    layers(model)[0]._detach_hooks()
+    with pytest.raises(RuntimeError, match="no hook on U_low"):
+        osf_peft.verify(model)
+
+
+@pytest.mark.slow
+def test_copies_go_on_projecting(peft):
+    osf_peft.enable()
+    model = wrapped(peft)
+    twin = copy.deepcopy(model)
+    osf_peft.verify(twin)
+    for layer in layers(model):
+        layer._detach_hooks()
+    osf_peft.verify(twin)
+    loss_of(twin, inputs(0)).backward()
+    assert max(shares(twin, "grad")) < 1e-6
+    pickled = pickle.loads(pickle.dumps(twin))
+    with pytest.raises(RuntimeError, match="no hook"):
+        osf_peft.verify(pickled)
+    assert osf_peft.attach(pickled) == 6
+    osf_peft.verify(pickled)
+
+
+@pytest.mark.slow
+def test_assigned_parameters_are_noticed(peft):
+    osf_peft.enable()
+    model = wrapped(peft)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match=r"call attach\(model\)"):
+        osf_peft.verify(model)
+    osf_peft.attach(model)
+    loss_of(model, inputs(0)).backward()
+    assert max(shares(model, "grad")) < 1e-6
+
+
+@pytest.mark.slow
+def test_nothing_keeps_a_model_alive(peft):
+    osf_peft.enable(restore=True)
+    model = wrapped(peft)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 2)
+    alive = weakref.ref(layers(model)[0].osf_svd_params["default"]["U_low"])
+    del model, optimizer
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Adapter second was active:UserWarning")
+def test_adapters_take_turns(peft):
+    osf_peft.enable()
+    model = wrapped(peft)
+    model.add_adapter("second", peft.OSFConfig(target_modules=TARGETS, effective_rank=0.75))
+    assert osf_peft.attach(model) == 12
+    model.set_adapter("second")
+    osf_peft.verify(model)
+    loss_of(model, inputs(0)).backward()
+    for layer in layers(model):
+        for side in SIDES:
+            assert layer.osf_svd_params["default"][side].grad is None
+            g = layer.osf_svd_params["second"][side].grad
+            assert share(layer, side, g, "second") < 1e-6
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert osf_peft.attach(model) == 6
+    loss_of(model, inputs(0)).backward()
+    assert max(shares(model, "grad")) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switched", ["ours to ours", "ours to PEFT's", "PEFT's to ours"])
+def test_a_saved_adapter_loads(peft, tmp_path, switched):
+    first, second = switched.split(" to ")
+    if first == "ours":
+        osf_peft.enable()
+    model = wrapped(peft)
+    train(model, optimizer_of(model), 5)
+    model.save_pretrained(tmp_path)
+    osf_peft.disable()
+    if second == "ours":
+        osf_peft.enable()
+    loaded = peft.PeftModel.from_pretrained(plain(), tmp_path, is_trainable=True)
+    x = inputs(9)
+    with torch.no_grad():
+        assert (loaded(x) - model(x)).norm() < 1e-5 * model(x).norm()
+    if second == "ours":
+        osf_peft.verify(loaded)
+        low = peft.PeftModel.from_pretrained(
+            plain(), tmp_path, is_trainable=True, low_cpu_mem_usage=True
+        )
+        osf_peft.verify(low)
+
+
+@pytest.mark.slow
+def test_merged_weights_compute_the_same(peft):
+    osf_peft.enable()
+    model = wrapped(peft)
+    train(model, optimizer_of(model), 5)
+    x = inputs(9)
+    with torch.no_grad():
+        expected = model(x)
+        with model.disable_adapter():
+            assert torch.allclose(model(x), plain()(x), atol=1e-6)
+        merged = model.merge_and_unload()
+        assert not layers(merged)
+        assert (merged(x) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+def test_autocast_is_as_exact_as_peft(peft):
+    def output(dtype: torch.dtype, autocast: bool) -> Tensor:
+        model = wrapped(peft, init_weights=False).to(dtype)
+        for i, layer in enumerate(layers(model)):
+            for side in ("U_low", "S_low", "V_low"):
+                p = layer.osf_svd_params["default"][side]
+                gen = generator_for("autocast", i, side)
+                p.data.copy_(randn(*p.shape, dtype=torch.float32, generator=gen) / 4)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(inputs(0, 64, dtype))
+
+    truth, peer = output(torch.float64, False), output(torch.float32, True)
+    osf_peft.enable()
+    ours = output(torch.float32, True)
+    assert ours.dtype == peer.dtype
+    scale = truth.double()
+    assert (ours.double() - scale).norm() < 1.5 * (peer.double() - scale).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_language_model_trains_as_with_peft(peft):
+    """A Llama of two tiny layers, made from its configuration."""
+    transformers = importlib.import_module("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    tokens = torch.randint(64, (4, 12), generator=generator_for("tokens"))
+
+    def losses() -> tuple[list[float], Any]:
+        torch.manual_seed(5)
+        model = peft.get_peft_model(
+            transformers.LlamaForCausalLM(config), peft.OSFConfig(target_modules="all-linear")
+        )
+        optimizer = optimizer_of(model)
+        found = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss.detach()))
+        return found, model
+
+    expected, _ = losses()
+    osf_peft.enable()
+    found, model = losses()
+    assert max(shares(model, "grad")) < 1e-6
+    assert expected[-1] < expected[0]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_bad_input(peft):
+    osf_peft.enable()
+    for function in (osf_peft.attach, osf_peft.verify):
+        with pytest.raises(ValueError, match=r"expected model to have OSF layers, got none; make"):
+            function(plain())
+    model, other = wrapped(peft), wrapped(peft)
+    with pytest.raises(ValueError, match=r"expected optimizer to own U_low and V_low of the model"):
+        osf_peft.restore_after(model, optimizer_of(other))
+
+
+# --- sharded ---
+
+LEAK = 1e-6
+
+
+def reductions(seen: Collectives) -> list[int]:
+    """Of each all-reduce, how many ranks took part."""
+    return [
+        torch.distributed.get_world_size(group)
+        for name, _, group in seen.calls
+        if name == "all_reduce"
+    ]
+
+
+def _sharded(rank: int, ours: bool, dims: str, restored: bool) -> dict[str, Any]:
+    """Two steps of SGD, FSDP2 on every rank; what the rank saw, in whole tensors."""
+    peft = importlib.import_module("peft")
+    ranks = torch.distributed.get_world_size()
+    osf_peft.disable()
+    if ours:
+        osf_peft.enable()
+    model = wrapped(peft)
+    mesh = (
+        init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("replicate", "shard"))
+        if dims == "hybrid"
+        else init_device_mesh("cpu", (ranks,))
+    )
+    options: dict[str, Any] = {"mesh": mesh}
+    if dims == "columns":
+        options["shard_placement_fn"] = lambda p: Shard(p.dim() - 1)
+    for layer in layers(model):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    if ours:
+        osf_peft.attach(model)
+        assert osf_peft.attach(model) == 6
+        osf_peft.verify(model)
+    optimizer = optimizer_of(model, "sgd")
+    if restored:
+        osf_peft.restore_after(model, optimizer)
+    calls = []
+    for step in range(2):
+        optimizer.zero_grad()
+        with Collectives() as backward:
+            loss_of(model, inputs(step, 12).chunk(ranks)[rank]).backward()
+        grads = [
+            layer.osf_svd_params["default"][side].grad.full_tensor()
+            for layer in layers(model)
+            for side in SIDES
+        ]
+        with Collectives() as stepped:
+            optimizer.step()
+        calls.append((reductions(backward), reductions(stepped)))
+    params = [
+        layer.osf_svd_params["default"][side].full_tensor().detach()
+        for layer in layers(model)
+        for side in SIDES
+    ]
+    leaks = [
+        share(layer, side, g)
+        for (layer, side), g in zip(
+            [(layer, side) for layer in layers(model) for side in SIDES], grads, strict=True
+        )
+    ]
+    return {"calls": calls, "grads": grads, "params": params, "leaks": leaks}
+
+
+def _alone(peft: ModuleType, ranks: int) -> tuple[list[Tensor], list[Tensor]]:
+    osf_peft.enable()
+    model = wrapped(peft)
+    optimizer = optimizer_of(model, "sgd")
+    for step in range(2):
+        optimizer.zero_grad()
+        for part in inputs(step, 12).chunk(ranks):
+            (loss_of(model, part) / ranks).backward()
+        grads = [
+            layer.osf_svd_params["default"][side].grad.clone()
+            for layer in layers(model)
+            for side in SIDES
+        ]
+        optimizer.step()
+    params = [
+        layer.osf_svd_params["default"][side].detach() for layer in layers(model) for side in SIDES
+    ]
+    return grads, params
+
+
+def _utility(sharded: bool) -> tuple[list[int], list[Tensor], list[Tensor]]:
+    d = with_gradients(30, 21, 9)
+    raw = [d[side].grad.clone() for side in SIDES]
+    expected = [formula(d, side, g) for side, g in zip(SIDES, raw, strict=True)]
+    if sharded:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for name in ("U_high", "V_high", *SIDES):
+            whole = d[name].detach()
+            d[name] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+        for side, g in zip(SIDES, raw, strict=True):
+            d[side].grad = distribute_tensor(g, mesh, [Shard(0)])
+    with Collectives() as seen:
+        osf_peft.project_gradient_to_orthogonal_space(d)
+    found = [d[side].grad for side in SIDES]
+    if sharded:
+        found = [g.full_tensor() for g in found]  # type: ignore[attr-defined]
+    return reductions(seen), found, expected
+
+
+# (sharded along, restored) of each run: processes start in seconds, so they make all of them.
+RUNS = {
+    2: (("rows", False), ("rows", True), ("columns", True), ("hybrid", True)),
+    3: (("rows", True),),
+}
+
+
+def _all_runs(rank: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    ranks = torch.distributed.get_world_size()
+    if ranks == 2:
+        found["peft alone"] = _sharded(rank, False, "rows", False)
+        found["utility"] = {sharded: _utility(sharded) for sharded in (False, True)}
+    for run in RUNS[ranks]:
+        found[run] = _sharded(rank, True, *run)
+    return found
+
+
+@lru_cache
+def all_runs(ranks: int) -> list[dict[Any, Any]]:
+    return run_ranks(ranks, _all_runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "dims", "restored"), [(ranks, *run) for ranks in RUNS for run in RUNS[ranks]]
+)
+def test_shards_are_projected_with_one_collective(peft, ranks, dims, restored):
+    expected, expected_params = _alone(peft, ranks)
+    for seen in (found[dims, restored] for found in all_runs(ranks)):
+        assert max(seen["leaks"]) <= LEAK
+        for backward, stepped in seen["calls"]:
+            own = 1 if dims == "hybrid" else ranks  # the others are FSDP's, over the replicas
+            assert backward.count(own) == 1
+            assert stepped == [own] * restored
+        for a, b in zip(seen["grads"], expected, strict=True):
+            assert (a - b).norm() < 1e-5 * b.norm()
+        for a, b in zip(seen["params"], expected_params, strict=True):
+            assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.slow
+def test_peft_alone_leaks_on_shards():
+    for seen in (found["peft alone"] for found in all_runs(2)):
+        assert max(seen["leaks"]) > 0.1
+        assert seen["calls"] == [([], []), ([], [])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_gradient_that_every_rank_has_is_not_summed(sharded):
+    for calls, found, expected in (seen["utility"][sharded] for seen in all_runs(2)):
+        assert calls == [2] * sharded
+        for a, b in zip(found, expected, strict=True):
+            assert (a.double() - b).norm() < 2e-6 * b.norm()
