@@ -30,6 +30,8 @@ _PASSES = 3
 # _POLAR_STEPS; beyond, the SVD costs less.
 _POLAR_REACH = 1e-5
 _POLAR_STEPS = 17
+# λ_min/λ₁ of a float64 Gram matrix down to which its inverse square root is right to float32.
+_POLAR_EIGH_REACH = 1e-7
 
 
 @overload
@@ -223,10 +225,12 @@ def scale_columns(X: Tensor, dim: int | tuple[int, int] = -2) -> Tensor:
 
     Zero, NaN and Inf stay what they are.
     """
-    exponent = torch.frexp(X.abs().amax(dim, keepdim=True)).exponent
-    # The power itself would overflow for a subnormal column.
-    half = exponent // 2
-    return torch.ldexp(torch.ldexp(X, -half), half - exponent)
+    largest = torch.linalg.vector_norm(X, torch.inf, dim, keepdim=True)
+    exponent = torch.frexp(largest).exponent
+    # The power itself would overflow for a subnormal column. Two products with powers take a
+    # fortieth of the time of torch.ldexp on the whole of X.
+    half, one = exponent // 2, torch.ones_like(exponent, dtype=X.dtype)
+    return X * torch.ldexp(one, -half) * torch.ldexp(one, half - exponent)
 
 
 # --- the safe path -------------------------------------------------------------------------
@@ -255,16 +259,37 @@ def orthonormal_columns_safe(Y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _polar_good(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Q, finite, ok) of (b, m, r): Cholesky QR, then Newton–Schulz on the triangle R = QᵀY."""
+    """(Q, finite, ok) of (b, m, r), by the faster of two ways."""
     dtype = primitives.working_dtype(Y.dtype)
     Y = scale_columns(Y.to(dtype), (-2, -1))
+    on_cpu = Y.device.type == "cpu" and dtype == torch.float32
+    return _polar_by_eigh(Y) if on_cpu else _polar_by_newton_schulz(Y)
+
+
+def _polar_by_eigh(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Y (YᵀY)^-½ in float64, where κ(Y)² · 2⁻⁵³ is far below float32's rounding.
+
+    On two cores a third to a half of what the triangle's iteration takes.
+    """
+    X = Y.double()
+    G = X.mT @ X
+    finite = G.isfinite().all(-1).all(-1)  # as X is: entries are below 1
+    G = torch.where(finite[:, None, None], G, 0.0)
+    values, vectors = torch.linalg.eigh(G)
+    ok = values[:, 0] > _POLAR_EIGH_REACH * values[:, -1]
+    powers = values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
+    return (X @ ((vectors * powers[:, None, :]) @ vectors.mT)).float(), finite, ok
+
+
+def _polar_by_newton_schulz(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cholesky QR, then Newton–Schulz on the triangle R = QᵀY."""
     found = _cholesky_qr(Y)
     R = _multiply(found.Q, Y.to(found.Q.dtype), transpose=True)
     above = _norm_bound(R)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     inverse = torch.linalg.solve_triangular(R, eye, upper=True)
     factor, ok = _newton_schulz(R / above[:, None, None], 1 / (above * _norm_bound(inverse)))
-    return _multiply(found.Q, factor).to(dtype), found.finite, found.ok & ok
+    return _multiply(found.Q, factor).to(Y.dtype), found.finite, found.ok & ok
 
 
 def _norm_bound(M: Tensor) -> Tensor:
