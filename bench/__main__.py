@@ -14,6 +14,7 @@ from bench import (
     continual,
     mrr_sweep,
     overhead,
+    protection,
     redundancy,
     refresh_cli,
     report,
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     over.add_argument("--csv", type=Path)
     over.add_argument("--batches", type=int, default=200)
 
+    protection.add(commands)
     refresh_cli.add(commands)
     continual.add(commands)
     redundancy.add(commands)
@@ -197,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_cpu_suite(arguments)
         if arguments.command == "overhead":
             return overhead.run(arguments.batches, arguments.csv)
+        if arguments.command == "protect":
+            return protection.run(arguments, progress())
         if arguments.command == "refresh":
             return refresh_cli.run(arguments, progress())
         if arguments.command == "refresh-auto":

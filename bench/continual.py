@@ -278,7 +278,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         sequences, tasks = opened(setting, say_reading, quick=arguments.quick)
         progress.remove_task(reading)
-        show.describe(console, tasks, setting)
+        show.describe(console, tasks, setting, sequences.model)
         rates = dict.fromkeys(methods, arguments.lr)
         if arguments.lr is None and not arguments.tune:
             rates = rates_for(methods, arguments.rates, sequences)

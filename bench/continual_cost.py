@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import os
 import resource
@@ -45,6 +46,13 @@ class Cost:
     peak_mib: float | None = None
     steps_peak_mib: float | None = None  # peak of the steps alone, after ``begin``
 
+    @property
+    def added_mib(self) -> float | None:
+        """What decomposing, gradients, the optimizer and bases take at their peak."""
+        if self.peak_mib is None or self.loaded_mib is None:
+            return None
+        return self.peak_mib - self.loaded_mib
+
 
 def tokens_of(batch: int, vocabulary: int, length: int = MAX_TOKENS) -> Tokens:
     generator = torch.Generator().manual_seed(0)
@@ -52,10 +60,17 @@ def tokens_of(batch: int, vocabulary: int, length: int = MAX_TOKENS) -> Tokens:
     return ids, torch.ones(batch, length, dtype=torch.bool)
 
 
+def _import_peer(name: str) -> None:
+    """Before anything is measured: what an import takes is no cost of the method."""
+    if METHODS[name].imports:
+        importlib.import_module(METHODS[name].imports)
+
+
 def prepared(
     name: str, encoder: minilm.SentenceEncoder, setting: Setting
 ) -> tuple[Callable[[], object], float]:
     """A training step of a method in the middle of the sequence, and the seconds of ``begin``."""
+    _import_peer(name)
     torch.manual_seed(0)
     method = METHODS[name].build(copy.deepcopy(encoder))
     tokens = tokens_of(setting.batch, encoder.config.vocab_size)
@@ -134,6 +149,7 @@ def reset_high_water() -> bool:
 
 def memory(name: str, encoder: minilm.SentenceEncoder, setting: Setting) -> dict[str, float | None]:
     """Peaks of this process over ``begin`` and a few steps. Meant for a process of its own."""
+    _import_peer(name)
     reset_high_water()
     loaded = high_water_mib()
     run, _ = prepared(name, encoder, setting)
@@ -144,7 +160,7 @@ def memory(name: str, encoder: minilm.SentenceEncoder, setting: Setting) -> dict
     steps = high_water_mib()
     return {
         "loaded_mib": loaded,
-        "peak_mib": max(whole, steps),
+        "peak_mib": max(loaded, whole, steps),  # the kernel counts pages in batches
         "steps_peak_mib": steps if alone else None,
     }
 

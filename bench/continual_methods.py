@@ -165,12 +165,13 @@ class Method:
     title: str
     build: Callable[[nn.Module], Plain]
     compared: bool = True  # in a run that names no methods
+    imports: str = ""  # a module that building it imports
 
 
 METHODS: dict[str, Method] = {
     "plain": Method("plain fine-tuning", Plain),
-    "lora": Method(f"LoRA (peft, r = {LORA_RANK})", Lora),
-    "peft-osf": Method("OSF (peft)", PeftOsf),
+    "lora": Method(f"LoRA (peft, r = {LORA_RANK})", Lora, imports="peft"),
+    "peft-osf": Method("OSF (peft)", PeftOsf, imports="peft"),
     "core": Method("ours, core", OursCore),
     "complement": Method("ours", Ours),
     "no-restore": Method("ours, no restore", OursWithoutRestore),

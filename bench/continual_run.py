@@ -56,7 +56,7 @@ class EncodedTask:
 class Setting:
     """What all methods have in common."""
 
-    steps: int = 80
+    steps: int = 50
     batch: int = 16
     ranks: tuple[float, float] = RANKS
 

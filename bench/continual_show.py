@@ -23,14 +23,15 @@ def draw_table(
         title="Accuracy on test documents in %, mean and standard deviation over the seeds",
         caption="average: all tasks, after the last one. learned: each right after it was "
         "trained. forgotten: what of that is gone after the last task (negative backward "
-        "transfer), in points. Step times are medians of rounds that interleave the methods.",
+        "transfer), in points. Step times are medians of rounds that interleave the methods. "
+        "memory: peak of a task's start and steps above the loaded encoder.",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("method", no_wrap=True)
     for header in ("lr", "average", "learned", "forgotten", *names[:-1]):
         table.add_column(header, justify="right", no_wrap=True)
-    for header in ("step\nms", "\nx plain", "peak\nMiB"):
+    for header in ("step\nms", "\nx plain", "memory\n+ MiB"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, summary in summaries.items():
         cost = costs.get(name)
@@ -43,7 +44,7 @@ def draw_table(
             *(f"{100 * lost.mean:.1f}" for lost in summary.by_task),
             "-" if cost is None else f"{cost.median_step_ms:.0f}",
             "-" if cost is None else report.shown(cost.times_plain, ".2f"),
-            "-" if cost is None else report.shown(cost.peak_mib, ".0f"),
+            "-" if cost is None else report.shown(cost.added_mib, ".0f"),
         )
     return table
 
@@ -78,8 +79,11 @@ def bar_on(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def describe(console: Console, tasks: Sequence[continual_tasks.Task], setting: Setting) -> None:
+def describe(
+    console: Console, tasks: Sequence[continual_tasks.Task], setting: Setting, model: str
+) -> None:
     console.print(
+        f"model: {model}\n"
         f"text:  {continual_tasks.sources()}\n"
         f"on:    {report.cpu_name()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}\n"

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         sequences, tasks = opened(setting, lambda text: progress.update(bar, description=text))
         sequences.tasks = sequences.tasks[: arguments.tasks]
         sequences.text += f" {len(sequences.tasks)} tasks"
-        describe(console, tasks[: arguments.tasks], setting)
+        describe(console, tasks[: arguments.tasks], setting, sequences.model)
         steps = setting.steps * len(sequences.tasks) * len(mrrs) * arguments.seeds
         progress.update(bar, total=steps)
         sequences.say = lambda text: progress.update(bar, description=text, advance=1)

@@ -151,7 +151,7 @@ def test_no_document_is_in_two_splits_and_classes_are_balanced() -> None:
 
 def test_splits_are_about_as_large_as_they_say() -> None:
     found = [continual_tasks.split_of(f"package/file{i}.py") for i in range(4000)]
-    for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
+    for split, share in (("train", 0.6), ("validation", 0.2), ("test", 0.2)):
         assert abs(found.count(split) / 4000 - share) < 0.03  # type: ignore[arg-type]
 
 
@@ -486,6 +486,9 @@ def test_memory_counts_what_a_method_holds(monkeypatch: pytest.MonkeyPatch) -> N
     assert loaded is not None
     assert peak is not None
     assert 0 < loaded <= peak
+    cost = continual_cost.Cost(loaded_mib=loaded, peak_mib=peak)
+    assert cost.added_mib == peak - loaded
+    assert continual_cost.Cost(peak_mib=peak).added_mib is None
     held: list[Tensor] = []
 
     def heavy(name: str, *_: object) -> tuple[Callable[[], object], float]:
