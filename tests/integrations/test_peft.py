@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from osf_kernels.testing import (
     assert_error_within,
@@ -650,6 +651,35 @@ def test_bad_input(peft):
         osf_peft.restore_after(model, optimizer_of(other))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*_is_hpu_available.*")
+def test_a_compiled_model_is_projected(peft):
+    osf_peft.enable()
+    model, twin = wrapped(peft), wrapped(peft)
+    loss_of(torch.compile(model, backend="aot_eager", fullgraph=True), inputs(0)).backward()
+    loss_of(twin, inputs(0)).backward()
+    assert max(shares(model, "grad")) < 1e-6
+    for name, p in twin.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(model.get_parameter(name).grad, p.grad, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_bench_compares_what_trains_alike(peft, monkeypatch, tmp_path, capsys):
+    bench = importlib.import_module("bench.integrations_peft")
+    make = lambda: nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24))  # noqa: E731
+    monkeypatch.setattr(bench, "CASES", {"tiny": (make, 16)})
+    assert bench.main(["--rounds", "2", "--csv", str(tmp_path / "rows.csv")]) == 0
+    assert "osf-kernels, restored" in capsys.readouterr().out
+    rows = bench.report.read_csv(tmp_path / "rows.csv")
+    assert [(row["task"], row["status"]) for row in rows] == [("wrap", "ok")] * 2 + [
+        ("step", "ok")
+    ] * 3
+    monkeypatch.setattr(bench, "LEAK", 0.0)
+    assert bench.main(["--rounds", "1"]) == 1
+    assert "of a gradient is in the protected span" in capsys.readouterr().out
+
+
 # --- sharded ---
 
 LEAK = 1e-6
@@ -664,14 +694,20 @@ def reductions(seen: Collectives) -> list[int]:
     ]
 
 
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t.clone()
+
+
 def _sharded(rank: int, ours: bool, dims: str, restored: bool) -> dict[str, Any]:
-    """Two steps of SGD, FSDP2 on every rank; what the rank saw, in whole tensors."""
+    """Two steps of SGD with FSDP2, or DDP; what the rank saw, in whole tensors."""
     peft = importlib.import_module("peft")
     ranks = torch.distributed.get_world_size()
     osf_peft.disable()
     if ours:
         osf_peft.enable()
     model = wrapped(peft)
+    if dims == "replicated":
+        return _steps(DistributedDataParallel(model), rank, restored)
     mesh = (
         init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("replicate", "shard"))
         if dims == "hybrid"
@@ -687,6 +723,11 @@ def _sharded(rank: int, ours: bool, dims: str, restored: bool) -> dict[str, Any]
         osf_peft.attach(model)
         assert osf_peft.attach(model) == 6
         osf_peft.verify(model)
+    return _steps(model, rank, restored)
+
+
+def _steps(model: nn.Module, rank: int, restored: bool) -> dict[str, Any]:
+    ranks = torch.distributed.get_world_size()
     optimizer = optimizer_of(model, "sgd")
     if restored:
         osf_peft.restore_after(model, optimizer)
@@ -696,7 +737,7 @@ def _sharded(rank: int, ours: bool, dims: str, restored: bool) -> dict[str, Any]
         with Collectives() as backward:
             loss_of(model, inputs(step, 12).chunk(ranks)[rank]).backward()
         grads = [
-            layer.osf_svd_params["default"][side].grad.full_tensor()
+            whole(layer.osf_svd_params["default"][side].grad)
             for layer in layers(model)
             for side in SIDES
         ]
@@ -704,7 +745,7 @@ def _sharded(rank: int, ours: bool, dims: str, restored: bool) -> dict[str, Any]
             optimizer.step()
         calls.append((reductions(backward), reductions(stepped)))
     params = [
-        layer.osf_svd_params["default"][side].full_tensor().detach()
+        whole(layer.osf_svd_params["default"][side].detach())
         for layer in layers(model)
         for side in SIDES
     ]
@@ -744,21 +785,20 @@ def _utility(sharded: bool) -> tuple[list[int], list[Tensor], list[Tensor]]:
     if sharded:
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
         for name in ("U_high", "V_high", *SIDES):
-            whole = d[name].detach()
-            d[name] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+            d[name] = nn.Parameter(distribute_tensor(d[name].detach(), mesh, [Shard(0)]))
         for side, g in zip(SIDES, raw, strict=True):
             d[side].grad = distribute_tensor(g, mesh, [Shard(0)])
     with Collectives() as seen:
         osf_peft.project_gradient_to_orthogonal_space(d)
     found = [d[side].grad for side in SIDES]
     if sharded:
-        found = [g.full_tensor() for g in found]  # type: ignore[attr-defined]
+        found = [whole(g) for g in found]
     return reductions(seen), found, expected
 
 
 # (sharded along, restored) of each run: processes start in seconds, so they make all of them.
 RUNS = {
-    2: (("rows", False), ("rows", True), ("columns", True), ("hybrid", True)),
+    2: (("rows", False), ("rows", True), ("columns", True), ("hybrid", True), ("replicated", True)),
     3: (("rows", True),),
 }
 
@@ -788,6 +828,9 @@ def test_shards_are_projected_with_one_collective(peft, ranks, dims, restored):
     for seen in (found[dims, restored] for found in all_runs(ranks)):
         assert max(seen["leaks"]) <= LEAK
         for backward, stepped in seen["calls"]:
+            if dims == "replicated":
+                assert backward == stepped == []
+                continue
             own = 1 if dims == "hybrid" else ranks  # the others are FSDP's, over the replicas
             assert backward.count(own) == 1
             assert stepped == [own] * restored
