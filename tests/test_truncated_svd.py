@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osf_kernels import TruncatedSVD, extend_basis, orthonormalize, polar, truncated_svd
-from osf_kernels.linalg import methods
+from osf_kernels.linalg import krylov, methods
 from osf_kernels.testing import hard_matrices, matrix_with_spectrum, orthonormality_ratio, svd_ratio
 from tests.helpers import generator_for
 
@@ -85,6 +85,41 @@ def test_factors_are_orthonormal_and_their_residual_is_what_is_said(
     A, _, _, _ = draw(m, n, spectrum)
     for rank in (1, 7, 33, 60):
         assert_sound(A, truncated_svd(A, rank, method=method))
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_a_gpus_two_passes_give_what_one_gives(
+    monkeypatch: pytest.MonkeyPatch, spectrum: str
+) -> None:
+    """Where no number may be looked at, each block takes float32 Gram matrices, twice."""
+    A, _, S, _ = draw(130, 90, spectrum)
+    free = truncated_svd(A, 20, method="randomized", generator=generator_for(spectrum))
+    monkeypatch.setattr(krylov, "looks_are_free", lambda Y: False)
+    for rank in (1, 7, 33, 60):
+        assert_sound(A, truncated_svd(A, rank, method="randomized"))
+    twice = truncated_svd(A, 20, method="randomized", generator=generator_for(spectrum))
+    eps = torch.finfo(torch.float32).eps
+    assert float((twice.S - free.S).abs().max() / S[0]) <= 30 * eps
+    assert float(twice.captured) == pytest.approx(float(free.captured), rel=30 * eps)
+
+
+def test_a_pass_is_taken_again_where_it_loses_more_than_rounding() -> None:
+    """Blocks that lie almost within the basis: orthonormal to it all the same, and said if not."""
+    g = generator_for("within")
+    basis = torch.linalg.qr(torch.randn(3, 80, 24, generator=g))[0]
+    inside = basis @ torch.randn(3, 24, 8, generator=g)
+    outside = torch.randn(3, 80, 8, generator=g)
+    eps = torch.finfo(torch.float32).eps
+    for scale in (1.0, 1e-2, 1e-4, 1e-6, 0.0):
+        Y = inside + scale * outside
+        found = krylov.orthonormal_against(Y, basis, safe=False, generator=g, growth=1.0)
+        assert float((found.along - basis.mT @ Y).abs().max()) == 0
+        if scale >= 1e-4:
+            assert bool(found.ok.all())
+        whole = torch.cat([basis, found.Q], -1)[found.ok].double()
+        for Q in whole:
+            defect = Q.mT @ Q - torch.eye(32, dtype=torch.float64)
+            assert float(torch.linalg.matrix_norm(defect, ord=2)) < 3 * krylov.GROWTH_LIMIT * eps
 
 
 @pytest.mark.parametrize("method", COLD)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
+from osf_kernels.linalg.orthonormal import looks_are_free
 from osf_kernels.linalg.residual import residual_in, residual_of
 from osf_kernels.linalg.small import leading_svd, polished
 
@@ -213,7 +214,7 @@ def orthonormal_against(
         for _ in range(2):
             X = _against(torch.linalg.qr(X)[0], basis)
         return Block(torch.linalg.qr(X)[0], along, ok, growth)
-    if Y.device.type == "cpu":
+    if looks_are_free(Y):
         Q, pass_growth = _cholesky_qr_in_float64(X, along)
         after = growth * float(pass_growth.amax())
         if after <= GROWTH_LIMIT:  # not of NaN

@@ -3,9 +3,6 @@
 Two paths. The good one is Cholesky QR, all matrix products and no decision on the host; it says
 per matrix whether its result holds. The safe one is Householder QR in float64 and the SVD of its
 triangle, for the matrices where it does not.
-
-``orthonormal_columns`` is the good path alone, for drivers that read its flags when they
-synchronize anyway.
 """
 
 from __future__ import annotations
@@ -104,24 +101,6 @@ def polar(Y: Tensor) -> Tensor:
 # --- the good path: Cholesky QR ------------------------------------------------------------
 
 
-def orthonormal_columns(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns that span Y's, where a flag says so: Cholesky QR in up to three passes.
-
-    Args:
-        Y: (b, m, r) with m ≥ r, of any supported dtype.
-
-    Returns:
-        Q (b, m, r) of the working dtype; ok (b,) boolean, on the device. Where ok, Q is
-        orthonormal to a few eps and its first j columns span Y's first j, for every j. Elsewhere
-        Q is undefined, and orthonormal_columns_safe takes over.
-
-    Never synchronizes with a GPU. On a CPU, where a look at a number is free, it stops after
-    the pass that suffices.
-    """
-    found = _cholesky_qr(Y)
-    return found.Q.to(primitives.working_dtype(Y.dtype)), found.ok
-
-
 class _CholeskyQR(NamedTuple):
     """Per matrix of a batch: what Cholesky QR found, and whether it may be believed."""
 
@@ -133,9 +112,15 @@ class _CholeskyQR(NamedTuple):
 
 
 def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
+    """Cholesky QR of (b, m, r), m ≥ r, in up to three passes; on a CPU it stops after the one that
+    suffices, with a GPU it never synchronizes.
+
+    Where ok, Q is orthonormal to a few eps and its first j columns span Y's first j, for every j.
+    Elsewhere it is undefined, and orthonormal_columns_safe takes over.
+    """
     b, m, r = Y.shape
     dtype = primitives.working_dtype(Y.dtype)
-    on_cpu = _looks_are_free(Y)
+    on_cpu = looks_are_free(Y)
     # On a CPU a pass in float64 costs what two in float32 do, and one is enough to a condition
     # number of 1e3, where two in float32 begin to fail. No square of a float32 overflows there.
     X = Y.double() if on_cpu and dtype == torch.float32 else scale_columns(Y.to(dtype))
@@ -174,7 +159,7 @@ def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
     return _CholeskyQR(Q, X, finite, done, done & full)
 
 
-def _looks_are_free(X: Tensor) -> bool:
+def looks_are_free(X: Tensor) -> bool:
     """Whether the host may decide by what a tensor holds: on a CPU, where nothing waits for it."""
     return X.device.type == "cpu"
 
@@ -305,7 +290,7 @@ def _newton_schulz(X: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
     x ← αx(3 − α²x²)/2 takes all singular values to 1; with the α that gives ``lower`` and 1 the
     same value a small one grows by up to 2.6 a step, not by 1.5.
     """
-    on_cpu = _looks_are_free(X)
+    on_cpu = looks_are_free(X)
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     enough = torch.finfo(X.dtype).eps ** 0.25
     near = within_reach = lower >= _POLAR_REACH

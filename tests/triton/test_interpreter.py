@@ -6,10 +6,13 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -47,11 +50,20 @@ def run_interpreted(root: Path, names: Sequence[str], marker: str) -> None:
     assert " passed" in result.stdout, result.stdout
 
 
-def test_interpreted(root: Path) -> None:
-    run_interpreted(root, FILES, "not slow")
+def test_interpreted() -> None:
+    run_interpreted(ROOT, FILES, "not slow")
+
+
+@pytest.fixture(scope="module")
+def slow_runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """The slow tests of every file that is asked for, two files at a time."""
+    asked = (item for item in request.session.items if isinstance(item, pytest.Function))
+    names = [f.callspec.params["name"] for f in asked if f.originalname == "test_interpreted_slow"]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run_interpreted, ROOT, [name], "slow") for name in names}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if name != "interpreted_autotune"])
-def test_interpreted_slow(root: Path, name: str) -> None:
-    run_interpreted(root, [name], "slow")
+def test_interpreted_slow(slow_runs: dict[str, Future[None]], name: str) -> None:
+    slow_runs[name].result()
