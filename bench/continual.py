@@ -37,8 +37,8 @@ from bench.continual_run import (
 from bench.continual_tasks import Split
 
 RESULTS = report.ROOT / "bench" / "results"
-GRID = (1e-4, 3e-4, 1e-3, 3e-3)
-FIRST_TRIED = (1, 2)  # of the grid; then on in the better direction until it gets no better
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+FIRST_TRIED = (2, 3)  # of the grid; then on in the better direction until it gets no better
 TUNING_SEED = 0
 TRAINED, RANDOM = "all-MiniLM-L6-v2", "random"
 QUICK = minilm.Config(

@@ -94,8 +94,10 @@ def draw(runs: Mapping[str, Sequence[Run]], picture: Path) -> None:
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
     )
+    over = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     figure.suptitle(
-        f"{len(names)} tasks one after the other, a head each: mean of {seeds} seeds", fontsize=10
+        f"{len(names)} tasks one after the other, a head each: {over}",
+        fontsize=10,
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)

@@ -381,11 +381,12 @@ def scored(
 @pytest.mark.parametrize(
     ("values", "tried", "best"),
     [
-        ((0.7, 0.6, 0.5, 0.4), [3e-4, 1e-3, 1e-4], 1e-4),
-        ((0.5, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4], 3e-4),
-        ((0.1, 0.2, 0.3, 0.4), [3e-4, 1e-3, 3e-3], 3e-3),
-        ((0.1, 0.2, 0.3, math.nan), [3e-4, 1e-3, 3e-3], 1e-3),
-        ((0.2, 0.2, 0.2, 0.2), [3e-4, 1e-3, 1e-4], 1e-4),
+        ((0.9, 0.7, 0.6, 0.5, 0.4), [3e-4, 1e-3, 1e-4, 3e-5], 3e-5),
+        ((0.4, 0.7, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4, 3e-5], 1e-4),
+        ((0.9, 0.5, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4], 3e-4),
+        ((0.0, 0.1, 0.2, 0.3, 0.4), [3e-4, 1e-3, 3e-3], 3e-3),
+        ((0.0, 0.1, 0.2, 0.3, math.nan), [3e-4, 1e-3, 3e-3], 1e-3),
+        ((0.2, 0.2, 0.2, 0.2, 0.2), [3e-4, 1e-3, 1e-4], 1e-4),
     ],
 )
 def test_tuning_climbs_the_grid(
@@ -465,7 +466,7 @@ def test_table_shows_every_method() -> None:
     assert "63.3" not in text  # of neither: (0.7 + 0.7)/2 is the average
     assert "70.0 ± 0.0" in text
     tuning = continual_show.tuning_table({"plain": {1e-4: 0.5, 3e-4: 0.6}}, continual.GRID)
-    assert tuning.splitlines()[-1].split() == ["plain", "50.0", "60.0", "-", "-", "0.0003"]
+    assert tuning.splitlines()[-1].split() == ["plain", "-", "50.0", "60.0", "-", "-", "0.0003"]
 
 
 @pytest.mark.timing
