@@ -10,21 +10,11 @@ from pathlib import Path
 
 import torch
 
-from bench import (
-    continual,
-    mrr_sweep,
-    overhead,
-    protection,
-    redundancy,
-    refresh_cli,
-    report,
-    suite,
-)
+from bench import continual_cli, overhead, protection, refresh_cli, report, suite
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
 
 RESULTS = report.ROOT / "bench" / "results"
-CONTINUAL = {"continual": continual.run, "redundancy": redundancy.run, "mrr": mrr_sweep.run}
 
 
 def _listed(text: str) -> list[str]:
@@ -71,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     protection.add(commands)
     refresh_cli.add(commands)
-    continual.add(commands)
-    redundancy.add(commands)
-    mrr_sweep.add(commands)
+    continual_cli.add(commands)
 
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
@@ -205,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refresh_cli.run(arguments, progress())
         if arguments.command == "refresh-auto":
             return refresh_cli.run_auto(arguments, progress())
-        if arguments.command in CONTINUAL:
-            return CONTINUAL[arguments.command](arguments)
+        if arguments.command in continual_cli.COMMANDS:
+            return continual_cli.run(arguments)
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0

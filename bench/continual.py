@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,7 +35,6 @@ from bench.continual_run import (
 )
 from bench.continual_tasks import Split
 
-RESULTS = report.ROOT / "bench" / "results"
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_TRIED = (2, 3)  # of the grid; then on in the better direction until it gets no better
 TUNING_SEED = 0
@@ -45,55 +43,30 @@ QUICK = minilm.Config(
     hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3
 )
 QUICK_STEPS = 2
-COST_ROUNDS = 9
 
 Say = Callable[[str], object]
 
 
-def add(commands: Any) -> None:
-    """The subcommand's arguments."""
-    command = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
-    arguments_of(command, RESULTS / "continual.csv")
-    command.add_argument("--methods", type=_names, default=COMPARED, help=", ".join(METHODS))
-    command.add_argument("--lr", type=float, help="for every method, instead of the tuned ones")
-    command.add_argument(
-        "--rates", type=Path, default=RESULTS / "continual_lr.csv", help="the tuning's rows"
-    )
-    command.add_argument("--picture", type=Path, help="default: beside the CSV")
-    command.add_argument("--tune", action="store_true", help="find the learning rates, no test")
-    command.add_argument(
-        "--rounds", type=int, default=COST_ROUNDS, help="of step times; 0 measures no cost"
-    )
-    command.add_argument("--quick", action="store_true", help="a small random encoder, two steps")
-
-
-def arguments_of(command: argparse.ArgumentParser, csv: Path) -> None:
-    """What every command on the sequence takes."""
-    default = Setting()
-    command.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...: how many")
-    command.add_argument("--steps", type=int, default=default.steps, help="of each task")
-    command.add_argument("--batch", type=int, default=default.batch)
-    command.add_argument("--csv", type=Path, default=csv, help="rows; finished runs aren't redone")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(part for part in text.split(",") if part)
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
-        )
-    return names
-
-
 def setting_of(arguments: argparse.Namespace) -> Setting:
     """Raises ValueError for a number below 1."""
-    for name in ("seeds", "steps", "batch"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(
-                f"bench: expected --{name} to be at least 1, got {getattr(arguments, name)}"
-            )
-    return Setting(steps=arguments.steps, batch=arguments.batch)
+    given = {name: getattr(arguments, name) for name in ("seeds", "steps", "batch")}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"bench: expected --{name} to be at least 1, got {value}")
+    default = Setting()
+    return Setting(given["steps"] or default.steps, given["batch"] or default.batch)
+
+
+def methods_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Raises ValueError for a name that stands for no method."""
+    names: tuple[str, ...] = COMPARED if arguments.methods is None else arguments.methods
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(
+            f"bench continual: expected --methods to be some of {', '.join(METHODS)}, got "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    return names
 
 
 class Sequences:
@@ -258,12 +231,12 @@ def opened(
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.quick:
-        arguments.steps, arguments.seeds = min(arguments.steps, QUICK_STEPS), 1
+        arguments.steps, arguments.seeds = min(arguments.steps or QUICK_STEPS, QUICK_STEPS), 1
         arguments.lr = arguments.lr or 1e-3
     from bench import continual_show as show  # rich: only where something is drawn
 
     setting = setting_of(arguments)
-    methods: tuple[str, ...] = arguments.methods
+    methods = methods_of(arguments)
     seeds = 1 if arguments.tune else arguments.seeds
     console = show.console_of()
     started = time.perf_counter()

@@ -10,32 +10,12 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bench import report
-from bench.continual import RESULTS, Sequences, arguments_of, opened, setting_of
+from bench.continual import Sequences, opened, setting_of
 from bench.continual_methods import OursAdaptive
 from bench.continual_rows import Run, summarise
 from bench.continual_run import Setting
-
-DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
-DEFAULT_TRR = 0.8  # the paper's
-DEFAULT_RATE = 1e-3
-
-
-def add(commands: Any) -> None:
-    """The subcommand's arguments."""
-    command = commands.add_parser("mrr", help="adaptive ranks by minimum retention ratio")
-    arguments_of(command, RESULTS / "continual_mrr.csv")
-    command.set_defaults(seeds=1, steps=40)
-    command.add_argument("--mrr", type=_shares, default=DEFAULT_MRR, help="listed with commas")
-    command.add_argument("--trr", type=float, default=DEFAULT_TRR, help="target retention ratio")
-    command.add_argument("--tasks", type=int, default=3, help="of the sequence's first")
-    command.add_argument("--lr", type=float, default=DEFAULT_RATE)
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part)
 
 
 def name_of(mrr: float) -> str:

@@ -12,8 +12,7 @@ import copy
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 import osf_torch
 from bench import report
-from bench.continual import RESULTS, opened
+from bench.continual import opened
 from bench.continual_methods import linear_weights
 from bench.continual_run import EVALUATION_BATCH, Encoded, EncodedTask, Setting
 
@@ -178,12 +177,6 @@ def sentence(rows: Sequence[Row]) -> str:
         f"and sentence vectors agree to a cosine of {bottom.agreement:.2f}; without the top half "
         f"{100 * top.accuracy:.1f}% and {top.agreement:.2f}."
     )
-
-
-def add(commands: Any) -> None:
-    """The subcommand's arguments."""
-    command = commands.add_parser("redundancy", help="zero singular directions, see what is left")
-    command.add_argument("--csv", type=Path, default=RESULTS / "redundancy.csv")
 
 
 def run(arguments: argparse.Namespace) -> int:

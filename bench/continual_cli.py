@@ -1,0 +1,79 @@
+"""The commands continual, redundancy and mrr of ``python -m bench``; what they run is loaded late.
+
+Parsing needs neither the API for training code nor what tables are drawn with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bench import report
+
+RESULTS = report.ROOT / "bench" / "results"
+COMMANDS = ("continual", "redundancy", "mrr")
+COST_ROUNDS = 9
+MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
+DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
+DEFAULT_TRR = 0.8  # the paper's
+MRR_RATE = 1e-3
+
+
+def add(commands: Any) -> None:
+    """The subcommands' arguments."""
+    continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
+    _sequence(continual, RESULTS / "continual.csv", seeds=3, steps=None)
+    continual.add_argument("--methods", type=_listed, help="by name, with commas")
+    continual.add_argument("--lr", type=float, help="for every method, instead of the tuned ones")
+    continual.add_argument(
+        "--rates", type=Path, default=RESULTS / "continual_lr.csv", help="the tuning's rows"
+    )
+    continual.add_argument("--picture", type=Path, help="default: beside the CSV")
+    continual.add_argument("--tune", action="store_true", help="find the learning rates, no test")
+    continual.add_argument(
+        "--rounds", type=int, default=COST_ROUNDS, help="of step times; 0 measures no cost"
+    )
+    continual.add_argument("--quick", action="store_true", help="a small random encoder, two steps")
+
+    redundancy = commands.add_parser("redundancy", help="zero singular directions, see what's left")
+    redundancy.add_argument("--csv", type=Path, default=RESULTS / "redundancy.csv")
+
+    mrr = commands.add_parser("mrr", help="adaptive ranks by minimum retention ratio")
+    _sequence(mrr, RESULTS / "continual_mrr.csv", seeds=MRR_SEEDS, steps=MRR_STEPS)
+    mrr.add_argument("--mrr", type=_shares, default=DEFAULT_MRR, help="listed with commas")
+    mrr.add_argument("--trr", type=float, default=DEFAULT_TRR, help="target retention ratio")
+    mrr.add_argument("--tasks", type=int, default=MRR_TASKS, help="of the sequence's first")
+    mrr.add_argument("--lr", type=float, default=MRR_RATE)
+
+
+def _sequence(
+    command: argparse.ArgumentParser, csv: Path, *, seeds: int, steps: int | None
+) -> None:
+    command.add_argument("--seeds", type=int, default=seeds, help="0, 1, ...: how many")
+    command.add_argument("--steps", type=int, default=steps, help="of each task")
+    command.add_argument("--batch", type=int)
+    command.add_argument("--csv", type=Path, default=csv, help="rows; finished runs aren't redone")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(map(float, _listed(text)))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises ImportError where what the command compares or draws with isn't installed."""
+    if arguments.command == "continual":
+        from bench import continual
+
+        return continual.run(arguments)
+    if arguments.command == "mrr":
+        from bench import mrr_sweep
+
+        return mrr_sweep.run(arguments)
+    from bench import redundancy
+
+    return redundancy.run(arguments)
