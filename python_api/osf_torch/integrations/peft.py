@@ -37,7 +37,8 @@ rounding.
 
 Supported: peft 0.21. Beyond rounding, this differs from PEFT in that ``torch.autograd.grad``,
 which accumulates nothing, returns gradients that aren't projected, and that a backward pass
-projects what was accumulated before once more, which P² = P makes the same.
+projects what was accumulated before once more, which P² = P makes the same. Sharded gradients are
+projected at the end of the backward pass, so after hooks that step an optimizer within it.
 
 Source: Sculpting Subspaces, arXiv 2504.07097, and PEFT's OSF tuner.
 """
@@ -47,7 +48,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +60,6 @@ from osf_kernels import (
     Basis,
     apply_,
     coefficients,
-    orthonormalize,
     project_,
     project_many_,
     truncated_svd,
@@ -74,9 +74,6 @@ PEER = ("peft", "peft", ">=0.21,<0.22")
 # even at 768. On a GPU, where LAPACK's divide and conquer isn't, unmeasured.
 SPLIT_SIZE = {"cpu": 1024, "cuda": 256}
 SPLIT_RATIO = 0.4
-
-# How far BᵀB may be from I for B Bᵀ to be applied at every step: its error is a factor a step.
-RESTORING_ERROR = 1e-5
 
 _MODULES = ("layer", "model", "utils")
 _ROWS, _COLUMNS = -2, -1
@@ -250,7 +247,7 @@ def decompose_weight_matrix(weight: Tensor, top_k: int) -> dict[str, Any]:
     Raises:
         ValueError: NaN or Inf in a weight of ``SPLIT_SIZE`` and more.
 
-    Mutates nothing; synchronises; draws a random number where ``truncated_svd`` takes a sketch.
+    Mutates nothing; synchronises; draws no random numbers.
     """
     k = min(top_k, *weight.shape)
     if weight.is_meta:  # shapes are all there is
@@ -342,7 +339,7 @@ class _Projection:
     def __init__(self, layer: Any, adapter: str, side: str, parameter: Tensor) -> None:
         # Weakly: torch keeps hooks where the garbage collector can't see a cycle through them.
         self._layer, self.adapter, self.side = weakref.ref(layer), adapter, side
-        self._restoring: Basis | Tensor | None = None
+        self._inverse: tuple[Tensor, Tensor] | None = None
         # Hooks go onto what requires grad; an adapter that isn't active is to have its own too.
         trainable = parameter.requires_grad
         parameter.requires_grad_(True)
@@ -388,18 +385,16 @@ class _Projection:
         return _Target(matrix, self.basis(), _SIDES[self.side])
 
     def restoring_target(self, matrix: Tensor) -> _Target:
-        """With a basis that may be applied at every step: B Bᵀ of rounded columns scales what it
-        keeps by 1 ± ‖BᵀB − I‖ each time, I − B Bᵀ doesn't."""
-        if self._restoring is None:
-            basis = self.basis()
-            if isinstance(basis, Basis):
-                B = basis.columns
-                wide = B if B.dtype == torch.float64 else B.float()
-                eye = torch.eye(B.shape[1], dtype=wide.dtype, device=B.device)
-                if float(torch.dist(wide.mT @ wide, eye)) > RESTORING_ERROR * B.shape[1] ** 0.5:
-                    basis = Basis(orthonormalize(wide), "low")
-            self._restoring = basis
-        return _Target(matrix, self._restoring, _SIDES[self.side])
+        """With B (BᵀB)⁻¹ Bᵀ for a low basis: B Bᵀ scales what it keeps by 1 ± ‖BᵀB − I‖, rounding
+        in float32 and 4e-3 in bfloat16, and this is applied at every step."""
+        target = self.target(matrix)
+        if not isinstance(target.basis, Basis):
+            return target
+        held = getattr(self._layer(), f"_osf_{self.side}_init")[self.adapter]
+        if self._inverse is None or self._inverse[0] is not held:
+            B = target.basis.columns.double()
+            self._inverse = held, torch.linalg.inv(B.mT @ B)
+        return replace(target, inverse=self._inverse[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Projection:
         """Hooks the layer's copy, whose parameters, copied before, come without hooks."""
@@ -520,28 +515,36 @@ class _Target:
     Attributes:
         basis: (whole matrix.shape[dim], r) columns, whole on every rank.
         dim: -2 for (I − B Bᵀ) X, -1 for X (I − B Bᵀ).
+        inverse: (BᵀB)⁻¹ (r, r), where a low basis isn't to be taken as orthonormal.
     """
 
     matrix: Tensor
     basis: Tensor | Basis
     dim: int
+    inverse: Tensor | None = None
 
 
 @torch.no_grad()
 def _project(targets: Sequence[_Target]) -> None:
     """P of each in place; those sharded along ``dim`` share one collective a group and dtype."""
     whole: list[tuple[Tensor, Tensor | Basis, int]] = []
-    sharded: dict[Any, list[tuple[Tensor, Tensor | Basis]]] = {}
+    halves: dict[Any, list[tuple[Tensor, Tensor | Basis, Tensor | None]]] = {}
     for target in targets:
         X = local(target.matrix)
         basis = _mapped(target.basis, X.device)
         sharding = sharding_of(target.matrix)
-        if sharding is None or sharding.dim != target.dim:
+        shared = sharding is not None and sharding.dim == target.dim
+        if not shared and target.inverse is None:
             whole.append((X, basis, target.dim))
             continue
-        held = _narrowed(basis, sharding.start, sharding.size)
-        kind = (sharding.group, torch.float64 if X.dtype == torch.float64 else None, X.device)
-        sharded.setdefault(kind, []).append((X if target.dim == _ROWS else X.mT, held))
+        group = None
+        if shared:
+            assert sharding is not None
+            group = sharding.group
+            basis = _narrowed(basis, sharding.start, sharding.size)
+        kind = (group, X.dtype == torch.float64, X.device)
+        rows = X if target.dim == _ROWS else X.mT
+        halves.setdefault(kind, []).append((rows, basis, target.inverse))
     if len(whole) == 1:
         X, basis, dim = whole[0]
         project_(X, *((basis, None) if dim == _ROWS else (None, basis)))
@@ -551,11 +554,13 @@ def _project(targets: Sequence[_Target]) -> None:
             [basis if dim == _ROWS else None for _, basis, dim in whole],
             [basis if dim == _COLUMNS else None for _, basis, dim in whole],
         )
-    for (group, *_), parts in sharded.items():
-        ready = [coefficients(X, basis, None) for X, basis in parts]
-        sums = sum_over(group, [A for A, _ in ready])
-        for (X, basis), A, (_, B) in zip(parts, sums, ready, strict=True):
-            apply_(X, basis, None, A, B)
+    for (group, *_), parts in halves.items():
+        ready = [coefficients(X, basis, None) for X, basis, _ in parts]
+        sums = [A for A, _ in ready]
+        if group is not None:
+            sums = sum_over(group, sums)
+        for (X, basis, inverse), A, (_, B) in zip(parts, sums, ready, strict=True):
+            apply_(X, basis, None, A if inverse is None else inverse.to(A) @ A, B)
 
 
 def _mapped(basis: Tensor | Basis, device: torch.device) -> Tensor | Basis:
