@@ -168,8 +168,7 @@ def memory(name: str, encoder: minilm.SentenceEncoder, setting: Setting) -> dict
 def memory_apart(name: str, setting: Setting) -> dict[str, float | None]:
     """``memory`` of the trained encoder in a new process. Raises RuntimeError if that fails."""
     command = [sys.executable, "-m", "bench.continual_cost", name, "--batch", str(setting.batch)]
-    search = os.pathsep.join([str(report.ROOT), str(report.ROOT / "python_api")])
-    path = os.pathsep.join(filter(None, [search, os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, sys.path))  # imports as here
     done = subprocess.run(
         command,
         cwd=report.ROOT,

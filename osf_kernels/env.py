@@ -67,6 +67,13 @@ VARIABLES: Mapping[str, Variable] = {
             read="by Triton, on its import",
         ),
         _variable(
+            "OSFT_CACHE_V",
+            "0",
+            _choice("0", "1"),
+            "mini_trainer's own: V_high is kept whole on its module; the integration follows it",
+            read="by mini_trainer, on its import",
+        ),
+        _variable(
             "OSF_CUDA",
             "auto",
             _choice("auto", "0", "1"),
