@@ -38,6 +38,7 @@ def partitioned(model):
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
