@@ -1,4 +1,4 @@
-"""protect: keep a model's updates out of its protected subspaces while it trains."""
+"""Guard: the hooks that keep a model's updates out of its protected subspaces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Mode, plan
+from osf_kernels import Mode
 from osf_torch import protected as weights
 from osf_torch.protected import Protected
 from osf_torch.refresh import refresh
@@ -18,8 +18,6 @@ from osf_torch.selection import Rank, Ranks, named_weights
 from osf_torch.sharding import any_rank
 from osf_torch.state import read_state, state_of
 from osf_torch.subspaces import Subspace, Subspaces
-
-When = Literal["auto", "step", "backward"]
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -31,148 +29,6 @@ class Leak:
 
     raw: float
     applied: float
-
-
-def protect(
-    model: nn.Module,
-    subspaces: Mapping[str, Subspace],
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    when: When = "auto",
-    restore: bool = True,
-    mode: Mode = "complement",
-    record: bool = False,
-) -> Guard:
-    """Projects the gradients of ``model`` and pins what its optimizer moves all the same.
-
-    Each step g ← P(g) before the optimizer, and with ``restore`` W ← P(W) + protected after it:
-    elementwise optimizers and weight decay reach into the protected span even from a
-    projected gradient.
-
-    Call it when the parameters are those that will be trained: after ``fully_shard``,
-    ``parallelize_module`` or a move to another device, and before DeepSpeed's ``initialize``.
-    Sharded weights (DTensor, sharded on one mesh dimension) keep a slice of the basis of their
-    sharded side; each list of gradients takes one all-reduce on the mesh dimension's group, and
-    restoring another one. Replicated gradients (DistributedDataParallel) take none.
-
-    Args:
-        model: its 2-D (or batched) parameters named in ``subspaces`` are protected; frozen ones
-            are left out, shared ones protected once. It may be compiled or wrapped.
-        subspaces: by parameter name as in ``model.named_parameters()``, without what wrappers
-            add; ``refresh`` makes them. Bases are moved to the weight's device.
-        optimizer: the one that steps the model; required for when="step" and for restore.
-        when: "step" projects all gradients in one list call in the optimizer's step pre-hook;
-            "backward" projects each gradient when it has been accumulated; "auto" takes "step"
-            with an optimizer and "backward" without (and for DeepSpeed's ZeRO-3, where a step sees
-            flat pieces), and ``Guard.when`` says which.
-        restore: pin the protected part in the optimizer's step post-hook.
-        mode: "complement" or "core", for projecting and restoring.
-        record: measure the leak at every projection for ``Guard.leak()``; costs two more
-            projections in float64 and a synchronisation per matrix.
-
-    Returns:
-        A :class:`Guard`, attached. Hooks of an earlier guard on the same parameters are taken off.
-
-    Raises:
-        ValueError: no subspace, an unknown parameter name, a shape that doesn't fit, an
-            optimizer that is missing or doesn't own a protected parameter, S that isn't the
-            weight's; nothing is attached.
-
-    Computes the dense protected part where neither S nor ``protected`` is given.
-    """
-    if not subspaces:
-        raise ValueError(
-            "osf_torch.protect: expected subspaces to name at least one parameter, got none"
-        )
-    if when not in ("auto", "step", "backward"):
-        raise ValueError(
-            f'osf_torch.protect: expected when to be "auto", "step" or "backward", got {when!r}'
-        )
-    for need, wanted in (("restore=True", restore), ('when="step"', when == "step")):
-        if wanted and optimizer is None:
-            raise ValueError(
-                f"osf_torch.protect: expected optimizer to be given with {need}, got None; "
-                'pass optimizer=, or restore=False and when="backward"'
-            )
-    optimizer = _innermost(optimizer)
-    items = _items(model, subspaces, mode)
-    zero3 = next((item.name for item in items if weights.zero3_shape(item.weight)), None)
-    if zero3 is not None and (restore or when == "step"):
-        raise ValueError(
-            f"osf_torch.protect: expected whole weights for restoring and for when='step', got "
-            f"parameter {zero3!r} partitioned by DeepSpeed's ZeRO-3; pass restore=False and "
-            "when='backward'"
-        )
-    if optimizer is not None:
-        _require_owner(optimizer, items)
-    if restore:
-        _pin(items, mode)
-    chosen: Literal["step", "backward"]
-    if when == "auto":
-        chosen = "backward" if optimizer is None or zero3 is not None else "step"
-    else:
-        chosen = when
-    guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record)
-    for other in list(_ATTACHED):
-        other._let_go({id(item.weight) for item in items})
-    guard._attach()
-    return guard
-
-
-def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    """The optimizer that steps, where another one (Accelerate's) wraps it."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> list[Protected]:
-    parameters = named_weights(model)
-    items: dict[int, Protected] = {}
-    for name, subspace in subspaces.items():
-        weight = parameters.get(name)
-        if weight is None:
-            known = ", ".join(list(parameters)[:5])
-            raise ValueError(
-                f"osf_torch.protect: expected subspaces to name parameters of the model, "
-                f"got {name!r}; it has {len(parameters)}, the first are {known}"
-            )
-        try:
-            W, U, V = weights.shapes_of(weight, subspace)
-            plan(W, U, V, mode=mode)
-            if weight.requires_grad and id(weight) not in items:
-                items[id(weight)] = Protected(name, weight, subspace)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"osf_torch.protect: parameter {name!r}: {error}") from None
-    if not items:
-        raise ValueError(
-            "osf_torch.protect: expected a protected parameter that requires grad, got none; "
-            "every named parameter is frozen"
-        )
-    return list(items.values())
-
-
-def _require_owner(optimizer: torch.optim.Optimizer, items: list[Protected]) -> None:
-    owned = _owned(optimizer)
-    for item in items:
-        if id(item.weight) not in owned:
-            raise ValueError(
-                f"osf_torch.protect: expected optimizer to own parameter {item.name!r}, got one "
-                "that doesn't; build the optimizer from this model's parameters"
-            )
-
-
-def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-@torch.no_grad()
-def _pin(items: list[Protected], mode: Mode) -> None:
-    for item in items:
-        try:
-            item.held = weights.pinned(item, mode)
-        except ValueError as error:
-            raise ValueError(f"osf_torch.protect: {error}") from None
 
 
 class Guard:
@@ -215,7 +71,10 @@ class Guard:
         count = len(self._items)
         return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self.mode!r})"
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
+        """Puts the hooks on, and takes those of earlier guards off the same parameters."""
+        for other in list(_ATTACHED):
+            other._let_go(set(self._items))
         if self.when == "backward":
             for key, item in self._items.items():
                 handle = item.weight.register_post_accumulate_grad_hook(self._after_accumulation)
@@ -339,7 +198,7 @@ class Guard:
         )
         items = [Protected(name, self._by_name()[name].weight, s) for name, s in found.items()]
         if self.restores:
-            _pin(items, self.mode)
+            weights.pin(items, self.mode)
         self._items = {id(item.weight): item for item in items}
         self.subspaces = found
         self._leaks = {}
@@ -419,7 +278,7 @@ class Guard:
                     "deepcopy has no hooks: protect the model that is trained"
                 )
         parameters = named_weights(self._model)
-        owned = None if self._optimizer is None else _owned(self._optimizer)
+        owned = None if self._optimizer is None else owned_by(self._optimizer)
         for item in self._items.values():
             if parameters.get(item.name) is not item.weight:
                 raise RuntimeError(
@@ -492,3 +351,8 @@ def _overflowed(optimizer: torch.optim.Optimizer, items: list[Protected]) -> boo
         return False
     group = next((item.sharding.group for item in items if item.sharding is not None), None)
     return any_rank(group, found)
+
+
+def owned_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The identities of an optimizer's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

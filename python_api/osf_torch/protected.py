@@ -280,6 +280,16 @@ def pinned(item: Protected, mode: Mode) -> Subspace:
     return s
 
 
+@torch.no_grad()
+def pin(items: Sequence[Protected], mode: Mode) -> None:
+    """Gives every item what restoring needs; see ``pinned``."""
+    for item in items:
+        try:
+            item.held = pinned(item, mode)
+        except ValueError as error:
+            raise ValueError(f"osf_torch.protect: {error}") from None
+
+
 def drift_limit(item: Protected) -> float:
     """What rounding explains of a drift: of the weight at every step, and of the bases."""
     held = [columns_of(basis) for basis in (item.held.U, item.held.V) if basis is not None]
