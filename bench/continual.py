@@ -236,6 +236,13 @@ def run(arguments: argparse.Namespace) -> int:
     from bench import continual_show as show  # rich: only where something is drawn
 
     setting = setting_of(arguments)
+    if arguments.ranks is not None:
+        if len(arguments.ranks) != 2 or not all(0 < rank < 1 for rank in arguments.ranks):
+            raise ValueError(
+                f"bench continual: expected --ranks to be two shares in (0, 1), got "
+                f"{', '.join(map(str, arguments.ranks))}"
+            )
+        setting = replace(setting, ranks=arguments.ranks)
     methods = methods_of(arguments)
     seeds = 1 if arguments.tune else arguments.seeds
     console = show.console_of()

@@ -24,6 +24,9 @@ def add(commands: Any) -> None:
     """The subcommands' arguments."""
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, RESULTS / "continual.csv", seeds=3, steps=None)
+    continual.add_argument(
+        "--ranks", type=_shares, help="share of directions kept in the first and last task: 0.3,0.7"
+    )
     continual.add_argument("--methods", type=_listed, help="by name, with commas")
     continual.add_argument("--lr", type=float, help="for every method, instead of the tuned ones")
     continual.add_argument(

@@ -657,6 +657,8 @@ def test_mrr_sweep_and_redundancy_print_and_write(
         (["--seeds", "0"], "--seeds to be at least 1"),
         (["--steps", "0"], "--steps to be at least 1"),
         (["--batch", "-1"], "--batch to be at least 1"),
+        (["--ranks", "0.5"], "--ranks to be two shares in (0, 1), got 0.5"),
+        (["--ranks", "0.5,1.5"], "--ranks to be two shares in (0, 1)"),
     ],
 )
 def test_numbers_that_make_no_run_are_refused(
