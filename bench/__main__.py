@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench import continual_cli, overhead, protection, refresh_cli, report, suite
+from bench import overhead, refresh_cli, report, suite, training_cli
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
 
@@ -59,9 +59,8 @@ def parser() -> argparse.ArgumentParser:
     over.add_argument("--csv", type=Path)
     over.add_argument("--batches", type=int, default=200)
 
-    protection.add(commands)
     refresh_cli.add(commands)
-    continual_cli.add(commands)
+    training_cli.add(commands)
 
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
@@ -115,20 +114,9 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     return found
 
 
-def progress() -> Callable[[str], None]:
-    """One line rewritten in place on a terminal's stderr; silent elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda _: None
-
-    def say(text: str) -> None:
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-    return say
-
-
 def _measure(case: Case, rounds: int, csv: Path | None, *, cold: bool = True) -> list[report.Row]:
     """Measure one case, print its table and append its rows at once: a later crash loses none."""
-    say = progress()
+    say = report.progress()
     rows = measure(case, rounds, cold=cold, say=lambda text: say(f"{case.name}: {text}"))
     say("")
     print(report.case_table(rows), end="\n\n", flush=True)
@@ -187,14 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_cpu_suite(arguments)
         if arguments.command == "overhead":
             return overhead.run(arguments.batches, arguments.csv)
-        if arguments.command == "protect":
-            return protection.run(arguments, progress())
         if arguments.command == "refresh":
-            return refresh_cli.run(arguments, progress())
+            return refresh_cli.run(arguments, report.progress())
         if arguments.command == "refresh-auto":
-            return refresh_cli.run_auto(arguments, progress())
-        if arguments.command in continual_cli.COMMANDS:
-            return continual_cli.run(arguments)
+            return refresh_cli.run_auto(arguments, report.progress())
+        if arguments.command in training_cli.COMMANDS:
+            return training_cli.run(arguments)
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0

@@ -12,8 +12,6 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,25 +183,11 @@ def drifts(before: nn.Module, after: nn.Module, subspaces: osf_torch.Subspaces) 
     return found
 
 
-def add(commands: Any) -> None:
-    """The ``protect`` command."""
-    command = commands.add_parser("protect", help="protecting a training step of MiniLM")
-    command.add_argument("--rho", type=float, default=0.5, help="protected share of shorter sides")
-    command.add_argument(
-        "--batch", type=_sizes, default=[16, 64], help="sentence pairs a step; several with commas"
-    )
-    command.add_argument("--rounds", type=int, default=9)
-    command.add_argument("--drift-steps", type=int, default=1000, help="0 leaves drift out")
-    command.add_argument(
-        "--drift-batch", type=int, default=4, help="sentence pairs a step of those"
-    )
-    command.add_argument("--csv", type=Path)
-
-
-def run(arguments: argparse.Namespace, say: Callable[[str], object]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print two tables; exit status 1 where a figure isn't reached."""
     if not 0.0 < arguments.rho < 1.0 or min(*arguments.batch, arguments.rounds) < 1:
         raise ValueError("bench: expected 0 < --rho < 1, --batch and --rounds of at least 1")
+    say = report.progress()
     torch.manual_seed(0)
     directory = minilm.model_directory()
     model = minilm.load(directory)
@@ -264,7 +248,3 @@ def _tables(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
         if row.steps is not None:
             text += f"\ndrift after {row.steps} steps, {row.contender}: {row.drift:.1e}"
     return text
-
-
-def _sizes(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -8,7 +8,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,14 @@ def case_table(rows: Sequence[Row]) -> str:
             f"and {first.gemm_tflop_per_s:.3f} TFLOP/s GEMM, measured in the same rounds"
         )
     return "\n".join([*facts, table(header, lines), *notes])
+
+
+def progress() -> Callable[[str], None]:
+    """One line rewritten in place on a terminal's stderr; silent elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+
+    def say(text: str) -> None:
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    return say

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+
+import pytest
 
 
 def test_python_blocks_run_in_order(root, capsys):
@@ -14,6 +19,26 @@ def test_python_blocks_run_in_order(root, capsys):
         exec(compile(block, "README.md", "exec"), scope)
     assert "projection on cpu, 2 matrices" in capsys.readouterr().out
     assert "projected at step, restored after each step" in repr(scope["guard"])
+
+
+@pytest.mark.slow
+def test_the_sharded_example_runs_on_two_ranks(root, tmp_path):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```py\n(.*?)```", text, flags=re.DOTALL)
+    script = tmp_path / "train.py"
+    script.write_text(example)
+    path = os.pathsep.join([str(root), str(root / "python_api")])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    leak, drift = re.fullmatch(r"leak (\S+), drift (\S+)\n", done.stdout).groups()
+    assert float(leak) <= 1e-6
+    assert float(drift) <= 1e-5
 
 
 def test_links_and_paths_exist(root):

@@ -1,4 +1,4 @@
-"""The commands continual, redundancy and mrr of ``python -m bench``; what they run is loaded late.
+"""The commands of ``python -m bench`` that train; what they run is loaded late.
 
 Parsing needs neither the API for training code nor what tables are drawn with.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from bench import report
 
 RESULTS = report.ROOT / "bench" / "results"
-COMMANDS = ("continual", "redundancy", "mrr")
+COMMANDS = ("protect", "continual", "redundancy", "mrr")
 COST_ROUNDS = 9
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
@@ -22,6 +22,18 @@ MRR_RATE = 1e-3
 
 def add(commands: Any) -> None:
     """The subcommands' arguments."""
+    protect = commands.add_parser(
+        "protect", help="what protecting a step of MiniLM costs and holds"
+    )
+    protect.add_argument("--rho", type=float, default=0.5, help="protected share of shorter sides")
+    protect.add_argument(
+        "--batch", type=_sizes, default=[16, 64], help="sentence pairs a step; several with commas"
+    )
+    protect.add_argument("--rounds", type=int, default=9)
+    protect.add_argument("--drift-steps", type=int, default=1000, help="0 leaves drift out")
+    protect.add_argument("--drift-batch", type=int, default=4, help="sentence pairs of such a step")
+    protect.add_argument("--csv", type=Path)
+
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, RESULTS / "continual.csv", seeds=3, steps=None)
     continual.add_argument(
@@ -63,12 +75,20 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
 
 
+def _sizes(text: str) -> list[int]:
+    return [int(part) for part in _listed(text)]
+
+
 def _shares(text: str) -> tuple[float, ...]:
     return tuple(map(float, _listed(text)))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises ImportError where what the command compares or draws with isn't installed."""
+    if arguments.command == "protect":
+        from bench import protection
+
+        return protection.run(arguments)
     if arguments.command == "continual":
         from bench import continual
 
