@@ -14,7 +14,7 @@ CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -
 CXX_FILES = $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test quick lint format bench gpu-session clean
+.PHONY: help venv build demo test quick lint format bench continual gpu-session clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,7 +55,11 @@ format: $(READY)  ## Format Python and C++ in place
 bench: $(BUILT)  ## Measure projection and refresh on the CPU against their peers, write the committed CSVs and pictures
 	$(BIN)/python -m bench cpu-suite
 	$(BIN)/python -m bench overhead --csv bench/results/overhead_cpu.csv
+	$(BIN)/python -m bench protect --csv bench/results/protect_cpu.csv
 	$(BIN)/python -m bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png
+
+continual: $(BUILT)  ## Train five tasks in a row on a real encoder: what each method forgets
+	@$(BIN)/python -m bench continual
 
 gpu-session:  ## On a GPU machine, with its own Python: build, gpu tests, sanitizer, bench into OUT
 	bash bench/gpu_session.sh $(OUT)
