@@ -166,16 +166,17 @@ class Method:
     build: Callable[[nn.Module], Plain]
     compared: bool = True  # in a run that names no methods
     imports: str = ""  # a module that building it imports
+    tuned_as: str = ""  # whose learning rate it takes; its own where this is empty
 
 
 METHODS: dict[str, Method] = {
     "plain": Method("plain fine-tuning", Plain),
     "lora": Method(f"LoRA (peft, r = {LORA_RANK})", Lora, imports="peft"),
     "peft-osf": Method("OSF (peft)", PeftOsf, imports="peft"),
-    "core": Method("ours, core", OursCore),
+    "core": Method("ours, core", OursCore, tuned_as="complement"),
     "complement": Method("ours", Ours),
-    "no-restore": Method("ours, no restore", OursWithoutRestore),
-    "adaptive": Method("ours, adaptive ranks", OursAdaptive),
+    "no-restore": Method("ours, no restore", OursWithoutRestore, tuned_as="complement"),
+    "adaptive": Method("ours, adaptive ranks", OursAdaptive, tuned_as="complement"),
     "everything": Method("plain, every parameter", Everything, compared=False),
 }
 COMPARED = tuple(name for name, method in METHODS.items() if method.compared)

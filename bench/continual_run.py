@@ -27,7 +27,7 @@ MAX_TOKENS = 16
 HEAD_LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.1  # of a task's steps; then linearly to zero
-RANKS = (0.3, 0.7)  # share of directions kept, in the first and in the last task
+RANKS = (0.5, 0.9)  # share of directions kept, in the first and in the last task
 EVALUATION_BATCH = 64
 
 Build = Callable[[nn.Module], Plain]

@@ -381,12 +381,12 @@ def scored(
 @pytest.mark.parametrize(
     ("values", "tried", "best"),
     [
-        ((0.9, 0.7, 0.6, 0.5, 0.4), [3e-4, 1e-3, 1e-4, 3e-5], 3e-5),
-        ((0.4, 0.7, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4, 3e-5], 1e-4),
+        ((0.9, 0.7, 0.6, 0.5, 0.4), [3e-4, 1e-4, 3e-5], 3e-5),
+        ((0.4, 0.7, 0.6, 0.5, 0.9), [3e-4, 1e-4, 3e-5], 1e-4),
         ((0.9, 0.5, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4], 3e-4),
-        ((0.0, 0.1, 0.2, 0.3, 0.4), [3e-4, 1e-3, 3e-3], 3e-3),
-        ((0.0, 0.1, 0.2, 0.3, math.nan), [3e-4, 1e-3, 3e-3], 1e-3),
-        ((0.2, 0.2, 0.2, 0.2, 0.2), [3e-4, 1e-3, 1e-4], 1e-4),
+        ((0.0, 0.1, 0.2, 0.3, 0.4), [3e-4, 1e-3, 3e-3, 1e-4], 3e-3),
+        ((0.0, 0.1, 0.2, 0.3, math.nan), [3e-4, 1e-3, 3e-3, 1e-4], 1e-3),
+        ((0.2, 0.2, 0.2, 0.2, 0.2), [3e-4, 3e-5, 1e-4], 3e-5),
     ],
 )
 def test_tuning_climbs_the_grid(
@@ -406,6 +406,17 @@ def test_tuning_climbs_the_grid(
     assert all(math.isnan(dict(zip(continual.GRID, values, strict=True))[rate]) for rate in asked)
     with pytest.raises(ValueError, match=r"no learning rate of lora for 2 steps .* --tune"):
         continual.rates_for(["plain", "lora"], csv, found)
+
+
+def test_variants_of_ours_take_its_rate(tmp_path: Path) -> None:
+    found = sequences()
+    csv = tmp_path / "rates.csv"
+    where = dict.fromkeys(report.ENVIRONMENT_FIELDS, "x")
+    row = found.asked("complement", 0, 3e-4, "validation")
+    report.append_csv(csv, continual_rows.rows_of(row, [[0.5], [0.5, 0.5]], "ab", 1.0), where, Row)
+    assert continual.rates_for(["core", "adaptive"], csv, found) == {"core": 3e-4, "adaptive": 3e-4}
+    with pytest.raises(ValueError, match=r"no learning rate of lora for"):
+        continual.rates_for(["core", "lora"], csv, found)
 
 
 def test_rates_of_another_setting_or_seed_do_not_count(tmp_path: Path) -> None:
