@@ -52,10 +52,12 @@ format: $(READY)  ## Format Python and C++ in place
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT)  ## Measure projection and refresh on the CPU against their peers, write the committed CSVs and pictures
+bench: $(BUILT)  ## Measure on the CPU against peers, write the committed CSVs and pictures
 	$(BIN)/python -m bench cpu-suite
 	$(BIN)/python -m bench overhead --csv bench/results/overhead_cpu.csv
 	$(BIN)/python -m bench protect --csv bench/results/protect_cpu.csv
+	for peer in peft mini_trainer galore stiefel; do \
+	    $(BIN)/python -m bench.integrations_$$peer --csv bench/results/integrations_$${peer}_cpu.csv || exit 1; done
 	$(BIN)/python -m bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png
 
 continual: $(BUILT)  ## Train five tasks in a row on a real encoder: what each method forgets
