@@ -3,9 +3,10 @@
 The trained MiniLM encoder learns five classification tasks in a row from text that installed
 packages ship, with a head a task, by plain fine-tuning, LoRA and OSF of peft, and ours. Every
 method trains the nn.Linear weights of the encoder alone (or adapters of them), with AdamW, the same
-batches and heads, and with the learning rate of a grid that gave it the best average validation
-accuracy after the last task with seed 0 (``--tune``; ``continual_lr.csv``); the variants of ours
-take the one of ours. No test document is looked at before that.
+batches and heads, and with the learning rate of a grid at which it learned best: the mean validation
+accuracy right after each task, with seed 0 (``--tune``; ``continual_lr.csv``). What is left of it
+after later tasks doesn't count there, since who learns in sequence doesn't know them yet. The
+variants of ours take the one of ours. No test document is looked at before that.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from bench.continual_run import (
     Build,
     EncodedTask,
     Setting,
-    average_accuracy,
     encode,
+    learned,
     train_sequence,
 )
 from bench.continual_tasks import Split
@@ -139,7 +140,7 @@ class Sequences:
         return done[key(asked)]
 
     def tune(self, csv: Path, method: str) -> dict[float, float]:
-        """Learning rate -> average validation accuracy after the last task, of those tried.
+        """Learning rate -> mean validation accuracy right after each task, of those tried.
 
         From two neighbours in the middle of the grid on in the direction of the better one, for
         as long as that goes up. A run whose loss overflows counts as 0.
@@ -151,7 +152,7 @@ class Sequences:
             if rate not in found:
                 try:
                     run = self.run(csv, method, TUNING_SEED, rate, "validation")
-                    found[rate] = average_accuracy(run.matrix)
+                    found[rate] = learned(run.matrix)
                 except FloatingPointError:
                     found[rate] = 0.0
             return found[rate]
@@ -165,7 +166,7 @@ class Sequences:
 
 
 def best_rates(runs: Mapping[Key, Run], wanted: Row) -> dict[str, float]:
-    """The learning rate of the best average accuracy of each method, of the runs like ``wanted``.
+    """The learning rate at which each method learned best, of the runs like ``wanted``.
 
     Of equals, the smaller one.
     """
@@ -173,7 +174,7 @@ def best_rates(runs: Mapping[Key, Run], wanted: Row) -> dict[str, float]:
     for run_key, run in runs.items():
         like = replace(wanted, method=run.method, learning_rate=run.learning_rate)
         if key(like) == run_key:
-            candidate = (average_accuracy(run.matrix), -run.learning_rate)
+            candidate = (learned(run.matrix), -run.learning_rate)
             best[run.method] = max(best.get(run.method, candidate), candidate)
     return {method: -negative for method, (_, negative) in best.items()}
 
@@ -287,7 +288,7 @@ def run(arguments: argparse.Namespace) -> int:
                 say=lambda text: progress.update(bar, description=text),
             )
     if arguments.tune:
-        console.print("average validation accuracy after the last task, %, by learning rate:")
+        console.print("mean validation accuracy right after each task, %, by learning rate:")
         console.print(show.tuning_table(tried, GRID), markup=False, highlight=False)
         console.print(f"{time.perf_counter() - started:.0f} s; rows in {arguments.rates}")
         return 0
