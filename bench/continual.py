@@ -3,10 +3,10 @@
 The trained MiniLM encoder learns five classification tasks in a row from text that installed
 packages ship, with a head a task, by plain fine-tuning, LoRA and OSF of peft, and ours. Every
 method trains the nn.Linear weights of the encoder alone (or adapters of them), with AdamW, the same
-batches and heads, and with the learning rate of a grid at which it learned best: the mean validation
-accuracy right after each task, with seed 0 (``--tune``; ``continual_lr.csv``). What is left of it
-after later tasks doesn't count there, since who learns in sequence doesn't know them yet. The
-variants of ours take the one of ours. No test document is looked at before that.
+batches and heads, and with the learning rate of a grid at which it learned best: the mean
+validation accuracy right after each task, with seed 0 (``--tune``; ``continual_lr.csv``). What is
+left of it after later tasks doesn't count there, since who learns in sequence doesn't know them
+yet. The variants of ours take the one of ours. No test document is looked at before that.
 """
 
 from __future__ import annotations
