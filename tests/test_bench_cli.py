@@ -12,7 +12,21 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as cli
-from bench import contenders, overhead, plot, refresh, refresh_auto, report, suite
+from bench import (
+    contenders,
+    continual_rows,
+    integrations_galore,
+    integrations_mini_trainer,
+    integrations_peft,
+    integrations_stiefel,
+    overhead,
+    plot,
+    protection,
+    refresh,
+    refresh_auto,
+    report,
+    suite,
+)
 
 CPU = torch.device("cpu")
 
@@ -93,6 +107,13 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "projection_cpu.csv": report.Row,
         "refresh_cpu.csv": refresh.RefreshRow,
         "refresh_auto_cpu.csv": refresh_auto.AutoRow,
+        "protect_cpu.csv": protection.Row,
+        "continual.csv": continual_rows.Row,
+        "continual_lr.csv": continual_rows.Row,
+        "integrations_galore_cpu.csv": integrations_galore.Row,
+        "integrations_mini_trainer_cpu.csv": integrations_mini_trainer.Row,
+        "integrations_peft_cpu.csv": integrations_peft.Row,
+        "integrations_stiefel_cpu.csv": integrations_stiefel.Row,
     }
     found = sorted((root / "bench" / "results").glob("*.csv"))
     assert found
