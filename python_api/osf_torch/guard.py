@@ -196,7 +196,8 @@ class Guard:
         found = refresh(
             self._model, chosen, filter=lambda _, parameter: id(parameter) in keys, **options
         )
-        items = [Protected(name, self._by_name()[name].weight, s) for name, s in found.items()]
+        by_name = self._by_name()
+        items = [Protected(name, by_name[name].weight, s) for name, s in found.items()]
         if self.restores:
             weights.pin(items, self.mode)
         self._items = {id(item.weight): item for item in items}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -137,7 +138,7 @@ class _Mask:
         return rows[kept.flatten().to(x.device)]
 
 
-class _Meter:
+class _Meter(ABC):
     """Sums cos(x, y) over the tokens of every call of some modules."""
 
     order = itertools.count()  # of first calls, over all meters: who saw a NaN first
@@ -149,9 +150,9 @@ class _Meter:
         self.sum: Tensor | None = None  # of cosines, float64
         self.tokens = 0
 
-    @contextmanager
-    def watching(self, mask: _Mask) -> Iterator[None]:
-        raise NotImplementedError
+    @abstractmethod
+    def watching(self, mask: _Mask) -> AbstractContextManager[None]:
+        """Has every call of the modules added up for as long as it is entered."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x (tokens, d) and y (tokens, d)."""
