@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import overhead, refresh_cli, report, suite, training_cli
+from bench import overhead, refresh_cli, report, static, suite, training_cli
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
 
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     refresh_cli.add(commands)
     training_cli.add(commands)
+    static.add(commands)
 
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
@@ -181,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refresh_cli.run_auto(arguments, report.progress())
         if arguments.command in training_cli.COMMANDS:
             return training_cli.run(arguments)
+        if arguments.command == "static":
+            return static.run(arguments)
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0
