@@ -7,6 +7,7 @@ operator of ``osf_kernels``, of which it imports public names only.
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard, Leak
 from osf_torch.importance import layer_importance
+from osf_torch.inputs import input_subspaces
 from osf_torch.protect import protect
 from osf_torch.ranks import allocate_ranks, ranks_by_energy
 from osf_torch.refresh import refresh
@@ -20,6 +21,7 @@ __all__ = [
     "Subspace",
     "Subspaces",
     "allocate_ranks",
+    "input_subspaces",
     "layer_importance",
     "load_subspaces",
     "project_grad",

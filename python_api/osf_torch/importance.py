@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osf_torch.progress import Show, progress_bar
+from osf_torch.activations import Forward, Mask, activations, owners, require_reached, watch
+from osf_torch.progress import Show
 from osf_torch.selection import Filter, Selected, listed, select
 
 Per = Literal["block", "weight"]
-Forward = Callable[[nn.Module, Any], object]
 
 OP = "osf_torch.layer_importance"
 
@@ -87,55 +86,24 @@ def layer_importance(
     """
     if per not in ("block", "weight"):
         raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"{OP}: expected max_batches to be at least 1, got {max_batches}")
     selected = select(model, 1, filter, operator="layer_importance")
     meters = _blocks(model) if per == "block" else _products(model, selected)
-    mask = _Mask()
-    device = next(model.parameters()).device
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_undisturbed(model))
-        for meter in meters.values():
-            stack.enter_context(meter.watching(mask))
-        for batch in _shown(batches, max_batches, progress):
-            moved = _moved(batch, device)
-            mask.read(moved)
-            _run(model, moved, forward)
-        if not mask.batches:
-            raise ValueError(f"{OP}: expected at least one batch, got none")
+    watch(
+        model,
+        batches,
+        meters.values(),
+        operator=OP,
+        title="importance",
+        max_batches=max_batches,
+        progress=progress,
+        forward=forward,
+    )
     similarities = _similarities(meters)
     if per == "block":
         found = _by_block(model, selected, meters, similarities)
     else:
         found = _by_weight(selected, similarities)
     return _normalised(found, selected, per)
-
-
-class _Mask:
-    """The real tokens of the batch that is running."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self._mask: Tensor | None = None
-
-    def read(self, batch: object) -> None:
-        self.batches += 1
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        self._mask = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The rows (tokens, d) of activations (..., d) that aren't padding."""
-        rows, mask = x.flatten(0, -2), self._mask
-        if mask is None:
-            return rows
-        if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
-            kept = mask
-        elif x.shape[:-1] == mask.mT.shape:
-            kept = mask.mT
-        else:
-            return rows
-        return rows[kept.flatten().to(x.device)]
 
 
 class _Meter(ABC):
@@ -151,7 +119,7 @@ class _Meter(ABC):
         self.tokens = 0
 
     @abstractmethod
-    def watching(self, mask: _Mask) -> AbstractContextManager[None]:
+    def watching(self, mask: Mask) -> AbstractContextManager[None]:
         """Has every call of the modules added up for as long as it is entered."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -169,17 +137,17 @@ class _Block(_Meter):
     """x is the first argument of the output's shape, as it was before the call."""
 
     @contextmanager
-    def watching(self, mask: _Mask) -> Iterator[None]:
+    def watching(self, mask: Mask) -> Iterator[None]:
         pending: list[list[Tensor]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Copies, since a block may add its residual to its argument in place.
-            pending.append([x.clone() for x in _activations((*args, *kwargs.values()))])
+            pending.append([x.clone() for x in activations((*args, *kwargs.values()))])
 
         def after(module: nn.Module, args: object, kwargs: object, output: object) -> None:
             taken = pending.pop()
             self.called = True
-            y = next(iter(_activations([output])), None)
+            y = next(iter(activations([output])), None)
             if y is None:
                 return
             x = next((x for x in taken if x.shape == y.shape), None)
@@ -203,11 +171,11 @@ class _Product(_Meter):
         self.shape = shape
 
     @contextmanager
-    def watching(self, mask: _Mask) -> Iterator[None]:
+    def watching(self, mask: Mask) -> Iterator[None]:
         width = min(self.shape)
 
         def after(module: nn.Module, args: object, kwargs: Any, output: object) -> None:
-            x = next(iter(_activations([args, *kwargs.values()])), None)
+            x = next(iter(activations([args, *kwargs.values()])), None)
             if x is None or not isinstance(output, Tensor):
                 return
             # Either way round: modules with W as (inputs, outputs) exist.
@@ -245,23 +213,8 @@ def _blocks(model: nn.Module) -> dict[str, _Meter]:
 
 def _products(model: nn.Module, selected: Sequence[Selected]) -> dict[str, _Meter]:
     """Meters of weights, by parameter name."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(module)
-    return {s.name: _Product(owners[id(s.weight)], s.shape) for s in selected}
-
-
-def _activations(values: Iterable[object]) -> Iterator[Tensor]:
-    """The floating-point tensors with at least two dimensions, those of containers in place."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and value.dim() >= 2:
-                yield value
-        elif isinstance(value, Mapping):
-            yield from _activations(value.values())
-        elif isinstance(value, tuple | list):
-            yield from _activations(value)
+    found = owners(model)
+    return {s.name: _Product(found[id(s.weight)], s.shape) for s in selected}
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -270,66 +223,6 @@ def _unit(x: Tensor) -> Tensor:
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax(-1, keepdim=True).clamp_min(tiny)
     return F.normalize(x, dim=-1, eps=tiny)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, uncompiled; afterwards every flag and the random generators as they were."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    # nn.TransformerEncoder's fast path packs padded batches, and hooks wouldn't see its layers.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        if "torch._dynamo" in sys.modules:  # a compiled module would run without our hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, flag in flags:
-                module.training = flag
-
-
-def _shown(batches: Iterable[Any], limit: int | None, show: Show) -> Iterator[Any]:
-    """The first ``limit`` batches, with a bar where their number is known."""
-    known = [len(batches)] if isinstance(batches, Sized) else []
-    count = min([*known, *([] if limit is None else [limit])], default=None)
-    show = show if count is not None else False
-    with progress_bar(show, "importance", count or 0, count or 0) as bar:
-        for batch in itertools.islice(batches, limit):
-            yield batch
-            bar.advance(1, 1)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
-    return value
-
-
-def _run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        raise TypeError(
-            f"{OP}: expected batches of tensors, tuples, lists or mappings, got "
-            f"{type(batch).__name__}; pass forward= with a function of model and batch"
-        )
 
 
 def _similarities(meters: Mapping[str, _Meter]) -> dict[str, float]:
@@ -382,24 +275,15 @@ def _by_block(
             found[s.name] = None
             if names and not any(meters[name].called for name in names):
                 missed.append(s.name)
-    _require_reached(missed)
+    require_reached(missed, OP)
     return found
 
 
 def _by_weight(
     selected: Sequence[Selected], similarities: Mapping[str, float]
 ) -> dict[str, float | None]:
-    _require_reached([s.name for s in selected if s.name not in similarities])
+    require_reached([s.name for s in selected if s.name not in similarities], OP)
     return {s.name: similarities[s.name] for s in selected}
-
-
-def _require_reached(missed: Sequence[str]) -> None:
-    if missed:
-        raise ValueError(
-            f"{OP}: expected the batches to run every layer, got none that reached "
-            f"{listed(missed)} by a call of its module with a real token; leave these out by "
-            "filter=, or pass other batches or forward="
-        )
 
 
 def _normalised(

@@ -65,6 +65,39 @@ class Ranks:
         if error is not None:
             raise error
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows (count, n) of all ranks in one; zeros where a rank has fewer than another."""
+        if self.group is None:
+            return rows
+        import torch.distributed as dist
+
+        most = torch.tensor(len(rows), device=rows.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
+        padded = rows.new_zeros(int(most), rows.shape[-1])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(found, padded, group=self.group)
+        return torch.cat(found)
+
+    def columns(self, owner: int, columns: Tensor | None, height: int, like: Tensor) -> Tensor:
+        """The owner's columns (height, r), r known to it alone, on every rank; of ``like``'s dtype.
+
+        Args:
+            columns: None elsewhere.
+        """
+        if self.group is None:
+            assert columns is not None
+            return columns
+        import torch.distributed as dist
+
+        width = torch.tensor(0 if columns is None else columns.shape[-1], device=like.device)
+        dist.broadcast(width, group_src=owner, group=self.group)
+        sent = like.new_empty(height, int(width))
+        if columns is not None:
+            sent.copy_(columns)
+        dist.broadcast(sent, group_src=owner, group=self.group)
+        return sent
+
     def send(
         self,
         owner: int,

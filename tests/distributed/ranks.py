@@ -15,6 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 120  # of one collective: a rank that waits in vain fails before the test does
+COUNTED = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
 
 
 def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -62,7 +69,7 @@ class Collectives:
 
     def __enter__(self) -> Collectives:
         self._kept = {}
-        for name in ("all_reduce", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor"):
+        for name in COUNTED:
             self._kept[name] = getattr(dist, name)
             setattr(dist, name, self._counting(name))
         return self

@@ -1,0 +1,177 @@
+"""Running a model on batches and watching activations, for layer importance and input bases.
+
+Nothing of the model is left changed: eval mode, hooks and random generators are put back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from osf_torch.progress import Show, progress_bar
+from osf_torch.selection import listed
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+class Watcher(Protocol):
+    """Hooks on some modules, for as long as it is entered."""
+
+    def watching(self, mask: Mask) -> AbstractContextManager[None]: ...
+
+
+def watch(
+    model: nn.Module,
+    batches: Iterable[Any],
+    watchers: Iterable[Watcher],
+    *,
+    operator: str,
+    title: str,
+    max_batches: int | None,
+    progress: Show,
+    forward: Forward | None,
+) -> None:
+    """Runs ``model`` on the batches, without gradients, under the watchers' hooks.
+
+    Raises:
+        ValueError: no batches, ``max_batches`` below 1.
+        TypeError: a batch that is neither tensor, tuple, list nor mapping, without ``forward``.
+    """
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"{operator}: expected max_batches to be at least 1, got {max_batches}")
+    mask = Mask()
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_undisturbed(model))
+        for watcher in watchers:
+            stack.enter_context(watcher.watching(mask))
+        for batch in _shown(batches, max_batches, title, progress):
+            moved = _moved(batch, device)
+            mask.read(moved)
+            _run(model, moved, forward, operator)
+        if not mask.batches:
+            raise ValueError(f"{operator}: expected at least one batch, got none")
+
+
+class Mask:
+    """The real tokens of the batch that is running."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._mask: Tensor | None = None
+
+    def read(self, batch: object) -> None:
+        self.batches += 1
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._mask = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows (tokens, d) of activations (..., d) that aren't padding."""
+        rows, mask = x.flatten(0, -2), self._mask
+        if mask is None:
+            return rows
+        if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
+            kept = mask
+        elif x.shape[:-1] == mask.mT.shape:
+            kept = mask.mT
+        else:
+            return rows
+        return rows[kept.flatten().to(x.device)]
+
+
+def activations(values: Iterable[object]) -> Iterator[Tensor]:
+    """The floating-point tensors with at least two dimensions, those of containers in place."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dim() >= 2:
+                yield value
+        elif isinstance(value, Mapping):
+            yield from activations(value.values())
+        elif isinstance(value, tuple | list):
+            yield from activations(value)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, uncompiled; afterwards every flag and the random generators as they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    # nn.TransformerEncoder's fast path packs padded batches, and hooks wouldn't see its layers.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        if "torch._dynamo" in sys.modules:  # a compiled module would run without our hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, flag in flags:
+                module.training = flag
+
+
+def _shown(batches: Iterable[Any], limit: int | None, title: str, show: Show) -> Iterator[Any]:
+    """The first ``limit`` batches, with a bar where their number is known."""
+    known = [len(batches)] if isinstance(batches, Sized) else []
+    count = min([*known, *([] if limit is None else [limit])], default=None)
+    show = show if count is not None else False
+    with progress_bar(show, title, count or 0, count or 0) as bar:
+        for batch in itertools.islice(batches, limit):
+            yield batch
+            bar.advance(1, 1)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward | None, operator: str) -> None:
+    if forward is not None:
+        forward(model, batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        raise TypeError(
+            f"{operator}: expected batches of tensors, tuples, lists or mappings, got "
+            f"{type(batch).__name__}; pass forward= with a function of model and batch"
+        )
+
+
+def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that have a parameter, by its id."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            found.setdefault(id(parameter), []).append(module)
+    return found
+
+
+def require_reached(missed: Sequence[str], operator: str) -> None:
+    """Raises ValueError where there is a weight that no batch reached."""
+    if missed:
+        raise ValueError(
+            f"{operator}: expected the batches to run every layer, got none that reached "
+            f"{listed(missed)} by a call of its module with a real token; leave these out by "
+            "filter=, or pass other batches or forward="
+        )

@@ -1,0 +1,144 @@
+"""input_subspaces over real processes: inputs of all ranks together, the same bases everywhere."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from osf_kernels.testing import overlap
+from osf_torch import input_subspaces, protect, refresh
+from tests.distributed.ranks import Collectives, run_ranks
+from tests.helpers import generator_for
+
+ENERGY = 0.97
+
+
+def mlp():
+    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 12), nn.Tanh())
+    generator = generator_for("inputs")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return model.double()
+
+
+def sharded():
+    model = mlp()
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def batches(rank):
+    """Fewer tokens on later ranks."""
+    generator = generator_for("batches", rank)
+    scale = 0.8 ** torch.arange(12, dtype=torch.float64)
+    return [torch.randn(9 - 2 * rank, 12, generator=generator, dtype=torch.float64) * scale]
+
+
+def columns(found):
+    return {name: s.V.columns for name, s in found.items()}
+
+
+def whole(rank):
+    with Collectives() as counted:
+        found = input_subspaces(
+            mlp(), batches(rank), energy=ENERGY, group=dist.group.WORLD, progress=False
+        )
+    return columns(found), sorted({name for name, _, _ in counted.calls})
+
+
+def on_shards(rank):
+    model = sharded()
+    before = refresh(model, 0.25, progress=False)
+    found = input_subspaces(model, batches(rank), energy=ENERGY, previous=before, progress=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    guard = protect(model, found, optimizer=optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 12, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    guard.verify()
+    return columns(found), max(guard.drift().values())
+
+
+def one_sided_steps(rank):
+    """What two restored steps with V alone send, beyond FSDP's own."""
+    model = sharded()
+    found = input_subspaces(model, batches(rank), energy=ENERGY, progress=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    guard = protect(model, found, optimizer=optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 12, dtype=torch.float64)).square().sum().backward()
+        with Collectives() as counted:
+            optimizer.step()
+    return counted.calls, max(guard.drift().values())
+
+
+def one_bad_rank(rank):
+    given = batches(rank)
+    if rank == 1:
+        given[0][0, 0] = float("nan")
+    try:
+        input_subspaces(mlp(), given, group=dist.group.WORLD, progress=False)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+RUNS = {"whole": whole, "shards": on_shards, "one-sided": one_sided_steps, "bad": one_bad_rank}
+
+
+def everything(rank):
+    return {name: run(rank) for name, run in RUNS.items()}
+
+
+@lru_cache
+def results(ranks):
+    return run_ranks(ranks, everything)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kind", ["whole", "shards"])
+def test_bases_are_those_of_all_inputs_together(ranks, kind):
+    together = [batch for rank in range(ranks) for batch in batches(rank)]
+    before = refresh(mlp(), 0.25, progress=False) if kind == "shards" else None
+    wanted = input_subspaces(mlp(), together, energy=ENERGY, previous=before, progress=False)
+    first, _ = results(ranks)[0][kind]
+    for run in results(ranks):
+        for name, V in run[kind][0].items():
+            assert torch.equal(V, first[name])
+    for name, V in columns(wanted).items():
+        assert first[name].shape == V.shape
+        assert overlap(first[name], V) >= 1 - 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_hold_still_and_what_is_sent_are_tensors(ranks):
+    for run in results(ranks):
+        assert run["shards"][1] <= 1e-12
+        assert run["whole"][1] == ["all_gather", "all_reduce", "broadcast"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_steps_with_the_unsharded_side_alone_send_nothing(ranks):
+    for run in results(ranks):
+        calls, drift = run["one-sided"]
+        assert calls == []
+        assert drift <= 1e-12
+
+
+@pytest.mark.slow
+def test_all_ranks_refuse_together():
+    first, second = (run["bad"] for run in results(2))
+    assert "see what it raised" in first
+    assert "NaN or Inf first in '0.weight'" in second
