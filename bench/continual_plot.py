@@ -19,6 +19,7 @@ STYLES: dict[str, tuple[str, str, str]] = {  # method -> colour, marker, line
     "complement": ("#0072B2", "o", "-"),
     "no-restore": ("#56B4E9", "o", ":"),
     "adaptive": ("#009E73", "P", "-"),
+    "inputs": ("#000000", "*", "-"),
 }
 
 

@@ -148,11 +148,11 @@ def summarise(runs: Sequence[Run]) -> Summary:
     )
 
 
-def verdict(summaries: Mapping[str, Summary], *, ours: str = "complement") -> str:
-    """One sentence: what was hoped for, and for each part whether it came out."""
+def verdict(summaries: Mapping[str, Summary], ours: str, title: str) -> str:
+    """One sentence on a method of ours: what was hoped for, and whether each part came out."""
     missing = [name for name in (ours, "plain", "peft-osf") if name not in summaries]
     if missing:
-        return f"No verdict: {', '.join(missing)} did not run."
+        return f"No verdict on {title}: {', '.join(missing)} did not run."
     own, plain, osf = (summaries[name] for name in (ours, "plain", "peft-osf"))
 
     def says(held: bool) -> str:
@@ -163,7 +163,7 @@ def verdict(summaries: Mapping[str, Summary], *, ours: str = "complement") -> st
     at_least = own.average.mean >= osf.average.mean
     seeds = min(own.seeds, plain.seeds, osf.seeds)
     return (
-        f"Over {seeds} seed{'s' if seeds > 1 else ''}, ours with restore forgets "
+        f"Over {seeds} seed{'s' if seeds > 1 else ''}, {title!r} forgets "
         f"{100 * own.forgotten.mean:.1f} points where plain fine-tuning forgets "
         f"{100 * plain.forgotten.mean:.1f}: under a third, {says(less)}; its average accuracy is "
         f"{100 * own.average.mean:.1f} against plain's {100 * plain.average.mean:.1f}: no lower, "

@@ -25,7 +25,14 @@ from bench import (
     redundancy,
     report,
 )
-from bench.continual_methods import COMPARED, METHODS, linear_weights
+from bench.continual_methods import (
+    COMPARED,
+    INPUT_ENERGY,
+    METHODS,
+    Plain,
+    Tokens,
+    linear_weights,
+)
 from bench.continual_rows import Row
 from bench.continual_run import Encoded, EncodedTask, Setting
 from bench.continual_tasks import SPLITS, TASKS, Fact, Split
@@ -189,15 +196,19 @@ def summary(method: str, average: float, forgotten: float) -> continual_rows.Sum
     return continual_rows.summarise([run, run])
 
 
+def judge(summaries: dict[str, continual_rows.Summary]) -> str:
+    return continual_rows.verdict(summaries, "complement", "ours")
+
+
 def test_verdict_says_yes_and_no_from_the_figures() -> None:
     plain, osf = summary("plain", 0.6, 0.15), summary("peft-osf", 0.65, 0.02)
     good = {"plain": plain, "peft-osf": osf, "complement": summary("complement", 0.66, 0.04)}
-    assert continual_rows.verdict(good).count("yes") == 3
+    assert judge(good).count("yes") == 3
     bad = good | {"complement": summary("complement", 0.59, 0.06)}
-    assert continual_rows.verdict(bad).count("NO") == 3
-    mixed = continual_rows.verdict(good | {"complement": summary("complement", 0.62, 0.04)})
+    assert judge(bad).count("NO") == 3
+    mixed = judge(good | {"complement": summary("complement", 0.62, 0.04)})
     assert (mixed.count("yes"), mixed.count("NO")) == (2, 1)
-    assert "peft-osf did not run" in continual_rows.verdict({"plain": plain, "complement": plain})
+    assert "peft-osf did not run" in judge({"plain": plain, "complement": plain})
 
 
 # training
@@ -289,16 +300,50 @@ def test_ours_pins_the_protected_part(method: str, pinned: bool) -> None:
     assert (worst < 1e-3) == pinned
 
 
-def run_a_task(build: Callable[[nn.Module], object], encoder: nn.Module, rank: float) -> None:
-    learner = build(encoder)
-    tokens = small_tasks(1)[0].splits["train"].batch(torch.arange(8))
-    model = learner.begin(0, rank, [tokens])  # type: ignore[attr-defined]
+def test_ours_with_inputs_keeps_later_updates_off_earlier_inputs() -> None:
+    encoder = small_encoder()
+    learner = METHODS["inputs"].build(encoder)
+    first, second = (task.splits["train"] for task in small_tasks(2))
+    a_task(learner, first)
+    seen = inputs_of(encoder, first.batch(torch.arange(8)))
+    before = {name: w.detach().double().clone() for name, w in linear_weights(encoder).items()}
+    a_task(learner, second)
+    for name, W in linear_weights(encoder).items():
+        change = W.detach().double() - before[name]
+        share = (change @ seen[name]).norm() / (seen[name].norm() * torch.linalg.norm(change, 2))
+        assert 0 < share <= (1 - INPUT_ENERGY) ** 0.5 + 1e-3, name
+
+
+def inputs_of(encoder: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
+    """Columns that each linear weight is multiplied with, padding left out."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({f"{name}.weight": args[0][tokens[1]].mT})
+        )
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        encoder(*tokens)
+    for handle in handles:
+        handle.remove()
+    return {name: x.double() for name, x in seen.items()}
+
+
+def a_task(learner: Plain, examples: Encoded, rank: float = 0.5) -> None:
+    tokens = examples.batch(torch.arange(8))
+    model = learner.begin(0, rank, [tokens])
     head = continual_run.new_head(24, 3, torch.Generator().manual_seed(1))
     optimizer = continual_run.trainer(model, head, 1e-2)
-    learner.protect(optimizer)  # type: ignore[attr-defined]
+    learner.protect(optimizer)
     for _ in range(4):
         continual_run.step(model, head, optimizer, tokens, torch.arange(8) % 3)
-    learner.end()  # type: ignore[attr-defined]
+    learner.end()
+
+
+def run_a_task(build: Callable[[nn.Module], Plain], encoder: nn.Module, rank: float) -> None:
+    a_task(build(encoder), small_tasks(1)[0].splits["train"], rank)
 
 
 def test_sequence_learns_and_leaves_the_encoder_alone() -> None:
@@ -619,7 +664,7 @@ def test_tune_then_run_writes_rows_costs_and_picture(
     rest = ["--seeds", "2", "--rounds", "0"]
     assert cli.main([*common, *methods, *rest]) == 0
     out = capsys.readouterr().out
-    assert "Over 2 seeds, ours with restore forgets" in out
+    assert "Over 2 seeds, 'ours' forgets" in out
     assert len(continual_rows.read(csv)) == 6
     assert csv.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     written = csv.read_bytes()

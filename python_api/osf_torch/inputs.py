@@ -26,7 +26,7 @@ def input_subspaces(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    energy: float = 0.99,
+    energy: float = 0.95,
     previous: Mapping[str, Subspace] | None = None,
     filter: Filter = None,
     max_tokens: int = 4096,
@@ -82,7 +82,7 @@ def input_subspaces(
     2103.09762), equations 5 to 9, where V' is the memory of a layer.
     """
     if not 0 < energy <= 1:
-        raise ValueError(f"{OP}: expected energy in (0, 1], got {energy}; 0.99 is usual")
+        raise ValueError(f"{OP}: expected energy in (0, 1], got {energy}; 0.95 is usual")
     if max_tokens < 1:
         raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
     selected = select(model, 1, filter, operator="input_subspaces", sharded=True)
