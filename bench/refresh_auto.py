@@ -32,6 +32,7 @@ class AutoRow:
     """One method at one shape and rank."""
 
     source: str = ""
+    task: str = ""  # "cold", or "complement" where the low bases are wanted too
     m: int | None = None
     n: int | None = None
     rho: float | None = None
@@ -51,7 +52,12 @@ class AutoRow:
 
 
 def problems(
-    source: str, sizes: Sequence[int], aspects: Sequence[int], count: int, device: torch.device
+    source: str,
+    sizes: Sequence[int],
+    aspects: Sequence[int],
+    count: int,
+    device: torch.device,
+    task: str = "cold",
 ) -> Iterator[Problem]:
     """Lists of ``count`` matrices of one shape, each with bases of its own."""
     for n in sizes:
@@ -61,13 +67,14 @@ def problems(
                     spectra.random_problem(source, aspect * n, n, device, seed).matrices[0]
                     for seed in range(count)
                 ]
-                yield Problem(source, "cold", drawn)
+                yield Problem(source, task, drawn)
 
 
 def _row(problem: Problem, rho: float, method: str, niter: int | None) -> AutoRow:
     m, n = problem.matrices[0].shape
     return AutoRow(
         source=problem.source,
+        task=problem.task,
         m=m,
         n=n,
         rho=rho,
@@ -83,11 +90,13 @@ def candidates(problem: Problem, rho: float) -> list[tuple[AutoRow, Callable[[],
     """Each method with the least work that reaches the accuracy, ready to be timed.
 
     Warm and deflated start from an earlier result after a drift of 1e-3, the other three from
-    the same weights without it.
+    the same weights without it; where low bases are wanted of a cold start they are left out.
     """
     found: list[tuple[AutoRow, Callable[[], object]]] = []
-    later = [("warm", spectra.drifted(problem, rho, free=False))]
-    later.append(("deflated", spectra.drifted(problem, rho, free=True)))
+    later: list[tuple[str, Problem]] = []
+    if problem.task == "cold":
+        later.append(("warm", spectra.drifted(problem, rho, free=False)))
+        later.append(("deflated", spectra.drifted(problem, rho, free=True)))
     for method, where, niters in (
         ("exact", problem, (None,)),
         ("gram", problem, (None,)),
@@ -170,11 +179,13 @@ def run(
     device: torch.device,
     csv: Path | None,
     say: Callable[[str], object] = lambda _: None,
+    *,
+    task: str = "cold",
 ) -> int:
     rows: list[AutoRow] = []
     if csv is not None:
         csv.unlink(missing_ok=True)
-    for problem in problems(source, sizes, ASPECTS, count, device):
+    for problem in problems(source, sizes, ASPECTS, count, device, task):
         fresh = measure(problem, rhos, rounds, say)
         rows += fresh
         if csv is not None:

@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
     auto.add_argument("--rho", type=_listed, help="shares of the shorter side")
 
     auto.add_argument("--count", type=int, default=1, help="matrices a call, of one shape")
+    auto.add_argument("--complement", action="store_true", help="the low bases too")
 
     for command in (refresh, auto):
         command.add_argument("--rounds", type=int, default=3)
@@ -165,5 +166,13 @@ def run_auto(arguments: argparse.Namespace, say: Callable[[str], object]) -> int
     if arguments.count < 1:
         raise ValueError(f"bench: expected --count to be at least 1, got {arguments.count}")
     return refresh_auto.run(
-        arguments.source, sizes, rhos, rounds, arguments.count, device, arguments.csv, say
+        arguments.source,
+        sizes,
+        rhos,
+        rounds,
+        arguments.count,
+        device,
+        arguments.csv,
+        say,
+        task="complement" if arguments.complement else "cold",
     )

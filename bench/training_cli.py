@@ -17,7 +17,7 @@ COST_ROUNDS = 9
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
 DEFAULT_TRR = 0.8  # the paper's
-MRR_RATE = 1e-3
+MRR_RATE = 3e-4
 
 
 def add(commands: Any) -> None:

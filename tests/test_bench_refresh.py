@@ -323,6 +323,14 @@ def test_the_auto_table_marks_the_fastest_that_is_accurate() -> None:
     assert "*" in text
 
 
+@pytest.mark.timing
+def test_the_auto_table_of_low_bases_compares_cold_starts() -> None:
+    (case,) = refresh_auto.problems("power", (32,), (2,), 3, CPU, "complement")
+    rows = refresh_auto.measure(case, [0.5], 1, lambda _: None)
+    assert {r.method for r in rows} == {"exact", "gram", "randomized"}
+    assert all((r.task, r.matrices, r.status) == ("complement", 3, "ok") for r in rows)
+
+
 def test_the_auto_shapes_stay_within_the_largest() -> None:
     found = list(refresh_auto.problems("flat", (16, 4096), (1, 4), 2, CPU))
     assert [[tuple(A.shape) for A in p.matrices] for p in found] == [[(16, 16)] * 2, [(64, 16)] * 2]
