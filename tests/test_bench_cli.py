@@ -25,6 +25,7 @@ from bench import (
     refresh,
     refresh_auto,
     report,
+    static,
     suite,
 )
 
@@ -114,6 +115,7 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "integrations_mini_trainer_cpu.csv": integrations_mini_trainer.Row,
         "integrations_peft_cpu.csv": integrations_peft.Row,
         "integrations_stiefel_cpu.csv": integrations_stiefel.Row,
+        "static.csv": static.Row,
     }
     found = sorted((root / "bench" / "results").glob("*.csv"))
     assert found
