@@ -14,7 +14,7 @@ CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -
 CXX_FILES = $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test quick lint format bench continual gpu-session clean
+.PHONY: help venv build demo test quick lint format bench continual static gpu-session clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,9 @@ bench: $(BUILT)  ## Measure on the CPU against peers, write the committed CSVs a
 
 continual: $(BUILT)  ## Train five tasks in a row on a real encoder: what each method forgets
 	@$(BIN)/python -m bench continual
+
+static: $(BUILT)  ## Inspect the machine code of every kernel, no GPU: registers, tensor cores, occupancy
+	@$(BIN)/python -m bench static --csv bench/results/static.csv
 
 gpu-session:  ## On a GPU machine, with its own Python: build, gpu tests, sanitizer, bench into OUT
 	bash bench/gpu_session.sh $(OUT)

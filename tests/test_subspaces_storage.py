@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import osf_kernels
-from osf_torch import load_subspaces, protect, refresh, save_subspaces, storage
+from osf_torch import (
+    Subspace,
+    input_subspaces,
+    load_subspaces,
+    protect,
+    refresh,
+    save_subspaces,
+    storage,
+)
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="the files are safetensors")
 
@@ -70,6 +78,46 @@ def test_a_loaded_refresh_protects_and_starts_the_next_one(tmp_path):
     assert len(refresh(model, 0.5, previous=loaded)) == 2
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert "2 parameters" in repr(protect(model, loaded, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("rho", [0.2, 0.9])
+def test_other_subspaces_than_a_refresh_come_back_as_a_dict(tmp_path, rho):
+    model = model_of([(9, 9), (9, 9)])
+    x = torch.randn(5, 9, generator=torch.Generator().manual_seed(2))
+    grown = input_subspaces(
+        model,
+        [x],
+        previous=refresh(model, rho),
+        forward=lambda model, x: [layer(x) for layer in model],
+        progress=False,
+    )
+    one_sided = {"0.weight": Subspace(None, grown["0.weight"].V, None, torch.ones(9, 9))}
+    for saved in (grown, one_sided, {"1.weight": Subspace(grown["1.weight"].U, None)}):
+        path = tmp_path / "s.safetensors"
+        save_subspaces(path, saved, model)
+        loaded = load_subspaces(path, model)
+        assert type(loaded) is dict
+        assert list(loaded) == list(saved)
+        for name, entry in saved.items():
+            for mine, other in ((entry.U, loaded[name].U), (entry.V, loaded[name].V)):
+                assert (mine is None) == (other is None)
+                if mine is not None:
+                    assert mine.spans == other.spans == ("high" if rho < 0.5 else "low")
+                    assert torch.equal(mine.columns, other.columns)
+            assert (entry.protected is None) == (loaded[name].protected is None)
+        protect(model, loaded, restore=False)
+    assert torch.equal(loaded["1.weight"].U.columns, grown["1.weight"].U.columns)
+    with torch.no_grad():
+        model[1].weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"'1\.weight' to hold the values"):
+        load_subspaces(path, model)
+
+
+def test_bases_of_another_shape_are_not_saved(tmp_path):
+    model = model_of([(9, 7)])
+    with pytest.raises(ValueError, match=r"'0\.weight' to be \(any, 9\) as when .*got \(9, 7\)"):
+        save_subspaces(tmp_path / "s", {"0.weight": Subspace(None, torch.eye(9, 2))}, model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_says_what_it_takes_to_trust_it(tmp_path):
