@@ -14,6 +14,7 @@ from torch import Tensor
 from bench import __main__ as cli
 from bench import (
     contenders,
+    continual_cost,
     continual_rows,
     integrations_galore,
     integrations_mini_trainer,
@@ -22,6 +23,7 @@ from bench import (
     overhead,
     plot,
     protection,
+    redundancy,
     refresh,
     refresh_auto,
     report,
@@ -111,6 +113,9 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "protect_cpu.csv": protection.Row,
         "continual.csv": continual_rows.Row,
         "continual_lr.csv": continual_rows.Row,
+        "continual_mrr.csv": continual_rows.Row,
+        "continual_cost.csv": continual_cost.Cost,
+        "redundancy.csv": redundancy.Row,
         "integrations_galore_cpu.csv": integrations_galore.Row,
         "integrations_mini_trainer_cpu.csv": integrations_mini_trainer.Row,
         "integrations_peft_cpu.csv": integrations_peft.Row,
