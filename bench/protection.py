@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,9 +157,8 @@ def drift_rows(
     case: str,
     rho: float,
     say: Callable[[str], object],
-) -> list[Row]:
+) -> Iterator[Row]:
     """The worst weight's drift after as many steps of AdamW as there are batches."""
-    rows = []
     for contender in (RESTORED, PROJECTED):
         one = trainer(contender, model, subspaces)
         assert one.guard is not None
@@ -167,8 +166,7 @@ def drift_rows(
             one.step(batch)
             say(f"drift, {contender}: step {index + 1} of {len(todo)}")
         drift = max(drifts(model, one.model, subspaces).values())
-        rows.append(Row(case, contender, rho, len(subspaces), steps=len(todo), drift=drift))
-    return rows
+        yield Row(case, contender, rho, len(subspaces), steps=len(todo), drift=drift)
 
 
 def drifts(before: nn.Module, after: nn.Module, subspaces: osf_torch.Subspaces) -> dict[str, float]:
@@ -200,18 +198,22 @@ def run(arguments: argparse.Namespace) -> int:
     )
     generator = torch.Generator().manual_seed(0)
     case = f"MiniLM rho={arguments.rho:g}"
-    rows = []
+    rows: list[Row] = []
+
+    def keep(fresh: Sequence[Row]) -> None:
+        rows.extend(fresh)
+        if arguments.csv is not None:  # as they come: drift takes many minutes
+            report.append_csv(arguments.csv, fresh, report.environment(torch.device("cpu")), Row)
+
     for size in arguments.batch:
         (batch,) = batches(encoded, size, 1, generator)
-        rows += step_rows(model, subspaces, batch, case, arguments.rho, arguments.rounds, say)
+        keep(step_rows(model, subspaces, batch, case, arguments.rho, arguments.rounds, say))
     todo = batches(encoded, arguments.drift_batch, arguments.drift_steps, generator)
     if todo:
-        rows += drift_rows(model, subspaces, todo, case, arguments.rho, say)
+        for row in drift_rows(model, subspaces, todo, case, arguments.rho, say):
+            keep([row])
     say("")
     print(_tables(rows, arguments))
-    if arguments.csv is not None:
-        where = report.environment(torch.device("cpu"))
-        report.append_csv(arguments.csv, rows, where, Row)
     return 0 if reached(rows) else 1
 
 
