@@ -108,7 +108,8 @@ def retract(X: Tensor, step: Tensor, *, frozen: Tensor | None = None) -> Tensor:
     """
     _require_alike("retract", "step", step, X)
     with torch.no_grad():
-        return polar(project_away(X + step, frozen))
+        moved = X + step
+        return polar(moved if frozen is None else project_away(moved, frozen))
 
 
 class _Entry(NamedTuple):
