@@ -81,26 +81,10 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
 def compile_triton(made: Any, architecture: str, cuobjdump: Path) -> tuple[int, Code]:
     """Dynamic shared memory and code of a launch, compiled for an architecture with no driver."""
     import triton
-    from triton.compiler import ASTSource
 
-    from osf_kernels.backends.triton import launch
     from tests.triton import aot
 
-    kernel, constants = launch.kernel_of(made), launch.constexprs(made)
-    pointers = {"meta": "*i64", "workspace": "*fp32"}
-    position = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
-        fn=kernel,
-        signature={
-            name: pointers.get(name, "constexpr" if name in constants else "i32")
-            for name in kernel.arg_names
-        },
-        constexprs={position[name]: value for name, value in constants.items()},
-        attrs={position[name]: [["tt.divisibility", 16]] for name in pointers if name in position},
-    )
-    compiled = triton.compile(
-        source, target=aot.TARGETS[architecture], options=launch.compile_options(made.config)
-    )
+    compiled = aot.compiled_of(made, architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -164,7 +164,7 @@ def _factors(entry: Subspace) -> dict[str, Tensor]:
     found = {"S": entry.S, "protected": entry.protected}
     for side, basis in (("U", entry.U), ("V", entry.V)):
         low = isinstance(basis, Basis) and basis.spans == "low"
-        found[f"{side}_low" if low else side] = basis.columns if isinstance(basis, Basis) else basis
+        found[f"{side}_low" if low else side] = None if basis is None else columns_of(basis)
     return {part: factor for part, factor in found.items() if factor is not None}
 
 

@@ -149,7 +149,8 @@ def operand_bytes(config: configs.Config, kind: Class) -> int:
     return dot.itemsize
 
 
-def compile_launch(made: schedule.Launch, architecture: str) -> Compiled:
+def compiled_of(made: schedule.Launch, architecture: str) -> Any:
+    """What Triton makes of a launch for an architecture, with no driver."""
     kernel = launch.kernel_of(made)
     constants = launch.constexprs(made)
     pointers = {"meta": "*i64", "workspace": "*fp32"}
@@ -164,9 +165,13 @@ def compile_launch(made: schedule.Launch, architecture: str) -> Compiled:
         constexprs={position[name]: value for name, value in constants.items()},
         attrs={position[name]: [["tt.divisibility", 16]] for name in pointers if name in signature},
     )
-    compiled = triton.compile(
+    return triton.compile(
         source, target=TARGETS[architecture], options=launch.compile_options(made.config)
     )
+
+
+def compile_launch(made: schedule.Launch, architecture: str) -> Compiled:
+    compiled = compiled_of(made, architecture)
     kind = ", ".join(str(v).removeprefix("torch.") for v in list(made.constants.values())[:7])
     name = f"{made.kernel} {made.config} [{kind}] on {architecture}"
     read = _hip if architecture.startswith("gfx") else _cuda
