@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from osf_torch.activations import Forward, Mask, activations, owners, require_reached, watch
 from osf_torch.progress import Show
+from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 
 Per = Literal["block", "weight"]
@@ -227,16 +228,9 @@ def _unit(x: Tensor) -> Tensor:
 
 def _similarities(meters: Mapping[str, _Meter]) -> dict[str, float]:
     """The mean of each meter that saw tokens, by one synchronisation a device."""
-    seen = {name: meter for name, meter in meters.items() if meter.tokens}
-    sums: dict[torch.device, list[Tensor]] = {}
-    for meter in seen.values():
-        assert meter.sum is not None
-        sums.setdefault(meter.sum.device, []).append(meter.sum)
-    read = {device: iter(torch.stack(found).tolist()) for device, found in sums.items()}
-    means = {}
-    for name, meter in seen.items():
-        assert meter.sum is not None
-        means[name] = next(read[meter.sum.device]) / meter.tokens
+    seen = [(name, m.sum, m.tokens) for name, m in meters.items() if m.sum is not None and m.tokens]
+    values = read([total for _, total, _ in seen])
+    means = {name: value / n for (name, _, n), value in zip(seen, values, strict=True)}
     bad = [name for name, mean in means.items() if not math.isfinite(mean)]
     if bad:
         first = min(bad, key=lambda name: meters[name].first)

@@ -14,6 +14,7 @@ from osf_kernels import Basis, extend_basis
 from osf_torch.activations import Forward, Mask, activations, owners, require_reached, watch
 from osf_torch.progress import Show, progress_bar
 from osf_torch.protected import columns_of, moved
+from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 from osf_torch.sharding import Group, local
 from osf_torch.sharing import Ranks
@@ -235,12 +236,9 @@ def _require_selected(previous: Mapping[str, Subspace], selected: Sequence[Selec
 
 
 def _require_finite(meters: Mapping[str, _Inputs]) -> None:
-    flags: dict[torch.device, list[Tensor]] = {}
-    for meter in meters.values():
-        assert meter.rows is not None
-        flags.setdefault(meter.rows.device, []).append(meter.rows.isfinite().all())
-    read = {device: iter(torch.stack(found).tolist()) for device, found in flags.items()}
-    bad = [m for m in meters.values() if m.rows is not None and not next(read[m.rows.device])]
+    seen = [(meter, meter.rows) for meter in meters.values() if meter.rows is not None]
+    finite = read([rows.isfinite().all() for _, rows in seen])
+    bad = [meter for (meter, _), fine in zip(seen, finite, strict=True) if not fine]
     if bad:
         first = min(bad, key=lambda meter: meter.first)
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from osf_kernels import TruncatedSVD, truncated_svd
 from osf_torch.progress import Show, progress_bar
+from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
@@ -259,15 +260,15 @@ def _kind(s: Selected, complement: bool | None) -> _Kind:
 
 def _require_finite(selected: Sequence[Selected]) -> None:
     """Refuses NaN and Inf on any rank, with one synchronisation a device."""
-    counts: dict[torch.device, list[Tensor]] = {}
+    counts = []
     for s in selected:
         count = (~torch.isfinite(local(s.weight.detach()))).sum()
         cut = sharding_of(s.weight)
         if cut is not None:
             (count,) = sum_over(cut.group, [count])
-        counts.setdefault(s.weight.device, []).append(count)
-    taken = {device: iter(torch.stack(found).tolist()) for device, found in counts.items()}
-    bad = [f"{s.name!r} has {n}" for s in selected if (n := next(taken[s.weight.device]))]
+        counts.append(count)
+    found = zip(selected, read(counts), strict=True)
+    bad = [f"{s.name!r} has {count}" for s, count in found if count]
     if bad:
         raise ValueError(
             f"osf_torch.refresh: expected finite weights, got NaN or Inf: {listed(bad)} such "
