@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from osf_torch.selection import Rank, Ranks, named_weights
 from osf_torch.sharding import any_rank
 from osf_torch.state import read_state, state_of
 from osf_torch.subspaces import Subspace, Subspaces
+
+Restore = bool | Literal["deferred"]
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -36,7 +38,8 @@ class Guard:
 
     Attributes:
         when: "step" or "backward": where gradients are projected.
-        restores: whether the protected part is pinned after each step.
+        restores: whether the protected part is pinned after each step (True), at the next one
+            ("deferred") or never (False).
         mode: "complement" or "core".
         projections: how many times gradients were projected so far.
         subspaces: what is protected, as it was given or made by ``next_task``.
@@ -49,12 +52,12 @@ class Guard:
         subspaces: Mapping[str, Subspace],
         optimizer: torch.optim.Optimizer | None,
         when: Literal["step", "backward"],
-        restore: bool,
+        restore: Restore,
         mode: Mode,
         record: bool,
     ) -> None:
         self.when = when
-        self.restores = restore
+        self.restores: Restore = restore
         self.mode: Mode = mode
         self.projections = 0
         self.subspaces = subspaces
@@ -63,11 +66,16 @@ class Guard:
         self._items = {id(item.weight): item for item in items}
         self._record = record
         self._leaks: dict[str, Leak] = {}
-        self._stepped: list[Protected] = []
+        self._stepping: list[Protected] = []
+        self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
         self._handles: dict[int | None, list[Any]] = {}  # of a weight's hooks; None: optimizer's
 
     def __repr__(self) -> str:
-        pinned = "restored after each step" if self.restores else "not restored"
+        pinned = {
+            True: "restored after each step",
+            "deferred": "restored at the next step",
+            False: "not restored",
+        }[self.restores]
         count = len(self._items)
         return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self.mode!r})"
 
@@ -90,6 +98,7 @@ class Guard:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
         for key in keys & self._items.keys():
             del self._items[key]
+            self._moved.pop(key, None)
             for handle in self._handles.pop(key, []):
                 handle.remove()
         if not self._items:
@@ -101,31 +110,38 @@ class Guard:
     @torch.no_grad()
     def _after_accumulation(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._project([self._items[id(parameter)]])
+            self._prepare([self._items[id(parameter)]])
 
     @torch.compiler.disable
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         ready = [item for item in self._items.values() if item.weight.grad is not None]
         # A fused optimizer under GradScaler is called for a step that it then leaves out.
-        self._stepped = [] if _overflowed(optimizer, ready) else ready
-        if self.when == "step":
-            self._project([item for item in self._stepped if not item.is_projected()])
+        skipped = _overflowed(optimizer, ready)
+        self._stepping = [] if skipped else ready
+        if self.when == "step" and not skipped:
+            self._prepare(ready, self._take_moved())
 
     @torch.compiler.disable
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         """Pins what the step has moved; weights that had no gradient stood still."""
-        weights.restore_all_(self._stepped, self.mode)
+        self._moved |= {id(item.weight): item for item in self._stepping}
+        if self.restores is True:
+            weights.restore_all_(self._take_moved(), self.mode)
 
-    def _project(self, items: list[Protected]) -> None:
-        if not items:
-            return
+    def _take_moved(self) -> list[Protected]:
+        moved, self._moved = list(self._moved.values()), {}
+        return moved
+
+    def _prepare(self, items: list[Protected], moved: Sequence[Protected] = ()) -> None:
+        """Projects the gradients that aren't yet, and pins what earlier steps have moved."""
+        items = [item for item in items if not item.is_projected()]
         raw = [self._share(item) for item in items] if self._record else []
-        weights.project_all_(items, self.mode)
+        weights.project_and_restore_all_(items, moved, self.mode)
         for item, before in zip(items, raw, strict=False):
             self._leaks[item.name] = Leak(before, self._share(item))
-        self.projections += 1
+        self.projections += bool(items)
 
     def _share(self, item: Protected) -> float:
         assert item.weight.grad is not None
@@ -139,7 +155,25 @@ class Guard:
         unless a gradient was written since.
         """
         ready = [item for item in self._items.values() if item.weight.grad is not None]
-        self._project([item for item in ready if not item.is_projected()])
+        self._prepare(ready, self._take_moved())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """W ← P(W) + protected now, for what steps have moved since it was last pinned.
+
+        For ``restore="deferred"``, before weights are evaluated or saved; ``verify``, ``next_task``
+        and ``remove`` do it themselves. With restore=True nothing is left to do between steps. Of
+        sharded weights a collective: every rank calls it.
+
+        Raises:
+            RuntimeError: restore=False pinned nothing that could be restored.
+        """
+        if not self.restores:
+            raise RuntimeError(
+                "osf_torch.Guard.restore: expected protect(..., restore=True or 'deferred'), got "
+                "restore=False"
+            )
+        weights.restore_all_(self._take_moved(), self.mode)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -186,6 +220,8 @@ class Guard:
                 "ranks, widen how much the present ones grow"
             )
         chosen = self._widened(widen) if ranks is None else ranks
+        if self.restores:
+            self.restore()
         if self.restores and self.mode == "complement" and isinstance(self.subspaces, Subspaces):
             kept = [self.subspaces[item.name].svd for item in self._items.values()]
             if all(svd is not None for svd in kept):
@@ -301,7 +337,9 @@ class Guard:
                 "osf_torch.Guard.verify: expected projected gradients, got none so far; the hooks "
                 "never fired: is this the model, and the optimizer, that is trained?"
             )
-        if tol is None and not self.restores:
+        if self.restores:
+            self.restore()
+        elif tol is None:
             return
         by_name = self._by_name()
         for name, drift in self.drift().items():
@@ -319,9 +357,8 @@ class Guard:
 
         Tensors are this rank's own, as they are used; nothing but tensors, numbers and strings.
         """
-        return state_of(
-            list(self._items.values()), self.when, self.restores, self.mode, self.projections
-        )
+        items, moved = list(self._items.values()), list(self._moved.values())
+        return state_of(items, moved, self.when, self.restores, self.mode, self.projections)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where :meth:`state_dict` was called; the model and optimizer load their own.
@@ -331,13 +368,20 @@ class Guard:
                 or another number of ranks; nothing is changed.
         """
         held = read_state(state, list(self._items.values()), self.when, self.restores, self.mode)
+        moved = state.get("moved", ())
+        self._moved = {key: item for key, item in self._items.items() if item.name in moved}
         for item in self._items.values():
             item.held = held[item.name]
         self.projections = int(state["projections"])
         self._leaks = {}
 
     def remove(self) -> None:
-        """Takes every hook off; the model and the optimizer are as before. Idempotent."""
+        """Takes every hook off; the model and the optimizer are as before. Idempotent.
+
+        What ``restore="deferred"`` has still to pin is pinned first.
+        """
+        if self._handles and self.restores:
+            self.restore()
         for handles in self._handles.values():
             for handle in handles:
                 handle.remove()

@@ -10,7 +10,7 @@ from torch import nn
 
 from osf_kernels import Mode, plan
 from osf_torch import protected as weights
-from osf_torch.guard import Guard, owned_by
+from osf_torch.guard import Guard, Restore, owned_by
 from osf_torch.protected import Protected
 from osf_torch.selection import named_weights
 from osf_torch.subspaces import Subspace
@@ -24,7 +24,7 @@ def protect(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     when: When = "auto",
-    restore: bool = True,
+    restore: Restore = True,
     mode: Mode = "complement",
     record: bool = False,
 ) -> Guard:
@@ -37,8 +37,10 @@ def protect(
     Call it when the parameters are those that will be trained: after ``fully_shard``,
     ``parallelize_module`` or a move to another device, and before DeepSpeed's ``initialize``.
     Sharded weights (DTensor, sharded on one mesh dimension) keep a slice of the basis of their
-    sharded side; each list of gradients takes one all-reduce on the mesh dimension's group, and
-    restoring another one. Replicated gradients (DistributedDataParallel) take none.
+    sharded side; a step takes one all-reduce on the mesh dimension's group, and a second one to
+    restore at once, for what an optimizer moves isn't known before it has: ``restore="deferred"``
+    shares the next step's. Bases of V alone under FSDP2 take none, nor do replicated gradients
+    (DistributedDataParallel).
 
     Args:
         model: its 2-D (or batched) parameters named in ``subspaces`` are protected; frozen ones
@@ -50,7 +52,10 @@ def protect(
             "backward" projects each gradient when it has been accumulated; "auto" takes "step"
             with an optimizer and "backward" without (and for DeepSpeed's ZeRO-3, where a step sees
             flat pieces), and ``Guard.when`` says which.
-        restore: pin the protected part in the optimizer's step post-hook.
+        restore: True pins the protected part in the optimizer's step post-hook. "deferred" pins it
+            in the next step's pre-hook, together with that step's projection (when="step" alone):
+            nothing adds up, but in between the weights carry the drift of one step;
+            ``Guard.restore`` pins it at once, before weights are evaluated or saved.
         mode: "complement" or "core", for projecting and restoring.
         record: measure the leak at every projection for ``Guard.leak()``; costs two more
             projections in float64 and a synchronisation per matrix.
@@ -73,7 +78,11 @@ def protect(
         raise ValueError(
             f'osf_torch.protect: expected when to be "auto", "step" or "backward", got {when!r}'
         )
-    for need, wanted in (("restore=True", restore), ('when="step"', when == "step")):
+    if restore != "deferred" and not isinstance(restore, bool):
+        raise ValueError(
+            f'osf_torch.protect: expected restore to be True, False or "deferred", got {restore!r}'
+        )
+    for need, wanted in ((f"restore={restore!r}", restore), ('when="step"', when == "step")):
         if wanted and optimizer is None:
             raise ValueError(
                 f"osf_torch.protect: expected optimizer to be given with {need}, got None; "
@@ -90,13 +99,18 @@ def protect(
         )
     if optimizer is not None:
         _require_owner(optimizer, items)
-    if restore:
-        weights.pin(items, mode)
     chosen: Literal["step", "backward"]
     if when == "auto":
         chosen = "backward" if optimizer is None or zero3 is not None else "step"
     else:
         chosen = when
+    if restore == "deferred" and chosen != "step":
+        raise ValueError(
+            'osf_torch.protect: expected when="step" with restore="deferred", which pins weights '
+            f'with the projection of a step, got when={when!r}; pass when="step" or restore=True'
+        )
+    if restore:
+        weights.pin(items, mode)
     guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record)
     guard.attach()
     return guard

@@ -1,8 +1,9 @@
 """A protected weight, and what is done to lists of them: project, restore, measure.
 
-Each list takes one call for the weights that are whole on this rank, and one collective a group
-for those that are sharded. A weight sharded by columns is seen transposed, so that the sharded
-dimension is always the rows: there B = g V is local and A = Uᵀ g is summed.
+A list takes one call for the weights that are whole on this rank, and one collective a group for
+those that are sharded, gradients to project and weights to restore together. A weight sharded by
+columns is seen transposed, so that the sharded dimension is always the rows: there B = g V is local
+and A = Uᵀ g is summed.
 """
 
 from __future__ import annotations
@@ -166,9 +167,37 @@ def summed_coefficients(
     return [(A, B) for A, B in pairs]
 
 
-def project_all_(items: Sequence[Protected], mode: Mode) -> None:
-    """g ← P(g) for the gradients of all items."""
-    whole, sharded = _parted(items)
+def project_and_restore_all_(
+    projected: Sequence[Protected], restored: Sequence[Protected], mode: Mode
+) -> None:
+    """g ← P(g) for the gradients of some items, W ← P(W) + what is pinned for the weights of some.
+
+    Sharded ones of both take one sum.
+    """
+    whole_grads, sharded_grads = _parted(projected)
+    whole_weights, sharded_weights = _parted(restored)
+    _project_whole_(whole_grads, mode)
+    _restore_whole_(whole_weights, mode)
+    sharded = [*sharded_grads, *sharded_weights]
+    if sharded:
+        Ws = [item.view(item.weight) for item in sharded_weights]
+        xs = [_summand(item, W) for item, W in zip(sharded_weights, Ws, strict=True)]
+        gs = [_grad(item) for item in sharded_grads]
+        pairs = summed_coefficients(sharded, [*gs, *xs], _bases(sharded))
+        for item, g, (A, B) in zip(sharded_grads, gs, pairs, strict=False):
+            apply_(g, item.held.U, item.held.V, A, B, mode=mode)
+        for item, W, x, (A, B) in zip(sharded_weights, Ws, xs, pairs[len(gs) :], strict=True):
+            _restore_part_(item, W, x, A, B, mode)
+    for item in projected:
+        item.mark_projected()
+
+
+def restore_all_(items: Sequence[Protected], mode: Mode) -> None:
+    """W ← P(W) + what is pinned, for the weights of all items."""
+    project_and_restore_all_([], items, mode)
+
+
+def _project_whole_(whole: Sequence[Protected], mode: Mode) -> None:
     if len(whole) == 1:
         project_(_grad(whole[0]), whole[0].held.U, whole[0].held.V, mode=mode)
     elif whole:
@@ -176,19 +205,9 @@ def project_all_(items: Sequence[Protected], mode: Mode) -> None:
         project_many_(
             [_grad(item) for item in whole], [U for U, _ in bases], [V for _, V in bases], mode=mode
         )
-    if sharded:
-        xs, bases = [_grad(item) for item in sharded], _bases(sharded)
-        for x, (U, V), (A, B) in zip(
-            xs, bases, summed_coefficients(sharded, xs, bases), strict=True
-        ):
-            apply_(x, U, V, A, B, mode=mode)
-    for item in items:
-        item.mark_projected()
 
 
-def restore_all_(items: Sequence[Protected], mode: Mode) -> None:
-    """W ← P(W) + what is pinned, for the weights of all items."""
-    whole, sharded = _parted(items)
+def _restore_whole_(whole: Sequence[Protected], mode: Mode) -> None:
     restore_many_(
         [item.view(item.weight) for item in whole],
         [item.held.U for item in whole],
@@ -197,27 +216,25 @@ def restore_all_(items: Sequence[Protected], mode: Mode) -> None:
         protected=[item.held.protected for item in whole],
         mode=mode,
     )
-    if not sharded:
-        return
-    # The sum with a dense part is rounded to 16 bits once, at the end.
-    Ws = [item.view(item.weight) for item in sharded]
-    xs = [
-        W.float() if W.element_size() == 2 and item.held.protected is not None else W
-        for item, W in zip(sharded, Ws, strict=True)
-    ]
-    bases = _bases(sharded)
-    pairs = summed_coefficients(sharded, xs, bases)
-    for item, W, x, (U, V), (A, B) in zip(sharded, Ws, xs, bases, pairs, strict=True):
-        S = item.held.S
-        if S is not None:
-            # D = U A + (B − U (A V)) Vᵀ with A = Uᵀ W − S Vᵀ and B = W V − U S
-            A.sub_(S.to(A.dtype).unsqueeze(-1) * columns_of(V).to(A.dtype).mT)
-            B.sub_(columns_of(U).to(B.dtype) * S.to(B.dtype).unsqueeze(-2))
-        apply_(x, U, V, A, B, mode=mode)
-        if item.held.protected is not None:
-            x.add_(item.held.protected)
-        if x is not W:
-            W.copy_(x)
+
+
+def _summand(item: Protected, W: Tensor) -> Tensor:
+    """W, in float32 where a dense part is added to it: rounded to 16 bits once, at the end."""
+    return W.float() if W.element_size() == 2 and item.held.protected is not None else W
+
+
+def _restore_part_(item: Protected, W: Tensor, x: Tensor, A: Tensor, B: Tensor, mode: Mode) -> None:
+    """Restores this rank's slice W from its ``_summand`` x and the coefficients of the whole."""
+    U, V, S = item.held.U, item.held.V, item.held.S
+    if S is not None:
+        # D = U A + (B − U (A V)) Vᵀ with A = Uᵀ W − S Vᵀ and B = W V − U S
+        A.sub_(S.to(A.dtype).unsqueeze(-1) * columns_of(V).to(A.dtype).mT)
+        B.sub_(columns_of(U).to(B.dtype) * S.to(B.dtype).unsqueeze(-2))
+    apply_(x, U, V, A, B, mode=mode)
+    if item.held.protected is not None:
+        x.add_(item.held.protected)
+    if x is not W:
+        W.copy_(x)
 
 
 def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:

@@ -18,7 +18,12 @@ FORMAT = 1
 
 
 def state_of(
-    items: Sequence[Protected], when: str, restore: bool, mode: str, projections: int
+    items: Sequence[Protected],
+    moved: Sequence[Protected],
+    when: str,
+    restore: bool | str,
+    mode: str,
+    projections: int,
 ) -> dict[str, Any]:
     """Of :meth:`Guard.state_dict`."""
     return {
@@ -27,12 +32,13 @@ def state_of(
         "restore": restore,
         "mode": mode,
         "projections": projections,
+        "moved": [item.name for item in moved],
         "weights": {item.name: _weight_state(item) for item in items},
     }
 
 
 def read_state(
-    state: Mapping[str, Any], items: Sequence[Protected], when: str, restore: bool, mode: str
+    state: Mapping[str, Any], items: Sequence[Protected], when: str, restore: bool | str, mode: str
 ) -> dict[str, Subspace]:
     """What every item is to hold.
 

@@ -32,6 +32,8 @@ SETTINGS = {
     "triplets": {"ratio": 0.4, "triplets": True},
     "core": {"ratio": 0.4, "mode": "core"},
     "not restored": {"ratio": 0.4, "restore": False},
+    "deferred": {"ratio": 0.4, "restore": "deferred"},
+    "deferred low": {"ratio": 0.7, "restore": "deferred"},
     "backward": {"ratio": 0.4, "when": "backward"},
 }
 
@@ -78,6 +80,7 @@ def single(setting, width=25):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     guard = protect(model, subspaces, optimizer=optimizer, record=True, **options)
     train(model, optimizer, guard, 4)
+    guard.verify()
     return {name: p.detach() for name, p in model.named_parameters()}, guard.leak()
 
 
@@ -91,11 +94,11 @@ def guarded(model, setting, subspaces, optimizer, **changes):
 
 
 def report(model, guard, calls):
+    guard.verify()
     try:
         drift = max(guard.drift().values())
     except RuntimeError:
         drift = None
-    guard.verify()
     return {
         "weights": {name: whole(p).detach().clone() for name, p in model.named_parameters()},
         "leaks": guard.leak() if guard._record else {},
@@ -150,17 +153,26 @@ def test_fsdp2_is_the_single_process_run(ranks, setting):
 def test_fsdp2_in_float32_leaks_nothing_by_one_collective():
     weights = [p for p in mlp().parameters() if p.dim() == 2]
     elements = sum(round(0.4 * min(W.shape)) * W.shape[1] for W in weights)
-    for plain, restored, recorded in results(2, "float32"):
+    for plain, restored, deferred, recorded, both in results(2, "float32"):
         for step in plain["calls"]:
             assert step == [("all_reduce", elements)], "the coefficients, and no gradient"
         for step in restored["calls"]:
             assert step == [("all_reduce", elements)] * 2, "and the weights' to restore"
-        assert restored["drift"] <= ROUNDING
-        assert max(leak.applied for leak in recorded["leaks"].values()) <= 1e-6
+        first, *later = deferred["calls"]
+        assert first == [("all_reduce", elements)], "nothing has moved yet"
+        for step in later:
+            assert step == [("all_reduce", 2 * elements)], "both in one"
+        for run in (restored, deferred):
+            assert run["drift"] <= ROUNDING
+        for run in (recorded, both):
+            assert max(leak.applied for leak in run["leaks"].values()) <= 1e-6
 
 
 def float32_runs(rank, ranks):
-    settings = ("not restored", False), ("high", False), ("high", True)
+    settings = [
+        *(("not restored", False), ("high", False), ("deferred", False)),
+        *(("high", True), ("deferred", True)),
+    ]
     return [sharded_run(rank, ranks, "fsdp", *setting, torch.float32) for setting in settings]
 
 
