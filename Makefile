@@ -9,6 +9,8 @@ OUT ?= gpu-session
 # The stamp carries a hash of the pins, so that a changed pin makes the environment anew.
 PINS := .ci/venv.sh .ci/constraints.txt .ci/requirements.txt .ci/requirements-nodeps.txt
 READY := $(VENV)/.ready-$(shell cat $(PINS) | cksum | cut -d' ' -f1)
+PEER_PINS := .ci/requirements-peers.txt
+PEERS := $(VENV)/.peers-$(shell cat $(PEER_PINS) .ci/constraints.txt | cksum | cut -d' ' -f1)
 BUILT := $(VENV)/.built
 CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 CXX_FILES = $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
@@ -24,6 +26,10 @@ $(READY):
 	@sh .ci/venv.sh $(PYTHON) $(VENV)
 	@touch $@
 
+$(PEERS): $(READY) $(PEER_PINS)
+	@sh .ci/venv.sh peers $(VENV)
+	@touch $@
+
 build: $(BUILT)  ## Install the package in place, with the CUDA extension where nvcc is found
 $(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
 	@# pip hides what a build prints: the first command shows it, the second finds it done.
@@ -35,7 +41,7 @@ $(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
 demo: $(BUILT)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
 	@$(BIN)/python -m bench.demo
 
-test: $(BUILT)  ## Run the whole test suite
+test: $(BUILT) $(PEERS)  ## Run the whole test suite
 	$(BIN)/python -m pytest
 
 quick: $(BUILT)  ## Run the tests that take seconds

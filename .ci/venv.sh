@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes the virtual environment from nothing: venv.sh PYTHON FOLDER
+# Adds the peers that the whole test suite compares with: venv.sh peers FOLDER
 # Every version is pinned in constraints.txt beside this file.
 set -eu
 python=$1 venv=$2
@@ -7,6 +8,13 @@ here=$(dirname "$0")
 
 say() { printf '== %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$here/constraints.txt" "$@"; }
+
+if [ "$python" = peers ]; then
+    say "peers of the test suite: DeepSpeed, mini_trainer and what they import (150 MB)"
+    install --quiet --no-deps --no-build-isolation -r "$here/requirements-peers.txt"
+    exit
+fi
 
 command -v "$python" >/dev/null || fail "$python was not found; install Python 3.10 or newer, or name one: make PYTHON=python3.12"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -17,7 +25,6 @@ command -v "$python" >/dev/null || fail "$python was not found; install Python 3
 say "1/4 virtual environment in $venv ($("$python" -V 2>&1))"
 "$python" -m venv --clear "$venv"
 
-install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$here/constraints.txt" "$@"; }
 # torch first and alone: beside others a resolver may settle on another build of it.
 say "2/4 torch (the download is 200 MB for a CPU build, several GB with CUDA)"
 if [ -t 1 ]; then install torch==2.13.0; else install --quiet torch==2.13.0; fi
