@@ -257,14 +257,42 @@ def _polar_by_eigh(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     On two cores a third to a half of what the triangle's iteration takes. No square of a float32
     leaves the range of a float64, so nothing is scaled.
     """
-    X = Y.double()
-    G = X.mT @ X
-    finite = G.isfinite().all(-1).all(-1)  # as X is
+    r = Y.shape[-1]
+    G = Y.new_zeros(len(Y), r, r, dtype=torch.float64)
+    pieces = _pieces(*Y.shape)
+    held = Y.new_empty(2, Y[pieces[0]].numel(), dtype=torch.float64)  # made once: no new pages
+
+    def double(piece: tuple[slice, slice]) -> Tensor:
+        X = Y[piece]
+        return held[0, : X.numel()].view(X.shape).copy_(X)
+
+    for piece in pieces:
+        X = double(piece)
+        G[piece[0]].baddbmm_(X.mT, X)
+    finite = G.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()  # as Y is: squares don't cancel
     G = torch.where(finite[:, None, None], G, 0.0)
     values, vectors = torch.linalg.eigh(G)
     ok = values[:, 0] > _POLAR_EIGH_REACH * values[:, -1]
     powers = values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt()
-    return (X @ ((vectors * powers[:, None, :]) @ vectors.mT)).float(), finite, ok
+    M = (vectors * powers[:, None, :]) @ vectors.mT
+    Q = torch.empty_like(Y, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for piece in pieces:
+        X = double(piece)
+        Q[piece] = torch.bmm(X, M[piece[0]], out=held[1, : X.numel()].view(X.shape))
+    return Q, finite, ok
+
+
+_PIECE = 1 << 17  # numbers that are turned to float64 at a time, 1 MB: they stay in a core's cache
+
+
+def _pieces(b: int, m: int, r: int) -> list[tuple[slice, slice]]:
+    """Cuts (b, m, r) into several matrices at a time, or several rows of one."""
+    matrices, rows = max(1, _PIECE // (m * r)), max(1, min(m, _PIECE // r))
+    return [
+        (slice(i, i + matrices), slice(j, j + rows))
+        for i in range(0, b, matrices)
+        for j in range(0, m, rows)
+    ]
 
 
 def _polar_by_newton_schulz(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

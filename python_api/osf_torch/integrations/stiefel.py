@@ -229,8 +229,10 @@ class StiefelAdamW(torch.optim.Optimizer):
                 names.append(_name(group, i))
         if entries:
             device = entries[0].G.device
-            finite = [entry.G.isfinite().all().to(device) for entry in entries]
-            wrong = [n for n, ok in zip(names, torch.stack(finite).tolist(), strict=True) if not ok]
+            # One pass and one number each; isfinite().all() takes four.
+            largest = [torch.linalg.vector_norm(e.G, torch.inf).to(device) for e in entries]
+            finite = torch.stack(largest).isfinite().tolist()
+            wrong = [n for n, ok in zip(names, finite, strict=True) if not ok]
             if wrong:
                 got = f"NaN or Inf in that of {', '.join(wrong)}"
                 raise _error("StiefelAdamW.step", "finite gradients", got, "skip this step")
@@ -252,22 +254,19 @@ class StiefelAdamW(torch.optim.Optimizer):
             return stacked
 
         X = _stacked(entry.X for entry in entries)
-        G = _tangent_(away_(_stacked(entry.G for entry in entries)), X, metric)
-        directions = [
-            self._adam(entry, g.reshape(entry.X.shape))
-            for entry, g in zip(entries, G.split(counts), strict=True)
-        ]
-        step = _tangent_(away_(_stacked(directions)), X, metric)
-        moved = polar(away_(X + step))
-        for entry, point in zip(entries, moved.split(counts), strict=True):
+        step = _tangent_(away_(_stacked(entry.G for entry in entries)), X, metric)
+        for entry, g in zip(entries, step.split(counts), strict=True):
+            self._adam_(entry, g.view(entry.X.shape))
+        moved = away_(_tangent_(away_(step), X, metric).add_(X))
+        for entry, point in zip(entries, polar(moved).split(counts), strict=True):
             entry.X.copy_(point.reshape(entry.X.shape))
             if entry.group["transport"]:
                 mean = _columns(self.state[entry.p]["exp_avg"], entry.group)
                 onto: Metric = "horizontal" if metric == "horizontal" else "euclidean"
                 mean.copy_(tangent_project(mean, entry.X, metric=onto))
 
-    def _adam(self, entry: _Entry, g: Tensor) -> Tensor:
-        """−lr · m̂ / (√v̂ + eps) of one parameter, whose moments take in g (..., m, r)."""
+    def _adam_(self, entry: _Entry, g: Tensor) -> None:
+        """g ← −lr · m̂ / (√v̂ + eps) of one parameter, whose moments take in g (..., m, r) first."""
         group, state = entry.group, self.state[entry.p]
         if not state:
             state["step"] = 0
@@ -279,8 +278,7 @@ class StiefelAdamW(torch.optim.Optimizer):
         mean.lerp_(g, 1 - beta1)
         square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         unbiased = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        direction: Tensor = mean / unbiased * (-group["lr"] / (1 - beta1 ** state["step"]))
-        return direction
+        g.copy_(mean).div_(unbiased).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
 
 
 def _columns(p: Tensor, group: dict[str, Any]) -> Tensor:
