@@ -17,7 +17,7 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free
 from osf_kernels.linalg.residual import residual_in, residual_of
-from osf_kernels.linalg.small import leading_svd, polished
+from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd, polished
 
 # What one pass on a CPU may make of rounding, by a bound that is some five times what it does.
 # A pass multiplies what the space has lost before, by 1 to 6 for random and for trained weights:
@@ -87,7 +87,7 @@ class KrylovSpace:
     def factors(self, rank: int) -> Factors:
         """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ width."""
         U, V, Z = self._U, self._V, self._Z
-        Ub, S, Vb, fine = leading_svd(self._B, rank, safe=self._safe)
+        Ub, S, Vb, fine, _ = leading_svd(self._B, rank, safe=self._safe)
         last = Ub[:, -Z.shape[-1] :]
 
         # A few probes are projected, not all of Z.
@@ -137,14 +137,15 @@ def subspace_iteration(
     """
     empty = start.new_empty(len(As), As[0].shape[0], 0)
     ok = torch.ones(len(As), dtype=torch.bool, device=start.device)
-    V, found = start, None
+    V, found, polish = start, None, False
     for iteration in range(1, niter + 1):
         Y = primitives.multiply(As, V)
         U, _, fine, _ = orthonormal_against(Y, empty, safe=safe, generator=generator)
         ok = ok & fine
         Z = primitives.multiply(As, U, transpose=True)
-        V, S, W, fine = leading_svd(Z, U.shape[-1], safe=safe)
+        V, S, W, fine, growth = leading_svd(Z, U.shape[-1], safe=safe)
         U, ok = U @ W, ok & fine
+        polish = polish or not (looks_are_free(V) and bool((growth <= POLISH_GROWTH).all()))
         if tol is None and iteration < niter:
             continue
         high = U[..., :rank], S[:, :rank], V[..., :rank]
@@ -154,7 +155,7 @@ def subspace_iteration(
         if tol is not None and bool((found.residual <= tol).all()):
             break
     assert found is not None  # niter is at least 1
-    return found._replace(V=polished(found.V), iterations=iteration)
+    return found._replace(V=polished(found.V) if polish else found.V, iterations=iteration)
 
 
 def _first(earlier: Factors, later: Factors, tol: float) -> Factors:
@@ -202,7 +203,7 @@ def orthonormal_against(
     """
     ok = torch.ones(len(Y), dtype=torch.bool, device=Y.device)
     along = basis.mT @ Y
-    X = torch.baddbmm(Y, basis, along, alpha=-1)
+    X = torch.baddbmm(Y, basis, along, alpha=-1) if basis.shape[-1] else Y
     if safe:
         # Where the space ends, noise far below the rounding of A continues it.
         noise = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator)

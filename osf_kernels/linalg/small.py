@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,40 +17,60 @@ GRAM_LIMIT = 1e-6
 FLAT_LIMIT = 1e-2
 
 
-def leading_svd(M: Tensor, rank: int, *, safe: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(U, S, V, ok): the ``rank`` leading triplets of a batch of small or tall matrices.
+# What a product may make of rounding before its columns are polished, by a bound that is some five
+# times what it does.
+POLISH_GROWTH = 4.0
+
+
+class SmallSVD(NamedTuple):
+    """U (b, p, rank), S (b, rank) descending and V (b, l, rank) of M (b, p, l), in M's dtype.
+
+    ``ok`` (b,) is False where the spectrum was too steep for the way that was taken. ``growth``
+    (b,) bounds how far from orthonormal U is, in roundings; it is infinite where that isn't known.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    ok: Tensor
+    growth: Tensor
+
+
+def leading_svd(M: Tensor, rank: int, *, safe: bool) -> SmallSVD:
+    """The ``rank`` leading triplets of a batch of small or tall matrices.
 
     The fast way is the eigendecomposition of the float64 Gram matrix, or the Jacobi kernel where a
-    block of the GPU holds the matrix; ``ok`` (b,) is False where the spectrum is too steep for
-    it. The safe way is LAPACK's SVD in float64, and always ok. Never synchronizes on the fast
-    way.
+    block of the GPU holds the matrix. The safe way is LAPACK's SVD in float64, and always ok. Never
+    synchronizes on the fast way.
 
     Args:
         M: (b, p, l) with p ≥ l ≥ rank.
-
-    Returns:
-        U (b, p, rank), S (b, rank) descending, V (b, l, rank), of M's dtype; ok (b,).
     """
     ok = torch.ones(len(M), dtype=torch.bool, device=M.device)
+    growth = torch.full((len(M),), math.inf, device=M.device)
     if not safe and primitives.small_svd_backend(M) == "cuda":
         U, S, V = primitives.small_svd(M)
-        return U[..., :rank], S[..., :rank], V[..., :rank], S.isfinite().all(-1)
+        ok = S.isfinite().all(-1)
+        return SmallSVD(U[..., :rank], S[..., :rank], V[..., :rank], ok, growth)
     # eigh raises for NaN, which is how a factorization that broke down says so.
     X = torch.nan_to_num(M.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if safe:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
         V = Vh.mT
     else:
-        squares, V = torch.linalg.eigh(X.mT @ X)
+        G = X.mT @ X
+        squares, V = torch.linalg.eigh(G)
         V = V.flip(-1)[..., :rank]
         S = squares.flip(-1)[..., :rank].clamp_min(0).sqrt()
         ok = S[..., -1] > GRAM_LIMIT * S[..., 0]
         divided = V / S.unsqueeze(-2)
+        lengths = G.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # ‖m‖² of the columns of M
+        growth = (lengths * divided.square()).sum(-2).amax(-1).sqrt()
         # A look at a CPU's numbers is free, and float32 then takes half the time.
         flat = M.device.type == "cpu" and bool((S[..., -1] > FLAT_LIMIT * S[..., 0]).all())
         U = M @ divided.to(M.dtype) if flat else X @ divided
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
-    return U.to(M.dtype), S.to(M.dtype), V.to(M.dtype), ok
+    return SmallSVD(U.to(M.dtype), S.to(M.dtype), V.to(M.dtype), ok, growth)
 
 
 def polished(Q: Tensor) -> Tensor:
