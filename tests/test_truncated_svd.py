@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from osf_kernels import TruncatedSVD, extend_basis, orthonormalize, polar, truncated_svd
-from osf_kernels.linalg import krylov, methods
+from osf_kernels.linalg import auto, krylov, methods
 from osf_kernels.testing import hard_matrices, matrix_with_spectrum, orthonormality_ratio, svd_ratio
 from tests.helpers import generator_for
 
@@ -272,6 +273,24 @@ def test_a_warm_start_goes_on_until_it_meets_tol(columns: int, m: int, n: int) -
     assert result.iterations > 1
     assert bool(result.converged)
     assert_sound(moved, result)
+
+
+def test_auto_chooses_for_a_batch_together_and_for_a_list_one_by_one() -> None:
+    """Of a batch small products cost less; a list gives what a loop gives."""
+    As = [draw(256, 256, seed=seed)[0] for seed in range(8)]
+    batch, listed = truncated_svd(torch.stack(As), 13), truncated_svd(As, 13)
+    assert batch.method == "randomized"
+    assert {one.method for one in listed} == {truncated_svd(As[0], 13).method} == {"gram"}
+    for U, one in zip(batch.U, listed, strict=True):
+        assert overlap(one.U.double(), U) > 0.999
+    assert truncated_svd(torch.stack(As[:2]), 13).method == "gram"
+
+
+def test_auto_goes_by_the_cpu_on_a_device_without_rows() -> None:
+    known = {"warm": False, "deflatable": False, "batch": 1}
+    for n, rank in itertools.product((64, 512, 4096), (1, 32, 64)):
+        found = {auto.choose(n, n, rank, device=device, **known) for device in ("cpu", "xpu")}
+        assert len(found) == 1
 
 
 def test_auto_drops_a_warm_start_that_does_not_fit() -> None:

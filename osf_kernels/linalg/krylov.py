@@ -16,7 +16,7 @@ from torch import Tensor
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free
-from osf_kernels.linalg.residual import residual_in, residual_of
+from osf_kernels.linalg.residual import residual_in, residual_of, rounding
 from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd, polished
 
 # What one pass on a CPU may make of rounding, by a bound that is some five times what it does.
@@ -33,8 +33,9 @@ class KrylovSpace:
     """A block Krylov space of a group, grown block by block.
 
     Block Golub–Kahan bidiagonalization with full reorthogonalization, twice: U and V span the left
-    and right Krylov spaces, B = UᵀAV, A V = U B, and AᵀU = V Bᵀ + (I − VVᵀ)Z in the last block, so
-    the residual of triplets (U X, Σ, V Y) is (I − VVᵀ) Z X_last with no further product.
+    and right Krylov spaces, and A V = U B. The last product with Aᵀ gives V one block N more, in
+    AᵀU = [V N] C with C = [Bᵀ; 0 R], and the SVD of C gives triplets (U Y, Σ, [V N] X). Aᵀ U Y is
+    [V N] X Σ to rounding, and A [V N] X − U Y Σ = (A N − U_last Rᵀ) X_last.
 
     Args:
         As: b matrices (m, n) of one shape, dtype and device.
@@ -54,7 +55,8 @@ class KrylovSpace:
         self.width = 0
         self.iterations = 0
         self._As, self._safe, self._generator = list(As), safe, generator
-        self._Z = start.expand(b, n, self.block)  # what the next block of V comes from
+        self._next = start.expand(b, n, self.block)  # of V
+        self._R = start.new_empty(b, 0, self.block)  # of the next block and the last of U
         self._ok = torch.ones(b, dtype=torch.bool, device=start.device)
         self._U = start.new_empty(b, m, 0)
         self._V = start.new_empty(b, n, 0)
@@ -62,48 +64,64 @@ class KrylovSpace:
         self._growth = {"U": 1.0, "V": 1.0}
 
     def grow(self, width: int) -> None:
-        """Adds blocks until the space has ``width`` ≤ min(m, n) columns.
-
-        The last block may be narrower where the space then is the whole one, n = width.
+        """Adds blocks until the space has ``width`` ≤ min(m, n) columns, or n where a block more
+        would not fit; the last is then as narrow as it takes.
         """
+        n = self._V.shape[1]
+        width = n if n - width < self.block else width
         done, b = self.width, len(self._U)
         U, V = (old.new_empty(b, old.shape[1], width) for old in (self._U, self._V))
         B = self._B.new_zeros(b, width, width)
         U[:, :, :done], V[:, :, :done], B[:, :done, :done] = self._U, self._V, self._B
         for begin in range(done, width, self.block):
-            end = min(width, begin + self.block)
-            Q = self._Z[:, :, : end - begin]
-            if begin:
-                Q, _ = self._orthonormal("V", Q, V[:, :, :begin])
+            Q = self._next
+            end = begin + Q.shape[-1]
             V[:, :, begin:end] = Q
             Y = primitives.multiply(self._As, Q)
             X, B[:, :begin, begin:end] = self._orthonormal("U", Y, U[:, :, :begin])
             U[:, :, begin:end] = X
             B[:, begin:end, begin:end] = X.mT @ Y
-            self._Z = primitives.multiply(self._As, X, transpose=True)
+            Z = primitives.multiply(self._As, X, transpose=True)
+            self._next = self._following(Z, V[:, :, :end])
+            self._R = self._next.mT @ Z
             self.iterations += 1
         self._U, self._V, self._B, self.width = U, V, B, width
 
+    def _following(self, Z: Tensor, V: Tensor) -> Tensor:
+        """The block of V after these: as many columns as Z has, or as are missing to the whole."""
+        left = V.shape[1] - V.shape[2]
+        return self._orthonormal("V", Z[:, :, :left], V)[0] if left else Z[:, :, :0]
+
     def factors(self, rank: int) -> Factors:
         """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ width."""
-        U, V, Z = self._U, self._V, self._Z
-        Ub, S, Vb, fine, _ = leading_svd(self._B, rank, safe=self._safe)
-        last = Ub[:, -Z.shape[-1] :]
+        U, V, N, R, As = self._U, self._V, self._next, self._R, self._As
+        extra, last = R.shape[-2:]
+        C = torch.cat([self._B.mT, self._B.new_zeros(len(U), extra, self.width)], -2)
+        C[:, self.width :, self.width - last :] = R
+        X, S, Y, fine, _ = leading_svd(C, rank, safe=self._safe)
+        inside, outside = X[:, : self.width], X[:, self.width :]
+        if not extra:
+            return Factors(U @ Y, S, V @ X, rounding(S), self.iterations, self._ok & fine)
+        U_last = U[:, :, -last:]
 
-        # A few probes are projected, not all of Z.
-        def outside(X: Tensor) -> Tensor:
-            return torch.baddbmm(X, V, V.mT @ X, alpha=-1)
+        # A few probes are multiplied by A, not all of N.
+        def apply(P: Tensor) -> Tensor:
+            P = outside @ P
+            return torch.baddbmm(primitives.multiply(As, N @ P), U_last, R.mT @ P, alpha=-1)
 
-        residual = residual_in(
-            lambda X: outside(Z @ (last @ X)), lambda Y: last.mT @ (Z.mT @ outside(Y)), S
-        )
-        return Factors(U @ Ub, S, V @ Vb, residual, self.iterations, self._ok & fine)
+        def transposed(P: Tensor) -> Tensor:
+            back = N.mT @ primitives.multiply(As, P, transpose=True) - R @ (U_last.mT @ P)
+            return outside.mT @ back
+
+        residual = residual_in(apply, transposed, S)
+        V = torch.baddbmm(N @ outside, V, inside)
+        return Factors(U @ Y, S, V, residual, self.iterations, self._ok & fine)
 
     def keep(self, indices: Tensor) -> None:
         """Goes on with some of the group."""
         self._As = [self._As[i] for i in indices.tolist()]
         self._U, self._V, self._B = self._U[indices], self._V[indices], self._B[indices]
-        self._Z, self._ok = self._Z[indices], self._ok[indices]
+        self._next, self._R, self._ok = self._next[indices], self._R[indices], self._ok[indices]
 
     def _orthonormal(self, side: str, Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """The next block of a side from Y, and basisᵀY."""

@@ -215,7 +215,7 @@ def _krylov_bytes(group: Group, width: int, block: int) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
     # The space, half of it once more while it grows, blocks on their way, B and its SVD in float64.
-    return item * (m + n) * (2 * width + 4 * block) + 8 * 4 * width * width
+    return item * (m + n) * (2 * width + 4 * block) + 8 * 4 * width * (width + block)
 
 
 def _subspace_bytes(group: Group, width: int) -> int:

@@ -48,7 +48,7 @@ def residual_of(
         return right[..., :k] + left[..., :k] - scale * (right[..., k:] + left[..., k:])
 
     norm = _relative(_norm(apply, transposed, S), S)
-    return torch.hypot(norm, _rounding(S)) if right_is_exact else norm
+    return torch.hypot(norm, rounding(S)) if right_is_exact else norm
 
 
 def residual_in(
@@ -58,10 +58,11 @@ def residual_in(
 
     Of that, ``ROUNDING`` stands in, so that no tolerance below it is called met.
     """
-    return torch.hypot(_relative(_norm(apply, transposed, S), S), _rounding(S))
+    return torch.hypot(_relative(_norm(apply, transposed, S), S), rounding(S))
 
 
-def _rounding(S: Tensor) -> Tensor:
+def rounding(S: Tensor) -> Tensor:
+    """What a residual is that is zero but for rounding, (b,)."""
     return torch.full_like(S[:, 0], ROUNDING * torch.finfo(S.dtype).eps)
 
 

@@ -97,7 +97,8 @@ def truncated_svd(
             spectrum is steep. "warm": ``warm_start`` as the sketch; one round, and a Krylov space
             from there while ``tol`` isn't met. "deflated": the triplets of ``warm_start`` and
             those of its low block, in one order. "exact": torch.linalg.svd. "auto": by rank,
-            size and what ``warm_start`` holds; an earlier result that no longer fits (residual
+            size, device, how many matrices a batch in one tensor has, and what ``warm_start``
+            holds; an earlier result that no longer fits (residual
             above 1e-3, or tol) is dropped for a cold start. The result says what ran.
         niter: products with A and Aᵀ each that an iterative method may take; default 12, or with
             ``tol`` as many as a space of min(m, n) needs.
@@ -131,7 +132,14 @@ def truncated_svd(
     entries = entries_of(A, rank, warm_start)
     check_options(method, tol, niter, oversample, generator, max_workspace_bytes, entries)
     options = _Options(
-        method, tol, niter, oversample, complement, _Seed(generator), max_workspace_bytes
+        method,
+        math.prod(A.shape[:-2]) if isinstance(A, Tensor) else 1,
+        tol,
+        niter,
+        oversample,
+        complement,
+        _Seed(generator),
+        max_workspace_bytes,
     )
     with primitives.full_precision():
         results = _decompose(entries, options)
@@ -163,6 +171,7 @@ class _Seed:
 
 class _Options(NamedTuple):
     method: Method
+    batch: int  # of the tensor that the matrices are of
     tol: float | None
     niter: int | None
     oversample: int | None
@@ -177,7 +186,15 @@ def _method(entry: Entry, options: _Options) -> Method:
     if options.method != "auto":
         return options.method
     m, n = entry.A.shape
-    return auto.choose(m, n, entry.rank, warm=entry.warm is not None, deflatable=can_deflate(entry))
+    return auto.choose(
+        m,
+        n,
+        entry.rank,
+        device=entry.A.device.type,
+        batch=options.batch,
+        warm=entry.warm is not None,
+        deflatable=can_deflate(entry),
+    )
 
 
 def _decompose(entries: Sequence[Entry], options: _Options) -> list[TruncatedSVD]:
