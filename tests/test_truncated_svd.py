@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import warnings
@@ -320,6 +321,31 @@ def test_deflated_takes_the_low_block_alone() -> None:
         torch.testing.assert_close(result.S.double(), truth.S, rtol=1e-4, atol=1e-6)
         assert overlap(truth.V, result.V) > 1 - 1e-5
     assert truncated_svd(moved, 42, warm_start=earlier).method == "deflated"
+
+
+@pytest.mark.parametrize("shape", [(90, 70), (70, 90)])
+def test_deflated_reorders_each_of_a_batch_and_writes_nothing_of_the_earlier(
+    shape: tuple[int, int],
+) -> None:
+    """None overtakes in the first; in the others some and most do."""
+    As = [draw(*shape, seed=seed)[0] for seed in range(3)]
+    earlier = [truncated_svd(A, 42, method="exact", complement=True) for A in As]
+    before = [copy.deepcopy(one) for one in earlier]
+    moved = []
+    for size, A, one in zip((0.0, 0.03, 0.3), As, earlier, strict=True):
+        assert one.U_low is not None
+        assert one.V_low is not None
+        update = torch.randn(A.shape, generator=generator_for("batch", size)) * size
+        low = one.U_low.mT @ update @ one.V_low
+        moved.append(A + one.U_low @ low @ one.V_low.mT)
+    found = truncated_svd(moved, 42, method="deflated", warm_start=earlier, complement=True)
+    for A, result, one, held in zip(moved, found, earlier, before, strict=True):
+        truth = truncated_svd(A.double(), 42, method="exact")
+        assert_sound(A, result)
+        assert float(result.residual) < 1e-5
+        assert overlap(truth.U, result.U) > 1 - 1e-5
+        for name in ("U", "S", "V", "U_low", "V_low"):
+            assert torch.equal(getattr(one, name), getattr(held, name))
 
 
 def test_deflated_says_when_weights_moved_in_the_protected_span() -> None:
