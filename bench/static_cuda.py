@@ -35,7 +35,7 @@ def extension() -> Path:
 _PROGRAM = ROOT / "bench" / "static_launches.cu"
 _INSTANCES = re.compile(r"(coefficients|update)_([a-z0-9]+?)(?:_(\d+))?$")
 # Blocks a multiprocessor in the grids of csrc/; a factorization has a block a matrix.
-_GRIDS = {"coefficients": 1, "update": 1, "reduce": 8}
+_GRIDS = {"coefficients": 1, "update": 1}
 _DTYPES = {"bf16": "bf16", "f16": "fp16", "tf32": "fp32 (tf32)", "tf32x3": "fp32 (tf32x3)"}
 
 

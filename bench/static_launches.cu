@@ -61,6 +61,5 @@ void factorizations(int shared_bytes) {
 int main(int, char** arguments) {
   using namespace osf;
 #include "instances.inc"
-  std::printf("reduce;;fp32;elements=%d;%d;0\n", kReduceElements, kThreads);
   factorizations(std::atoi(arguments[1]));
 }

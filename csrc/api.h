@@ -85,6 +85,10 @@ struct Machine {
 int64_t coefficients_workspace_bytes(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
                                      const Machine& machine);
 
+// How many counters `coefficients` needs: they are zero before a call and after it, and calls that
+// may run at the same time share none.
+int64_t coefficients_counters();
+
 // The largest l that one block's shared memory holds; for `largest_jacobi` with p rows, or square
 // where p is 0.
 int64_t largest_cholesky(const Machine& machine);
@@ -93,7 +97,7 @@ int64_t largest_jacobi(int64_t p, const Machine& machine);
 // All enqueue their launches on `stream` of the current device and return; they throw
 // std::invalid_argument on a job they cannot run and std::runtime_error on a CUDA error.
 void coefficients(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
-                  const Machine& machine, void* workspace, cudaStream_t stream);
+                  const Machine& machine, void* workspace, int32_t* counters, cudaStream_t stream);
 void update(const UpdateJob* jobs, int64_t count, bool allow_tf32, const Machine& machine,
             cudaStream_t stream);
 void cholesky_inverse(const CholeskyJob& job, const Machine& machine, cudaStream_t stream);

@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "api.h"
@@ -17,7 +19,7 @@ namespace py = pybind11;
 namespace osf {
 namespace {
 
-// Blocks ask for up to 160 KB of shared memory; sm_86 and sm_89 have 99 KB.
+// Blocks ask for up to 160 KB of shared memory and a word; sm_86 and sm_89 have 99 KB.
 constexpr int kSharedBytes = 163 * 1024;
 
 void check(cudaError_t error, const char* call) {
@@ -92,25 +94,75 @@ std::vector<Job> jobs_of(const py::bytes& records) {
   return jobs;
 }
 
+int64_t counter_bytes() { return coefficients_counters() * static_cast<int64_t>(sizeof(int32_t)); }
+
+// A number that no other stream of the process ever has, whereas a handle is used again after its
+// stream's end and one handle is another stream in every thread.
+uint64_t number_of(cudaStream_t stream) {
+#if CUDART_VERSION >= 12000
+  unsigned long long number = 0;
+  check(cudaStreamGetId(stream, &number), "cudaStreamGetId");
+  return number;
+#else
+  return reinterpret_cast<uintptr_t>(stream);
+#endif
+}
+
+// Zeros, which every launch on a stream finds and leaves as zeros: launches follow each other
+// there, so they share one array, made with the first and kept, half a kilobyte a stream. Of CUDA's
+// own allocator: torch's lends from the pool of a graph while a call is warmed up for it, and that
+// takes its memory back. A kernel that is aborted takes the context with it, and so the array.
+int32_t* counters_of(int device, cudaStream_t stream) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, uint64_t>, int32_t*> found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int32_t*& counters = found[{device, number_of(stream)}];
+  if (counters == nullptr) {
+    void* made = nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // another thread may be capturing
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const cudaError_t error = cudaMalloc(&made, counter_bytes());
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    check(error, "cudaMalloc");
+    check(cudaMemsetAsync(made, 0, counter_bytes(), stream), "cudaMemsetAsync");
+    counters = static_cast<int32_t*>(made);
+  }
+  return counters;
+}
+
+// The partial sums, and counters behind them for a graph.
 int64_t workspace_bytes(const py::bytes& records, int device, bool allow_tf32) {
   const auto jobs = jobs_of<CoefficientsJob>(records);
   return coefficients_workspace_bytes(jobs.data(), static_cast<int64_t>(jobs.size()), allow_tf32,
-                                      machine_of(device));
+                                      machine_of(device)) +
+         counter_bytes();
 }
 
 void run_coefficients(const py::bytes& records, int device, bool allow_tf32, uintptr_t workspace,
-                      int64_t bytes, uintptr_t stream) {
+                      int64_t bytes, uintptr_t stream_handle) {
   const auto jobs = jobs_of<CoefficientsJob>(records);
   const auto count = static_cast<int64_t>(jobs.size());
   const Machine machine = machine_of(device);
-  const int64_t needed = coefficients_workspace_bytes(jobs.data(), count, allow_tf32, machine);
-  if (bytes < needed) {
-    throw std::invalid_argument("osf_kernels: expected a workspace of " + std::to_string(needed) +
-                                " bytes, got " + std::to_string(bytes));
+  const int64_t sums = coefficients_workspace_bytes(jobs.data(), count, allow_tf32, machine);
+  if (bytes < sums + counter_bytes()) {
+    throw std::invalid_argument("osf_kernels: expected a workspace of " +
+                                std::to_string(sums + counter_bytes()) + " bytes, got " +
+                                std::to_string(bytes));
   }
   const DeviceGuard guard(device);
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  auto status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  int32_t* counters = nullptr;
+  if (status == cudaStreamCaptureStatusNone) {
+    counters = counters_of(device, stream);
+  } else {
+    // A graph may run beside the stream it was captured on: counters of its own, zeroed by a node.
+    counters = reinterpret_cast<int32_t*>(workspace + sums);
+    check(cudaMemsetAsync(counters, 0, counter_bytes(), stream), "cudaMemsetAsync");
+  }
   coefficients(jobs.data(), count, allow_tf32, machine, reinterpret_cast<void*>(workspace),
-               reinterpret_cast<cudaStream_t>(stream));
+               counters, stream);
 }
 
 void run_update(const py::bytes& records, int device, bool allow_tf32, uintptr_t stream) {

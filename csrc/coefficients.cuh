@@ -3,11 +3,12 @@
 // A unit of work is a block of rows of x, a range of its columns and a chunk of both ranks. Tiles
 // of x and of V stream through shared memory; the block of U stays. B gathers in registers along
 // the range and becomes one partial sum a range. A is complete for the block of rows at every tile
-// and becomes one partial sum a block. `reduce` adds them in a fixed order.
+// and becomes one partial sum a block. The same launch adds them in a fixed order (ordered.cuh).
 #pragma once
 
 #include "launch.h"
 #include "mma_traits.cuh"
+#include "ordered.cuh"
 #include "runtime.cuh"
 
 namespace osf {
@@ -29,8 +30,9 @@ struct CoefficientsTraits : MathTraits<math> {
   static constexpr int kXElements = kRows * kColumns;
   static constexpr int kVElements = kColumns * RANK;
   static constexpr int kUElements = kRows * RANK;
-  static constexpr int kSharedBytes =
+  static constexpr int kTileBytes =
       (kUElements + kStages * (kXElements + kVElements)) * sizeof(Element);
+  static constexpr int kSharedBytes = kTileBytes + 16;  // and the claimed unit
 };
 
 // Pairs of accumulators. Lines are padded to a multiple of four, so a pair that starts inside may
@@ -47,8 +49,8 @@ __device__ __forceinline__ void store_partial(float* part, const Accumulators<M,
       for (int j = 0; j < 2 * N; ++j) {
         const int c = column + 8 * j;
         if (r < rows && c < columns) {
-          ptx::store_global(reinterpret_cast<float2*>(part + static_cast<int64_t>(r) * ld + c),
-                            make_float2(acc.v[i][j][2 * h], acc.v[i][j][2 * h + 1]));
+          ptx::publish(reinterpret_cast<float2*>(part + static_cast<int64_t>(r) * ld + c),
+                       make_float2(acc.v[i][j][2 * h], acc.v[i][j][2 * h + 1]));
         }
       }
     }
@@ -68,9 +70,12 @@ __global__ __launch_bounds__(kThreads, 1) void coefficients_kernel(
   T* const shared_u = reinterpret_cast<T*>(ptx::shared_memory());
   T* const shared_x = shared_u + Traits::kUElements;
   T* const shared_v = shared_x + STAGES * Traits::kXElements;
+  int* const claimed = reinterpret_cast<int*>(ptx::shared_memory() + Traits::kTileBytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  for (int unit = blockIdx.x; unit < params.units; unit += gridDim.x) {
+  for (;;) {
+    const int unit = claim_unit(params.counters, claimed);
+    if (unit >= params.units) break;
     const CoefficientsProblem& p = problem_of(params, unit);
     const int local = unit - p.unit_begin;
     const int rank0 = local % p.rank_chunks * RANK;
@@ -130,8 +135,11 @@ __global__ __launch_bounds__(kThreads, 1) void coefficients_kernel(
       const int row = row0 + warp * Traits::kWarpRows + lane / 4;
       store_partial(part, b, row, rank0 + lane % 4 * 2, p.m, p.k, p.ld_b);
     }
-    __syncthreads();  // the next unit overwrites U and the stages
+    __syncthreads();  // all have written their sums, and are done with U and the stages
+    count_written(params.counters, static_cast<int>(&p - params.problem));
   }
+  add_all_partials(params);
+  finish(params.counters, params.count);
 }
 
 template <Math math, int RANK>

@@ -22,6 +22,7 @@ struct Oriented {
   int64_t row_blocks, splits, tiles_per_split, rank_chunks;
   int64_t ld_a, ld_b;
   int64_t a_floats, b_floats;
+  int64_t a_sums, b_sums;  // units
 };
 
 Math choose_math(const CoefficientsJob& job, bool with_a, bool with_b, bool allow_tf32) {
@@ -81,12 +82,14 @@ Oriented orient(const CoefficientsJob& given, bool allow_tf32, const Machine& ma
     o.tiles_per_split = ceil_div(tiles, most);
     o.splits = ceil_div(tiles, o.tiles_per_split);
   } else {
-    o.row_blocks = o.splits = 0;  // the sums are empty: `reduce` writes zeros less the offset
+    o.row_blocks = o.splits = 0;  // the sums are empty: zeros less the offset
   }
   o.ld_a = ceil_div(job.n, 4) * 4;
   o.ld_b = ceil_div(job.k, 4) * 4;
   o.a_floats = o.with_a ? o.row_blocks * job.r * o.ld_a : 0;
   o.b_floats = o.with_b ? o.splits * job.m * o.ld_b : 0;
+  o.a_sums = o.with_a ? ceil_div(job.r * o.ld_a / 4, kSumQuads) : 0;
+  o.b_sums = o.with_b ? ceil_div(job.m * o.ld_b / 4, kSumQuads) : 0;
   return o;
 }
 
@@ -98,6 +101,14 @@ CoefficientsProblem make_problem(const Oriented& o, float* part_a, float* part_b
   if (o.with_b) p.V = make_operand(job.V, job.n, job.k);
   p.part_a = part_a;
   p.part_b = part_b;
+  p.A = job.A.data;
+  p.B = job.B.data;
+  p.S = job.S;
+  p.A_stride[0] = job.A.stride0;
+  p.A_stride[1] = job.A.stride1;
+  p.B_stride[0] = job.B.stride0;
+  p.B_stride[1] = job.B.stride1;
+  p.S_stride = job.S_stride;
   p.m = static_cast<int>(job.m);
   p.n = static_cast<int>(job.n);
   p.r = o.with_a ? static_cast<int>(job.r) : 0;
@@ -108,23 +119,9 @@ CoefficientsProblem make_problem(const Oriented& o, float* part_a, float* part_b
   p.splits = static_cast<int>(o.splits);
   p.tiles_per_split = static_cast<int>(o.tiles_per_split);
   p.rank_chunks = static_cast<int>(o.rank_chunks);
-  return p;
-}
-
-// out (rows, cols) of `slices` partial sums, less S scaling `basis` (rows, cols).
-ReduceProblem make_reduce(const float* part, int64_t slices, int64_t rows, int64_t cols, int64_t ld,
-                          const MatrixRef& out) {
-  ReduceProblem p{};
-  p.part = part;
-  p.out = out.data;
-  p.out_stride[0] = out.stride0;
-  p.out_stride[1] = out.stride1;
-  p.slice_stride = rows * ld;
-  p.slices = static_cast<int>(slices);
-  p.rows = static_cast<int>(rows);
-  p.cols = static_cast<int>(cols);
-  p.ld = static_cast<int>(ld);
-  p.out_dtype = static_cast<int>(out.dtype);
+  p.a_sums = static_cast<int>(o.a_sums);
+  p.A_dtype = static_cast<int8_t>(job.A.dtype);
+  p.B_dtype = static_cast<int8_t>(job.B.dtype);
   return p;
 }
 
@@ -158,8 +155,12 @@ int64_t coefficients_workspace_bytes(const CoefficientsJob* jobs, int64_t count,
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
+int64_t coefficients_counters() {
+  return Params<CoefficientsProblem>::kCapacity + 2;  // ordered.cuh
+}
+
 void coefficients(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
-                  const Machine& machine, void* workspace, cudaStream_t stream) {
+                  const Machine& machine, void* workspace, int32_t* counters, cudaStream_t stream) {
   std::vector<Oriented> oriented;
   oriented.reserve(count);
   for (int64_t i = 0; i < count; ++i) oriented.push_back(orient(jobs[i], allow_tf32, machine));
@@ -171,45 +172,18 @@ void coefficients(const CoefficientsJob* jobs, int64_t count, bool allow_tf32,
     Batcher<CoefficientsProblem> batch(
         [&, math = math, rank_block = rank_block](const Params<CoefficientsProblem>& params) {
           launch_group(math, rank_block, params, machine.multiprocessors, stream);
-        });
+        },
+        counters);
     float* part = static_cast<float*>(workspace);
     for (const Oriented& o : oriented) {
       if (o.math == math && o.rank_block == rank_block) {
-        batch.add(make_problem(o, part, part + o.a_floats),
-                  o.row_blocks * o.splits * o.rank_chunks);
+        batch.add(make_problem(o, part, part + o.a_floats), o.row_blocks * o.splits * o.rank_chunks,
+                  o.a_sums + o.b_sums);
       }
       part += o.a_floats + o.b_floats;
     }
     batch.flush();
   }
-
-  Batcher<ReduceProblem> batch([&](const Params<ReduceProblem>& params) {
-    launch_reduce(params, machine.multiprocessors, stream);
-  });
-  float* part = static_cast<float*>(workspace);
-  for (const Oriented& o : oriented) {
-    const CoefficientsJob& job = o.job;
-    if (o.with_a) {
-      ReduceProblem p = make_reduce(part, o.row_blocks, job.r, job.n, o.ld_a, job.A);
-      if (job.S != nullptr) {
-        p.S = job.S;
-        p.S_stride[0] = job.S_stride;
-        p.basis = make_operand(transposed(job.V), job.r, job.n);
-      }
-      batch.add(p, ceil_div(job.r * job.n, kReduceElements));
-    }
-    if (o.with_b) {
-      ReduceProblem p = make_reduce(part + o.a_floats, o.splits, job.m, job.k, o.ld_b, job.B);
-      if (job.S != nullptr) {
-        p.S = job.S;
-        p.S_stride[1] = job.S_stride;
-        p.basis = make_operand(job.U, job.m, job.k);
-      }
-      batch.add(p, ceil_div(job.m * job.k, kReduceElements));
-    }
-    part += o.a_floats + o.b_floats;
-  }
-  batch.flush();
 }
 
 }  // namespace osf

@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "api.h"
@@ -72,23 +73,30 @@ class Batcher {
  public:
   using Launch = std::function<void(const Params<Problem>&)>;
 
-  explicit Batcher(Launch launch) : launch_(std::move(launch)), params_(new Params<Problem>) {
-    params_->count = params_->units = 0;
+  explicit Batcher(Launch launch, int* counters = nullptr)
+      : launch_(std::move(launch)), params_(new Params<Problem>) {
+    params_->count = params_->units = params_->sums = 0;
+    params_->counters = counters;
   }
 
-  void add(Problem problem, int64_t units) {
-    if (units == 0) return;
+  void add(Problem problem, int64_t units, [[maybe_unused]] int64_t sums = 0) {
+    if (units == 0 && sums == 0) return;
     constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
-    require(units <= kMost, "one matrix has more tiles than a launch can count");
-    if (params_->count == Params<Problem>::kCapacity || params_->units + units > kMost) flush();
+    require(units <= kMost && sums <= kMost, "one matrix has more tiles than a launch can count");
+    if (params_->count == Params<Problem>::kCapacity || params_->units + units > kMost ||
+        params_->sums + sums > kMost) {
+      flush();
+    }
     problem.unit_begin = params_->units;
+    if constexpr (std::is_same_v<Problem, CoefficientsProblem>) problem.sum_begin = params_->sums;
     params_->problem[params_->count++] = problem;
     params_->units += static_cast<int>(units);
+    params_->sums += static_cast<int>(sums);
   }
 
   void flush() {
     if (params_->count > 0) launch_(*params_);
-    params_->count = params_->units = 0;
+    params_->count = params_->units = params_->sums = 0;
   }
 
  private:

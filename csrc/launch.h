@@ -24,7 +24,7 @@ constexpr CoefficientsShape coefficients_shape(bool half_precision, int rank) {
   return rank <= 64 ? CoefficientsShape{256, 64, 64} : CoefficientsShape{256, 32, 128};
 }
 constexpr int kUpdateRows = 128, kUpdateColumns = 128;
-constexpr int kReduceElements = 1024;
+constexpr int kSumQuads = 256;  // groups of four elements of a unit of sums, one a thread
 
 // Shared memory of one matrix. Cholesky: the packed upper triangle. Jacobi: the columns, the right
 // singular vectors where they fit beside them, and two numbers a column.
@@ -39,7 +39,6 @@ void launch_coefficients(const Params<CoefficientsProblem>& params, int multipro
                          cudaStream_t stream);
 template <Math math>
 void launch_update(const Params<UpdateProblem>& params, int multiprocessors, cudaStream_t stream);
-void launch_reduce(const Params<ReduceProblem>& params, int multiprocessors, cudaStream_t stream);
 void launch_cholesky(const CholeskyParams& params, int blocks, int threads, cudaStream_t stream);
 template <bool SHARED_V>
 void launch_jacobi(const JacobiParams& params, int blocks, int threads, cudaStream_t stream);

@@ -31,31 +31,24 @@ struct Operand {
 };
 
 // One product of `coefficients`, after the host chose its orientation: A is written as one partial
-// sum per row block, B as one per split of the columns.
+// sum per row block, B as one per split of the columns, and these are added in their order.
 struct CoefficientsProblem {
-  Operand x;      // (m, n)
-  Operand U;      // (m, r), may be absent
-  Operand V;      // (n, k)
-  float* part_a;  // (row_blocks, r, ld_a)
-  float* part_b;  // (splits, m, ld_b)
+  Operand x;       // (m, n)
+  Operand U;       // (m, r), may be absent
+  Operand V;       // (n, k)
+  float* part_a;   // (row_blocks, r, ld_a)
+  float* part_b;   // (splits, m, ld_b)
+  void* A;         // (r, n)
+  void* B;         // (m, k)
+  const float* S;  // null without offset
+  int64_t A_stride[2], B_stride[2], S_stride;
   int m, n, r, k;
   int ld_a, ld_b;
   int row_blocks, splits, tiles_per_split, rank_chunks;
-  int unit_begin;  // of this launch's work units, the first that is this problem's
-};
-
-// out = Σ_slices part − offset, in the order of the slices.
-struct ReduceProblem {
-  const float* part;  // (slices, rows, ld)
-  void* out;          // (rows, cols)
-  const float* S;     // null without offset
-  Operand basis;      // (rows, cols) view of the basis that S scales
-  int64_t out_stride[2];
-  int64_t slice_stride;
-  int64_t S_stride[2];  // of S along rows and along columns; one of them is 0
-  int slices, rows, cols, ld;
-  int out_dtype;
-  int unit_begin;
+  int a_sums;      // of the units of sums, A's; B's follow
+  int unit_begin;  // of this launch's units of products, the first that is this problem's
+  int sum_begin;   // of its units of sums
+  int8_t A_dtype, B_dtype;
 };
 
 struct UpdateProblem {
@@ -98,14 +91,15 @@ constexpr size_t kParameterBytes = 4096;
 
 template <class Problem>
 struct Params {
-  static constexpr int kCapacity = static_cast<int>((kParameterBytes - 16) / sizeof(Problem));
+  static constexpr int kCapacity = static_cast<int>((kParameterBytes - 24) / sizeof(Problem));
   int count;
   int units;
+  int sums;       // units of sums that follow those of products
+  int* counters;  // of ordered.cuh, for problems with sums
   Problem problem[kCapacity];
 };
 
 static_assert(sizeof(Params<CoefficientsProblem>) <= kParameterBytes, "kernel parameter");
-static_assert(sizeof(Params<ReduceProblem>) <= kParameterBytes, "kernel parameter");
 static_assert(sizeof(Params<UpdateProblem>) <= kParameterBytes, "kernel parameter");
 
 }  // namespace osf

@@ -146,6 +146,33 @@ template <class T>
 __device__ __forceinline__ void store_global(T* p, T value) {
   *p = value;
 }
+// What other blocks of the launch read: it is there for those that see a counter grow after a fence
+// of this block. Read from L2, which all blocks share, and never before the counter: what __ldcg
+// expands to lets the compiler move it.
+template <class T>
+__device__ __forceinline__ void publish(T* p, T value) {
+  *p = value;
+}
+__device__ __forceinline__ float4 load_published(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+// All that this thread wrote, or saw written before a barrier, comes before what it writes next.
+__device__ __forceinline__ void fence() { __threadfence(); }
+// Adds one and returns the value before.
+__device__ __forceinline__ int increment(int* p) { return atomicAdd(p, 1); }
+__device__ __forceinline__ int load_acquire(const int* p) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+// Between two looks at a counter.
+__device__ __forceinline__ void pause() { __nanosleep(32); }
+
 template <class T>
 __device__ __forceinline__ T load_shared(const T* p) {
   return *p;

@@ -38,9 +38,9 @@ template <class Problem>
 void launch(void (*kernel)(OSF_GRID_CONSTANT(Params<Problem>)), const char* name,
             const Params<Problem>& params, int resident_blocks, int shared_bytes,
             cudaStream_t stream) {
-  if (params.units == 0) return;
-  launch_blocks(kernel, name, params, std::min(params.units, resident_blocks), kThreads,
-                shared_bytes, stream);
+  const int blocks = std::min(std::max(params.units, params.sums), resident_blocks);
+  if (blocks == 0) return;
+  launch_blocks(kernel, name, params, blocks, kThreads, shared_bytes, stream);
 }
 
 }  // namespace osf

@@ -10,13 +10,14 @@ namespace osf {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// The problem that `unit` belongs to: the last whose unit_begin does not exceed it.
+// The problem that `unit` belongs to: the last whose `begin` does not exceed it.
 template <class Problem>
-__device__ __forceinline__ const Problem& problem_of(const Params<Problem>& params, int unit) {
+__device__ __forceinline__ const Problem& problem_of(const Params<Problem>& params, int unit,
+                                                     int Problem::* begin = &Problem::unit_begin) {
   int low = 0, high = params.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (params.problem[middle].unit_begin <= unit) {
+    if (params.problem[middle].*begin <= unit) {
       low = middle;
     } else {
       high = middle;

@@ -476,7 +476,7 @@ def test_launches_of_the_extension() -> None:
         own = [(k, p) for k, p in found if k.architecture == architecture]
         stems = {(k.kernel, p.pattern) for k, p in own}
         files = [p.stem for p in (report.ROOT / "csrc" / "inst").glob("*.cu")]
-        assert len(stems) == len(files) + 2  # reduce.cu, cholesky.cu
+        assert len(stems) == len(files) + 1  # cholesky.cu
         limit = occupancy.LIMITS[architecture].shared_bytes_of_block
         assert all(0 <= k.dynamic_shared_bytes <= limit for k, _ in own)
         assert all(k.threads % 32 == 0 and 32 <= k.threads <= 1024 for k, _ in own)
@@ -527,6 +527,6 @@ def test_extension_is_read_by_its_launches(monkeypatch: pytest.MonkeyPatch) -> N
         ("l=9", names[1], 76),
     ]
     assert {c.compiler for _, c in found} == {"nvcc 13.0"}
-    lines.append("reduce;;fp32;elements=1024;256;0")
-    with pytest.raises(ValueError, match=r"one reduce kernel of fp32 for sm_90, got 0; run `make"):
+    lines.append("update;0;bf16;rows=128;256;0")
+    with pytest.raises(ValueError, match=r"one update kernel of bf16 for sm_90, got 0; run `make"):
         read()

@@ -111,11 +111,12 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None) -> None:
     """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
 
-    Two launches for all jobs of one arithmetic (see the module's table): products into partial
-    sums in a float32 workspace, and their sum in a fixed order. x is read once for ranks up to
-    128 (64 in tf32 and tf32x3), and once more for each further block of as many. Writes each
-    job's A and B entirely; never synchronizes; two calls agree bit for bit, and a list with a
-    loop over it.
+    One launch for up to 141 jobs of one arithmetic (see the module's table) and, in bf16 and fp16,
+    of ranks up to 64 or beyond: products into partial sums in a float32 workspace, and their sum
+    in a fixed order. x is read once for ranks up to 128 (64 in tf32 and tf32x3), and once more for
+    each further block of as many. Writes each job's A and B entirely; never synchronizes, but the
+    first call on a stream allocates half a kilobyte that stays; two calls agree bit for bit, and a
+    list with a loop over it.
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each job on one device.
@@ -142,7 +143,7 @@ def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None
 def update(jobs: Sequence[Update]) -> None:
     """out = beta·x + alpha·(L1 R1 + L2 R2) + addend for every job of the list.
 
-    One launch for all jobs of one arithmetic (see the module's table). x is read once (with
+    One launch for up to 127 jobs of one arithmetic (see the module's table). x is read once (with
     beta = 0 not at all) and out written once; ``out`` may be x. Sums are float32 and rounded
     once. Never synchronizes; two calls agree bit for bit, and a list with a loop over it.
 

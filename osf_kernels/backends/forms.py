@@ -6,7 +6,7 @@ The two kernels are the only thing a backend implements:
 ``update``        out = beta·x + alpha·(L1 R1 + L2 R2) + addend, one read of x and one write
 
 A form yields its steps one after another; :func:`run` gathers the same step of every
-matrix of a list, so that a whole model takes at most two launches a step.
+matrix of a list, so that a whole model takes one call of a kernel a step.
 
 With E = U Uᵀ and F = V Vᵀ of the columns a caller passed, whatever they span:
 
@@ -45,7 +45,8 @@ class Coefficients(NamedTuple):
     """A = Uᵀ x and B = x V; with S: A −= diag(S) Vᵀ, B −= U diag(S).
 
     Either side may be absent (its basis and its output are None together). With S both sides
-    are present and r = k. Any strides; A and B are written entirely.
+    are present and r = k. Any strides; A and B are written entirely, and overlap nothing that a
+    job of the same list reads: one job's may be written while another is read.
     """
 
     x: Tensor  # (m, n)

@@ -152,6 +152,54 @@ def test_capture_in_a_graph_and_replay() -> None:
     check_update([second._replace(x=x)], [on_device[1]])
 
 
+def assert_equal_coefficients(one: Coefficients, other: Coefficients) -> None:
+    for got, expected in ((one.A, other.A), (one.B, other.B)):
+        assert got is not None
+        assert expected is not None
+        assert torch.equal(got, expected)
+
+
+def test_streams_side_by_side() -> None:
+    """Calls that run at the same time share no counter, and each leaves its own as it was."""
+    g = torch.Generator().manual_seed(15)
+    jobs = [to_device(draws.coefficients_job(900, 1300, 40, 40, BF16, g)) for _ in range(4)]
+    for job in jobs:
+        cuda.coefficients([job])
+    expected = [job._replace(A=job.A.clone(), B=job.B.clone()) for job in jobs]  # type: ignore[union-attr]
+    streams = [torch.cuda.Stream() for _ in jobs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, job in zip(streams, jobs, strict=True):
+            with torch.cuda.stream(stream):
+                job.A.zero_()  # type: ignore[union-attr]
+                cuda.coefficients([job])
+    torch.cuda.synchronize()
+    for job, right in zip(jobs, expected, strict=True):
+        assert_equal_coefficients(job, right)
+
+
+def test_a_graph_beside_the_stream_it_was_captured_on() -> None:
+    g = torch.Generator().manual_seed(16)
+    captured, eager = (
+        to_device(draws.coefficients_job(900, 1300, 40, 40, BF16, g)) for _ in range(2)
+    )
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cuda.coefficients([captured, eager])
+    expected = [job._replace(A=job.A.clone(), B=job.B.clone()) for job in (captured, eager)]  # type: ignore[union-attr]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        cuda.coefficients([captured])
+    for _ in range(20):
+        graph.replay()
+        with torch.cuda.stream(stream):
+            cuda.coefficients([eager])
+    torch.cuda.synchronize()
+    assert_equal_coefficients(captured, expected[0])
+    assert_equal_coefficients(eager, expected[1])
+
+
 def test_a_matrix_of_more_than_two_to_the_31_elements() -> None:
     """Row and column offsets beyond 32 bits: the far corner is as right as the near one."""
     m, n, r = 70_000, 31_000, 8

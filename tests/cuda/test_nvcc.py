@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-KERNELS = sorted([*(CSRC / "inst").glob("*.cu"), CSRC / "reduce.cu", CSRC / "cholesky.cu"])
+KERNELS = sorted([*(CSRC / "inst").glob("*.cu"), CSRC / "cholesky.cu"])
 # Those that multiply matrices on tensor cores.
 PRODUCTS = [k.stem for k in KERNELS if k.stem.startswith(("coefficients", "update"))]
 # The most threads of a block: on the 64 Ki registers of a multiprocessor they must start at all.
@@ -110,6 +110,12 @@ def test_kernel(kernel: str, architecture: int, reports: dict[tuple[str, int], R
         assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in report.ptx
     if kernel.startswith("update"):
         assert re.search(r"st\.global\.v4", report.ptx), "16-byte stores"
+        return
+    # What lets one block read the partial sums of another.
+    written = r"(membar\.gl|fence\.(sc|acq_rel)\.gpu);[^;]*;[^;]*;[^;]*atom\.global\.add"
+    read = r"ld\.acquire\.gpu\.global.*?bar\.sync.*?ld\.global\.cg\.v4\.f32"
+    assert re.search(f"{written}.*{read}", report.ptx, re.DOTALL)
+    assert not re.search(r"ld\.global\.cg.*ld\.acquire", report.ptx, re.DOTALL)
 
 
 @pytest.mark.slow

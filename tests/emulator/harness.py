@@ -193,6 +193,8 @@ def _compile(source: Path, only: str, flags: tuple[str, ...]) -> Path:
         if relative.name != "binding.cpp":
             units.append((source if relative.match(only) else CSRC) / relative)
     units += [HERE / "simt.cpp", HERE / "main.cpp"]
+    # Of inline functions with one name the linker keeps the first: the mutated.
+    units.sort(key=lambda unit: not unit.is_relative_to(source))
 
     def compile_unit(unit: Path) -> Path:
         folder = source if unit.is_relative_to(source) else CSRC

@@ -99,6 +99,11 @@ int main(int argc, char** argv) try {
     resolve(job.info, buffers);
   }
 
+  // One for all seeds: each call has to leave it as it was.
+  const int64_t counter_bytes = 4 * osf::coefficients_counters();
+  const Bytes counters = allocate(counter_bytes);
+  std::memset(counters.get(), 0, counter_bytes);
+
   for (const uint64_t seed : seeds) {
     simt::machine.seed = seed;
     simt::machine.launches.clear();
@@ -113,8 +118,12 @@ int main(int argc, char** argv) try {
       const Bytes workspace = allocate(bytes);
       std::memset(workspace.get(), 0xff, bytes);
       simt::machine.buffers.push_back({workspace.get(), static_cast<size_t>(bytes)});
+      simt::machine.buffers.push_back({counters.get(), static_cast<size_t>(counter_bytes)});
       osf::coefficients(coefficients_jobs.data(), job_count, allow_tf32, machine, workspace.get(),
-                        nullptr);
+                        reinterpret_cast<int32_t*>(counters.get()), nullptr);
+      for (int64_t i = 0; i < counter_bytes; ++i) {
+        if (counters[i] != 0) throw simt::Error("the counters are not left at zero");
+      }
     } else if (kind == 1) {
       osf::update(update_jobs.data(), job_count, allow_tf32, machine, nullptr);
     }

@@ -9,7 +9,7 @@ import torch
 
 from osf_kernels.backends.forms import Coefficients, Update
 from tests.emulator import draws, factorizations
-from tests.emulator.harness import EmulatorError, build, compiler, run
+from tests.emulator.harness import EmulatorError, Run, build, compiler, run
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++)")
 
@@ -86,6 +86,89 @@ def test_the_kernels_as_they_are_make_no_mistake(job: Coefficients | Update) -> 
 def test_coefficients_needs_each_barrier(nth: int) -> None:
     mutation = {"coefficients.cuh": without(BARRIER, nth)}
     assert mistakes(coefficients_job(), mutations=mutation, only="inst/coefficients_bf16_64.cu")
+
+
+def split_job() -> Coefficients:
+    """Several row blocks, each in several splits, and more units of sums than blocks."""
+    g = torch.Generator().manual_seed(5)
+    return draws.coefficients_job(600, 300, 24, 8, torch.bfloat16, g)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "mutation"),
+    [
+        (
+            "ordered.cuh",
+            replaced(
+                "  ptx::fence();\n  ptx::increment(counters + kWritten",
+                "  ptx::increment(counters + kWritten",
+            ),
+        ),
+        (
+            "ordered.cuh",
+            replaced("ptx::increment(counters + kWritten + problem)", "(void)(counters + problem)"),
+        ),
+        ("ordered.cuh", replaced("< units) ptx::pause();", "< units - 1) ptx::pause();")),
+        ("ordered.cuh", replaced("wait_until_written(params.counters, problem, ", "(void)(")),
+        ("ordered.cuh", replaced("i < kWritten + problems;", "i < kWritten + 0 * problems;")),
+        ("ordered.cuh", replaced("static_cast<int>(gridDim.x) - 1) return;", "0) return;")),
+        (
+            "coefficients.cuh",
+            replaced(
+                "for (;;) {\n    const int unit = claim_unit(params.counters, claimed);",
+                "for (int unit = blockIdx.x;; unit += gridDim.x) {\n"
+                "    claim_unit(params.counters, claimed);",
+            ),
+        ),
+        ("coefficients.cuh", without(BARRIER, 1)),
+        ("ordered.cuh", without(BARRIER, 0)),
+        ("ordered.cuh", without(BARRIER, 1)),
+    ],
+    ids=[
+        "no fence",
+        "no count",
+        "a count short",
+        "no wait",
+        "counters kept",
+        "counters reset early",
+        "units of blocks that may not run",
+        "no barrier before the count",
+        "no barrier after the claim",
+        "no barrier after the wait",
+    ],
+)
+def test_sums_need_every_step_of_their_order(file: str, mutation: Callable[[str], str]) -> None:
+    """Of what lets one block read the partial sums of others, in the same launch."""
+    emulator = build(mutations={file: mutation}, only="inst/coefficients_bf16_64.cu")
+    job = split_job()
+    right = run([job], seeds=(0,), multiprocessors=8)[0]
+    for seed in SEEDS:
+        try:
+            for done in run([job], seeds=(seed, seed), emulator=emulator, multiprocessors=8):
+                if not equal(job, done, right):
+                    return
+        except EmulatorError:
+            return
+    pytest.fail("no schedule shows it")
+
+
+def equal(job: Coefficients, one: Run, other: Run) -> bool:
+    assert job.A is not None
+    assert job.B is not None
+    return all(torch.equal(one[out], other[out]) for out in (job.A, job.B))
+
+
+@pytest.mark.slow
+def test_partial_sums_in_another_order_have_other_bits() -> None:
+    """As if they were added as they arrive: from the slice that the block's number says."""
+    order = replaced(
+        "(slice + j) * slice_quads)", "((slice + j + blockIdx.x) % s.slices) * slice_quads)"
+    )
+    emulator = build(mutations={"ordered.cuh": order}, only="inst/coefficients_bf16_64.cu")
+    job = split_job()
+    right = run([job], seeds=(0,), multiprocessors=8)[0]
+    assert not equal(job, run([job], emulator=emulator, multiprocessors=8)[0], right)
 
 
 @pytest.mark.slow

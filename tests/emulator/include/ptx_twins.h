@@ -92,6 +92,22 @@ inline void store_global(T* p, T value) {
   *p = value;
 }
 template <class T>
+inline void publish(T* p, T value) {
+  simt::publish(p, &value, sizeof(T));
+}
+inline float4 load_published(const float4* p) { return load_global(p); }
+inline void fence() { simt::fence(); }
+inline int increment(int* p) {
+  simt::atomic_access(p);
+  return (*p)++;
+}
+inline int load_acquire(const int* p) {
+  simt::global_access(p, sizeof(int), sizeof(int), false);
+  return *p;
+}
+inline void pause() { simt::pause(); }
+
+template <class T>
 inline T load_shared(const T* p) {
   simt::shared_access(p, sizeof(T), sizeof(T));
   return *p;

@@ -1,12 +1,15 @@
 // A SIMT machine on one CPU thread: every CUDA thread is a fiber, and every point where threads
-// could meet or where one could observe another is a point where the scheduler may switch.
+// could meet or where one could observe another is a point where the scheduler may switch. Blocks
+// start in any order, and a few of them run side by side.
 //
 // What it detects, by throwing simt::Error: barriers and warp-wide operations that not all threads
 // reach or that they reach at different lines; a block, grid or shared memory the machine does not
-// have; misaligned accesses; global accesses outside the registered buffers (the sanitized build
-// leaves those to the sanitizer); copies still in flight at a thread's end. What it makes visible
-// in the results: shared memory read before it is written (NaN), cp.async data read before its wait
-// or overwritten while others still read it (NaN), and missing barriers (random order).
+// have; a block that waits for what no other will do; misaligned accesses; global accesses outside
+// the registered buffers (the sanitized build leaves those to the sanitizer); copies still in
+// flight at a thread's end. What it makes visible in the results: shared memory read before it is
+// written (NaN), cp.async data read before its wait or overwritten while others still read it
+// (NaN), what a block publishes to others read before its fence (NaN), and missing barriers (random
+// order).
 #pragma once
 
 #include <cstddef>
@@ -59,6 +62,13 @@ void warp_collective(const char* operation, void* lane_arguments,
 void copy_async(void* shared, const void* global, int bytes, int valid_bytes);
 void copy_commit();
 void copy_wait(int pending_groups);
+
+// A store that other blocks see, as NaN until this block's next fence, then as it is.
+void publish(void* p, const void* value, size_t bytes);
+void fence();
+void atomic_access(const void* p);
+// Between two looks at what another block is to write.
+void pause();
 
 void global_access(const void* p, size_t bytes, size_t alignment, bool write);
 void shared_access(const void* p, size_t bytes, size_t alignment);
