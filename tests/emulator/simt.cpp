@@ -122,7 +122,7 @@ int random_bit(uint32_t mask) {
 int pick() {
   const int warp = now->current / 32;
   if (!schedule.in_order && --schedule.picks_left <= 0) {
-    schedule.picks_left = 64 << schedule.below(8);
+    schedule.picks_left = 64 << schedule.below(11);
     schedule.lagging = static_cast<uint32_t>(schedule.random());
   }
   if (now->runnable[warp] && (schedule.in_order || schedule.below(256) < schedule.stay_of_256) &&
