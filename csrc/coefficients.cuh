@@ -73,8 +73,10 @@ __global__ __launch_bounds__(kThreads, 1) void coefficients_kernel(
   int* const claimed = reinterpret_cast<int*>(ptx::shared_memory() + Traits::kTileBytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+  tell_unit(claimed, claim_unit(params.counters));
+  __syncthreads();
   for (;;) {
-    const int unit = claim_unit(params.counters, claimed);
+    const int unit = ptx::load_shared(claimed);
     if (unit >= params.units) break;
     const CoefficientsProblem& p = problem_of(params, unit);
     const int local = unit - p.unit_begin;
@@ -130,11 +132,13 @@ __global__ __launch_bounds__(kThreads, 1) void coefficients_kernel(
         store_partial(part, a, row, column, p.r, p.n, p.ld_a);
       }
     }
+    const int next = claim_unit(params.counters);  // on its way while B is stored
     if (with_b) {
       float* const part = p.part_b + static_cast<int64_t>(split) * p.m * p.ld_b;
       const int row = row0 + warp * Traits::kWarpRows + lane / 4;
       store_partial(part, b, row, rank0 + lane % 4 * 2, p.m, p.k, p.ld_b);
     }
+    tell_unit(claimed, next);
     __syncthreads();  // all have written their sums, and are done with U and the stages
     count_written(params.counters, static_cast<int>(&p - params.problem));
   }

@@ -17,12 +17,14 @@ namespace osf {
 // units whose partial sums are written.
 enum Counter { kClaimed = 0, kFinished = 1, kWritten = 2 };
 
-// The block's next unit, or a number beyond the last. `shared` is a word of shared memory; on
-// return all threads are done with what they did before.
-__device__ __forceinline__ int claim_unit(int* counters, int* shared) {
-  if (threadIdx.x == 0) ptx::store_shared(shared, ptx::increment(counters + kClaimed));
-  __syncthreads();
-  return ptx::load_shared(shared);
+// The block's next unit, or a number beyond the last; thread 0 alone gets it.
+__device__ __forceinline__ int claim_unit(int* counters) {
+  return threadIdx.x == 0 ? ptx::increment(counters + kClaimed) : 0;
+}
+
+// From thread 0 to all, which read it after the next barrier.
+__device__ __forceinline__ void tell_unit(int* shared, int unit) {
+  if (threadIdx.x == 0) ptx::store_shared(shared, unit);
 }
 
 // Counts a unit of a problem; the caller's barrier has gathered what its threads wrote.

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++
 SEEDS = tuple(range(1, 9))
 BARRIER = "__syncthreads();"
 WAIT = "ptx::cp_async_wait<STAGES - 2>();"
+COUNT = "    count_written(params.counters, static_cast<int>(&p - params.problem));\n"
 
 
 def without(text: str, nth: int) -> Callable[[str], str]:
@@ -33,6 +34,13 @@ def replaced(old: str, new: str) -> Callable[[str], str]:
     def mutate(source: str) -> str:
         assert source.count(old) == 1, f"expected one {old!r}, found {source.count(old)}"
         return source.replace(old, new)
+
+    return mutate
+
+
+def moved(text: str, before: str) -> Callable[[str], str]:
+    def mutate(source: str) -> str:
+        return replaced(before, text + before)(replaced(text, "")(source))
 
     return mutate
 
@@ -82,7 +90,7 @@ def test_the_kernels_as_they_are_make_no_mistake(job: Coefficients | Update) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nth", [0, 1])
+@pytest.mark.parametrize("nth", [0, 1, 2])
 def test_coefficients_needs_each_barrier(nth: int) -> None:
     mutation = {"coefficients.cuh": without(BARRIER, nth)}
     assert mistakes(coefficients_job(), mutations=mutation, only="inst/coefficients_bf16_64.cu")
@@ -116,14 +124,13 @@ def split_job() -> Coefficients:
         (
             "coefficients.cuh",
             replaced(
-                "for (;;) {\n    const int unit = claim_unit(params.counters, claimed);",
-                "for (int unit = blockIdx.x;; unit += gridDim.x) {\n"
-                "    claim_unit(params.counters, claimed);",
+                "for (;;) {\n    const int unit = ptx::load_shared(claimed);",
+                "for (int unit = blockIdx.x;; unit += gridDim.x) {",
             ),
         ),
-        ("coefficients.cuh", without(BARRIER, 1)),
+        ("coefficients.cuh", moved(COUNT, "    tell_unit(claimed, next);\n")),
+        ("coefficients.cuh", without(BARRIER, 0)),
         ("ordered.cuh", without(BARRIER, 0)),
-        ("ordered.cuh", without(BARRIER, 1)),
     ],
     ids=[
         "no fence",
@@ -133,7 +140,7 @@ def split_job() -> Coefficients:
         "counters kept",
         "counters reset early",
         "units of blocks that may not run",
-        "no barrier before the count",
+        "counted before the barrier",
         "no barrier after the claim",
         "no barrier after the wait",
     ],
