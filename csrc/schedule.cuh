@@ -1,5 +1,6 @@
 // The persistent schedule: a launch has as many blocks as the machine holds at once, and block b
-// takes the units b, b + gridDim.x, ... of all problems laid end to end.
+// takes the units b, b + gridDim.x, ... of all problems laid end to end (where blocks wait for each
+// other, ordered.cuh, they claim units instead).
 #pragma once
 
 #include "params.h"
