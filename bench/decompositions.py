@@ -21,9 +21,9 @@ SVD, LOWRANK, GRAM = "linalg.svd", "svd_lowrank", "Gram + eigh by hand"
 LOWRANK_ITERATIONS = (2, 8)
 # Products with A that ours takes, beside its default: the curve of accuracy against time.
 RANDOMIZED_ITERATIONS = (3, 5, 7)
-# And its leanest point, a space of 2.4 r in four blocks: on σᵢ = i^-½ it misses half of what two
+# And its leanest point, a space of 2.4 r in three blocks: on σᵢ = i^-½ it misses half of what two
 # iterations of svd_lowrank miss.
-LEAN_ITERATIONS, LEAN_OVERSAMPLE = 4, 1.4
+LEAN_ITERATIONS, LEAN_OVERSAMPLE = 3, 1.4
 RANDOMIZED_LIMIT = 0.25  # of min(m, n): above it a sketch is no smaller than the matrix
 
 

@@ -352,7 +352,7 @@ def test_what_watches_sees_the_operator() -> None:
         project_(g.clone(), U)
     assert "osf_kernels.project.default" in watcher.seen
     assert "osf_kernels.project_.default" in watcher.seen
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         project(g, U)
         project_(g.clone(), U)
     names = {event.key for event in profile.key_averages()}
