@@ -82,25 +82,25 @@ def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) ->
     U, V = torch.empty(m, rank, dtype=kind.basis), torch.empty(n, rank, dtype=kind.basis)
     A, B = torch.empty(rank, n), torch.empty(m, rank)
     if isinstance(config, configs.Update):
-        (batch,) = schedule.update_launches(
+        (made,) = schedule.update_launches(
             [Update(x, x, U, A, B, V.mT, -1.0, 1.0)],
             float32_precision=kind.float32_precision,
             choose=lambda *_: config,
         )
-        return batch.launches[0]
-    products = configs.TwoPass(64, 32, 32, 4, 1) if isinstance(config, configs.Reduce) else config
+        return made
+    products = config
     assert isinstance(products, (configs.OnePass, configs.TwoPass))
-    (batch,) = schedule.coefficients_launches(
+    (made,) = schedule.coefficients_launches(
         [Coefficients(x, U, V, A, B)],
         fill=4096,
         float32_precision=kind.float32_precision,
         choose=lambda *_: products,
     )
-    return batch.launches[1 if isinstance(config, configs.Reduce) else 0]
+    return made
 
 
 def products_of(
-    config: configs.TwoPass | configs.Gram | configs.SumGram,
+    config: configs.TwoPass | configs.Gram,
     dtype: torch.dtype,
     precision: str,
     *,
@@ -120,26 +120,24 @@ def products_of(
         job = Coefficients(A, None, Q, None, out)
         if transposed:
             job = Coefficients(A, torch.empty(m, rank), None, torch.empty(rank, n), None)
-        (batch,) = schedule.coefficients_launches(
+        (made,) = schedule.coefficients_launches(
             [job],
             fill=4096,
             float32_precision=precision,
             choose=lambda *_: products,
             accurate=True,
         )
-        return batch.launches[0]
-    sums = isinstance(config, configs.SumGram)
-    chosen = configs.Gram(64, 32, 4, 1) if isinstance(config, configs.SumGram) else config
+        return made
     size = m if transposed else n
-    (batch,) = gram_schedule.gram_launches(
+    (made,) = gram_schedule.gram_launches(
         [A],
         [torch.empty(size, size)],
         right=not transposed,
         fill=4096,
         float32_precision=precision,
-        choose=lambda *_: chosen,
+        choose=lambda *_: config,
     )
-    return batch.launches[1 if sums else 0]
+    return made
 
 
 def operand_bytes(config: configs.Config, kind: Class) -> int:
@@ -152,7 +150,7 @@ def operand_bytes(config: configs.Config, kind: Class) -> int:
 def compiled_of(made: schedule.Launch, architecture: str) -> Any:
     """What Triton makes of a launch for an architecture, with no driver."""
     kernel = launch.kernel_of(made)
-    constants = launch.constexprs(made)
+    constants = launch.constexprs(made, architecture.startswith("gfx"))
     pointers = {"meta": "*i64", "workspace": "*fp32"}
     signature = {
         name: pointers.get(name, "constexpr" if name in constants else "i32")
@@ -193,11 +191,12 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
-    # The scheduler's own scalars are 64 bits wide; a narrower access is a part of a tile.
+    # The scheduler's own scalars are 64 bits wide; a narrower access is a part of a tile. Parts of
+    # sums come by .cg, and are as wide as they can be whatever the operands are.
     widths = [
         int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
     ]
-    for kind in re.findall(r"ld\.global(\S*)", ptx):
+    for kind in re.findall(r"ld\.global(?!\.cg)(\S*)", ptx):
         vector, element = re.search(r"\.v(\d)", kind), re.search(r"\.[bfsu](\d+)$", kind)
         assert element, kind
         widths.append(int(element[1]) * (int(vector[1]) if vector else 1) // 8)
@@ -239,14 +238,12 @@ def _hip(name: str, architecture: str, compiled: Any) -> Compiled:
     )
 
 
-def faults(
-    compiled: Compiled, config: configs.Config, *, tensor_core: bool = True, aligned: bool = True
-) -> list[str]:
+def faults(compiled: Compiled, config: configs.Config, *, aligned: bool = True) -> list[str]:
     """What a config must not do to its kernel."""
     found = []
     limit = SHARED_LIMIT[compiled.architecture]
     # Small tiles of odd strides may use the instruction of the generation before.
-    if tensor_core and not (compiled.tensor_core or (compiled.fallback and not aligned)):
+    if not (compiled.tensor_core or (compiled.fallback and not aligned)):
         found.append("no tensor-core instruction")
     if compiled.spilled_bytes:
         found.append(f"spills {compiled.spilled_bytes} bytes a thread")
@@ -269,17 +266,18 @@ def faults(
 
 
 def product_faults(
-    compiled: Compiled, config: configs.TwoPass | configs.Gram | configs.SumGram, *, aligned: bool
+    compiled: Compiled, config: configs.TwoPass | configs.Gram, *, aligned: bool
 ) -> list[str]:
     """The same of the products in float32 accuracy, whose running sums are added apart."""
-    sums = isinstance(config, configs.SumGram)
-    found = faults(compiled, config, tensor_core=not sums, aligned=aligned)
+    found = faults(compiled, config, aligned=aligned)
     if isinstance(config, configs.TwoPass):
         tile = config.block_q * config.block_r
     else:
         tile = config.block**2
     # AMD's matrix cores round to nearest, so there it matters less.
     cuda = compiled.architecture.startswith("sm_")
-    if cuda and compiled.additions < tile // (32 * config.num_warps):
+    threads = 32 * config.num_warps
+    of_parts = 4 * configs.SUM_BLOCK**2 // threads  # four a step of sum_parts
+    if cuda and compiled.additions - of_parts < tile // threads:
         found.append("the running sum is kept in the tensor cores")
     return found

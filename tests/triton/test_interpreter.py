@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 FILES = (
     "interpreted_coefficients",
+    "interpreted_ordered",
     "interpreted_update",
     "interpreted_projection",
     "interpreted_products",

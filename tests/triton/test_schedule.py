@@ -25,7 +25,7 @@ def job(m: int, n: int, r: int, k: int, dtype: torch.dtype = torch.bfloat16) -> 
     return Coefficients(matrix(m, n), matrix(m, r), matrix(n, k), A, B)
 
 
-def launches(jobs: list[Coefficients], architecture: str = "sm_90") -> list[schedule.Batch]:
+def launches(jobs: list[Coefficients], architecture: str = "sm_90") -> list[schedule.Launch]:
     return schedule.coefficients_launches(
         jobs,
         fill=configs.FILL[architecture],
@@ -41,7 +41,7 @@ def update_job(c: Coefficients, beta: float = 1.0) -> Update:
     return Update(c.x, c.x, c.U, c.A, c.B, c.V.mT, -1.0, beta)
 
 
-def update_launches(jobs: list[Update]) -> list[schedule.Batch]:
+def update_launches(jobs: list[Update]) -> list[schedule.Launch]:
     return schedule.update_launches(
         jobs,
         float32_precision="tf32x3",
@@ -49,16 +49,30 @@ def update_launches(jobs: list[Update]) -> list[schedule.Batch]:
     )
 
 
-def test_whole_model_takes_three_launches() -> None:
-    """A hundred matrices of many shapes: product, ordered sum, update."""
+def test_whole_model_takes_two_launches() -> None:
+    """A hundred matrices of many shapes: products with their ordered sums, and the update."""
     shapes = [(64 * i, 128 * (1 + i % 5)) for i in range(1, 101)]
     jobs = [job(m, n, 32, 32) for m, n in shapes]
     (coefficients,) = launches(jobs)
-    assert [launch.kernel for launch in coefficients.launches] == ["one_pass", "reduce_parts"]
-    assert coefficients.launches[0].problems == 100
+    assert coefficients.kernel == "one_pass"
+    assert (coefficients.problems, coefficients.sums) == (100, 200)
     (update,) = update_launches([update_job(each) for each in jobs])
-    assert [launch.kernel for launch in update.launches] == ["update"]
-    assert update.launches[0].problems == 100
+    assert update.kernel == "update"
+    assert update.problems == 100
+
+
+def test_metadata_is_two_counters_at_zero_then_products_then_sums() -> None:
+    (made,) = launches([job(64 * i, 128, 64, 48) for i in range(1, 40, 4)])
+    assert made.kernel == "two_pass"
+    assert made.metadata[:2] == [0, 0]
+    at = 2
+    for problems, tiles in ((made.problems, made.tiles), (made.sums, made.sum_tiles)):
+        starts = made.metadata[at : at + problems + 1]
+        assert starts == sorted(starts)
+        assert (starts[0], starts[-1]) == (0, tiles)
+        at += problems + 1 + 21 * problems
+    assert len(made.metadata) == at
+    assert 0 < made.sums < made.problems, "sums of one part have nothing to add"
 
 
 def test_variant_follows_the_rank_sum() -> None:
@@ -85,7 +99,7 @@ def test_variant_can_be_named_or_refused() -> None:
 
 def products(
     As: list[Tensor], width: int, transpose: bool = False
-) -> tuple[list[schedule.Batch], list[schedule.Batch]]:
+) -> tuple[list[schedule.Launch], list[schedule.Launch]]:
     """Batches of A Q (or Aᵀ Q) and of Aᵀ A (or A Aᵀ), as they are planned for sm_90."""
     rows, columns = As[0].shape
     size, out = (rows, columns) if transpose else (columns, rows)
@@ -126,24 +140,22 @@ def weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_products_of_a_shape_group_take_two_launches(dtype: torch.dtype) -> None:
+def test_products_of_a_shape_group_take_one_launch(dtype: torch.dtype) -> None:
     multiply, gram = products(weights(24, 1024, 768, dtype), 96)
-    assert [[made.kernel for made in batch.launches] for batch in multiply] == [
-        ["two_pass", "reduce_parts"]
-    ]
-    assert [[made.kernel for made in batch.launches] for batch in gram] == [["gram", "sum_gram"]]
-    for made in (multiply[0].launches[0], gram[0].launches[0]):
-        assert made.problems == 24
+    assert [made.kernel for made in multiply] == ["two_pass"]
+    assert [made.kernel for made in gram] == ["gram"]
+    for made in (multiply[0], gram[0]):
+        assert made.problems == made.sums == 24
         # Products of float32 as three of TF32, of 16-bit pieces exactly.
         assert made.constants["PRECISION"] == ("tf32x3" if dtype == torch.float32 else "ieee")
     pieces = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    assert multiply[0].launches[0].constants["DOT"] == pieces
-    assert gram[0].launches[0].constants["DOT"] == dtype
+    assert multiply[0].constants["DOT"] == pieces
+    assert gram[0].constants["DOT"] == dtype
 
 
 def test_one_triangle_is_computed() -> None:
-    (batch,) = products(weights(3, 256, 4096), 8)[1]
-    (made,) = batch.launches
+    (made,) = products(weights(3, 256, 4096), 8)[1]
+    assert made.sums == 0
     block = made.config.block  # type: ignore[union-attr]
     count = 4096 // block
     assert made.tiles == 3 * count * (count + 1) // 2
@@ -151,24 +163,24 @@ def test_one_triangle_is_computed() -> None:
 
 def test_parts_of_a_gram_depend_on_the_matrix_alone_and_cover_its_sum() -> None:
     for m, n in ((50000, 64), (4096, 128), (3000, 1000), (600, 40), (511, 8), (8192, 2048)):
-        alone = products(weights(1, m, n), 8)[1][0].launches[0]
-        parts, part = alone.metadata[2 + 5 : 2 + 7]
+        alone = products(weights(1, m, n), 8)[1][0]
+        parts, part = alone.metadata[4 + 5 : 4 + 7]
         assert (parts - 1) * part < m <= parts * part
         assert part % alone.config.block_k == 0  # type: ignore[union-attr]
         assert parts == 1 or part >= configs.SHORTEST_GRAM_SPLIT // 2
-        together = products(weights(2, m, n), 8)[1][0].launches[0]
+        together = products(weights(2, m, n), 8)[1][0]
         assert together.tiles == 2 * alone.tiles
-        assert together.metadata[3 + 5 : 3 + 7] == [parts, part]
+        assert together.metadata[5 + 5 : 5 + 7] == [parts, part]
 
 
 def test_workspace_of_grams_is_bounded() -> None:
     """A list whose parts would not fit is launched in slices, every matrix once."""
-    batches = products(weights(200, 4096, 512), 8)[1]
-    each = max(batch.workspace_elements // batch.launches[0].problems for batch in batches)
-    assert len(batches) > 1
-    assert sum(batch.launches[0].problems for batch in batches) == 200
-    for batch in batches:
-        assert batch.workspace_elements <= configs.GRAM_WORKSPACE_ELEMENTS + each
+    slices = products(weights(200, 4096, 512), 8)[1]
+    each = max(made.workspace_elements // made.problems for made in slices)
+    assert len(slices) > 1
+    assert sum(made.problems for made in slices) == 200
+    for made in slices:
+        assert made.workspace_elements <= configs.GRAM_WORKSPACE_ELEMENTS + each
 
 
 def test_columns_of_products_are_scheduled_as_rows() -> None:
@@ -176,23 +188,22 @@ def test_columns_of_products_are_scheduled_as_rows() -> None:
     rows = weights(1, 256, 128, device="cpu")
     columns = [A.mT for A in rows]
     for one, other in zip(products(rows, 8), products(columns, 8, transpose=True), strict=True):
-        for first, second in zip(one[0].launches, other[0].launches, strict=True):
-            assert first.constants | {"A_LAYOUT": 0} == second.constants | {"A_LAYOUT": 0}
-            assert first.tiles == second.tiles
+        first, second = one[0], other[0]
+        assert first.constants | {"A_LAYOUT": 0} == second.constants | {"A_LAYOUT": 0}
+        assert (first.tiles, first.sum_tiles) == (second.tiles, second.sum_tiles)
 
 
 def test_split_depends_on_the_matrix_alone() -> None:
     """Each side of a matrix takes as many tiles in a list as by itself."""
     jobs = [job(4096, 512, 128, 128), job(512, 4096, 128, 104), job(64, 64, 96, 72)]
 
-    def tiles(batch: schedule.Batch) -> list[int]:
-        products = batch.launches[0]
-        starts = products.metadata[: products.problems + 1]
+    def tiles(products: schedule.Launch) -> list[int]:
+        starts = products.metadata[2 : products.problems + 3]
         return [after - before for before, after in itertools.pairwise(starts)]
 
     alone = [tiles(launches([each])[0]) for each in jobs]
-    (batch,) = launches(jobs)
-    assert tiles(batch) == list(itertools.chain(*alone))
+    (together,) = launches(jobs)
+    assert tiles(together) == list(itertools.chain(*alone))
     assert max(map(max, alone)) > 1
 
 
@@ -208,8 +219,8 @@ def test_parts_cover_the_sum_once() -> None:
 
 def test_small_output_fills_the_machine() -> None:
     """A 64-wide output over a long sum is split into about as many tiles as there are SMs."""
-    (batch,) = launches([job(16384, 64, 64, 64)])
-    assert batch.launches[0].tiles >= 128
+    (made,) = launches([job(16384, 64, 64, 64)])
+    assert made.tiles >= 128
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from . import configs
 __all__ = ["MAX_LAUNCHES", "coefficients", "gram", "multiply", "unavailable_reason", "update"]
 
 # Launches of one call whose jobs agree on dtypes, layouts and config.
-MAX_LAUNCHES = {"coefficients": 2, "update": 1}
+MAX_LAUNCHES = {"coefficients": 1, "update": 1}
 
 
 @functools.lru_cache
@@ -74,9 +74,9 @@ def coefficients(
 ) -> None:
     """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
 
-    Two launches (the second adds partial sums in order) for all jobs that agree on dtypes,
-    layouts and config, whatever their shapes. Writes each job's A and B entirely; never
-    synchronizes; two calls agree bit for bit, and a list with a loop over it.
+    One launch for all jobs that agree on dtypes, layouts and config, whatever their shapes; it
+    adds partial sums in order. Writes each job's A and B entirely; never synchronizes; two calls
+    agree bit for bit, and a list with a loop over it.
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each on one device.
@@ -123,9 +123,9 @@ def multiply(
     (on AMD IEEE float32), whatever torch's matmul precision allows. Sums are float32, rounded to
     nearest between steps of the tensor cores.
 
-    At most two launches for matrices of like strides (the second adds partial sums in order).
-    Writes ``out`` entirely; never synchronizes; draws no random numbers. Two calls agree bit for
-    bit, and a list with a loop over it.
+    One launch for matrices of like strides, which adds partial sums in order. Writes ``out``
+    entirely; never synchronizes; draws no random numbers. Two calls agree bit for bit, and a list
+    with a loop over it.
 
     Args:
         As: b matrices (m, n) of one shape, of bfloat16, float16 or float32, any strides.

@@ -15,13 +15,10 @@ __all__ = [
     "ARCHITECTURES",
     "FILL",
     "ONE_PASS_RANK_SUM",
-    "REDUCE",
-    "SUM_GRAM",
+    "SUM_BLOCK",
     "Config",
     "Gram",
     "OnePass",
-    "Reduce",
-    "SumGram",
     "TwoPass",
     "Update",
     "candidates",
@@ -68,16 +65,6 @@ class Update(NamedTuple):
     programs_per_sm: int = 2
 
 
-class Reduce(NamedTuple):
-    """(block_q, block_r) tiles of an ordered sum of parts."""
-
-    block_q: int
-    block_r: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int = 4
-
-
 class Gram(NamedTuple):
     """(block, block) tiles of a symmetric product, block_k of the summed dimension a step."""
 
@@ -88,16 +75,7 @@ class Gram(NamedTuple):
     programs_per_sm: int = 1
 
 
-class SumGram(NamedTuple):
-    """(block, block) tiles of an ordered sum of parts of a symmetric product."""
-
-    block: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int = 4
-
-
-Config = OnePass | TwoPass | Update | Reduce | Gram | SumGram
+Config = OnePass | TwoPass | Update | Gram
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -116,19 +94,19 @@ GRAM_WORKSPACE_ELEMENTS = 1 << 26
 # reductions read x once more, from L2 at best.
 ONE_PASS_RANK_SUM = 64
 
-REDUCE = Reduce(32, 32, num_warps=4, num_stages=1)
-SUM_GRAM = SumGram(32, num_warps=4, num_stages=1)
+# Side of the square tiles in which parts are added: as many as keep every program busy.
+SUM_BLOCK = 32
 
 # Keyed by the bytes of a dot operand, then by rank block, ascending; the last serves any rank
 # (of one_pass: up to its block).
 _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
     "sm_80": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 1)),
-        4: (OnePass(32, 64, 32, 8, 2, 1), OnePass(32, 64, 64, 8, 2, 1)),
+        4: (OnePass(16, 64, 32, 8, 2, 1), OnePass(16, 64, 64, 8, 2, 1)),
     },
     "sm_90": {
         2: (OnePass(64, 256, 32, 8, 2, 2), OnePass(64, 128, 64, 8, 2, 2)),
-        4: (OnePass(64, 64, 32, 8, 1, 1), OnePass(32, 64, 64, 8, 1, 1)),
+        4: (OnePass(64, 64, 32, 8, 1, 1), OnePass(16, 64, 64, 8, 2, 1)),
     },
     "sm_100": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 2)),
@@ -142,7 +120,7 @@ _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
 
 _TWO_PASS: dict[str, dict[int, tuple[TwoPass, TwoPass]]] = {
     "sm_80": {
-        2: (TwoPass(128, 64, 64, 4, 3, 2), TwoPass(128, 64, 128, 8, 3, 1)),
+        2: (TwoPass(128, 64, 64, 8, 3, 2), TwoPass(128, 64, 128, 8, 3, 1)),
         4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "sm_90": {
@@ -336,23 +314,20 @@ def shipped(architecture: str, aligned: bool = True) -> list[tuple[int, Config]]
     """Every (operand bytes, config) a rule of this file can choose on an architecture."""
     rows: list[tuple[int, Config]] = []
     if not aligned:
-        general = (*_UNALIGNED_ONE_PASS, _UNALIGNED_TWO_PASS, _UNALIGNED_UPDATE, REDUCE)
+        general = (*_UNALIGNED_ONE_PASS, _UNALIGNED_TWO_PASS, _UNALIGNED_UPDATE)
         return [(width, config) for width in (2, 4) for config in general]
     for table in (_ONE_PASS, _TWO_PASS, _UPDATE):
         for operand_bytes, configs in table[architecture].items():
             rows.extend((operand_bytes, config) for config in configs)
-    rows.append((4, REDUCE))
     return rows
 
 
-def shipped_products(
-    architecture: str, dtype: str, aligned: bool = True
-) -> list[TwoPass | Gram | SumGram]:
+def shipped_products(architecture: str, dtype: str, aligned: bool = True) -> list[TwoPass | Gram]:
     """Every config that the products in float32 accuracy of a dtype can be given."""
     if not aligned:
-        return [_UNALIGNED_MULTIPLY, _UNALIGNED_GRAM, SUM_GRAM]
+        return [_UNALIGNED_MULTIPLY, _UNALIGNED_GRAM]
     width = 4 if dtype == "float32" else 2
-    return [*_MULTIPLY[architecture][dtype], *_GRAM[architecture][width], SUM_GRAM]
+    return [*_MULTIPLY[architecture][dtype], *_GRAM[architecture][width]]
 
 
 def architecture_of_capability(major: int, minor: int) -> str:

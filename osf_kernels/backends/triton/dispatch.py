@@ -99,7 +99,7 @@ def _plan_gram(
     side: str,
     config: configs.Gram | None,
     precision: str,
-) -> list[schedule.Batch]:
+) -> list[schedule.Launch]:
     architecture = launch.architecture(device)
 
     def choose(A: Tensor, size: int, aligned: bool) -> configs.Gram:
@@ -136,7 +136,7 @@ def _plan_coefficients(
     config: configs.OnePass | configs.TwoPass | None,
     precision: str,
     accurate: bool,
-) -> list[schedule.Batch]:
+) -> list[schedule.Launch]:
     architecture = launch.architecture(device)
 
     def choose(
@@ -179,7 +179,7 @@ def _plan_update(
     jobs: Sequence[Update],
     config: configs.Update | None,
     precision: str,
-) -> list[schedule.Batch]:
+) -> list[schedule.Launch]:
     architecture = launch.architecture(device)
 
     def choose(job: Update, width: int, rank: int, aligned: bool) -> configs.Update:

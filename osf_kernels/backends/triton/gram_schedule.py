@@ -3,7 +3,7 @@
 As ``schedule``, whose terms it uses: pure arithmetic, imports torch, never triton. A record is
 
 Gram       0 x, 3 size, 4 summed length, 5 parts, 6 length of a part, 7 offset of the parts,
-           8 out (size, size)
+           8 out (size, size); of a sum: the same
 
 A matrix that runs down its columns is scheduled as its transpose, so that Xᵀ X of the one is
 X Xᵀ of the other.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .schedule import Batch, Group, View, accurate_rule, ceil_div
+from .schedule import Launch, SummedGroup, View, accurate_rule, ceil_div
 
 __all__ = ["gram_launches"]
 
@@ -30,14 +30,12 @@ def gram_launches(
     fill: int,
     float32_precision: str,
     choose: Callable[[Tensor, int, bool], configs.Gram],
-) -> list[Batch]:
+) -> list[Launch]:
     """Group matrices into launches; ``choose(A, size, aligned)`` picks a config.
 
     Args:
         As: (m, n) each.
         out: Aᵀ A (n, n) where ``right``, else A Aᵀ (m, m), float32.
-
-    Each batch is one or two launches: the products, then the ordered sum of their parts.
     """
     groups: dict[tuple[object, ...], list[_GramGroup]] = {}
     for matrix, result in zip(As, out, strict=True):
@@ -63,22 +61,20 @@ def gram_launches(
             "TRANSPOSED": transposed,
         }
         slices = groups.setdefault((config, *constants.values()), [])
-        if not slices or slices[-1].workspace_elements >= configs.GRAM_WORKSPACE_ELEMENTS:
+        if not slices or slices[-1].group.workspace_elements >= configs.GRAM_WORKSPACE_ELEMENTS:
             slices.append(_GramGroup(config, constants, fill))
         slices[-1].add(x, square)
-    return [group.batch() for slices in groups.values() for group in slices]
+    return [group.launch() for slices in groups.values() for group in slices]
 
 
 class _GramGroup:
-    """One batch of symmetric products under construction."""
+    """One launch of symmetric products under construction."""
 
     def __init__(self, config: configs.Gram, constants: dict[str, object], fill: int) -> None:
         self.config = config
         self.constants = constants
         self.fill = fill
-        self.products = Group()
-        self.sums = Group()
-        self.workspace_elements = 0
+        self.group = SummedGroup()
 
     def add(self, x: View, out: View) -> None:
         size = out.rows
@@ -88,17 +84,14 @@ class _GramGroup:
         parts = max(1, min(self.fill // tiles, length // configs.SHORTEST_GRAM_SPLIT))
         part = ceil_div(ceil_div(length, parts), self.config.block_k) * self.config.block_k
         parts = max(1, ceil_div(length, part)) if part else 1
-        record = (*x.fields, size, length, parts, part, self.workspace_elements, *out.fields)
-        self.products.add(tiles * parts, record)
+        offset = self.group.reserve(parts, size, size) if parts > 1 else 0
+        record = (*x.fields, size, length, parts, part, offset, *out.fields)
+        self.group.products.add(tiles * parts, record)
         if parts > 1:
-            self.workspace_elements += parts * size * ceil_div(size, 4) * 4
-            self.sums.add(_triangle(size, configs.SUM_GRAM.block), record)
+            self.group.sums.add(_triangle(size, configs.SUM_BLOCK), record)
 
-    def batch(self) -> Batch:
-        launches = [self.products.launch("gram", self.config, self.constants)]
-        if self.sums.records:
-            launches.append(self.sums.launch("sum_gram", configs.SUM_GRAM, self.constants))
-        return Batch(launches, self.workspace_elements)
+    def launch(self) -> Launch:
+        return self.group.launch("gram", self.config, self.constants)
 
 
 def _triangle(size: int, block: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs batches of launches: metadata on the device, workspace, grid, and the cache of both.
+"""Runs launches: metadata on the device, workspace, grid, and the cache of both.
 
 Imports triton (through the kernels), so import it only from code that has asked
 ``unavailable_reason``.
@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, schedule
-from .kernels.coefficients import one_pass_kernel, reduce_parts_kernel, two_pass_kernel
-from .kernels.gram import gram_kernel, sum_gram_kernel
+from .kernels.coefficients import one_pass_kernel, two_pass_kernel
+from .kernels.gram import gram_kernel
 from .kernels.update import update_kernel
 
 __all__ = [
@@ -39,10 +39,8 @@ ON_AMD: bool = getattr(torch.version, "hip", None) is not None
 _KERNELS: dict[str, Any] = {
     "one_pass": one_pass_kernel,
     "two_pass": two_pass_kernel,
-    "reduce_parts": reduce_parts_kernel,
     "update": update_kernel,
     "gram": gram_kernel,
-    "sum_gram": sum_gram_kernel,
 }
 _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -82,8 +80,8 @@ def kernel_of(launch: schedule.Launch) -> Any:
     return _KERNELS[launch.kernel]
 
 
-def constexprs(launch: schedule.Launch) -> dict[str, Any]:
-    """Every constexpr argument of a launch's kernel."""
+def constexprs(launch: schedule.Launch, amd: bool = ON_AMD) -> dict[str, Any]:
+    """Every constexpr argument of a launch's kernel, for a GPU of AMD's or NVIDIA's."""
     names = set(_KERNELS[launch.kernel].arg_names)
     values = {name: value for name, value in launch.constants.items() if name in names}
     values |= {
@@ -92,6 +90,9 @@ def constexprs(launch: schedule.Launch) -> dict[str, Any]:
         if field.startswith(("block", "group"))
     }
     values["INTERPRET"] = INTERPRETING
+    if "SUM_BLOCK" in names:
+        values["SUM_BLOCK"] = configs.SUM_BLOCK
+        values["AMD"] = amd and not INTERPRETING
     return {
         name: _TRITON_DTYPES.get(value, value) if isinstance(value, torch.dtype) else value
         for name, value in values.items()
@@ -111,30 +112,27 @@ class _Ready(NamedTuple):
     kernel: Any
     grid: tuple[int, int, int]
     metadata: Tensor  # int64, on the device
-    problems: int
-    tiles: int
+    counts: tuple[int, ...]  # problems, tiles and sums
+    workspace_elements: int
     arguments: dict[str, Any]
 
-    def __call__(self, workspace: Tensor | None) -> None:
-        pointers = [self.metadata] if workspace is None else [self.metadata, workspace]
-        self.kernel[self.grid](*pointers, self.problems, self.tiles, **self.arguments)
+    def __call__(self, device: torch.device) -> None:
+        pointers = [self.metadata]
+        if self.kernel is not update_kernel:
+            # Fresh from the caching allocator: safe on any stream and under graph capture.
+            elements = max(4, self.workspace_elements)
+            pointers.append(torch.empty(elements, dtype=torch.float32, device=device))
+        self.kernel[self.grid](*pointers, *self.counts, **self.arguments)
 
 
 class _Call(NamedTuple):
     """Everything but the workspace of a call on one device."""
 
-    batches: list[tuple[list[_Ready], int]]
+    launches: list[_Ready]
 
     def __call__(self, device: torch.device) -> None:
-        for launches, workspace_elements in self.batches:
-            workspace = None
-            if launches[0].kernel is not update_kernel:
-                # Fresh from the caching allocator: safe on any stream and under graph capture.
-                workspace = torch.empty(
-                    max(4, workspace_elements), dtype=torch.float32, device=device
-                )
-            for launch in launches:
-                launch(workspace)
+        for launch in self.launches:
+            launch(device)
 
 
 class _Uploads:
@@ -171,11 +169,11 @@ _captured: list[_Call] = []
 def run(
     key: tuple[object, ...],
     device: torch.device,
-    build: Callable[[], Sequence[schedule.Batch]],
+    build: Callable[[], Sequence[schedule.Launch]],
 ) -> None:
-    """Launch the batches that ``build`` returns, or those kept from a call with the same key.
+    """Run the launches that ``build`` returns, or those kept from a call with the same key.
 
-    The key must hold everything the batches depend on: addresses, shapes, strides, dtypes and
+    The key must hold everything the launches depend on: addresses, shapes, strides, dtypes and
     options. A repeated key copies nothing to the device, so a call that ran once can be
     captured in a CUDA graph. Launches on the current stream of ``device``; never synchronizes.
     """
@@ -209,14 +207,13 @@ def run(
 
 
 def _ready(
-    batches: Sequence[schedule.Batch],
+    launches: Sequence[schedule.Launch],
     device: torch.device,
     upload: Callable[[list[int]], Tensor],
-) -> list[tuple[list[_Ready], int]]:
+) -> list[_Ready]:
     # One copy a call: launches read slices of it, each on a 16-byte boundary.
     data: list[int] = []
     offsets = []
-    launches = [launch for batch in batches for launch in batch.launches]
     for launch in launches:
         offsets.append(len(data))
         data += launch.metadata
@@ -224,28 +221,27 @@ def _ready(
     if not data:
         return []
     metadata = upload(data)
-    slices = iter(zip(offsets, launches, strict=True))
     return [
-        (
-            [
-                _launch(metadata[offset:], launch, device)
-                for offset, launch in (next(slices) for _ in batch.launches)
-            ],
-            batch.workspace_elements,
-        )
-        for batch in batches
+        _launch(metadata[offset:], launch, device)
+        for offset, launch in zip(offsets, launches, strict=True)
     ]
 
 
 def _launch(metadata: Tensor, launch: schedule.Launch, device: torch.device) -> _Ready:
-    programs = _INTERPRETED_PROGRAMS
-    if device.type == "cuda":
-        programs = _processors(index_of(device)) * launch.config.programs_per_sm
+    counts: tuple[int, ...] = (launch.problems, launch.tiles)
+    if launch.kernel == "update":
+        programs = _INTERPRETED_PROGRAMS
+        if device.type == "cuda":
+            programs = _processors(index_of(device)) * launch.config.programs_per_sm
+        programs = min(launch.tiles, programs)
+    else:
+        programs = launch.tiles + launch.sum_tiles  # each claims one (kernels.ordered)
+        counts += (launch.sums,)
     return _Ready(
         kernel_of(launch),
-        (min(launch.tiles, programs), 1, 1),
+        (programs, 1, 1),
         metadata,
-        launch.problems,
-        launch.tiles,
+        counts,
+        launch.workspace_elements,
         constexprs(launch) | compile_options(launch.config),
     )

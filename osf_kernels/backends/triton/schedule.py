@@ -2,14 +2,20 @@
 
 Pure arithmetic on addresses, sizes and strides. Imports torch, never triton.
 
-A launch's metadata is one int64 array: problems + 1 prefix sums of tiles, then one record a
-problem. The records (field: meaning; a view is an address and two strides in elements):
+A launch's metadata is one int64 array. Of an update: problems + 1 prefix sums of tiles, then one
+record a problem. Of products: two counters, zero (``kernels.ordered``), then the same, then the
+same of the sums of their parts. The counters lie here because each call has its metadata to
+itself: calls in flight on several streams share none (``launch`` keeps one a stream), a graph has
+its own or those of the very same tensors, and a kernel that is aborted leaves no context to launch
+another in.
+
+The records (field: meaning; a view is an address and two strides in elements):
 
 OnePass    0 x, 3 m, 4 n, 5 U, 8 r, 9 V, 12 k, 13 offset of the parts of Aᵀ, 14 of B,
            15 rows a split
 Reduction  0 x, 3 q, 4 summed length, 5 basis, 8 rank, 9 parts, 10 length of a part, 11 side
            (0 A, 1 B), 12 offset of the parts, 13 out (q, rank), 16 S, 17 the other basis
-           (q, rank), 20 stride of S
+           (q, rank), 20 stride of S; of a sum: the same, without x and basis
 Update     0 out, 3 x, 6 m, 7 n, 8 alpha's float32 bits, 9 beta, 10 L1, 13 R1, 16 r,
            17 L2, 20 R2, 23 k, 24 addend
 
@@ -32,10 +38,9 @@ from osf_kernels.backends.forms import Coefficients, Update
 from . import configs
 
 __all__ = [
-    "Batch",
-    "Group",
     "Launch",
     "Layout",
+    "SummedGroup",
     "View",
     "accurate_rule",
     "ceil_div",
@@ -125,19 +130,15 @@ class View(NamedTuple):
 class Launch(NamedTuple):
     """One kernel launch, but for the device."""
 
-    kernel: str  # "one_pass", "two_pass", "reduce_parts" or "update"
+    kernel: str  # "one_pass", "two_pass", "gram" or "update"
     config: configs.Config
     constants: dict[str, object]  # constexpr arguments; dtypes are torch's
     metadata: list[int]
     problems: int
     tiles: int
-
-
-class Batch(NamedTuple):
-    """Launches that share a workspace of float32 parts and run in this order."""
-
-    launches: list[Launch]
-    workspace_elements: int
+    sums: int = 0  # of parts, by tiles of configs.SUM_BLOCK
+    sum_tiles: int = 0
+    workspace_elements: int = 0  # of float32 parts
 
 
 def dot_rule(
@@ -193,14 +194,44 @@ class Group:
         self.starts.append(self.starts[-1] + tiles)
         self.records.extend(record)
 
+    @property
+    def problems(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def tiles(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def metadata(self) -> list[int]:
+        return [*self.starts, *self.records]
+
+
+class SummedGroup:
+    """Problems of one launch under construction, and the sums of their parts."""
+
+    def __init__(self) -> None:
+        self.products = Group()
+        self.sums = Group()
+        self.workspace_elements = 0
+
+    def reserve(self, parts: int, rows: int, columns: int) -> int:
+        """Where so many parts start in the workspace."""
+        offset = self.workspace_elements
+        self.workspace_elements += parts * rows * ceil_div(columns, 4) * 4
+        return offset
+
     def launch(self, kernel: str, config: configs.Config, constants: dict[str, object]) -> Launch:
         return Launch(
             kernel,
             config,
             constants,
-            [*self.starts, *self.records],
-            len(self.starts) - 1,
-            self.starts[-1],
+            [0, 0, *self.products.metadata, *self.sums.metadata],
+            self.products.problems,
+            self.products.tiles,
+            self.sums.problems,
+            self.sums.tiles,
+            self.workspace_elements,
         )
 
 
@@ -214,11 +245,10 @@ def coefficients_launches(
     float32_precision: str,
     choose: Callable[[Coefficients, int, int, int, bool], configs.OnePass | configs.TwoPass],
     accurate: bool = False,
-) -> list[Batch]:
+) -> list[Launch]:
     """Group jobs into launches; ``choose(job, operand bytes, r, k, aligned)`` picks a config.
 
     Jobs share a launch when they agree on config, dtypes, layouts and which sides they ask for.
-    Each batch is one or two launches: the reductions, then the ordered sum of their parts.
     ``accurate`` asks for float32 accuracy whatever the dtype of x; it is for float32 bases, and
     ``choose`` then returns a TwoPass.
     """
@@ -275,11 +305,11 @@ def coefficients_launches(
         if key not in groups:
             groups[key] = _CoefficientsGroup(config, constants, fill)
         groups[key].add(x, u, v, a, b, scale)
-    return [group.batch() for group in groups.values()]
+    return [group.launch() for group in groups.values()]
 
 
 class _CoefficientsGroup:
-    """One batch of coefficients under construction."""
+    """One launch of coefficients under construction."""
 
     def __init__(
         self,
@@ -290,9 +320,7 @@ class _CoefficientsGroup:
         self.config = config
         self.constants = constants
         self.fill = fill
-        self.products = Group()
-        self.sums = Group()
-        self.workspace_elements = 0
+        self.group = SummedGroup()
 
     def add(
         self,
@@ -315,11 +343,6 @@ class _CoefficientsGroup:
                 assert basis is not None
                 self._add_reduction(self.config, side, x, basis, out, other, scale)
 
-    def _workspace(self, parts: int, rows: int, rank: int) -> int:
-        offset = self.workspace_elements
-        self.workspace_elements += parts * rows * ceil_div(rank, 4) * 4
-        return offset
-
     def _add_one_pass(
         self,
         config: configs.OnePass,
@@ -333,10 +356,10 @@ class _CoefficientsGroup:
         m, n, r, k = x.rows, x.columns, u.columns, v.columns
         strips = ceil_div(n, config.block_n)
         splits, split_rows = _parts(strips, m, config.block_m, self.fill)
-        a_offset = self._workspace(splits, n, r)
-        b_offset = self._workspace(strips, m, k)
+        a_offset = self.group.reserve(splits, n, r)
+        b_offset = self.group.reserve(strips, m, k)
         record = (*x.fields, m, n, *u.fields, r, *v.fields, k, a_offset, b_offset, split_rows)
-        self.products.add(strips * splits, record)
+        self.group.products.add(strips * splits, record)
         self._add_sum(0, n, m, r, splits, split_rows, a_offset, a, scale, v)
         self._add_sum(1, m, n, k, strips, config.block_n, b_offset, b, scale, u)
 
@@ -353,10 +376,10 @@ class _CoefficientsGroup:
         q, length, rank = out.rows, basis.rows, basis.columns
         tiles = ceil_div(q, config.block_q) * ceil_div(rank, config.block_r)
         parts, part = _parts(tiles, length, config.block_k, self.fill)
-        offset = self._workspace(parts, q, rank) if parts > 1 else 0
+        offset = self.group.reserve(parts, q, rank) if parts > 1 else 0
         tail = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
         record = (*x.fields, *tail[3:5], *basis.fields, *tail[8:])
-        self.products.add(tiles * parts, record)
+        self.group.products.add(tiles * parts, record)
         if parts > 1:
             self._add_sum(side, q, length, rank, parts, part, offset, out, scale, other)
 
@@ -373,17 +396,14 @@ class _CoefficientsGroup:
         scale: tuple[int, int],
         other: View | None,
     ) -> None:
-        reduce = configs.REDUCE
-        tiles = ceil_div(q, reduce.block_q) * ceil_div(rank, reduce.block_r)
-        self.sums.add(tiles, _tail(side, q, length, rank, parts, part, offset, out, scale, other))
+        tiles = ceil_div(q, configs.SUM_BLOCK) * ceil_div(rank, configs.SUM_BLOCK)
+        record = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
+        self.group.sums.add(tiles, record)
 
-    def batch(self) -> Batch:
+    def launch(self) -> Launch:
         one_pass = isinstance(self.config, configs.OnePass)
         kernel = "one_pass" if one_pass else "two_pass"
-        launches = [self.products.launch(kernel, self.config, self.constants)]
-        if self.sums.records:
-            launches.append(self.sums.launch("reduce_parts", configs.REDUCE, self.constants))
-        return Batch(launches, self.workspace_elements)
+        return self.group.launch(kernel, self.config, self.constants)
 
 
 def _tail(
@@ -421,7 +441,7 @@ def update_launches(
     *,
     float32_precision: str,
     choose: Callable[[Update, int, int, bool], configs.Update],
-) -> list[Batch]:
+) -> list[Launch]:
     """Group jobs into launches; ``choose(job, operand bytes, larger rank, aligned)`` as above."""
     groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], Group]] = {}
     for job in jobs:
@@ -489,6 +509,6 @@ def update_launches(
         tiles = ceil_div(out.rows, config.block_m) * ceil_div(out.columns, config.block_n)
         groups[key][2].add(tiles, record)
     return [
-        Batch([group.launch("update", config, constants)], 0)
+        Launch("update", config, constants, group.metadata, group.problems, group.tiles)
         for config, constants, group in groups.values()
     ]

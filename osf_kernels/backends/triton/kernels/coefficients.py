@@ -9,9 +9,9 @@ Two variants, chosen per job by ``configs.coefficients_config``:
               on the rank; also serves one-sided jobs, and float32 bases in float32 accuracy
               whatever the dtype of x (ACCURATE).
 
-Sums that several programs share go to a workspace as float32 parts, and ``reduce_parts`` adds
-them in their order. How a job is split depends on its own shape and config alone, never on its
-neighbours, so a list gives the bits of a loop.
+Sums that several programs share go to a workspace as float32 parts, and are added in their order
+by later programs of the launch (``ordered``). How a job is split depends on its own shape and
+config alone, never on its neighbours, so a list gives the bits of a loop.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .ordered import claim, done, store_part, sum_parts, wait_for_products
 from .tiles import (
     accurate_product,
     find_problem,
@@ -29,16 +30,7 @@ from .tiles import (
     widen,
 )
 
-__all__ = ["one_pass_kernel", "reduce_parts_kernel", "two_pass_kernel"]
-
-
-@triton.jit
-def store_part(workspace, part, values, rows, ranks, row_count, rank_count):
-    """Write a tile of part ``part`` of a (parts, row_count, rank_count up to 4) workspace."""
-    padded = tl.multiple_of(tl.cdiv(rank_count, 4) * 4, 4)
-    start = workspace + part * (row_count.to(tl.int64) * padded)
-    pointers = start + rows.to(tl.int64)[:, None] * padded + ranks[None, :]
-    tl.store(pointers, values, mask=(rows < row_count)[:, None] & (ranks < padded)[None, :])
+__all__ = ["one_pass_kernel", "two_pass_kernel"]
 
 
 @triton.jit
@@ -64,30 +56,74 @@ def store_result(
     store_tile(out, rows, ranks, values, OUT, OUT_LAYOUT, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["problems", "tiles"])
+@triton.jit
+def sum_tile(
+    meta,  # int64: sums + 1 prefix sums of tiles, then one schedule.Reduction record a sum
+    workspace,
+    sums,
+    tile,
+    U: tl.constexpr,
+    V: tl.constexpr,
+    OUT: tl.constexpr,
+    U_LAYOUT: tl.constexpr,
+    V_LAYOUT: tl.constexpr,
+    A_LAYOUT: tl.constexpr,  # of Aᵀ (n, r)
+    B_LAYOUT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One (SUM_BLOCK, SUM_BLOCK) tile of Aᵀ or B from its parts."""
+    place = find_problem(meta, sums, tile)
+    local = tile - tl.load(meta + place).to(tl.int32)
+    record = meta + (sums + 1) + place * 21
+    q_count = tl.load(record + 3).to(tl.int32)
+    rank_count = tl.load(record + 8).to(tl.int32)
+    parts = tl.load(record + 9).to(tl.int32)
+    chunks = tl.cdiv(rank_count, SUM_BLOCK)
+    rows = local // chunks * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+    ranks = local % chunks * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+    start = workspace + tl.multiple_of(tl.load(record + 12), 4)
+    values = sum_parts(start, parts, rows, ranks, q_count, rank_count)
+    if tl.load(record + 11) == 0:
+        store_result(record, values, rows, ranks, OUT, A_LAYOUT, V, V_LAYOUT, HAS_OFFSET, INTERPRET)
+    else:
+        store_result(record, values, rows, ranks, OUT, B_LAYOUT, U, U_LAYOUT, HAS_OFFSET, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["problems", "tiles", "sums"])
 def one_pass_kernel(
-    meta,  # int64: problems + 1 prefix sums of tiles, then one schedule.OnePassRecord a problem
+    meta,  # int64: two counters, then what schedule says of products and sums
     workspace,  # float32
     problems,
     tiles,
+    sums,
     X: tl.constexpr,
     U: tl.constexpr,
     V: tl.constexpr,
+    OUT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     U_LAYOUT: tl.constexpr,
     V_LAYOUT: tl.constexpr,
+    A_LAYOUT: tl.constexpr,  # of Aᵀ (n, r)
+    B_LAYOUT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    AMD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     ranks = tl.arange(0, BLOCK_R)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(meta, problems, tile)
-        local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 16
+    tile = claim(meta)
+    if tile < tiles:
+        starts = meta + 2
+        problem = find_problem(starts, problems, tile)
+        local = tile - tl.load(starts + problem).to(tl.int32)
+        record = starts + (problems + 1) + problem * 16
         x = load_view(record, 0, 3, 4, X, X_LAYOUT)
         u = load_view(record, 5, 3, 8, U, U_LAYOUT)
         v = load_view(record, 9, 4, 12, V, V_LAYOUT)
@@ -110,6 +146,25 @@ def one_pass_kernel(
             b = tl.dot(x_tile, v_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R)
             store_part(b_parts, strip, b, rows, ranks, x[3], v[4])
         store_part(a_parts, split, a, columns, ranks, x[4], u[4])
+    else:
+        wait_for_products(meta, tiles)
+        sum_tile(
+            meta + (2 + problems + 1 + problems * 16),
+            workspace,
+            sums,
+            tile - tiles,
+            U,
+            V,
+            OUT,
+            U_LAYOUT,
+            V_LAYOUT,
+            A_LAYOUT,
+            B_LAYOUT,
+            HAS_OFFSET,
+            SUM_BLOCK,
+            INTERPRET,
+        )
+    done(meta, AMD)
 
 
 @triton.jit
@@ -188,12 +243,13 @@ def reduction_tile(
         store_part(start, part, values, rows, ranks, q_count, basis[4])
 
 
-@triton.jit(do_not_specialize=["problems", "tiles"])
+@triton.jit(do_not_specialize=["problems", "tiles", "sums"])
 def two_pass_kernel(
-    meta,  # int64: problems + 1 prefix sums of tiles, then one schedule.ReductionRecord a problem
+    meta,  # int64: two counters, then what schedule says of products and sums
     workspace,  # float32
     problems,
     tiles,
+    sums,
     X: tl.constexpr,
     U: tl.constexpr,
     V: tl.constexpr,
@@ -212,12 +268,16 @@ def two_pass_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    AMD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(meta, problems, tile)
-        local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 21
+    tile = claim(meta)
+    if tile < tiles:
+        starts = meta + 2
+        problem = find_problem(starts, problems, tile)
+        local = tile - tl.load(starts + problem).to(tl.int32)
+        record = starts + (problems + 1) + problem * 21
         is_a = tl.load(record + 11) == 0
         if HAS_A:  # noqa: SIM102 (the outer test is taken while compiling)
             if is_a:
@@ -267,49 +327,22 @@ def two_pass_kernel(
                     BLOCK_R,
                     INTERPRET,
                 )
-
-
-@triton.jit(do_not_specialize=["problems", "tiles"])
-def reduce_parts_kernel(
-    meta,  # as for two_pass_kernel
-    workspace,  # float32
-    problems,
-    tiles,
-    U: tl.constexpr,
-    V: tl.constexpr,
-    OUT: tl.constexpr,
-    U_LAYOUT: tl.constexpr,
-    V_LAYOUT: tl.constexpr,
-    A_LAYOUT: tl.constexpr,  # of Aᵀ (n, r)
-    B_LAYOUT: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(meta, problems, tile)
-        local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 21
-        q_count = tl.load(record + 3).to(tl.int32)
-        rank_count = tl.load(record + 8).to(tl.int32)
-        parts = tl.load(record + 9).to(tl.int32)
-        chunks = tl.cdiv(rank_count, BLOCK_R)
-        rows = local // chunks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        ranks = local % chunks * BLOCK_R + tl.arange(0, BLOCK_R)
-        padded = tl.multiple_of(tl.cdiv(rank_count, 4) * 4, 4)
-        part_size = q_count.to(tl.int64) * padded
-        start = workspace + tl.multiple_of(tl.load(record + 12), 4)
-        pointers = start + rows.to(tl.int64)[:, None] * padded + ranks[None, :]
-        mask = (rows < q_count)[:, None] & (ranks < padded)[None, :]
-        values = tl.zeros((BLOCK_Q, BLOCK_R), dtype=tl.float32)
-        for part in range(parts):
-            values += tl.load(pointers + part * part_size, mask=mask, other=0.0)
-        if tl.load(record + 11) == 0:
-            store_result(
-                record, values, rows, ranks, OUT, A_LAYOUT, V, V_LAYOUT, HAS_OFFSET, INTERPRET
-            )
-        else:
-            store_result(
-                record, values, rows, ranks, OUT, B_LAYOUT, U, U_LAYOUT, HAS_OFFSET, INTERPRET
-            )
+    else:
+        wait_for_products(meta, tiles)
+        sum_tile(
+            meta + (2 + problems + 1 + problems * 21),
+            workspace,
+            sums,
+            tile - tiles,
+            U,
+            V,
+            OUT,
+            U_LAYOUT,
+            V_LAYOUT,
+            A_LAYOUT,
+            B_LAYOUT,
+            HAS_OFFSET,
+            SUM_BLOCK,
+            INTERPRET,
+        )
+    done(meta, AMD)

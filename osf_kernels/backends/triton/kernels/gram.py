@@ -2,7 +2,7 @@
 
 A program holds a tile of the lower triangle and writes it twice, the second time transposed; a
 tile on the diagonal is mirrored inside itself. So the result is symmetric to the bit. A sum that
-several programs share goes to a workspace as float32 parts, and ``sum_gram`` adds them in order.
+several programs share goes to a workspace as float32 parts, added in order (``ordered``).
 Every step of BLOCK_K products is added to the running sum apart (``tiles.dot_apart``).
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .coefficients import store_part
+from .ordered import claim, done, store_part, sum_parts, wait_for_products
 from .tiles import dot_apart, find_problem, load_tile, load_view, operand, store_tile
 
-__all__ = ["gram_kernel", "sum_gram_kernel"]
+__all__ = ["gram_kernel"]
 
 
 @triton.jit
@@ -47,12 +47,39 @@ def store_symmetric(
     store_tile(out, rows, columns, values, tl.float32, LAYOUT, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["problems", "tiles"])
+@triton.jit
+def symmetric_sum_tile(
+    meta,  # int64: sums + 1 prefix sums of tiles, then one Gram record a sum
+    workspace,
+    sums,
+    tile,
+    OUT_LAYOUT: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One (SUM_BLOCK, SUM_BLOCK) tile of the triangle from its parts."""
+    place = find_problem(meta, sums, tile)
+    local = tile - tl.load(meta + place).to(tl.int32)
+    record = meta + (sums + 1) + place * 11
+    out = load_view(record, 8, 3, 3, tl.float32, OUT_LAYOUT)
+    size = tl.load(record + 3).to(tl.int32)
+    parts = tl.load(record + 5).to(tl.int32)
+
+    i, j = triangle_tile(local, tl.cdiv(size, SUM_BLOCK))
+    rows = i * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+    columns = j * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+    start = workspace + tl.multiple_of(tl.load(record + 7), 4)
+    values = sum_parts(start, parts, rows, columns, size, size)
+    store_symmetric(out, i, j, rows, columns, values, OUT_LAYOUT, INTERPRET)
+
+
+@triton.jit(do_not_specialize=["problems", "tiles", "sums"])
 def gram_kernel(
-    meta,  # int64: problems + 1 prefix sums of tiles, then one gram record a problem
+    meta,  # int64: two counters (``ordered``), then what gram_schedule says of products and sums
     workspace,  # float32
     problems,
     tiles,
+    sums,
     X: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,12 +88,16 @@ def gram_kernel(
     TRANSPOSED: tl.constexpr,  # Xᵀ X of (length, size) matrices, else X Xᵀ of (size, length) ones
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    AMD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(meta, problems, tile)
-        local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 11
+    tile = claim(meta)
+    if tile < tiles:
+        starts = meta + 2
+        problem = find_problem(starts, problems, tile)
+        local = tile - tl.load(starts + problem).to(tl.int32)
+        record = starts + (problems + 1) + problem * 11
         if TRANSPOSED:
             x = load_view(record, 0, 4, 3, X, X_LAYOUT)
         else:
@@ -101,34 +132,10 @@ def gram_kernel(
         else:
             start = workspace + tl.multiple_of(tl.load(record + 7), 4)
             store_part(start, part, values, rows, columns, size, size)
-
-
-@triton.jit(do_not_specialize=["problems", "tiles"])
-def sum_gram_kernel(
-    meta,  # as for gram_kernel
-    workspace,  # float32
-    problems,
-    tiles,
-    OUT_LAYOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        problem = find_problem(meta, problems, tile)
-        local = tile - tl.load(meta + problem).to(tl.int32)
-        record = meta + (problems + 1) + problem * 11
-        out = load_view(record, 8, 3, 3, tl.float32, OUT_LAYOUT)
-        size = tl.load(record + 3).to(tl.int32)
-        parts = tl.load(record + 5).to(tl.int32)
-
-        i, j = triangle_tile(local, tl.cdiv(size, BLOCK))
-        rows = i * BLOCK + tl.arange(0, BLOCK)
-        columns = j * BLOCK + tl.arange(0, BLOCK)
-        padded = tl.multiple_of(tl.cdiv(size, 4) * 4, 4)
-        start = workspace + tl.multiple_of(tl.load(record + 7), 4)
-        pointers = start + rows.to(tl.int64)[:, None] * padded + columns[None, :]
-        mask = (rows < size)[:, None] & (columns < padded)[None, :]
-        values = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-        for part in range(parts):
-            values += tl.load(pointers + part * (size.to(tl.int64) * padded), mask=mask, other=0.0)
-        store_symmetric(out, i, j, rows, columns, values, OUT_LAYOUT, INTERPRET)
+    else:
+        wait_for_products(meta, tiles)
+        sums_meta = meta + (2 + problems + 1 + problems * 11)
+        symmetric_sum_tile(
+            sums_meta, workspace, sums, tile - tiles, OUT_LAYOUT, SUM_BLOCK, INTERPRET
+        )
+    done(meta, AMD)
