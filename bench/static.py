@@ -14,7 +14,8 @@ extension is read as it was built. What the columns mean:
   Narrow loads outside of the hot loop are the scheduler's scalars, and the paths for odd strides.
 - ``blocks_by_…``: blocks a multiprocessor holds by each of its limits, ``occupancy_percent`` their
   warps of the most there can be. The grid has ``launched_per_sm`` blocks for each multiprocessor
-  (of the factorizations: a block a matrix), which gives ``launched_occupancy_percent``.
+  (of the factorizations a block a matrix, of Triton's products a block a tile), which gives
+  ``launched_occupancy_percent``.
 """
 
 from __future__ import annotations

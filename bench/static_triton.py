@@ -43,11 +43,13 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
     def described(made: Any, name: str, dtype: str, layout: str) -> tuple[Kernel, Any]:
         values = made.config._asdict()
         resident = values.pop("programs_per_sm")
+        # The grid of a product has a program a tile; each of an update's does several.
+        launched = resident if made.kernel == "update" else None
         config = " ".join(f"{key}={value}" for key, value in values.items())
         threads = WARP * made.config.num_warps
         # The launch's own shared memory is known once it is compiled.
         return Kernel(
-            "triton", name, architecture, dtype, layout, config, threads, 0, resident
+            "triton", name, architecture, dtype, layout, config, threads, 0, launched
         ), made
 
     for aligned in (True, False):
@@ -55,8 +57,7 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
             if not aligned and dtype not in ("bf16", "fp16", "fp32 (tf32x3)"):
                 continue
             for width, config in configs.shipped(architecture, aligned):
-                reduces = isinstance(config, configs.Reduce)
-                if reduces or width == aot.operand_bytes(config, kind):
+                if width == aot.operand_bytes(config, kind):
                     made = aot.launches_of(config, kind, aligned=aligned)
                     yield described(made, made.kernel, dtype, _layout(aligned))
     for aligned in (True, False):
@@ -65,8 +66,6 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
             rows = [
                 (config, _layout(aligned), 128 if aligned else 127)
                 for config in configs.shipped_products(architecture, name, aligned)
-                # A sum of parts has one layout: rows of the workspace are aligned.
-                if aligned or not isinstance(config, configs.SumGram)
             ]
             if aligned:
                 ragged = configs.multiply_config(architecture, name, 8, whole=False)

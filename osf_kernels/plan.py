@@ -94,9 +94,9 @@ class Plan:
         form: the form, or the forms of a list, joined by " + ".
         flops: floating-point operations of all matrices (a multiply-add is two).
         bytes: bytes read and written, each operand once a step.
-        launches: calls of the two grouped kernels for the whole list, each one launch on the
-            cuda backend for matrices of one dtype (and class of ranks, and 127 of them); on the
-            torch backend, matmuls.
+        launches: calls of the two grouped kernels for the whole list, each one launch for the
+            matrices that agree on dtypes, layouts and tile config (cuda: on dtype and class of
+            ranks, 127 at a time); on the torch backend, matmuls.
         backend: the backend, or the backends of a list, joined by " + ".
         why: the reason for the form and for the backend.
         matrices: (Matrix, Step, backend) of each matrix in order.

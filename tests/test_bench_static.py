@@ -382,10 +382,10 @@ def test_faults(made: static.Row, fault: str) -> None:
     assert found.startswith("triton two_pass sm_90 bf16 aligned block_q=64: ")
 
 
-def test_odd_widths_and_sums_need_no_wide_loads() -> None:
+def test_odd_widths_and_factorizations_need_no_wide_loads() -> None:
     odd = row(*PRODUCTS[1:], kernel=KERNEL._replace(layout="odd width"))
     assert not static.faults(odd)
-    assert not static.faults(row("EXIT", kernel=KERNEL._replace(kernel="reduce_parts")))
+    assert not static.faults(row("EXIT", kernel=KERNEL._replace(kernel="cholesky")))
 
 
 def test_summary_spans_a_group() -> None:

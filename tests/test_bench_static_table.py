@@ -35,6 +35,21 @@ def test_committed_table_holds_every_pinned_config(committed: list[dict[str, str
         assert held == shipped, "run `python -m bench static --csv bench/results/static.csv`"
 
 
+@NEEDS_TRITON
+def test_committed_code_leaves_room_for_what_its_config_counts_on(
+    committed: list[dict[str, str]],
+) -> None:
+    for architecture in occupancy.LIMITS:
+        held = {
+            (r["kernel"], r["dtype"], r["layout"], r["config"]): int(r["blocks_per_sm"])
+            for r in committed
+            if r["backend"] == "triton" and r["arch"] == architecture
+        }
+        for k, made in static_triton.triton_launches(architecture):
+            room = held[k.kernel, k.dtype, k.layout, k.config]
+            assert room >= made.config.programs_per_sm, k
+
+
 def test_committed_table_holds_every_cuda_kernel(committed: list[dict[str, str]]) -> None:
     for architecture in occupancy.LIMITS:
         own = [r for r in committed if r["backend"] == "cuda" and r["arch"] == architecture]

@@ -277,7 +277,7 @@ def product_faults(
     # AMD's matrix cores round to nearest, so there it matters less.
     cuda = compiled.architecture.startswith("sm_")
     threads = 32 * config.num_warps
-    of_parts = 4 * configs.SUM_BLOCK**2 // threads  # four a step of sum_parts
+    of_parts = 2 * configs.sum_block(config) ** 2 // threads  # two a step of sum_parts
     if cuda and compiled.additions - of_parts < tile // threads:
         found.append("the running sum is kept in the tensor cores")
     return found

@@ -170,6 +170,32 @@ def test_stream_of_the_caller() -> None:
     assert_update(update_of(job), fresh)
 
 
+def test_sums_of_calls_in_flight_on_several_streams() -> None:
+    """Programs of three calls share the processors, some wait for parts: the bits stay the same."""
+    g = generator_for("gpu streams")
+    jobs = [draw((4096, 512 + 64 * i), (24, 32), torch.bfloat16, g) for i in range(3)]
+    expected = []
+    for job in jobs:
+        backend.coefficients([job])
+        assert job.A is not None
+        assert job.B is not None
+        expected.append((job.A.clone(), job.B.clone()))
+        job.A.fill_(torch.nan)
+        job.B.fill_(torch.nan)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in jobs]
+    for _ in range(200):
+        for stream, job in zip(streams, jobs, strict=True):
+            with torch.cuda.stream(stream):
+                backend.coefficients([job])
+    torch.cuda.synchronize()
+    for job, (A, B) in zip(jobs, expected, strict=True):
+        assert job.A is not None
+        assert job.B is not None
+        assert torch.equal(job.A, A)
+        assert torch.equal(job.B, B)
+
+
 def test_repeated_call_copies_nothing() -> None:
     """The second call with the same tensors finds its metadata on the device."""
     g = generator_for("gpu cache")

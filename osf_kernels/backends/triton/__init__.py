@@ -24,10 +24,7 @@ from osf_kernels.backends.forms import Coefficients, Update
 
 from . import configs
 
-__all__ = ["MAX_LAUNCHES", "coefficients", "gram", "multiply", "unavailable_reason", "update"]
-
-# Launches of one call whose jobs agree on dtypes, layouts and config.
-MAX_LAUNCHES = {"coefficients": 1, "update": 1}
+__all__ = ["coefficients", "gram", "multiply", "unavailable_reason", "update"]
 
 
 @functools.lru_cache

@@ -1,8 +1,9 @@
 """Pinned tile configs: architecture × kernel × operand width × rank, chosen by rule, not search.
 
 Every row is compiled ahead of time for its architecture by ``tests/triton/test_aot.py``, which
-holds it to: tensor-core instructions, no spills, shared memory within the limit. None of the
-rows has been timed on a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
+holds it to: tensor-core instructions, no spills, shared memory within the limit, and room for
+``programs_per_sm`` of its programs on a processor side by side. None of the rows has been timed on
+a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
 
 Imports neither torch nor triton.
 """
@@ -15,7 +16,6 @@ __all__ = [
     "ARCHITECTURES",
     "FILL",
     "ONE_PASS_RANK_SUM",
-    "SUM_BLOCK",
     "Config",
     "Gram",
     "OnePass",
@@ -27,6 +27,7 @@ __all__ = [
     "multiply_config",
     "shipped",
     "shipped_products",
+    "sum_block",
     "update_config",
 ]
 
@@ -94,12 +95,10 @@ GRAM_WORKSPACE_ELEMENTS = 1 << 26
 # reductions read x once more, from L2 at best.
 ONE_PASS_RANK_SUM = 64
 
-# Side of the square tiles in which parts are added: as many as keep every program busy.
-SUM_BLOCK = 32
-
 # Keyed by the bytes of a dot operand, then by rank block, ascending; the last serves any rank
 # (of one_pass: up to its block).
 _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
+    # float32 operands 16 rows at a time: of 32 the pieces of TF32 alone fill 255 registers.
     "sm_80": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 1)),
         4: (OnePass(16, 64, 32, 8, 2, 1), OnePass(16, 64, 64, 8, 2, 1)),
@@ -119,6 +118,7 @@ _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
 }
 
 _TWO_PASS: dict[str, dict[int, tuple[TwoPass, TwoPass]]] = {
+    # Eight warps for the small tile of 16-bit operands: four spill.
     "sm_80": {
         2: (TwoPass(128, 64, 64, 8, 3, 2), TwoPass(128, 64, 128, 8, 3, 1)),
         4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
@@ -287,6 +287,15 @@ def gram_config(architecture: str, dtype: str, size: int, aligned: bool = True) 
         return _UNALIGNED_GRAM
     small, large = _GRAM[architecture][4 if dtype == "float32" else 2]
     return small if size <= small.block else large
+
+
+def sum_block(config: Config) -> int:
+    """Side of the square tiles in which the parts of a product are added, one a program.
+
+    Large, since a program's start takes about as long as reading a part of one, but no larger
+    than its threads hold without spills.
+    """
+    return 64 if config.num_warps >= 8 else 32
 
 
 def candidates(config: Config) -> list[Config]:

@@ -88,7 +88,7 @@ class _GramGroup:
         record = (*x.fields, size, length, parts, part, offset, *out.fields)
         self.group.products.add(tiles * parts, record)
         if parts > 1:
-            self.group.sums.add(_triangle(size, configs.SUM_BLOCK), record)
+            self.group.sums.add(_triangle(size, configs.sum_block(self.config)), record)
 
     def launch(self) -> Launch:
         return self.group.launch("gram", self.config, self.constants)

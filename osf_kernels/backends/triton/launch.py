@@ -91,7 +91,7 @@ def constexprs(launch: schedule.Launch, amd: bool = ON_AMD) -> dict[str, Any]:
     }
     values["INTERPRET"] = INTERPRETING
     if "SUM_BLOCK" in names:
-        values["SUM_BLOCK"] = configs.SUM_BLOCK
+        values["SUM_BLOCK"] = configs.sum_block(launch.config)
         values["AMD"] = amd and not INTERPRETING
     return {
         name: _TRITON_DTYPES.get(value, value) if isinstance(value, torch.dtype) else value

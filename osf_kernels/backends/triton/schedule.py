@@ -136,7 +136,7 @@ class Launch(NamedTuple):
     metadata: list[int]
     problems: int
     tiles: int
-    sums: int = 0  # of parts, by tiles of configs.SUM_BLOCK
+    sums: int = 0  # of parts, by tiles of configs.sum_block
     sum_tiles: int = 0
     workspace_elements: int = 0  # of float32 parts
 
@@ -396,7 +396,8 @@ class _CoefficientsGroup:
         scale: tuple[int, int],
         other: View | None,
     ) -> None:
-        tiles = ceil_div(q, configs.SUM_BLOCK) * ceil_div(rank, configs.SUM_BLOCK)
+        block = configs.sum_block(self.config)
+        tiles = ceil_div(q, block) * ceil_div(rank, block)
         record = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
         self.group.sums.add(tiles, record)
 
