@@ -463,7 +463,7 @@ def test_command_compiles_and_tabulates(tmp_path: Path, capsys: pytest.CaptureFi
         hot = int(got["hot_tensor_core"])
         assert 0 < hot <= int(got["tensor_core"])
         if got["layout"] == "aligned":
-            assert int(got["loads_16"]) == gate.wide_loads
+            assert int(got["loads_16"]) == gate.wide_loads + gate.part_loads
             assert int(got["hot_loads_narrow"]) == 0
 
 

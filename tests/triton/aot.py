@@ -70,6 +70,7 @@ class Compiled(NamedTuple):
     # A TF32 operand must run along the summed dimension. One that does not is turned on its way
     # into shared memory, by copies of 4 bytes (still a warp's 128 bytes at once).
     float32_operands: bool = False
+    part_loads: int = 0  # of 16 bytes, of parts of sums; not among wide_loads
 
 
 def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) -> schedule.Launch:
@@ -213,6 +214,7 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
         int(getattr(compiled.metadata, "tmem_size", None) or 0),
         len(re.findall(r"add(?:\.rn)?\.f32 ", ptx))
         + 2 * len(re.findall(r"add(?:\.rn)?\.f32x2 ", ptx)),
+        part_loads=len(re.findall(r"ld\.global\.cg\.v4\.b32", ptx)),
     )
 
 
