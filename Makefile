@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= gpu-session
+WORKERS ?= 2
 
 # The stamp carries a hash of the pins, so that a changed pin makes the environment anew.
 PINS := .ci/venv.sh .ci/constraints.txt .ci/requirements.txt .ci/requirements-nodeps.txt
@@ -41,8 +42,10 @@ $(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
 demo: $(BUILT)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
 	@$(BIN)/python -m bench.demo
 
+# Two workers of one thread each: two-thread torch in both takes ten times as long. A file's tests share
+# processes and builds, so that they stay together.
 test: $(BUILT) $(PEERS)  ## Run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 quick: $(BUILT)  ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
