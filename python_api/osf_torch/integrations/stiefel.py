@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from osf_kernels import apply_, coefficients, polar, project, project_, project_many_
+from osf_torch.scalars import read
 
 Metric = Literal["canonical", "euclidean", "horizontal"]
 _METRICS = ("canonical", "euclidean", "horizontal")
@@ -228,14 +229,13 @@ class StiefelAdamW(torch.optim.Optimizer):
                 entries.append(_Entry(group, p, X, G))
                 names.append(_name(group, i))
         if entries:
-            device = entries[0].G.device
             # A sum takes a thirtieth of the time of isfinite().all(); finite numbers may overflow
             # in it, so that one that isn't finite is looked at again.
-            sums = torch.stack([entry.G.sum().double().to(device) for entry in entries])
+            sums = read([entry.G.sum() for entry in entries])
             wrong = [
                 name
-                for entry, name, ok in zip(entries, names, sums.isfinite().tolist(), strict=True)
-                if not ok and not bool(entry.G.isfinite().all())
+                for entry, name, total in zip(entries, names, sums, strict=True)
+                if not math.isfinite(total) and not bool(entry.G.isfinite().all())
             ]
             if wrong:
                 got = f"NaN or Inf in that of {', '.join(wrong)}"
