@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 import warnings
@@ -11,71 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from osf_kernels import TruncatedSVD, extend_basis, orthonormalize, polar, truncated_svd
-from osf_kernels.linalg import auto, krylov, methods
-from osf_kernels.testing import hard_matrices, matrix_with_spectrum, orthonormality_ratio, svd_ratio
+from osf_kernels.linalg import auto, methods
+from osf_kernels.testing import hard_matrices, orthonormality_ratio, svd_ratio
 from tests.helpers import generator_for
-
-SPECTRA = {
-    "power law": lambda q: torch.arange(1, q + 1).double() ** -0.5,
-    "flat": lambda q: torch.linspace(1.2, 0.8, q, dtype=torch.float64),
-    "steep": lambda q: 0.7 ** torch.arange(q).double(),
-    "gap": lambda q: torch.where(torch.arange(q) < q // 4, 1.0, 1e-3).double(),
-}
-COLD = ("randomized", "gram", "exact")
-
-
-def draw(
-    m: int, n: int, spectrum: str = "power law", dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(A, U, S, V) with float64 truth of the rounded A."""
-    generator = generator_for(f"{m} {n} {spectrum} {dtype} {seed}")
-    A, _, _ = matrix_with_spectrum(
-        m, n, SPECTRA[spectrum](min(m, n)), dtype=dtype, generator=generator
-    )
-    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    return A, U, S, Vh.mT
-
-
-def overlap(truth: Tensor, found: Tensor) -> float:
-    r = found.shape[-1]
-    return float((truth[:, :r].mT @ found.double()).norm() ** 2 / r)
-
-
-def measured_residual(A: Tensor, result: TruncatedSVD) -> float:
-    """The definition of ``residual``, in float64."""
-    if result.rank == 0:
-        return 0.0
-    A, U, S, V = A.double(), result.U.double(), result.S.double(), result.V.double()
-    R = torch.cat([A @ V - U * S, A.mT @ U - V * S])
-    return float(torch.linalg.matrix_norm(R, ord=2) / S[0].clamp_min(1e-300))
-
-
-def assert_sound(A: Tensor, result: TruncatedSVD) -> None:
-    """What every result holds, whatever A: shapes, order, orthonormality, honest figures."""
-    m, n, r = *A.shape, result.rank
-    assert result.U.shape == (m, r)
-    assert result.V.shape == (n, r)
-    assert result.S.shape == (r,)
-    work = torch.float64 if A.dtype == torch.float64 else torch.float32
-    assert {result.U.dtype, result.S.dtype, result.V.dtype} == {work}
-    assert bool((result.S[:-1] >= result.S[1:]).all())
-    assert bool((result.S >= 0).all())
-    for basis in (result.U, result.V):
-        assert orthonormality_ratio(basis) < 30
-    for high, low in ((result.U, result.U_low), (result.V, result.V_low)):
-        if low is not None:
-            whole = torch.cat([high, low], -1)
-            assert whole.shape[0] == whole.shape[1]
-            assert orthonormality_ratio(whole) < 30
-    truth = measured_residual(A, result)
-    rounding = 30 * torch.finfo(work).eps * max(m, n) ** 0.5
-    if r and float(result.S[0]):  # subnormal singular values are rounded to one quantum
-        rounding += torch.finfo(work).smallest_normal * torch.finfo(work).eps / float(result.S[0])
-    assert truth <= 1.25 * float(result.residual) + rounding
-    assert float(result.residual) <= truth + rounding
+from tests.triplets import COLD, SPECTRA, assert_sound, draw, overlap
 
 
 @pytest.mark.parametrize("method", COLD)
@@ -87,41 +27,6 @@ def test_factors_are_orthonormal_and_their_residual_is_what_is_said(
     A, _, _, _ = draw(m, n, spectrum)
     for rank in (1, 7, 33, 60):
         assert_sound(A, truncated_svd(A, rank, method=method))
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_a_gpus_two_passes_give_what_one_gives(
-    monkeypatch: pytest.MonkeyPatch, spectrum: str
-) -> None:
-    """Where no number may be looked at, each block takes float32 Gram matrices, twice."""
-    A, _, S, _ = draw(130, 90, spectrum)
-    free = truncated_svd(A, 20, method="randomized", generator=generator_for(spectrum))
-    monkeypatch.setattr(krylov, "looks_are_free", lambda Y: False)
-    for rank in (1, 7, 33, 60):
-        assert_sound(A, truncated_svd(A, rank, method="randomized"))
-    twice = truncated_svd(A, 20, method="randomized", generator=generator_for(spectrum))
-    eps = torch.finfo(torch.float32).eps
-    assert float((twice.S - free.S).abs().max() / S[0]) <= 30 * eps
-    assert float(twice.captured) == pytest.approx(float(free.captured), rel=30 * eps)
-
-
-def test_a_pass_is_taken_again_where_it_loses_more_than_rounding() -> None:
-    """Blocks that lie almost within the basis: orthonormal to it all the same, and said if not."""
-    g = generator_for("within")
-    basis = torch.linalg.qr(torch.randn(3, 80, 24, generator=g))[0]
-    inside = basis @ torch.randn(3, 24, 8, generator=g)
-    outside = torch.randn(3, 80, 8, generator=g)
-    eps = torch.finfo(torch.float32).eps
-    for scale in (1.0, 1e-2, 1e-4, 1e-6, 0.0):
-        Y = inside + scale * outside
-        found = krylov.orthonormal_against(Y, basis, safe=False, generator=g, growth=1.0)
-        assert float((found.along - basis.mT @ Y).abs().max()) == 0
-        if scale >= 1e-4:
-            assert bool(found.ok.all())
-        whole = torch.cat([basis, found.Q], -1)[found.ok].double()
-        for Q in whole:
-            defect = Q.mT @ Q - torch.eye(32, dtype=torch.float64)
-            assert float(torch.linalg.matrix_norm(defect, ord=2)) < 3 * krylov.GROWTH_LIMIT * eps
 
 
 @pytest.mark.parametrize("method", COLD)
@@ -241,39 +146,7 @@ def test_randomness_comes_from_the_generator_alone() -> None:
     assert torch.equal(state, generator.get_state())
 
 
-# --- warm starts ---------------------------------------------------------------------------
-
-
-def drifted(A: Tensor, share: float) -> Tensor:
-    noise = torch.randn(A.shape, generator=generator_for("drift", share))
-    return A + noise * (share * A.norm() / noise.norm())
-
-
-@pytest.mark.parametrize("start", ["result", "columns"])
-def test_a_warm_start_follows_a_small_drift_in_one_round(start: str) -> None:
-    A, _, _, _ = draw(200, 160)
-    earlier = truncated_svd(A, 20, method="exact")
-    moved = drifted(A, 1e-3)
-    warm = earlier if start == "result" else earlier.V
-    result = truncated_svd(moved, 20, method="warm", warm_start=warm)
-    assert (result.method, result.iterations) == ("warm", 1)
-    assert_sound(moved, result)
-    _, S, Vh = torch.linalg.svd(moved.double())
-    assert overlap(Vh.mT, result.V) > 0.999
-    best = float(S[:20].square().sum() / S.square().sum())
-    assert float(result.captured) > 0.9999 * best
-
-
-@pytest.mark.parametrize("columns", [5, 20, 40])
-@pytest.mark.parametrize(("m", "n"), [(200, 160), (160, 200)])
-def test_a_warm_start_goes_on_until_it_meets_tol(columns: int, m: int, n: int) -> None:
-    A, _, _, _ = draw(m, n)
-    earlier = truncated_svd(A, columns, method="exact")
-    moved = drifted(A, 0.3)
-    result = truncated_svd(moved, 20, method="warm", warm_start=earlier, tol=1e-5)
-    assert result.iterations > 1
-    assert bool(result.converged)
-    assert_sound(moved, result)
+# --- auto ---------------------------------------------------------------------------------
 
 
 def test_auto_chooses_for_a_batch_together_and_for_a_list_one_by_one() -> None:
@@ -292,72 +165,6 @@ def test_auto_goes_by_the_cpu_on_a_device_without_rows() -> None:
     for n, rank in itertools.product((64, 512, 4096), (1, 32, 64)):
         found = {auto.choose(n, n, rank, device=device, **known) for device in ("cpu", "xpu")}
         assert len(found) == 1
-
-
-def test_auto_drops_a_warm_start_that_does_not_fit() -> None:
-    A, _, _, _ = draw(100, 100)
-    earlier = truncated_svd(A, 20, method="exact")
-    other, _, _, V = draw(100, 100, seed=1)
-    assert truncated_svd(drifted(A, 1e-4), 20, warm_start=earlier).method == "warm"
-    result = truncated_svd(other, 20, warm_start=earlier)
-    assert result.method != "warm"
-    assert overlap(V, result.V) > 0.999
-
-
-def test_deflated_takes_the_low_block_alone() -> None:
-    """After updates that were kept out of the protected span, of a size that reorders triplets."""
-    A, _, _, _ = draw(90, 70)
-    earlier = truncated_svd(A, 42, method="exact", complement=True)
-    assert earlier.U_low is not None
-    assert earlier.V_low is not None
-    update = torch.randn(A.shape, generator=generator_for("update")) * 0.05
-    P, Q = earlier.U_low, earlier.V_low
-    moved = A + P @ (P.mT @ update @ Q) @ Q.mT
-    for rank in (10, 42, 60, 70):
-        result = truncated_svd(moved, rank, method="deflated", warm_start=earlier, complement=True)
-        truth = truncated_svd(moved.double(), rank, method="exact")
-        assert_sound(moved, result)
-        assert float(result.residual) < 1e-5
-        torch.testing.assert_close(result.S.double(), truth.S, rtol=1e-4, atol=1e-6)
-        assert overlap(truth.V, result.V) > 1 - 1e-5
-    assert truncated_svd(moved, 42, warm_start=earlier).method == "deflated"
-
-
-@pytest.mark.parametrize("shape", [(90, 70), (70, 90)])
-def test_deflated_reorders_each_of_a_batch_and_writes_nothing_of_the_earlier(
-    shape: tuple[int, int],
-) -> None:
-    """None overtakes in the first; in the others some and most do."""
-    As = [draw(*shape, seed=seed)[0] for seed in range(3)]
-    earlier = [truncated_svd(A, 42, method="exact", complement=True) for A in As]
-    before = [copy.deepcopy(one) for one in earlier]
-    moved = []
-    for size, A, one in zip((0.0, 0.03, 0.3), As, earlier, strict=True):
-        assert one.U_low is not None
-        assert one.V_low is not None
-        update = torch.randn(A.shape, generator=generator_for("batch", size)) * size
-        low = one.U_low.mT @ update @ one.V_low
-        moved.append(A + one.U_low @ low @ one.V_low.mT)
-    found = truncated_svd(moved, 42, method="deflated", warm_start=earlier, complement=True)
-    for A, result, one, held in zip(moved, found, earlier, before, strict=True):
-        truth = truncated_svd(A.double(), 42, method="exact")
-        assert_sound(A, result)
-        assert float(result.residual) < 1e-5
-        assert overlap(truth.U, result.U) > 1 - 1e-5
-        for name in ("U", "S", "V", "U_low", "V_low"):
-            assert torch.equal(getattr(one, name), getattr(held, name))
-
-
-def test_deflated_says_when_weights_moved_in_the_protected_span() -> None:
-    A, _, _, _ = draw(90, 70)
-    earlier = truncated_svd(A, 42, method="exact", complement=True)
-    moved = drifted(A, 0.1)
-    result = truncated_svd(moved, 42, method="deflated", warm_start=earlier)
-    assert float(result.residual) > 1e-3
-    with pytest.warns(RuntimeWarning, match=r"residuals above tol=0.0001: A has"):
-        late = truncated_svd(moved, 42, method="deflated", warm_start=earlier, tol=1e-4)
-    assert not bool(late.converged)
-    assert truncated_svd(moved, 42, warm_start=earlier).method != "deflated"
 
 
 # --- stopping and memory -------------------------------------------------------------------

@@ -237,13 +237,10 @@ def _warm_width(group: Group) -> int:
 
 
 def _sketch(group: Group, width: int, generator: torch.Generator) -> Tensor:
-    """(1, n, width): orthonormal columns of a Gaussian matrix."""
-    _, n = group.shape
-    noise = torch.randn(
-        1, n, width, dtype=group.dtype, device=group.As[0].device, generator=generator
-    )
-    Q: Tensor = torch.linalg.qr(noise)[0]
-    return Q
+    """(1, n, width): a Gaussian matrix of columns of norm 1, about."""
+    n, device = group.shape[1], group.As[0].device
+    noise = torch.randn(1, n, width, dtype=group.dtype, device=device, generator=generator)
+    return noise / math.sqrt(n)
 
 
 def _columns(

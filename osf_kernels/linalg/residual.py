@@ -61,6 +61,18 @@ def residual_in(
     return torch.hypot(_relative(_norm(apply, transposed, S), S), rounding(S))
 
 
+def residual_through(outer: Tensor, inner: Tensor, S: Tensor) -> Tensor:
+    """The same of an R that is a product of factors with few columns between them, exactly.
+
+    Args:
+        outer: (b, m, k).
+        inner: (b, k, r).
+    """
+    outer, inner = outer.double(), inner.double()
+    squares = _largest_eigenvalue(inner.mT @ (outer.mT @ outer) @ inner)
+    return torch.hypot(_relative(squares.sqrt().to(S.dtype), S), rounding(S))
+
+
 def rounding(S: Tensor) -> Tensor:
     """What a residual is that is zero but for rounding, (b,)."""
     return torch.full_like(S[:, 0], ROUNDING * torch.finfo(S.dtype).eps)
@@ -78,9 +90,15 @@ def _norm(
     X = torch.randn(b, r, min(PROBES, r), dtype=S.dtype, device=S.device, generator=generator)
     for _ in range(STEPS):
         X = torch.linalg.qr(transposed(apply(torch.linalg.qr(X)[0])))[0]
-    Y = torch.nan_to_num(apply(X).double())  # eigvalsh raises for what a breakdown leaves
-    squares: Tensor = torch.linalg.eigvalsh(Y.mT @ Y)[:, -1]
-    return squares.clamp_min(0).sqrt().to(S.dtype)
+    Y = apply(X).double()
+    return _largest_eigenvalue(Y.mT @ Y).sqrt().to(S.dtype)
+
+
+def _largest_eigenvalue(G: Tensor) -> Tensor:
+    """Of Gram matrices (b, k, k)."""
+    G = torch.nan_to_num(G)  # eigvalsh raises for what a breakdown leaves
+    values: Tensor = torch.linalg.eigvalsh(G)[:, -1]
+    return values.clamp_min(0)
 
 
 def _relative(norm: Tensor, S: Tensor) -> Tensor:
