@@ -42,7 +42,12 @@ def add(commands: Any) -> None:
     refresh.add_argument(
         "--figures-size", type=int, default=refresh_suite.FIGURES_SIZE, help="of those in figures"
     )
-    refresh.add_argument("--layers", type=int, default=2, help="MiniLM's blocks in the sweep")
+    refresh.add_argument(
+        "--layers",
+        type=int,
+        default=refresh_suite.MINILM_LAYERS,
+        help="MiniLM's blocks in the sweep",
+    )
     refresh.add_argument("--no-curve", action="store_true", help="ours by method=auto alone")
     refresh.add_argument("--no-peers", action="store_true", help="ours and linalg.svd alone")
     refresh.add_argument("--picture", type=Path, help="draw the sweep here")

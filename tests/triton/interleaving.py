@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 __all__ = ["Stuck", "interleave"]
 
 _MOST_SWITCHES = 3000
+_NEW_WEIGHT = 0.1  # how likely a program begins or ceases to lag behind where it switches
 
 
 class Stuck(RuntimeError):
@@ -38,8 +39,12 @@ class _Programs:
         self.switches = 0
         self.errors: list[BaseException] = []
         self.finished = threading.Semaphore(0)
-        # Some lag behind: drawn less often than the others. So do those that wait, to save time.
-        self.weights = [generator.choice((1, 300)) for _ in range(count)]
+        # Some lag behind for a while: drawn less often than the others. So do those that wait, to
+        # save time.
+        self.weights = [self.weight() for _ in range(count)]
+
+    def weight(self) -> int:
+        return self.generator.choice((1, 300))
 
     def pass_on(self) -> None:
         resident = self.alive[: self.resident]
@@ -53,6 +58,8 @@ class _Programs:
         if self.errors or self.switches > _MOST_SWITCHES:
             raise Stuck(f"no end after {_MOST_SWITCHES} switches")
         me = self.running
+        if self.generator.random() < _NEW_WEIGHT:
+            self.weights[me] = self.weight()
         self.pass_on()
         self.turns[me].acquire()
         interpreter.interpreter_builder.set_grid_idx(me, 0, 0)

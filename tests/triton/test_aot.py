@@ -180,13 +180,15 @@ def order_of_parts(architecture: str, made: Launch) -> list[str]:
     if architecture.startswith("gfx"):
         lines = [line.strip() for line in compiled.asm["amdgcn"].splitlines()]
         code = [line for line in lines if line and line[0] not in ";."]
-        counts = [i for i, line in enumerate(code) if line.startswith("global_atomic_add")]
+        atomics = [i for i, line in enumerate(code) if line.startswith("global_atomic_add")]
+        counts = [i for i in atomics if code[i].endswith("offset:8")]
         flushes = [i for i, line in enumerate(code) if line.startswith("buffer_wbl2 sc1")]
         polls = r"global_load_dwordx2 [^\n]* sc1\ns_waitcnt vmcnt\(0\)\nbuffer_inv sc1\n"
         barrier = max(i for i in range(counts[-1]) if code[i] == "s_barrier")
         checks = {
-            "a claim, and a count": len(counts) == 2,
-            "written back before the count": len(flushes) == 1 and flushes[0] < counts[1],
+            "a claim, one a product, one a sum": len(atomics) - len(counts) == 3,
+            "one count": len(counts) == 1,
+            "written back before the count": len(flushes) == 1 and barrier < flushes[0] < counts[0],
             "stores of every wavefront awaited": "s_waitcnt vmcnt(0)"
             in code[barrier - 4 : barrier],
             "an acquiring wait": len(re.findall(polls, "\n".join(code))) == 1,
@@ -199,7 +201,7 @@ def order_of_parts(architecture: str, made: Launch) -> list[str]:
         )
         wait = re.search(r"(\$L__BB\w+):[^$]*ld\.global\.gpu\.acquire\.b64.*?bra\s+\1;", ptx, re.S)
         parts = [match.start() for match in re.finditer(r"ld\.global\.cg", ptx)]
-        counts_at = [match.start() for match in re.finditer(r"atom\.global\.gpu\.acq_rel", ptx)]
+        counts_at = [match.start() for match in re.finditer(r"atom\.global\.gpu\.release", ptx)]
         checks = {
             "an acquiring wait in a loop": wait is not None,
             "parts from L2, after the wait": bool(parts)

@@ -104,8 +104,8 @@ _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
         4: (OnePass(16, 64, 32, 8, 2, 1), OnePass(16, 64, 64, 8, 2, 1)),
     },
     "sm_90": {
-        2: (OnePass(64, 256, 32, 8, 2, 2), OnePass(64, 128, 64, 8, 2, 2)),
-        4: (OnePass(64, 64, 32, 8, 1, 1), OnePass(16, 64, 64, 8, 2, 1)),
+        2: (OnePass(64, 256, 32, 8, 2, 2), OnePass(32, 128, 64, 8, 2, 2)),
+        4: (OnePass(16, 64, 32, 8, 2, 1), OnePass(16, 64, 64, 8, 2, 1)),
     },
     "sm_100": {
         2: (OnePass(64, 256, 32, 8, 2, 1), OnePass(64, 128, 64, 8, 2, 2)),
@@ -113,19 +113,20 @@ _ONE_PASS: dict[str, dict[int, tuple[OnePass, OnePass]]] = {
     },
     "gfx942": {
         2: (OnePass(64, 128, 32, 8, 1, 1), OnePass(64, 128, 64, 8, 1, 1)),
-        4: (OnePass(32, 128, 32, 8, 1, 1), OnePass(32, 64, 64, 8, 1, 1)),
+        4: (OnePass(32, 64, 32, 8, 1, 1), OnePass(32, 64, 64, 8, 1, 1)),
     },
 }
 
 _TWO_PASS: dict[str, dict[int, tuple[TwoPass, TwoPass]]] = {
-    # Eight warps for the small tile of 16-bit operands: four spill.
+    # The small tile of 16-bit operands: four warps spill, and with three stages so many registers
+    # are taken that two programs do not fit side by side.
     "sm_80": {
-        2: (TwoPass(128, 64, 64, 8, 3, 2), TwoPass(128, 64, 128, 8, 3, 1)),
+        2: (TwoPass(128, 64, 64, 8, 2, 2), TwoPass(128, 64, 128, 8, 3, 1)),
         4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "sm_90": {
         2: (TwoPass(128, 64, 64, 4, 3, 3), TwoPass(128, 64, 128, 8, 4, 1)),
-        4: (TwoPass(64, 32, 64, 4, 3, 3), TwoPass(128, 32, 64, 8, 3, 1)),
+        4: (TwoPass(64, 32, 64, 4, 3, 2), TwoPass(128, 32, 64, 8, 3, 1)),
     },
     "sm_100": {
         2: (TwoPass(128, 64, 64, 4, 3, 2), TwoPass(128, 64, 128, 8, 4, 1)),
@@ -158,8 +159,8 @@ _UPDATE: dict[str, dict[int, tuple[Update, Update]]] = {
 # x·basis in float32 accuracy, keyed by the dtype of x, then by rank block as above.
 _MULTIPLY: dict[str, dict[str, tuple[TwoPass, TwoPass]]] = {
     "sm_80": {
-        "bfloat16": (TwoPass(128, 32, 64, 8, 2, 2), TwoPass(128, 16, 128, 8, 3, 1)),
-        "float16": (TwoPass(64, 32, 64, 4, 2, 3), TwoPass(128, 32, 64, 8, 2, 1)),
+        "bfloat16": (TwoPass(64, 32, 64, 4, 2, 3), TwoPass(128, 16, 128, 8, 3, 1)),
+        "float16": (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 1)),
         "float32": (TwoPass(64, 32, 64, 4, 2, 2), TwoPass(128, 32, 64, 8, 2, 1)),
     },
     "sm_90": {
@@ -201,12 +202,12 @@ _GRAM: dict[str, dict[int, tuple[Gram, Gram]]] = {
 }
 # Where some row is not a multiple of 16 bytes every element has an address of its own, and the
 # tiles above would spill; these serve every architecture and any width of operand.
-_UNALIGNED_ONE_PASS = (OnePass(32, 32, 32, 8, 1, 1), OnePass(32, 32, 64, 8, 1, 1))
+_UNALIGNED_ONE_PASS = (OnePass(16, 32, 32, 8, 1, 1), OnePass(32, 32, 64, 8, 1, 1))
 _UNALIGNED_TWO_PASS = TwoPass(64, 32, 32, 4, 1, 2)
 _UNALIGNED_UPDATE = Update(64, 32, 16, 8, 4, 1, 2)
-_UNALIGNED_MULTIPLY = TwoPass(64, 32, 64, 8, 1, 1)
+_UNALIGNED_MULTIPLY = TwoPass(64, 32, 32, 4, 1, 2)
 # x is aligned, but the basis or the result beside it is not.
-_RAGGED_MULTIPLY = TwoPass(128, 32, 64, 8, 2, 1)
+_RAGGED_MULTIPLY = TwoPass(64, 32, 64, 4, 1, 2)
 _UNALIGNED_GRAM = Gram(64, 32, 8, 1, 1)
 # Up to this rank the first row of _UPDATE serves, beyond it the second.
 _SMALL_UPDATE_RANK = 32
@@ -290,10 +291,10 @@ def gram_config(architecture: str, dtype: str, size: int, aligned: bool = True) 
 
 
 def sum_block(config: Config) -> int:
-    """Side of the square tiles in which the parts of a product are added, one a program.
+    """Side of the square tiles in which the parts of a product are added.
 
-    Large, since a program's start takes about as long as reading a part of one, but no larger
-    than its threads hold without spills.
+    As large as a program's threads hold without spills: a claim takes about as long as reading a
+    part of a tile.
     """
     return 64 if config.num_warps >= 8 else 32
 

@@ -229,13 +229,11 @@ def _ready(
 
 def _launch(metadata: Tensor, launch: schedule.Launch, device: torch.device) -> _Ready:
     counts: tuple[int, ...] = (launch.problems, launch.tiles)
-    if launch.kernel == "update":
-        programs = _INTERPRETED_PROGRAMS
-        if device.type == "cuda":
-            programs = _processors(index_of(device)) * launch.config.programs_per_sm
-        programs = min(launch.tiles, programs)
-    else:
-        programs = launch.tiles + launch.sum_tiles  # each claims one (kernels.ordered)
+    programs = _INTERPRETED_PROGRAMS
+    if device.type == "cuda":
+        programs = _processors(index_of(device)) * launch.config.programs_per_sm
+    programs = min(launch.tiles + launch.sum_tiles, programs)
+    if launch.kernel != "update":
         counts += (launch.sums,)
     return _Ready(
         kernel_of(launch),

@@ -10,7 +10,7 @@ Two variants, chosen per job by ``configs.coefficients_config``:
               whatever the dtype of x (ACCURATE).
 
 Sums that several programs share go to a workspace as float32 parts, and are added in their order
-by later programs of the launch (``ordered``). How a job is split depends on its own shape and
+later in the launch (``ordered``). How a job is split depends on its own shape and
 config alone, never on its neighbours, so a list gives the bits of a loop.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ordered import claim, done, store_part, sum_parts, wait_for_products
+from .ordered import claim, done, finish, store_part, sum_parts, wait_for_products
 from .tiles import (
     accurate_product,
     find_problem,
@@ -119,7 +119,7 @@ def one_pass_kernel(
 ):
     ranks = tl.arange(0, BLOCK_R)
     tile = claim(meta)
-    if tile < tiles:
+    while tile < tiles:
         starts = meta + 2
         problem = find_problem(starts, problems, tile)
         local = tile - tl.load(starts + problem).to(tl.int32)
@@ -146,10 +146,15 @@ def one_pass_kernel(
             b = tl.dot(x_tile, v_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R)
             store_part(b_parts, strip, b, rows, ranks, x[3], v[4])
         store_part(a_parts, split, a, columns, ranks, x[4], u[4])
-    else:
+        done(meta, AMD)
+        tile = claim(meta)
+    sums_meta = meta + (2 + problems + 1 + problems * 16)
+    end = tiles + tl.load(sums_meta + sums).to(tl.int32)
+    if tile < end:
         wait_for_products(meta, tiles)
+    while tile < end:
         sum_tile(
-            meta + (2 + problems + 1 + problems * 16),
+            sums_meta,
             workspace,
             sums,
             tile - tiles,
@@ -164,7 +169,8 @@ def one_pass_kernel(
             SUM_BLOCK,
             INTERPRET,
         )
-    done(meta, AMD)
+        tile = claim(meta)
+    finish(meta, tile, end)
 
 
 @triton.jit
@@ -273,7 +279,7 @@ def two_pass_kernel(
     INTERPRET: tl.constexpr,
 ):
     tile = claim(meta)
-    if tile < tiles:
+    while tile < tiles:
         starts = meta + 2
         problem = find_problem(starts, problems, tile)
         local = tile - tl.load(starts + problem).to(tl.int32)
@@ -327,10 +333,15 @@ def two_pass_kernel(
                     BLOCK_R,
                     INTERPRET,
                 )
-    else:
+        done(meta, AMD)
+        tile = claim(meta)
+    sums_meta = meta + (2 + problems + 1 + problems * 21)
+    end = tiles + tl.load(sums_meta + sums).to(tl.int32)
+    if tile < end:
         wait_for_products(meta, tiles)
+    while tile < end:
         sum_tile(
-            meta + (2 + problems + 1 + problems * 21),
+            sums_meta,
             workspace,
             sums,
             tile - tiles,
@@ -345,4 +356,5 @@ def two_pass_kernel(
             SUM_BLOCK,
             INTERPRET,
         )
-    done(meta, AMD)
+        tile = claim(meta)
+    finish(meta, tile, end)

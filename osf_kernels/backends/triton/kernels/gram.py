@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ordered import claim, done, store_part, sum_parts, wait_for_products
+from .ordered import claim, done, finish, store_part, sum_parts, wait_for_products
 from .tiles import dot_apart, find_problem, load_tile, load_view, operand, store_tile
 
 __all__ = ["gram_kernel"]
@@ -93,7 +93,7 @@ def gram_kernel(
     INTERPRET: tl.constexpr,
 ):
     tile = claim(meta)
-    if tile < tiles:
+    while tile < tiles:
         starts = meta + 2
         problem = find_problem(starts, problems, tile)
         local = tile - tl.load(starts + problem).to(tl.int32)
@@ -132,10 +132,15 @@ def gram_kernel(
         else:
             start = workspace + tl.multiple_of(tl.load(record + 7), 4)
             store_part(start, part, values, rows, columns, size, size)
-    else:
+        done(meta, AMD)
+        tile = claim(meta)
+    sums_meta = meta + (2 + problems + 1 + problems * 11)
+    end = tiles + tl.load(sums_meta + sums).to(tl.int32)
+    if tile < end:
         wait_for_products(meta, tiles)
-        sums_meta = meta + (2 + problems + 1 + problems * 11)
+    while tile < end:
         symmetric_sum_tile(
             sums_meta, workspace, sums, tile - tiles, OUT_LAYOUT, SUM_BLOCK, INTERPRET
         )
-    done(meta, AMD)
+        tile = claim(meta)
+    finish(meta, tile, end)

@@ -1,13 +1,13 @@
 """Sums over several programs in one launch, in a fixed order.
 
-A program does one tile: of a product, of which it writes what is to be summed to a workspace as
-float32 parts; or of a sum, which waits until all products are done and adds the parts in their
-order. Programs claim their tiles, products first. Only those that run claim, and a product waits
-for nothing, so the wait ends however few programs of the grid are resident, in whatever order. A
-loop over claimed tiles, as of a persistent grid, takes 40 to 80 registers a thread more (bf16
-two_pass at sm_80: 181, where 128 let two programs run side by side) and spills in float32 at sm_90.
+The grid is persistent: programs claim tiles until there are no more. First those of products, of
+which they write what is to be summed to a workspace as float32 parts; then, once all products are
+done, those of sums, which add the parts in their order. Only programs that run claim, and a product
+waits for nothing, so the wait ends however few programs of the grid are resident, in any order.
+Each kind has a loop of its own: one loop over both takes up to 75 registers a thread more (the small
+bf16 Gram config at sm_80: 241 where 166 let two programs run side by side).
 
-Counters (int64, zero before a launch and after it): tiles claimed, tiles done.
+Counters (int64, zero before a launch and after it): tiles claimed, products done.
 """
 
 from __future__ import annotations
@@ -15,25 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["claim", "done", "store_part", "sum_parts", "wait_for_products"]
+__all__ = ["claim", "done", "finish", "store_part", "sum_parts", "wait_for_products"]
 
 
 @triton.jit
 def claim(counters):
-    """This program's tile, in the order in which programs start."""
+    """The next tile, in the order in which programs ask."""
     return tl.atomic_add(counters, 1, sem="relaxed", scope="gpu").to(tl.int32)
 
 
 @triton.jit
-def wait_for_products(counters, products):
-    """Return once so many tiles are done: a sum, which waits for them, is not among them."""
-    while tl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu") < products:
-        pass
-
-
-@triton.jit
 def done(counters, AMD: tl.constexpr):
-    """Say so of this program's tile; the last leaves the counters at zero."""
+    """Say so of a product's tile."""
     # The release is one thread's, and covers what the others wrote: stores that reached memory
     # before the barrier. AMD's barrier alone does not wait for those of other wavefronts.
     if AMD:
@@ -41,7 +34,20 @@ def done(counters, AMD: tl.constexpr):
             "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0", "=v,~{memory}", [], tl.int32, False, 1
         )
     tl.debug_barrier()
-    if tl.atomic_add(counters + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+    tl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_products(counters, products):
+    """Return once so many are done."""
+    while tl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu") < products:
+        pass
+
+
+@triton.jit
+def finish(counters, claimed, tiles):
+    """Leave the counters at zero: by the program whose claim, beyond all tiles, is the last."""
+    if claimed == tiles + tl.num_programs(0) - 1:
         tl.store(counters, 0)
         tl.store(counters + 1, 0)
 
