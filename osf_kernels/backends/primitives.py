@@ -71,6 +71,10 @@ def products_backend(x: Tensor) -> str:
     return backends.select_products(x.device, x.dtype)
 
 
+# Widths at which A Q takes .6 to .8 of the time on a CPU where Q lies in columns, the copy included.
+_IN_COLUMNS = range(32, 56)
+
+
 def multiply(As: Sequence[Tensor], Q: Tensor, *, transpose: bool = False) -> Tensor:
     """Y_i = A_i Q_i, or A_iᵀ Q_i, to float32 accuracy whatever the dtype of A.
 
@@ -97,6 +101,8 @@ def multiply(As: Sequence[Tensor], Q: Tensor, *, transpose: bool = False) -> Ten
             A = A if transpose else A.mT
             torch.matmul(Q[i if len(Q) > 1 else 0].mT, A.to(Q.dtype), out=turned[i])
         return turned.mT
+    if Q.shape[-1] in _IN_COLUMNS and Q.stride(-1) == 1:
+        Q = Q.mT.contiguous().mT
     out = Q.new_empty(len(As), rows, Q.shape[-1])
     for i, A in enumerate(As):
         A = A.mT if transpose else A

@@ -4,8 +4,8 @@ The grid is persistent: programs claim tiles until there are no more. First thos
 which they write what is to be summed to a workspace as float32 parts; then, once all products are
 done, those of sums, which add the parts in their order. Only programs that run claim, and a product
 waits for nothing, so the wait ends however few programs of the grid are resident, in any order.
-Each kind has a loop of its own: one loop over both takes up to 75 registers a thread more (the small
-bf16 Gram config at sm_80: 241 where 166 let two programs run side by side).
+Each kind has a loop of its own: one loop over both takes up to 75 registers a thread more (the
+small bf16 Gram config at sm_80: 241 where 166 let two programs run side by side).
 
 Counters (int64, zero before a launch and after it): tiles claimed, products done.
 """
