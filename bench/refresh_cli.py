@@ -102,9 +102,11 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         if value < 8:
             raise ValueError(f"bench: expected {name} to be at least 8, got {value}")
     default = list(SPECTRA if arguments.quick else SOURCES)
+    sources = _sources(arguments.source or default)
+    ranks = _ranks(arguments.rho, QUICK_RHOS if arguments.quick else refresh_suite.RHOS)
     sweep = refresh_suite.sweep(
-        _sources(arguments.source or default),
-        _ranks(arguments.rho, QUICK_RHOS if arguments.quick else refresh_suite.RHOS),
+        sources,
+        ranks,
         size,
         arguments.layers,
         device,
@@ -112,6 +114,10 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         lowrank=() if arguments.no_peers else LOWRANK_ITERATIONS,
     )
     layers = 0 if arguments.quick else refresh_suite.MINILM_LAYERS
+    wanted = {t.rank for t in refresh_suite.TARGETS if t.source == "minilm"}
+    whole = "minilm" in sources and arguments.layers == layers
+    if arguments.suite == "all" and whole and wanted <= set(ranks):
+        layers = 0  # the sweep measures them
     figures = refresh_suite.figures(figures_size, layers, device)
     chosen = {"sweep": [sweep], "figures": [figures], "all": [sweep, figures]}
     return chain(*chosen[arguments.suite])

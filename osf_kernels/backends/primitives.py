@@ -71,7 +71,7 @@ def products_backend(x: Tensor) -> str:
     return backends.select_products(x.device, x.dtype)
 
 
-# Widths at which A Q takes .6 to .8 of the time on a CPU where Q lies in columns, the copy included.
+# Widths at which A Q takes .6 to .8 of the time on a CPU where Q lies in columns, with the copy.
 _IN_COLUMNS = range(32, 56)
 
 
