@@ -42,8 +42,8 @@ $(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
 demo: $(BUILT)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
 	@$(BIN)/python -m bench.demo
 
-# Two workers of one thread each: two-thread torch in both takes ten times as long. A file's tests share
-# processes and builds, so that they stay together.
+# Two workers of one thread each: two-thread torch in both takes ten times as long. A file's tests
+# share processes and builds, so that they stay together.
 test: $(BUILT) $(PEERS)  ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

@@ -91,6 +91,50 @@ def sum_tile(
         store_result(record, values, rows, ranks, OUT, B_LAYOUT, U, U_LAYOUT, HAS_OFFSET, INTERPRET)
 
 
+@triton.jit
+def add_sums(
+    counters,
+    meta,  # of the sums, as sum_tile takes it
+    workspace,
+    products,  # how many tiles come before those of sums
+    sums,
+    tile,  # the first that was claimed beyond them
+    U: tl.constexpr,
+    V: tl.constexpr,
+    OUT: tl.constexpr,
+    U_LAYOUT: tl.constexpr,
+    V_LAYOUT: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    B_LAYOUT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The rest of a launch, once its products are claimed."""
+    end = products + tl.load(meta + sums).to(tl.int32)
+    if tile < end:
+        wait_for_products(counters, products)
+    while tile < end:
+        sum_tile(
+            meta,
+            workspace,
+            sums,
+            tile - products,
+            U,
+            V,
+            OUT,
+            U_LAYOUT,
+            V_LAYOUT,
+            A_LAYOUT,
+            B_LAYOUT,
+            HAS_OFFSET,
+            SUM_BLOCK,
+            INTERPRET,
+        )
+        tile = claim(counters)
+    finish(counters, tile, end)
+
+
 @triton.jit(do_not_specialize=["problems", "tiles", "sums"])
 def one_pass_kernel(
     meta,  # int64: two counters, then what schedule says of products and sums
@@ -148,29 +192,24 @@ def one_pass_kernel(
         store_part(a_parts, split, a, columns, ranks, x[4], u[4])
         done(meta, AMD)
         tile = claim(meta)
-    sums_meta = meta + (2 + problems + 1 + problems * 16)
-    end = tiles + tl.load(sums_meta + sums).to(tl.int32)
-    if tile < end:
-        wait_for_products(meta, tiles)
-    while tile < end:
-        sum_tile(
-            sums_meta,
-            workspace,
-            sums,
-            tile - tiles,
-            U,
-            V,
-            OUT,
-            U_LAYOUT,
-            V_LAYOUT,
-            A_LAYOUT,
-            B_LAYOUT,
-            HAS_OFFSET,
-            SUM_BLOCK,
-            INTERPRET,
-        )
-        tile = claim(meta)
-    finish(meta, tile, end)
+    add_sums(
+        meta,
+        meta + (2 + problems + 1 + problems * 16),
+        workspace,
+        tiles,
+        sums,
+        tile,
+        U,
+        V,
+        OUT,
+        U_LAYOUT,
+        V_LAYOUT,
+        A_LAYOUT,
+        B_LAYOUT,
+        HAS_OFFSET,
+        SUM_BLOCK,
+        INTERPRET,
+    )
 
 
 @triton.jit
@@ -335,26 +374,21 @@ def two_pass_kernel(
                 )
         done(meta, AMD)
         tile = claim(meta)
-    sums_meta = meta + (2 + problems + 1 + problems * 21)
-    end = tiles + tl.load(sums_meta + sums).to(tl.int32)
-    if tile < end:
-        wait_for_products(meta, tiles)
-    while tile < end:
-        sum_tile(
-            sums_meta,
-            workspace,
-            sums,
-            tile - tiles,
-            U,
-            V,
-            OUT,
-            U_LAYOUT,
-            V_LAYOUT,
-            A_LAYOUT,
-            B_LAYOUT,
-            HAS_OFFSET,
-            SUM_BLOCK,
-            INTERPRET,
-        )
-        tile = claim(meta)
-    finish(meta, tile, end)
+    add_sums(
+        meta,
+        meta + (2 + problems + 1 + problems * 21),
+        workspace,
+        tiles,
+        sums,
+        tile,
+        U,
+        V,
+        OUT,
+        U_LAYOUT,
+        V_LAYOUT,
+        A_LAYOUT,
+        B_LAYOUT,
+        HAS_OFFSET,
+        SUM_BLOCK,
+        INTERPRET,
+    )
