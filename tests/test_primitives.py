@@ -64,6 +64,34 @@ def test_multiply(
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), places(DTYPES))
+@pytest.mark.parametrize("first", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("width", [11, 40])
+def test_multiply_twice_is_two_products(
+    device: str, backend: str, dtype: torch.dtype, first: str, width: int
+) -> None:
+    """Whatever the first matrix lies in, and into a part of what is there already."""
+    As = matrices(device, dtype, 3, 50, 37)
+    shift = ("rows", "columns", "gaps").index(first)
+    As = As[shift:] + As[:shift]
+    work = primitives.working_dtype(dtype)
+    Q = randn(3, 37, width, dtype=work, generator=generator_for(8, width)).to(device)
+    with use_backend(backend):
+        whole = primitives.empty_product(As, Q, width=2 * width).fill_(7)
+        Y, Z = primitives.multiply_twice(As, Q, out=whole[..., width:])
+        again = primitives.multiply(As, Q, out=whole[..., :width])
+        plain, plainer = primitives.multiply_twice(As, Q)
+    assert Y.data_ptr() == whole[..., width:].data_ptr()
+    for out in (again, whole[..., width:], plain):
+        torch.testing.assert_close(out, Y, rtol=0, atol=0)
+    torch.testing.assert_close(plainer, Z, rtol=0, atol=0)
+    for i, A in enumerate(As):
+        truth = A.double() @ Q[i].double()
+        assert_error_within(Y[i], truth, A.to(work) @ Q[i], scale=truth)
+        back = A.mT.double() @ Y[i].double()
+        assert_error_within(Z[i], back, A.mT.to(work) @ Y[i], scale=back)
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), places(DTYPES))
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("m", "n"), [(50, 37), (20, 1100)])
 def test_gram(device: str, backend: str, dtype: torch.dtype, side: str, m: int, n: int) -> None:

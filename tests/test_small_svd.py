@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from osf_kernels import truncated_svd
+from osf_kernels.backends import primitives
 from osf_kernels.linalg.inputs import _frobenius_norm
 from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd
 from tests.helpers import generator_for
@@ -36,6 +37,42 @@ def test_growth_bounds_what_left_vectors_lose(columns: int, decades: float, mixe
         assert growth <= POLISH_GROWTH
     elif decades > 2:
         assert growth > POLISH_GROWTH
+
+
+@pytest.mark.parametrize("decades", [0.0, 1.0, 2.5, 9.0])
+def test_of_a_tall_matrix_the_triangle_goes_to_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, decades: float
+) -> None:
+    """Where a block holds the square but not the whole; torch stands in for the kernel here."""
+    taken: list[tuple[int, ...]] = []
+
+    def small_svd(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        taken.append(tuple(M.shape))
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        return U, S, Vh.mT
+
+    g = generator_for("triangle", decades)
+    Q, W = (torch.linalg.qr(torch.randn(2, n, 24, generator=g))[0] for n in (300, 24))
+    sigma = torch.logspace(0, -decades, 24)
+    M = Q * sigma @ W.mT
+    plain = leading_svd(M, 10, safe=False)
+    monkeypatch.setattr(primitives, "small_svd", small_svd)
+    monkeypatch.setattr(
+        primitives, "small_svd_backend", lambda M: "cuda" if M.shape[-2] <= 24 else "torch"
+    )
+    found = leading_svd(M, 10, safe=False)
+    assert taken == [(2, 24, 24)]
+    if decades > 8:  # a pivot that isn't positive, or σ below what a Gram matrix says
+        M[1, :, 5] = M[1, :, 2]
+        assert not bool(leading_svd(M, 24, safe=False).ok.any())
+        return
+    assert bool(found.ok.all())
+    assert float((found.S - sigma[:10]).abs().max()) <= 20 * EPS
+    torch.testing.assert_close(found.growth, plain.growth, rtol=1e-3, atol=1e-3)
+    for i in range(2):
+        assert defect(found.U[i]) <= 10**0.5 * float(found.growth[i]) * EPS + 20 * EPS
+        rest = M[i].double() @ found.V[i].double() - found.U[i].double() * found.S[i].double()
+        assert float(torch.linalg.matrix_norm(rest, ord=2)) <= 20 * EPS
 
 
 @pytest.mark.parametrize("drift", [1e-3, 0.3])

@@ -285,8 +285,10 @@ def _frobenius_norm(A: Tensor) -> Tensor:
     """
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
     if A.device.type == "cpu":
-        pieces = (A.mT if A.stride(0) == 1 else A).split(_SUMMED_AT_ONCE, 1)
-        A = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in pieces])
+        A = A.mT if A.stride(0) == 1 else A
+        pieces = A.split(_SUMMED_AT_ONCE, 1) if A.shape[1] > _SUMMED_AT_ONCE else [A]
+        norms = [torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in pieces]
+        A = norms[0] if len(norms) == 1 else torch.cat(norms)
         dtype = torch.float64
     norm: Tensor = torch.linalg.vector_norm(A, dtype=dtype)
     return norm

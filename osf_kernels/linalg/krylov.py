@@ -1,12 +1,13 @@
-"""Iterative methods: block Golub–Kahan (Krylov) and subspace iteration, batched over a group.
+"""Iterative methods: block Krylov spaces and subspace iteration, batched over a group.
 
-Both multiply by A and Aᵀ through ``primitives.multiply``, so weights are never stacked or
-converted where a kernel reads them as they are, and both end in a Rayleigh–Ritz step whose
-residual comes with it.
+Both multiply by A and Aᵀ through ``osf_kernels.backends.primitives``, so weights are never stacked
+or converted where a kernel reads them as they are; both orthonormalize one side, and end in a
+Rayleigh–Ritz step whose residual comes with it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,131 +20,150 @@ from osf_kernels.linalg.orthonormal import looks_are_free
 from osf_kernels.linalg.residual import residual_in, residual_of, residual_through, rounding
 from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd, polished
 
-# What one pass on a CPU may make of rounding, by a bound that is some five times what it does.
-# A pass multiplies what the space has lost before, by 1 to 6 for random and for trained weights:
-# a few blocks come out as orthonormal from one pass as from two, then one takes two.
+# What one pass on a CPU may make of rounding. Each multiplies what the space has lost before, by 2
+# to 25 for random and for trained weights: a block or a few come out of one pass, then one takes
+# two. ‖I − VᵀV‖₂ of whole spaces is 1 to 5 times this in eps, of leading triplets up to 10 eps.
 GROWTH_LIMIT = 16.0
 # Above these, what is left after the first pass has lost too much to the projection for the second
 # to end there: what the second makes of rounding, and ‖G − I‖_F of the Gram matrix it factorizes.
 SECOND_PASS_GROWTH = 1.1
 SECOND_PASS_LIMIT = 1e-2
+# A pass that multiplies rounding by up to this leaves columns orthonormal to some 1e-4, which one
+# polishing step squares: a third of the time of a second pass of Cholesky QR.
+POLISH_REACH = 1e3
 # Up to this ‖G − I‖_F of the Gram matrix of unit columns their condition number is at most √3.
 NEARLY_ORTHOGONAL = 0.5
-# Up to so many columns one product with all of a block takes no longer than three with the eight
-# probes of its residual (2048², two cores: 32 columns 2.1 to 3.2 ms, the three 4.2).
+# Up to so many columns one product with all of the last block takes no longer than three with the
+# eight probes of its residual (2048², two cores: 32 columns 2.1 to 3.2 ms, the three 4.2).
 WHOLE_BLOCK = 48
 
 
 class KrylovSpace:
     """A block Krylov space of a group, grown block by block.
 
-    Block Golub–Kahan bidiagonalization with full reorthogonalization, twice: U and V span the left
-    and right Krylov spaces, and A V = U B. The last product with Aᵀ gives V one block N more, in
-    AᵀU = [V N] C with C = [Bᵀ; 0 R], and the SVD of C gives triplets (U Y, Σ, [V N] X). Aᵀ U Y is
-    [V N] X Σ to rounding, and A [V N] X − U Y Σ = (A N − U_last Rᵀ) X_last.
+    V_1 = orth(start), V_{k+1} = orth((I − VVᵀ) Aᵀ A V_k) and Z = A V, so that the SVD Z = U Σ Wᵀ
+    gives triplets (U, Σ, V W), of which A V W = U Σ holds by construction. Aᵀ A V_k lies in the
+    space for all blocks but the last, so that AᵀU − V W Σ = (I − VVᵀ) Aᵀ Z_last W_last Σ⁻¹. One
+    side is orthonormalized, where block Golub–Kahan has two.
 
     Args:
-        As: b matrices (m, n) of one shape, dtype and device.
-        start: (1 or b, n, w) columns, which are orthonormalized.
+        As: b matrices (m, n) of one shape, dtype and device, m ≥ n.
+        start: (1 or b, n, w) columns, of which the space is made.
         safe: orthonormalize by Householder QR, for matrices whose rank ends within the space.
         generator: draws what continues a space that ends; used only with ``safe``.
 
-    Source: Golub, Luk, Overton 1981 (block Lanczos for singular values); Musco & Musco 2015 for
-    how fast it converges; Simon & Zha 2000 for reorthogonalizing.
+    Source: Musco & Musco 2015 (block Krylov with a Rayleigh–Ritz step) for how fast it converges;
+    Simon & Zha 2000 for orthonormalizing one side only.
     """
 
     def __init__(
         self, As: Sequence[Tensor], start: Tensor, *, safe: bool, generator: torch.Generator
     ) -> None:
-        (m, n), b = As[0].shape, len(As)
-        self.block = start.shape[-1]
+        m, n = As[0].shape
+        b, self.block = len(As), start.shape[-1]
         self.width = 0
         self.iterations = 0
         self._As, self._safe, self._generator = list(As), safe, generator
-        first = orthonormal_against(start, start[..., :0], safe=safe, generator=generator)
-        self._next = first.Q.expand(b, n, self.block)  # of V
-        self._R = start.new_empty(b, 0, self.block)  # of the next block and the last of U
-        self._ok = first.ok.expand(b)
-        self._U = start.new_empty(b, m, 0)
+        self._start = start
+        self._ok = torch.ones(b, dtype=torch.bool, device=start.device)
         self._V = start.new_empty(b, n, 0)
-        self._B = start.new_empty(b, 0, 0)
-        self._growth = {"U": 1.0, "V": 1.0}
+        self._Z = start.new_empty(b, m, 0)
+        self._growth = 1.0
+        self._paired = False
+        self._powers: Tensor | None = None  # Aᵀ A V_last
 
     def grow(self, width: int) -> None:
-        """Adds blocks until the space has ``width`` ≤ min(m, n) columns, or n where a block more
-        would not fit; the last is then as narrow as it takes.
-        """
-        n = self._V.shape[1]
-        width = n if n - width < self.block else width
-        done, b = self.width, len(self._U)
-        U, V = (old.new_empty(b, old.shape[1], width) for old in (self._U, self._V))
-        B = self._B.new_zeros(b, width, width)
-        U[:, :, :done], V[:, :, :done], B[:, :done, :done] = self._U, self._V, self._B
-        for begin in range(done, width, self.block):
-            Q = self._next
-            end = begin + Q.shape[-1]
-            V[:, :, begin:end] = Q
-            Y = primitives.multiply(self._As, Q)
-            X, B[:, :begin, begin:end] = self._orthonormal("U", Y, U[:, :, :begin])
-            U[:, :, begin:end] = X
-            B[:, begin:end, begin:end] = X.mT @ Y
-            Z = primitives.multiply(self._As, X, transpose=True)
-            self._next = self._following(Z, V[:, :, :end])
-            self._R = self._next.mT @ Z
-            self.iterations += 1
-        self._U, self._V, self._B, self.width = U, V, B, width
+        """Adds blocks until the space has ``width`` columns, a multiple of the block's or n.
 
-    def _following(self, Z: Tensor, V: Tensor) -> Tensor:
-        """The block of V after these: as many columns as Z has, or as are missing to the whole."""
-        left = V.shape[1] - V.shape[2]
-        return self._orthonormal("V", Z[:, :, :left], V)[0] if left else Z[:, :, :0]
+        A width that leaves no room for a block more is taken as n, whose last block is narrower.
+        """
+        n, done = self._V.shape[1], self.width
+        width = n if n - width < self.block else width
+        V = self._V.new_empty(*self._V.shape[:-1], width)
+        Z = primitives.empty_product(self._As, V, width=width)
+        if done:
+            V[:, :, :done], Z[:, :, :done] = self._V, self._Z
+        for begin in range(done, width, self.block):
+            end = min(begin + self.block, width)
+            Y = self._powered(Z[:, :, :begin]) if begin else self._start
+            Q = self._orthonormal(Y[..., : end - begin], V[:, :, :begin])
+            V[:, :, begin:end] = Q
+            if self._paired:
+                _, self._powers = primitives.multiply_twice(self._As, Q, out=Z[:, :, begin:end])
+            else:
+                primitives.multiply(self._As, Q, out=Z[:, :, begin:end])
+            self.iterations += 1
+        self._V, self._Z, self.width = V, Z, width
+
+    def _powered(self, Z: Tensor) -> Tensor:
+        """Columns that span what Aᵀ Z_last does."""
+        if self._powers is not None:
+            return self._powers
+        Z = Z[:, :, -self.block :]
+        X = torch.linalg.qr(Z)[0] if self._safe else conditioned(Z)
+        return primitives.multiply(self._As, X, transpose=True)
+
+    def _orthonormal(self, Y: Tensor, basis: Tensor) -> Tensor:
+        found = orthonormal_against(
+            Y, basis, safe=self._safe, generator=self._generator, growth=self._growth
+        )
+        self._ok, self._growth = self._ok & found.ok, found.growth
+        if self.iterations == 0:
+            self._paired = self.block <= WHOLE_BLOCK and found.lost <= GROWTH_LIMIT
+        return found.Q
 
     def factors(self, rank: int) -> Factors:
         """The leading triplets of the space, by a Rayleigh–Ritz step; rank ≤ width."""
-        U, V, N, R = self._U, self._V, self._next, self._R
-        extra, last = R.shape[-2:]
-        C = torch.cat([self._B.mT, self._B.new_zeros(len(U), extra, self.width)], -2)
-        C[:, self.width :, self.width - last :] = R
-        X, S, Y, fine, _ = leading_svd(C, rank, safe=self._safe)
-        inside, outside = X[:, : self.width], X[:, self.width :]
-        if not extra:
-            return Factors(U @ Y, S, V @ X, rounding(S), self.iterations, self._ok & fine)
-        U_last = U[:, :, -last:]
-        residual = self._residual(U_last, outside, S)
-        V = torch.baddbmm(N @ outside, V, inside)
-        return Factors(U @ Y, S, V, residual, self.iterations, self._ok & fine)
+        U, S, W, fine, growth = leading_svd(self._Z, rank, safe=self._safe)
+        residual = self._residual(S, W)
+        if not (looks_are_free(U) and bool((growth <= POLISH_GROWTH).all())):
+            U = polished(U)
+        return Factors(U, S, self._V @ W, residual, self.iterations, self._ok & fine)
 
-    def _residual(self, U_last: Tensor, outside: Tensor, S: Tensor) -> Tensor:
-        """‖(A N − U_last Rᵀ) X‖₂ / σ₁ of the rows X of the small factor that are N's."""
-        N, R, As = self._next, self._R, self._As
-        if N.shape[-1] <= WHOLE_BLOCK:
-            rest = torch.baddbmm(primitives.multiply(As, N), U_last, R.mT, alpha=-1)
-            return residual_through(rest, outside, S)
+    def _residual(self, S: Tensor, W: Tensor) -> Tensor:
+        """‖(I − VVᵀ) Aᵀ Z_last W_last Σ⁻¹‖₂ / σ₁."""
+        V, As, tiny = self._V, self._As, torch.finfo(S.dtype).tiny
+        if self.width == V.shape[1]:  # the space is the whole one
+            return rounding(S)
+        last = self.block
+        Z, W = self._Z[:, :, -last:], W[:, -last:] / S.clamp_min(tiny).unsqueeze(-2)
+        if last <= WHOLE_BLOCK:
+            back = self._powers
+            if back is None:
+                back = primitives.multiply(As, Z, transpose=True)
+            if W.shape[-1] < last:
+                return residual_through(_against(back @ W, V), None, S)
+            return residual_through(_against(back, V), W, S)
 
-        # A few probes are multiplied by A, not all of N.
+        # A few probes are multiplied by Aᵀ, not all of Z.
         def apply(P: Tensor) -> Tensor:
-            P = outside @ P
-            return torch.baddbmm(primitives.multiply(As, N @ P), U_last, R.mT @ P, alpha=-1)
+            return _against(primitives.multiply(As, Z @ (W @ P), transpose=True), V)
 
         def transposed(P: Tensor) -> Tensor:
-            back = N.mT @ primitives.multiply(As, P, transpose=True) - R @ (U_last.mT @ P)
-            return outside.mT @ back
+            return W.mT @ (Z.mT @ primitives.multiply(As, _against(P, V)))
 
         return residual_in(apply, transposed, S)
 
     def keep(self, indices: Tensor) -> None:
         """Goes on with some of the group."""
         self._As = [self._As[i] for i in indices.tolist()]
-        self._U, self._V, self._B = self._U[indices], self._V[indices], self._B[indices]
-        self._next, self._R, self._ok = self._next[indices], self._R[indices], self._ok[indices]
+        self._V, self._Z, self._ok = self._V[indices], self._Z[indices], self._ok[indices]
+        self._powers = None if self._powers is None else self._powers[indices]
 
-    def _orthonormal(self, side: str, Y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """The next block of a side from Y, and basisᵀY."""
-        found = orthonormal_against(
-            Y, basis, safe=self._safe, generator=self._generator, growth=self._growth[side]
-        )
-        self._ok, self._growth[side] = self._ok & found.ok, found.growth
-        return found.Q, found.along
+
+def conditioned(Z: Tensor) -> Tensor:
+    """Columns that span what those of Z do, and are far from dependent: not orthonormal, only fit
+    to be multiplied by a matrix whose condition number would meet theirs.
+
+    One pass of CholeskyQR in the dtype of Z, shifted so that it never breaks down.
+    """
+    eps = torch.finfo(Z.dtype).eps
+    G = Z.mT @ Z
+    inverse_norms = G.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(Z.dtype).tiny).rsqrt()
+    G = inverse_norms.unsqueeze(-1) * G * inverse_norms.unsqueeze(-2)
+    G.diagonal(dim1=-2, dim2=-1).add_(8 * Z.shape[-1] * eps)
+    inverse, _ = primitives.cholesky_inverse(G)
+    return Z @ (inverse_norms.unsqueeze(-1) * inverse)
 
 
 def subspace_iteration(
@@ -204,16 +224,17 @@ def _first(earlier: Factors, later: Factors, tol: float) -> Factors:
 
 
 class Block(NamedTuple):
-    """Orthonormal columns Q (b, m, w) made of Y, and ``along`` = basisᵀY.
+    """Orthonormal columns Q (b, m, w) made of Y.
 
     ``ok`` (b,) is False where the factorization broke down. ``growth`` bounds what basis and Q
-    together have lost of orthogonality, in roundings.
+    together have lost of orthogonality, in roundings, and ``lost`` what a first pass makes of the
+    rounding of Y; it is infinite where that isn't known.
     """
 
     Q: Tensor
-    along: Tensor
     ok: Tensor
     growth: float
+    lost: float = math.inf
 
 
 def orthonormal_against(
@@ -232,8 +253,8 @@ def orthonormal_against(
     1976) of a basis that has lost ``growth``.
     """
     ok = torch.ones(len(Y), dtype=torch.bool, device=Y.device)
-    along = basis.mT @ Y
-    X = torch.baddbmm(Y, basis, along, alpha=-1) if basis.shape[-1] else Y
+    along = basis.mT @ Y if basis.shape[-1] else None
+    X = Y if along is None else torch.baddbmm(Y, basis, along, alpha=-1)
     if safe:
         # Where the space ends, noise far below the rounding of A continues it.
         noise = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator)
@@ -244,18 +265,23 @@ def orthonormal_against(
         # of it away, and the third mends what that costs.
         for _ in range(2):
             X = _against(torch.linalg.qr(X)[0], basis)
-        return Block(torch.linalg.qr(X)[0], along, ok, growth)
+        return Block(torch.linalg.qr(X)[0], ok, growth)
     if looks_are_free(Y):
         Q, pass_growth = _cholesky_qr_in_float64(X, along)
-        after = growth * float(pass_growth.amax())
-        if after <= GROWTH_LIMIT:  # not of NaN
-            return Block(Q, along, ok, max(growth, after))
-        lost = basis.mT @ Q
-        Q, pass_growth = _cholesky_qr_in_float64(torch.baddbmm(Q, basis, lost, alpha=-1), lost)
-        return Block(Q, along, pass_growth <= SECOND_PASS_GROWTH, growth)
+        lost = float(pass_growth.amax())  # may be NaN, which is below no limit
+        if growth * lost <= GROWTH_LIMIT:
+            return Block(Q, ok, growth * max(1.0, lost), lost)
+        along = basis.mT @ Q
+        Q = torch.baddbmm(Q, basis, along, alpha=-1)
+        if lost <= POLISH_REACH:
+            return Block(polished(Q), ok, growth, lost)
+        Q, second = _cholesky_qr_in_float64(Q, along)
+        # What the first pass leaves of columns that depend on each other is rounding.
+        ok = (pass_growth <= 1 / torch.finfo(Y.dtype).eps) & (second <= SECOND_PASS_GROWTH)
+        return Block(Q, ok, growth, lost)
     Q, first, _ = cholesky_qr(X)
     Q, second, spread = cholesky_qr(_against(Q, basis), scale=False)
-    return Block(Q, along, first & second & (spread < SECOND_PASS_LIMIT), growth)
+    return Block(Q, first & second & (spread < SECOND_PASS_LIMIT), growth)
 
 
 def _orthonormal_columns(
@@ -293,18 +319,20 @@ def cholesky_qr(Y: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor, Tenso
     return Y @ (inverse_norms * inverse), info == 0, spread
 
 
-def _cholesky_qr_in_float64(X: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+def _cholesky_qr_in_float64(X: Tensor, along: Tensor | None) -> tuple[Tensor, Tensor]:
     """(Q, growth) by one pass of CholeskyQR with a float64 Gram matrix, on any scale of columns.
 
     A float64 Gram matrix costs what two in float32 do, and loses nothing of X that float32 holds.
-    Each column x of X is what was left of one y, y less its part ``lost``; growth (b,) is the most
-    that a column of Q has of the rounding of y: the columns of diag(‖y‖) R⁻¹ by their norm. It is
-    NaN where the factorization doesn't exist.
+    Each column x of X is what was left of one y, y less its part ``along`` a basis if there is one;
+    growth (b,) is the most that a column of Q has of the rounding of y: the columns of diag(‖y‖)R⁻¹
+    by their norm. It is NaN where the factorization doesn't exist.
     """
     D = X.double()
     G = D.mT @ D
     inverse, _ = primitives.cholesky_inverse(G)
-    square = G.diagonal(dim1=-2, dim2=-1) + lost.double().square().sum(-2)  # ‖y‖²
+    square = G.diagonal(dim1=-2, dim2=-1)  # ‖y‖²
+    if along is not None:
+        square = square + along.double().square().sum(-2)
     inverse = inverse.to(X.dtype)  # what overflows here is a growth beyond every limit
-    growth = (square.unsqueeze(-1) * inverse.double().square()).sum(-2).amax(-1).sqrt()
+    growth = (square.unsqueeze(-2) @ inverse.double().square()).amax((-2, -1)).sqrt()
     return X @ inverse, growth

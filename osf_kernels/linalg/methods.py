@@ -104,7 +104,7 @@ def randomized(group: Group, safe: bool) -> Factors:
         generator = group.generator(block)
         return subspace_iteration(
             group.As,
-            _sketch(group, block, generator),
+            _sketch(group, group.shape[1], block, generator),
             group.rank,
             tol=group.tol,
             niter=group.niter or (KRYLOV_STEPS if group.tol is None else SUBSPACE_STEPS),
@@ -112,7 +112,9 @@ def randomized(group: Group, safe: bool) -> Factors:
             generator=generator,
         )
     generator = group.generator(block)
-    return _grown(group, _sketch(group, block, generator), width, safe, generator)
+    noise = _sketch(group, group.shape[0], block, generator)
+    start = primitives.multiply(group.As, noise, transpose=True)
+    return _grown(group, start, width, safe, generator)
 
 
 def warm(group: Group, safe: bool) -> Factors:
@@ -178,7 +180,8 @@ def _grown(
     if group.niter is not None:
         most = max(width, min(most, group.niter * block))
     while most > width and _krylov_bytes(group, most, block) > group.workspace_bytes:
-        most -= block
+        most = (most - 1) // block * block
+    most = max(most, width)
     waiting = torch.arange(len(group.As), device=start.device)
     current = factors
     while space.width < most:
@@ -214,8 +217,10 @@ def _krylov_plan(group: Group) -> tuple[int, int]:
 def _krylov_bytes(group: Group, width: int, block: int) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
-    # The space, half of it once more while it grows, blocks on their way, B and its SVD in float64.
-    return item * (m + n) * (2 * width + 4 * block) + 8 * 4 * width * (width + block)
+    # The space, once more while it grows, blocks on their way; Z, its Gram matrix and the
+    # eigenvectors of that in float64.
+    space = item * (m + n) * (2 * width + 4 * block)
+    return space + 8 * (max(m, n) * width + 4 * width * width)
 
 
 def _subspace_bytes(group: Group, width: int) -> int:
@@ -236,11 +241,11 @@ def _warm_width(group: Group) -> int:
     return min(min(group.shape), group.rank + (group.oversample or 0))
 
 
-def _sketch(group: Group, width: int, generator: torch.Generator) -> Tensor:
-    """(1, n, width): a Gaussian matrix of columns of norm 1, about."""
-    n, device = group.shape[1], group.As[0].device
-    noise = torch.randn(1, n, width, dtype=group.dtype, device=device, generator=generator)
-    return noise / math.sqrt(n)
+def _sketch(group: Group, rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """(1, rows, width): a Gaussian matrix of columns of norm 1, about."""
+    device = group.As[0].device
+    noise = torch.randn(1, rows, width, dtype=group.dtype, device=device, generator=generator)
+    return noise / math.sqrt(rows)
 
 
 def _columns(

@@ -61,15 +61,19 @@ def residual_in(
     return torch.hypot(_relative(_norm(apply, transposed, S), S), rounding(S))
 
 
-def residual_through(outer: Tensor, inner: Tensor, S: Tensor) -> Tensor:
+def residual_through(outer: Tensor, inner: Tensor | None, S: Tensor) -> Tensor:
     """The same of an R that is a product of factors with few columns between them, exactly.
 
     Args:
         outer: (b, m, k).
-        inner: (b, k, r).
+        inner: (b, k, r), or None for the identity.
     """
-    outer, inner = outer.double(), inner.double()
-    squares = _largest_eigenvalue(inner.mT @ (outer.mT @ outer) @ inner)
+    outer = outer.double()
+    G = outer.mT @ outer
+    if inner is not None:
+        inner = inner.double()
+        G = inner.mT @ G @ inner
+    squares = _largest_eigenvalue(G)
     return torch.hypot(_relative(squares.sqrt().to(S.dtype), S), rounding(S))
 
 

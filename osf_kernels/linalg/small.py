@@ -41,8 +41,8 @@ def leading_svd(M: Tensor, rank: int, *, safe: bool) -> SmallSVD:
     """The ``rank`` leading triplets of a batch of small or tall matrices.
 
     The fast way is the eigendecomposition of the float64 Gram matrix, or the Jacobi kernel where a
-    block of the GPU holds the matrix. The safe way is LAPACK's SVD in float64, and always ok. Never
-    synchronizes on the fast way.
+    block of the GPU holds the matrix or its triangle. The safe way is LAPACK's SVD in float64, and
+    always ok. Never synchronizes on the fast way.
 
     Args:
         M: (b, p, l) with p ≥ l ≥ rank.
@@ -66,10 +66,15 @@ def leading_svd(M: Tensor, rank: int, *, safe: bool) -> SmallSVD:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
         V = Vh.mT
     else:
-        squares, V = torch.linalg.eigh(G)
-        V = V.flip(-1)[..., :rank]
-        S = squares.flip(-1)[..., :rank].clamp_min(0).sqrt()
-        ok = S[..., -1] > GRAM_LIMIT * S[..., 0]
+        if primitives.small_svd_backend(M[:, : M.shape[-1]]) == "cuda":
+            R, info = torch.linalg.cholesky_ex(G, upper=True)
+            ok = info == 0
+            _, S, V = primitives.small_svd(R.to(M.dtype))
+            S, V = S[..., :rank].double(), V[..., :rank].double()
+        else:
+            squares, V = torch.linalg.eigh(G)
+            S, V = squares.flip(-1)[..., :rank].clamp_min(0).sqrt(), V.flip(-1)[..., :rank]
+        ok = ok & (S[..., -1] > GRAM_LIMIT * S[..., 0])
         divided = V / S.unsqueeze(-2)
         lengths = G.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # ‖m‖² of the columns of M
         growth = (lengths * divided.square()).sum(-2).amax(-1).sqrt()
@@ -88,7 +93,9 @@ def _zeroed(X: Tensor) -> Tensor:
 def polished(Q: Tensor) -> Tensor:
     """Q (3 I − QᵀQ) / 2 of nearly orthonormal columns: the nearest orthonormal ones to first
     order, one Newton–Schulz step. A defect δ becomes δ²."""
-    G = primitives.gram(list(Q))
+    # Half of a small Gram matrix takes longer than the whole on a CPU.
+    small = looks_are_free(Q) and Q.shape[-1] < primitives.GRAM_BLOCKED_FROM
+    G = Q.mT @ Q if small else primitives.gram(list(Q))
     correction = G.mul_(-0.5)
     correction.diagonal(dim1=-2, dim2=-1).add_(1.5)
     return Q @ correction

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -316,7 +316,8 @@ def _run(method: Method, entries: Sequence[Entry], options: _Options) -> list[Tr
 def _finished(factors: Factors, complement: bool) -> Factors:
     """Signs fixed, and the low bases that the method didn't find by itself."""
     U, V = factors.U, factors.V
-    signs = torch.where(-V.amin(-2, keepdim=True) > V.amax(-2, keepdim=True), -1, 1).to(V.dtype)
+    least, most = V.aminmax(dim=-2, keepdim=True)
+    signs = torch.where(-least > most, -1, 1).to(V.dtype)
     U, V = _times(U, signs), _times(V, signs)
     U_low, V_low = factors.U_low, factors.V_low
     if complement:
@@ -335,31 +336,43 @@ def _times(X: Tensor, signs: Tensor) -> Tensor:
 def _results(
     method: str, entries: Sequence[Entry], factors: Factors, options: _Options
 ) -> list[TruncatedSVD]:
+    residual, tol = factors.residual, options.tol
+    norms = residual.new_tensor([entry.norm for entry in entries], dtype=torch.float64)
+    held = factors.S.double().square().sum(-1) / norms.square()
+    captured = torch.where(norms == 0, 1, held.clamp_max(1)).to(factors.S.dtype)  # of 0 all is held
+    converged = None if tol is None else residual <= tol
+    fields = {
+        "U": factors.U,
+        "S": factors.S,
+        "V": factors.V,
+        "residual": residual,
+        "captured": captured,
+        "converged": converged,
+        "U_low": factors.U_low,
+        "V_low": factors.V_low,
+    }
+    columns = [
+        [None] * len(entries) if field is None else list(map(_own, field.unbind()))
+        for field in fields.values()
+    ]
     results = []
-    for i, entry in enumerate(entries):
-        S, residual = factors.S[i], factors.residual[i]
-        held = S.double().square().sum() / entry.norm**2 if entry.norm else S.double().sum() + 1
-        # Two factors, since one of them could itself overflow.
-        half = entry.exponent // 2
-        scaled = S * 2.0**half * 2.0 ** (entry.exponent - half)
-        if entry.exponent > 0 and not bool(scaled.isfinite().all()):
-            expected = f"small enough for its singular values to fit {S.dtype}"
-            raise ValueError(describe(OP, entry.name, expected, "larger", "scale it down"))
-        results.append(
-            TruncatedSVD(
-                U=_own(factors.U[i]),
-                S=scaled,
-                V=_own(factors.V[i]),
-                residual=residual.clone(),
-                captured=held.clamp_max(1).to(S.dtype),
-                iterations=factors.iterations,
-                method=method,
-                converged=None if options.tol is None else residual <= options.tol,
-                U_low=None if factors.U_low is None else _own(factors.U_low[i]),
-                V_low=None if factors.V_low is None else _own(factors.V_low[i]),
-            )
-        )
+    for entry, *row in zip(entries, *columns, strict=True):
+        values: dict[str, Any] = dict(zip(fields, row, strict=True))
+        if entry.exponent:
+            values["S"] = _scaled_back(entry, values["S"])
+        result = TruncatedSVD(**values, iterations=factors.iterations, method=method)
+        results.append(result)
     return results
+
+
+def _scaled_back(entry: Entry, S: Tensor) -> Tensor:
+    # Two factors, since one of them could itself overflow.
+    half = entry.exponent // 2
+    S = S * 2.0**half * 2.0 ** (entry.exponent - half)
+    if entry.exponent > 0 and not bool(S.isfinite().all()):
+        expected = f"small enough for its singular values to fit {S.dtype}"
+        raise ValueError(describe(OP, entry.name, expected, "larger", "scale it down"))
+    return S
 
 
 def _own(x: Tensor) -> Tensor:
