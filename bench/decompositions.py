@@ -21,11 +21,11 @@ SVD, LOWRANK, GRAM = "linalg.svd", "svd_lowrank", "Gram + eigh by hand"
 LOWRANK_ITERATIONS = (2, 8)
 # Products with A that ours takes, beside its default: the curve of accuracy against time.
 RANDOMIZED_ITERATIONS = (3, 5, 7)
-# And its leanest points: spaces of 2 to 2.5 r in five blocks, or of a few columns more in two. On
-# σᵢ = i^-½ at n = 2048 and r = 64 they miss a fifth to two thirds of what two iterations of
-# svd_lowrank miss.
+# And its leanest points: spaces of 2 to 2.5 r in five blocks, or of two of r and a few columns more
+# where r is small. On σᵢ = i^-½ at n = 2048 and r = 64 they miss a fifth to two thirds of what two
+# iterations of svd_lowrank miss.
 LEAN_ITERATIONS, LEAN_OVERSAMPLES = 5, (1.0, 1.25, 1.5)
-LEAN_FEW_ITERATIONS, LEAN_FEW_OVERSAMPLE = 2, 28
+LEAN_FEW_ITERATIONS, LEAN_FEW_COLUMNS, LEAN_FEW_RANK = 2, 12, 28
 RANDOMIZED_LIMIT = 0.25  # of min(m, n): above it a sketch is no smaller than the matrix
 
 
@@ -115,8 +115,9 @@ def ours(problem: Problem, rank: float, **options: Any) -> Callable[[], Results]
 
 
 def _lean(rank: int) -> dict[str, dict[str, int]]:
-    if rank < LEAN_FEW_OVERSAMPLE:
-        few = {"niter": LEAN_FEW_ITERATIONS, "oversample": LEAN_FEW_OVERSAMPLE}
+    if rank < LEAN_FEW_RANK:
+        columns = LEAN_FEW_ITERATIONS * (rank + LEAN_FEW_COLUMNS)
+        few = {"niter": LEAN_FEW_ITERATIONS, "oversample": columns - rank}
         return {f"niter={LEAN_FEW_ITERATIONS} lean": few}
     return {
         f"niter={LEAN_ITERATIONS} lean {share:g}": {
