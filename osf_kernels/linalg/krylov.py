@@ -59,8 +59,8 @@ class KrylovSpace:
     def __init__(
         self, As: Sequence[Tensor], start: Tensor, *, safe: bool, generator: torch.Generator
     ) -> None:
-        m, n = As[0].shape
-        b, self.block = len(As), start.shape[-1]
+        (m, n), b = As[0].shape, len(As)
+        self.block = start.shape[-1]
         self.width = 0
         self.iterations = 0
         self._As, self._safe, self._generator = list(As), safe, generator
@@ -122,11 +122,13 @@ class KrylovSpace:
 
     def _residual(self, S: Tensor, W: Tensor) -> Tensor:
         """‖(I − VVᵀ) Aᵀ Z_last W_last Σ⁻¹‖₂ / σ₁."""
-        V, As, tiny = self._V, self._As, torch.finfo(S.dtype).tiny
+        V, As, info = self._V, self._As, torch.finfo(S.dtype)
         if self.width == V.shape[1]:  # the space is the whole one
             return rounding(S)
+        # Below rounding of σ₁ the quotient says nothing of U.
+        S_floored = torch.maximum(S, info.eps * S[:, :1]).clamp_min(info.tiny)
         last = self.block
-        Z, W = self._Z[:, :, -last:], W[:, -last:] / S.clamp_min(tiny).unsqueeze(-2)
+        Z, W = self._Z[:, :, -last:], W[:, -last:] / S_floored.unsqueeze(-2)
         if last <= WHOLE_BLOCK:
             back = self._powers
             if back is None:
