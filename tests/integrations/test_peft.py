@@ -1,4 +1,4 @@
-"""integrations.peft: against PEFT's own OSF tuner and formulas in float64, on one rank and more."""
+"""integrations.peft: layers and training against PEFT's own OSF tuner and formulas in float64."""
 
 from __future__ import annotations
 
@@ -8,231 +8,30 @@ import importlib
 import importlib.metadata
 import pickle
 import weakref
-from collections.abc import Iterator
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from osf_kernels.testing import (
     assert_error_within,
-    matrix_with_spectrum,
-    orthonormality_ratio,
-    project_eager,
-    svd_ratio,
 )
 from osf_torch.integrations import peft as osf_peft
-from tests.distributed.ranks import Collectives, run_ranks
 from tests.helpers import generator_for, randn
-
-SIDES = ("U_low", "V_low")
-SHAPES = [(48, 48, 24), (60, 36, 20), (36, 60, 27), (90, 24, 12), (24, 90, 12)]
-
-
-@pytest.fixture
-def switched_off() -> Iterator[None]:
-    yield
-    osf_peft.disable()
-
-
-@pytest.fixture
-def peft(switched_off: None) -> ModuleType:
-    """PEFT, whose import takes seconds: what uses it is slow."""
-    return importlib.import_module("peft")
-
-
-# --- decomposition, without PEFT ---
-
-
-def spectrum(kind: str, size: int) -> Tensor:
-    i = torch.arange(1, size + 1, dtype=torch.float64)
-    return {
-        "flat": 1 + 0.5 / i,
-        "steep": i**-0.5 * 10.0 ** (-5 * i / size),
-        "deficient": torch.where(i > 0.6 * size, 0.0, i**-0.5),
-        "outlier": torch.where(i == 1, 300.0, 1 / i**0.5),
-    }[kind]
-
-
-def drawn(m: int, n: int, kind: str, dtype: torch.dtype) -> Tensor:
-    A, _, _ = matrix_with_spectrum(
-        m, n, spectrum(kind, min(m, n)), dtype=dtype, generator=generator_for(m, n, kind)
-    )
-    return A
-
-
-def sides(d: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    U = torch.cat([d["U_high"], d["U_low"].detach()], 1)
-    S = torch.cat([d["S_high"], d["S_low"].detach()])
-    return U, S, torch.cat([d["V_high"], d["V_low"].detach()]).mT
-
-
-def rebuilt(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    return (U.double() * S.double()) @ V.double().mT
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("kind", ["flat", "steep", "deficient", "outlier"])
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_decomposition_meets_lapacks_ratios(m, n, k, kind, split, monkeypatch):
-    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8 if split else 10_000)
-    W = drawn(m, n, kind, torch.float32)
-    before = W.clone()
-    d = osf_peft.decompose_weight_matrix(W, k)
-    assert torch.equal(W, before)
-    assert list(d) == ["U_high", "S_high", "V_high", "U_low", "S_low", "V_low", "rank_high"]
-    assert d["rank_high"] == k
-    U, S, V = sides(d)
-    assert orthonormality_ratio(U) < 30
-    assert orthonormality_ratio(V) < 30
-    assert svd_ratio(W, U, S, V) < 30
-    truth = torch.linalg.svdvals(W.double())
-    assert (S - truth).abs().max() < 10 * torch.finfo(torch.float32).eps * truth[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_decomposition_keeps_the_dtype(dtype):
-    W = drawn(40, 30, "flat", dtype)
-    d = osf_peft.decompose_weight_matrix(W, 12)
-    for name, factor in d.items():
-        if name != "rank_high":
-            assert factor.dtype == dtype
-            assert factor.is_contiguous()
-            assert factor.untyped_storage().nbytes() == factor.nbytes
-            assert isinstance(factor, nn.Parameter) == name.endswith("low")
-    error = (rebuilt(*sides(d)) - W.double()).norm() / W.double().norm()
-    assert error < 4 * torch.finfo(dtype).eps * (5 if dtype == torch.float64 else 1)
-
-
-@pytest.mark.parametrize("top_k", [0, 20, 33])
-@pytest.mark.parametrize("split", [False, True])
-def test_one_part_may_be_empty(top_k, split, monkeypatch):
-    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8 if split else 10_000)
-    W = drawn(20, 31, "flat", torch.float32)
-    d = osf_peft.decompose_weight_matrix(W, top_k)
-    assert d["rank_high"] == min(top_k, 20)
-    assert d["U_high"].shape == (20, min(top_k, 20))
-    assert d["V_low"].shape == (20 - min(top_k, 20), 31)
-    assert (rebuilt(*sides(d)) - W.double()).norm() < 1e-5 * W.norm()
-
-
-def test_a_zero_weight_has_orthonormal_factors(monkeypatch):
-    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8)
-    U, S, V = sides(osf_peft.decompose_weight_matrix(torch.zeros(24, 24), 12))
-    assert not S.any()
-    assert orthonormality_ratio(U) < 30
-    assert orthonormality_ratio(V) < 30
-
-
-def test_a_meta_weight_has_shapes_alone():
-    d = osf_peft.decompose_weight_matrix(torch.empty(8, 6, device="meta"), 2)
-    assert {name: tuple(d[name].shape) for name in ("U_high", "U_low", "S_low", "V_low")} == {
-        "U_high": (8, 2),
-        "U_low": (8, 4),
-        "S_low": (4,),
-        "V_low": (4, 6),
-    }
-    assert d["U_low"].is_meta
-
-
-# --- one gradient, without PEFT ---
-
-
-def formula(d: dict[str, Any], side: str, X: Tensor) -> Tensor:
-    high = d["U_high"] if side == "U_low" else d["V_high"].mT
-    H = high.double() @ high.double().mT
-    P = torch.eye(len(H), dtype=torch.float64) - H
-    return P @ X.double() if side == "U_low" else X.double() @ P
-
-
-def with_gradients(m: int, n: int, k: int, *key: object) -> dict[str, Any]:
-    d = osf_peft.decompose_weight_matrix(drawn(m, n, "flat", torch.float32), k)
-    for side in SIDES:
-        d[side].grad = randn(
-            *d[side].shape, dtype=torch.float32, generator=generator_for(m, n, side, *key)
-        )
-    return d
-
-
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_project_gradient_is_the_formula(m, n, k):
-    d = with_gradients(m, n, k)
-    grads = {side: d[side].grad for side in SIDES}
-    raw = {side: g.clone() for side, g in grads.items()}
-    osf_peft.project_gradient_to_orthogonal_space(d)
-    for side, g in raw.items():
-        assert d[side].grad is grads[side], "in place"
-        peer = (
-            project_eager(g, d["U_high"], None)
-            if side == "U_low"
-            else project_eager(g, None, d["V_high"].mT)
-        )
-        assert_error_within(d[side].grad, formula(d, side, g), peer, scale=g)
-
-
-def test_project_gradient_takes_what_there_is():
-    d = with_gradients(20, 30, 8)
-    raw = d["V_low"].grad.clone()
-    d["U_low"].grad = None
-    osf_peft.project_gradient_to_orthogonal_space(d)
-    assert d["U_low"].grad is None
-    assert not torch.equal(d["V_low"].grad, raw)
-    d["V_low"].grad = None
-    osf_peft.project_gradient_to_orthogonal_space(d)
-
-
-def test_another_version_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.18.1")
-    with pytest.raises(ImportError, match=r"expected peft >=0\.21,<0\.22 to be .*got 0\.18"):
-        osf_peft.enable()
-
-
-# --- layers ---
-
-TARGETS = ["0", "2", "4"]
-
-
-def plain(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """A square, a tall and a wide weight."""
-    model = nn.Sequential(
-        nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16)
-    )
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.copy_(randn(*p.shape, dtype=torch.float64, generator=generator_for(i)) / 5)
-    return model.to(dtype)
-
-
-def wrapped(peft: ModuleType, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    cast = options.pop("autocast_adapter_dtype", True)
-    config = peft.OSFConfig(target_modules=TARGETS, **({"effective_rank": 0.5} | options))
-    return peft.get_peft_model(plain(dtype), config, autocast_adapter_dtype=cast)
-
-
-def layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "osf_svd_params")]
-
-
-def inputs(step: int, rows: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
-    return randn(rows, 24, dtype=dtype, generator=generator_for("inputs", step))
-
-
-def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    return (model(x) - x[:, :16]).square().mean()
-
-
-def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
-    params = [p for p in model.parameters() if p.requires_grad]
-    if kind == "sgd":
-        return torch.optim.SGD(params, lr=0.2, momentum=0.9)
-    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+from tests.integrations.peft_layers import (
+    SIDES,
+    TARGETS,
+    inputs,
+    layers,
+    loss_of,
+    optimizer_of,
+    plain,
+    protected,
+    share,
+    shares,
+    wrapped,
+)
 
 
 def train(
@@ -246,35 +45,6 @@ def train(
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def protected(layer: Any, side: str, adapter: str = "default") -> Tensor:
-    """I − P in float64, from what the layer keeps of its decomposition."""
-    high = getattr(layer, f"_osf_{side[0]}_high")
-    if adapter in high:
-        B = high[adapter].double()
-        B = torch.linalg.qr(B if side == "U_low" else B.mT)[0]
-        return B @ B.mT
-    B = getattr(layer, f"_osf_{side}_init")[adapter].double()
-    B = torch.linalg.qr(B if side == "U_low" else B.mT)[0]
-    return torch.eye(len(B), dtype=torch.float64) - B @ B.mT
-
-
-def share(layer: Any, side: str, X: Tensor, adapter: str = "default") -> float:
-    """How much of X lies in the protected span."""
-    H = protected(layer, side, adapter)
-    X = X.detach().double()
-    inside = H @ X if side == "U_low" else X @ H
-    return float(inside.norm() / X.norm())
-
-
-def shares(model: nn.Module, of: str) -> list[float]:
-    found = []
-    for layer in layers(model):
-        for side in SIDES:
-            parameter = layer.osf_svd_params["default"][side]
-            found.append(share(layer, side, parameter.grad if of == "grad" else parameter))
-    return found
 
 
 @pytest.mark.slow
@@ -678,179 +448,3 @@ def test_the_bench_compares_what_trains_alike(peft, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(bench, "LEAK", 0.0)
     assert bench.main(["--rounds", "1"]) == 1
     assert "of a gradient is in the protected span" in capsys.readouterr().out
-
-
-# --- sharded ---
-
-LEAK = 1e-6
-
-
-def reductions(seen: Collectives) -> list[int]:
-    """Of each all-reduce, how many ranks took part."""
-    return [
-        torch.distributed.get_world_size(group)
-        for name, _, group in seen.calls
-        if name == "all_reduce"
-    ]
-
-
-def whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, DTensor) else t.clone()
-
-
-def _sharded(rank: int, ours: bool, dims: str, restored: bool) -> dict[str, Any]:
-    """Two steps of SGD with FSDP2, or DDP; what the rank saw, in whole tensors."""
-    peft = importlib.import_module("peft")
-    ranks = torch.distributed.get_world_size()
-    osf_peft.disable()
-    if ours:
-        osf_peft.enable()
-    model = wrapped(peft)
-    if dims == "replicated":
-        return _steps(DistributedDataParallel(model), rank, restored)
-    mesh = (
-        init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("replicate", "shard"))
-        if dims == "hybrid"
-        else init_device_mesh("cpu", (ranks,))
-    )
-    options: dict[str, Any] = {"mesh": mesh}
-    if dims == "columns":
-        options["shard_placement_fn"] = lambda p: Shard(p.dim() - 1)
-    for layer in layers(model):
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
-    if ours:
-        osf_peft.attach(model)
-        assert osf_peft.attach(model) == 6
-        osf_peft.verify(model)
-    return _steps(model, rank, restored)
-
-
-def _steps(model: nn.Module, rank: int, restored: bool) -> dict[str, Any]:
-    ranks = torch.distributed.get_world_size()
-    optimizer = optimizer_of(model, "sgd")
-    if restored:
-        osf_peft.restore_after(model, optimizer)
-    calls = []
-    for step in range(2):
-        optimizer.zero_grad()
-        with Collectives() as backward:
-            loss_of(model, inputs(step, 12).chunk(ranks)[rank]).backward()
-        grads = [
-            whole(layer.osf_svd_params["default"][side].grad)
-            for layer in layers(model)
-            for side in SIDES
-        ]
-        with Collectives() as stepped:
-            optimizer.step()
-        calls.append((reductions(backward), reductions(stepped)))
-    params = [
-        whole(layer.osf_svd_params["default"][side].detach())
-        for layer in layers(model)
-        for side in SIDES
-    ]
-    leaks = [
-        share(layer, side, g)
-        for (layer, side), g in zip(
-            [(layer, side) for layer in layers(model) for side in SIDES], grads, strict=True
-        )
-    ]
-    return {"calls": calls, "grads": grads, "params": params, "leaks": leaks}
-
-
-def _alone(peft: ModuleType, ranks: int) -> tuple[list[Tensor], list[Tensor]]:
-    osf_peft.enable()
-    model = wrapped(peft)
-    optimizer = optimizer_of(model, "sgd")
-    for step in range(2):
-        optimizer.zero_grad()
-        for part in inputs(step, 12).chunk(ranks):
-            (loss_of(model, part) / ranks).backward()
-        grads = [
-            layer.osf_svd_params["default"][side].grad.clone()
-            for layer in layers(model)
-            for side in SIDES
-        ]
-        optimizer.step()
-    params = [
-        layer.osf_svd_params["default"][side].detach() for layer in layers(model) for side in SIDES
-    ]
-    return grads, params
-
-
-def _utility(sharded: bool) -> tuple[list[int], list[Tensor], list[Tensor]]:
-    d = with_gradients(30, 21, 9)
-    raw = [d[side].grad.clone() for side in SIDES]
-    expected = [formula(d, side, g) for side, g in zip(SIDES, raw, strict=True)]
-    if sharded:
-        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-        for name in ("U_high", "V_high", *SIDES):
-            d[name] = nn.Parameter(distribute_tensor(d[name].detach(), mesh, [Shard(0)]))
-        for side, g in zip(SIDES, raw, strict=True):
-            d[side].grad = distribute_tensor(g, mesh, [Shard(0)])
-    with Collectives() as seen:
-        osf_peft.project_gradient_to_orthogonal_space(d)
-    found = [d[side].grad for side in SIDES]
-    if sharded:
-        found = [whole(g) for g in found]
-    return reductions(seen), found, expected
-
-
-# (sharded along, restored) of each run: processes start in seconds, so they make all of them.
-RUNS = {
-    2: (("rows", False), ("rows", True), ("columns", True), ("hybrid", True), ("replicated", True)),
-    3: (("rows", True),),
-}
-
-
-def _all_runs(rank: int) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    ranks = torch.distributed.get_world_size()
-    if ranks == 2:
-        found["peft alone"] = _sharded(rank, False, "rows", False)
-        found["utility"] = {sharded: _utility(sharded) for sharded in (False, True)}
-    for run in RUNS[ranks]:
-        found[run] = _sharded(rank, True, *run)
-    return found
-
-
-@lru_cache
-def all_runs(ranks: int) -> list[dict[Any, Any]]:
-    return run_ranks(ranks, _all_runs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "dims", "restored"), [(ranks, *run) for ranks in RUNS for run in RUNS[ranks]]
-)
-def test_shards_are_projected_with_one_collective(peft, ranks, dims, restored):
-    expected, expected_params = _alone(peft, ranks)
-    for seen in (found[dims, restored] for found in all_runs(ranks)):
-        assert max(seen["leaks"]) <= LEAK
-        for backward, stepped in seen["calls"]:
-            if dims == "replicated":
-                assert backward == stepped == []
-                continue
-            own = 1 if dims == "hybrid" else ranks  # the others are FSDP's, over the replicas
-            assert backward.count(own) == 1
-            assert stepped == [own] * restored
-        for a, b in zip(seen["grads"], expected, strict=True):
-            assert (a - b).norm() < 1e-5 * b.norm()
-        for a, b in zip(seen["params"], expected_params, strict=True):
-            assert (a - b).norm() < 1e-5 * b.norm()
-
-
-@pytest.mark.slow
-def test_peft_alone_leaks_on_shards():
-    for seen in (found["peft alone"] for found in all_runs(2)):
-        assert max(seen["leaks"]) > 0.1
-        assert seen["calls"] == [([], []), ([], [])]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_gradient_that_every_rank_has_is_not_summed(sharded):
-    for calls, found, expected in (seen["utility"][sharded] for seen in all_runs(2)):
-        assert calls == [2] * sharded
-        for a, b in zip(found, expected, strict=True):
-            assert (a.double() - b).norm() < 2e-6 * b.norm()
