@@ -69,8 +69,10 @@ class KrylovSpace:
         self._V = start.new_empty(b, n, 0)
         self._Z = start.new_empty(b, m, 0)
         self._growth = 1.0
+        # Whether Aᵀ Z_k is made with Z_k: where the last one pays, for the residual, and where Z_k
+        # is so well conditioned that Aᵀ Z_k loses nothing of it.
         self._paired = False
-        self._powers: Tensor | None = None  # Aᵀ A V_last
+        self._powers: Tensor | None = None  # Aᵀ Z_last, if so
 
     def grow(self, width: int) -> None:
         """Adds blocks until the space has ``width`` columns, a multiple of the block's or n.
