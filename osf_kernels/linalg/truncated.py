@@ -337,7 +337,8 @@ def _results(
     method: str, entries: Sequence[Entry], factors: Factors, options: _Options
 ) -> list[TruncatedSVD]:
     residual, tol = factors.residual, options.tol
-    norms = residual.new_tensor([entry.norm for entry in entries], dtype=torch.float64)
+    norms = torch.tensor([entry.norm for entry in entries], dtype=torch.float64)
+    norms = norms.to(residual.device, non_blocking=True)
     held = factors.S.double().square().sum(-1) / norms.square()
     captured = torch.where(norms == 0, 1, held.clamp_max(1)).to(factors.S.dtype)  # of 0 all is held
     converged = None if tol is None else residual <= tol
