@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench import (
-    continual,
-    minilm,
-)
+from bench import continual, minilm
 from bench.continual_run import Encoded, EncodedTask, Setting
 from bench.continual_tasks import SPLITS, Split
 

@@ -24,10 +24,7 @@ from bench import (
     redundancy,
     report,
 )
-from bench.continual_methods import (
-    COMPARED,
-    METHODS,
-)
+from bench.continual_methods import COMPARED, METHODS
 from bench.continual_rows import Row
 from bench.continual_run import Setting
 from bench.continual_tasks import SPLITS, TASKS

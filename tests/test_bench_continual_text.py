@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import (
-    continual_tasks,
-)
+from bench import continual_tasks
 from bench.continual_tasks import SPLITS, TASKS, Fact
 
 SOURCE = '''"""A module of words that stands here for a test. Too short."""

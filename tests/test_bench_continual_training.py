@@ -9,16 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import (
-    continual_run,
-)
-from bench.continual_methods import (
-    INPUT_ENERGY,
-    METHODS,
-    Plain,
-    Tokens,
-    linear_weights,
-)
+from bench import continual_run
+from bench.continual_methods import INPUT_ENERGY, METHODS, Plain, Tokens, linear_weights
 from bench.continual_run import Encoded, Setting
 from tests.small_continual import small_encoder, small_tasks
 

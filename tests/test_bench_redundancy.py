@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import (
-    redundancy,
-)
-from bench.continual_methods import (
-    linear_weights,
-)
+from bench import redundancy
+from bench.continual_methods import linear_weights
 from tests.small_continual import small_encoder, small_tasks
 
 

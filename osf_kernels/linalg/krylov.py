@@ -16,7 +16,7 @@ from torch import Tensor
 
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.orthonormal import looks_are_free
+from osf_kernels.linalg.orthonormal import looks_are_free, with_unit_diagonal
 from osf_kernels.linalg.residual import residual_in, residual_of, residual_through, rounding
 from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd, polished
 
@@ -162,9 +162,7 @@ def conditioned(Z: Tensor) -> Tensor:
     One pass of CholeskyQR in the dtype of Z, shifted so that it never breaks down.
     """
     eps = torch.finfo(Z.dtype).eps
-    G = Z.mT @ Z
-    inverse_norms = G.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(Z.dtype).tiny).rsqrt()
-    G = inverse_norms.unsqueeze(-1) * G * inverse_norms.unsqueeze(-2)
+    G, inverse_norms = with_unit_diagonal(Z.mT @ Z)
     G.diagonal(dim1=-2, dim2=-1).add_(8 * Z.shape[-1] * eps)
     inverse, _ = primitives.cholesky_inverse(G)
     return Z @ (inverse_norms.unsqueeze(-1) * inverse)
@@ -315,12 +313,14 @@ def cholesky_qr(Y: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor, Tenso
     is factorized.
     """
     G = Y.mT @ Y
-    norms = G.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
-    inverse_norms = norms.reciprocal() if scale else torch.ones_like(norms)
-    G = G * inverse_norms * inverse_norms.mT
+    inverse_norms = None
+    if scale:
+        G, inverse_norms = with_unit_diagonal(G)
     spread = (G - torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)).norm(dim=(-2, -1))
     inverse, info = primitives.cholesky_inverse(G)
-    return Y @ (inverse_norms * inverse), info == 0, spread
+    if inverse_norms is not None:
+        inverse = inverse_norms.unsqueeze(-1) * inverse
+    return Y @ inverse, info == 0, spread
 
 
 def _cholesky_qr_in_float64(X: Tensor, along: Tensor | None) -> tuple[Tensor, Tensor]:

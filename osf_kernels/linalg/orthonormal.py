@@ -133,12 +133,10 @@ def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
     Q, spread = X, X
     for step in range(_PASSES):
         G = _gram(Q)
-        square = G.diagonal(dim1=-2, dim2=-1)
         if step == 0:
-            finite = square.isfinite().all(-1)
+            finite = G.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         # With a unit diagonal no scaling of columns improves the condition by more than √r.
-        d = square.clamp_min(torch.finfo(X.dtype).tiny).rsqrt()
-        G = d[:, :, None] * G * d[:, None, :]
+        G, d = with_unit_diagonal(G)
         spread = G.abs().sum(-1).amax(-1)  # ≥ σ₁²; 1 of orthonormal columns
         if step == 0 and not on_cpu:
             # Lets the factorization of what a second pass can mend succeed.
@@ -157,6 +155,15 @@ def _cholesky_qr(Y: Tensor) -> _CholeskyQR:
         # The last pass brings a defect below 1/16 to rounding.
         done = usable & (spread <= 1 + 1 / 16)
     return _CholeskyQR(Q, X, finite, done, done & full)
+
+
+def with_unit_diagonal(G: Tensor) -> tuple[Tensor, Tensor]:
+    """(D G D, d) of Gram matrices (b, r, r): those of the columns scaled by d (b, r) to norm 1.
+
+    A zero column stays zero.
+    """
+    d = G.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(G.dtype).tiny).rsqrt()
+    return d[:, :, None] * G * d[:, None, :], d
 
 
 def looks_are_free(X: Tensor) -> bool:

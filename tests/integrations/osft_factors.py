@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from osf_kernels.testing import (
-    matrix_with_spectrum,
-    random_basis,
-)
+from osf_kernels.testing import matrix_with_spectrum, random_basis
 from osf_torch.integrations import mini_trainer as osft
 from tests.helpers import generator_for, randn
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osf_kernels.testing import (
-    matrix_with_spectrum,
-)
+from osf_kernels.testing import matrix_with_spectrum
 from osf_torch.integrations import peft as osf_peft
 from tests.helpers import generator_for, randn
 

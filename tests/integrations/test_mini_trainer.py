@@ -14,10 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from osf_kernels.testing import (
-    assert_error_within,
-    orthonormality_ratio,
-)
+from osf_kernels.testing import assert_error_within, orthonormality_ratio
 from osf_torch.integrations import mini_trainer as osft
 from tests.integrations.osft_factors import (
     FUNCTIONS,

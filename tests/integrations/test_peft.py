@@ -14,9 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osf_kernels.testing import (
-    assert_error_within,
-)
+from osf_kernels.testing import assert_error_within
 from osf_torch.integrations import peft as osf_peft
 from tests.helpers import generator_for, randn
 from tests.integrations.peft_layers import (

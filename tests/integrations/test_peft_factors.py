@@ -10,19 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osf_kernels.testing import (
-    assert_error_within,
-    orthonormality_ratio,
-    project_eager,
-    svd_ratio,
-)
+from osf_kernels.testing import assert_error_within, orthonormality_ratio, project_eager, svd_ratio
 from osf_torch.integrations import peft as osf_peft
-from tests.integrations.peft_layers import (
-    SIDES,
-    drawn,
-    formula,
-    with_gradients,
-)
+from tests.integrations.peft_layers import SIDES, drawn, formula, with_gradients
 
 SHAPES = [(48, 48, 24), (60, 36, 20), (36, 60, 27), (90, 24, 12), (24, 90, 12)]
 
