@@ -7,6 +7,7 @@ import torch
 
 from osf_kernels import truncated_svd
 from osf_kernels.linalg import krylov
+from osf_kernels.testing import matrix_with_spectrum, orthonormality_ratio
 from tests.helpers import generator_for
 from tests.triplets import SPECTRA, assert_sound, draw, measured_residual
 
@@ -54,6 +55,18 @@ def test_the_residual_of_narrow_blocks_is_exact(spectrum: str, niter: int) -> No
     truth = measured_residual(A, result)
     rounding = 30 * torch.finfo(torch.float32).eps
     assert float(result.residual) == pytest.approx(truth, rel=1e-3, abs=rounding)
+
+
+@pytest.mark.parametrize("share", [1e-6, 3e-6, 1e-5, 3e-5])
+def test_equal_values_far_below_the_largest_have_orthonormal_vectors(share: float) -> None:
+    """Their Gram matrix says little of them; the vectors that it gives come out all the same."""
+    sigma = torch.where(torch.arange(120) < 3, 1.0, 1.01 * share).double()
+    for seed in range(16):
+        g = generator_for("far", seed)
+        A, _, _ = matrix_with_spectrum(150, 120, sigma, generator=g)
+        result = truncated_svd(A, 10, method="randomized", niter=2, oversample=70, generator=g)
+        assert orthonormality_ratio(result.U) < 30
+        assert orthonormality_ratio(result.V) < 30
 
 
 @pytest.mark.parametrize("cap", [180_000, 215_000, 300_000])

@@ -92,6 +92,37 @@ def test_multiply_twice_is_two_products(
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), places(DTYPES))
+@pytest.mark.parametrize("first", ["rows", "columns", "gaps"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_power_products_are_a_chain_of_products(
+    device: str, backend: str, dtype: torch.dtype, first: str, shared: bool, steps: int
+) -> None:
+    As = matrices(device, dtype, 3, 50, 37)
+    shift = ("rows", "columns", "gaps").index(first)
+    As = As[shift:] + As[:shift]
+    work = primitives.working_dtype(dtype)
+    Q = randn(1 if shared else 3, 50, 7, dtype=work, generator=generator_for(9)).to(device)
+    scales = [0.5, 1.0, 3.0]
+    with use_backend(backend):
+        Z, G = primitives.power_products(As, Q, scales, steps=steps)
+    assert Z.shape == (3, 50, 7 * (steps + 1))
+    assert G.shape == (3, 37, 7 * steps)
+    assert Z.dtype == G.dtype == work
+    for i, A in enumerate(As):
+        start = scales[i] * (A.mT.to(work) @ Q[0 if shared else i])
+        links = []
+        for k in range(steps):
+            here, there = slice(7 * k, 7 * (k + 1)), slice(7 * (k + 1), 7 * (k + 2))
+            links.append((A.mT, Z[i, :, here], G[i, :, here]))
+            links.append((A, G[i, :, here], Z[i, :, there]))
+        for X, before, after in links:
+            truth = X.double() @ before.double()
+            assert_error_within(after, truth, X.to(work) @ before, scale=truth)
+        torch.testing.assert_close(Z[i, :, :7], A.to(work) @ start, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), places(DTYPES))
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("m", "n"), [(50, 37), (20, 1100)])
 def test_gram(device: str, backend: str, dtype: torch.dtype, side: str, m: int, n: int) -> None:

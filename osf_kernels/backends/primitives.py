@@ -15,6 +15,7 @@ May import: torch, ``osf_kernels.backends``, ``osf_kernels.plan`` and below.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -126,6 +127,53 @@ def multiply_twice(
             torch.mm(R, q, out=y)
             torch.mm(t, R, out=z)
     return Y, Z
+
+
+def power_products(
+    As: Sequence[Tensor], Q: Tensor, scales: Sequence[float], *, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Z = [Z_1 … Z_{steps+1}] and G = [G_1 … G_steps]: Z_1 = s A AᵀQ, G_k = AᵀZ_k, Z_{k+1} = A G_k.
+
+    On a CPU one matrix after another: all products but the first find in a cache what fits there.
+
+    Args:
+        As: b matrices (m, n) of one shape, dtype and device, any strides.
+        Q: (b, m, l), or (1, m, l) for one sketch that serves all.
+        scales: s, of each.
+
+    Returns:
+        Z (b, m, (steps + 1)·l) and G (b, n, steps·l) of the working dtype, in any order of strides.
+    """
+    b, width = len(As), Q.shape[-1]
+    if products_backend(As[0]) != "torch":
+        factors = torch.tensor(scales, dtype=Q.dtype).to(Q.device, non_blocking=True)
+        Zs = [multiply(As, multiply(As, Q, transpose=True).mul_(factors[:, None, None]))]
+        Gs = []
+        for _ in range(steps):
+            Gs.append(multiply(As, Zs[-1], transpose=True))
+            Zs.append(multiply(As, Gs[-1]))
+        return torch.cat(Zs, -1), torch.cat(Gs, -1)
+    start = empty_product(As[:1], Q, width=width, transpose=True)
+    Z = empty_product(As, Q, width=(steps + 1) * width)
+    G = empty_product(As, Q, width=steps * width, transpose=True)
+    Zs, Gs = Z.split(width, -1), G.split(width, -1)
+    chain = [start.expand(b, -1, -1), Zs[0]]
+    for k in range(steps):
+        chain += [Gs[k], Zs[k + 1]]
+    # Views of all matrices at once: one by one they would take as long as the products.
+    columns = _in_columns(As[0])
+    links = []
+    for k, (x, y) in enumerate(itertools.pairwise(chain)):
+        turned = k % 2 == (0 if columns else 1)
+        links.append((turned, (x.mT if turned else x).unbind(), (y.mT if turned else y).unbind()))
+    first = start[0] if columns else start[0].mT
+    for i, (R, q) in enumerate(zip(_rows(As, Q), _each(Q if columns else Q.mT, As), strict=True)):
+        left, right = (R, q) if columns else (q, R)
+        torch.addmm(first, left, right, beta=0, alpha=scales[i], out=first)
+        for turned, x, y in links:
+            left, right = (x[i], R) if turned else (R, x[i])
+            torch.mm(left, right, out=y[i])
+    return Z, G
 
 
 def empty_product(

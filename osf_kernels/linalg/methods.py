@@ -19,6 +19,7 @@ from osf_kernels.linalg import dense
 from osf_kernels.linalg.auto import Method
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.krylov import KrylovSpace, subspace_iteration
+from osf_kernels.linalg.powers import MOST_STEPS, from_powers
 from osf_kernels.linalg.result import TruncatedSVD
 
 # A Krylov space of three times the rank in some twelve blocks: on σᵢ = i^-½ at n = 2048 it holds
@@ -40,6 +41,7 @@ class Group:
     """Matrices of one shape, dtype and device, and how they are to be decomposed."""
 
     As: Sequence[Tensor]
+    norms: Sequence[float]  # ‖A‖_F
     rank: int
     complement: bool
     tol: float | None
@@ -48,6 +50,16 @@ class Group:
     warm: Sequence[TruncatedSVD | Tensor | None]
     generator: Callable[[int], torch.Generator]  # of a sketch's width
     workspace_bytes: float
+
+    def of(self, indices: Tensor) -> Group:
+        """The group of some of the matrices."""
+        chosen = indices.tolist()
+        return replace(
+            self,
+            As=[self.As[i] for i in chosen],
+            norms=[self.norms[i] for i in chosen],
+            warm=[self.warm[i] for i in chosen],
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +109,11 @@ def workspace_bytes(method: Method, group: Group) -> int:
 
 
 def randomized(group: Group, safe: bool) -> Factors:
-    """Block Krylov where its space fits the workspace, subspace iteration where it doesn't."""
+    """Block Krylov where its space fits the workspace, subspace iteration where it doesn't.
+
+    A space of one block or two is made of powers, for matrices where that loses nothing.
+    Those of float64 would, their Gram matrices being float64 too.
+    """
     block, width = _krylov_plan(group)
     if _krylov_bytes(group, width, block) > group.workspace_bytes:
         block = _width(group)
@@ -113,8 +129,18 @@ def randomized(group: Group, safe: bool) -> Factors:
         )
     generator = group.generator(block)
     noise = _sketch(group, group.shape[0], block, generator)
-    start = primitives.multiply(group.As, noise, transpose=True)
-    return _grown(group, start, width, safe, generator)
+
+    def grown(group: Group) -> Factors:
+        start = primitives.multiply(group.As, noise, transpose=True)
+        return _grown(group, start, width, safe, generator)
+
+    steps = width // block
+    few = steps <= MOST_STEPS and width < min(group.shape) and group.tol is None
+    if safe or not few or group.dtype == torch.float64:
+        return grown(group)
+    found = from_powers(group.As, noise, group.norms, group.rank, steps=steps)
+    late = torch.nonzero(~found.ok).flatten()
+    return merged(found, late, grown(group.of(late))) if len(late) else found
 
 
 def warm(group: Group, safe: bool) -> Factors:
@@ -132,11 +158,7 @@ def warm(group: Group, safe: bool) -> Factors:
     start = first.V[late]
     if not len(late) or 2 * start.shape[-1] > min(group.shape):
         return first
-    rest = replace(
-        group,
-        As=[group.As[i] for i in late.tolist()],
-        niter=None if group.niter is None else group.niter - 1,
-    )
+    rest = replace(group.of(late), niter=None if group.niter is None else group.niter - 1)
     more = _grown(rest, start, 2 * start.shape[-1], safe, generator)
     return merged(first, late, more._replace(iterations=more.iterations + 1))
 

@@ -73,6 +73,11 @@ def residual_through(outer: Tensor, inner: Tensor | None, S: Tensor) -> Tensor:
     if inner is not None:
         inner = inner.double()
         G = inner.mT @ G @ inner
+    return residual_from_gram(G, S)
+
+
+def residual_from_gram(G: Tensor, S: Tensor) -> Tensor:
+    """The same of an R that is known by G = RᵀR (b, r, r), in float64."""
     squares = _largest_eigenvalue(G)
     return torch.hypot(_relative(squares.sqrt().to(S.dtype), S), rounding(S))
 

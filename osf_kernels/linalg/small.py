@@ -12,8 +12,9 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg.orthonormal import looks_are_free
 
 # Singular values below this share of the largest are noise in the square root of a float64 Gram
-# matrix (1e-8), and the left vectors that come from dividing by them lose orthogonality before.
-GRAM_LIMIT = 1e-6
+# matrix (1e-8), and the left vectors that come from dividing by them lose orthogonality before:
+# 80 equal ones by 7·80·eps/share², which at 1e-6 is more than one polishing step mends.
+GRAM_LIMIT = 1e-5
 # Above this share float32 divides by them without a loss that one polishing step doesn't mend.
 FLAT_LIMIT = 1e-2
 
@@ -66,15 +67,7 @@ def leading_svd(M: Tensor, rank: int, *, safe: bool) -> SmallSVD:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
         V = Vh.mT
     else:
-        if primitives.small_svd_backend(M[:, : M.shape[-1]]) == "cuda":
-            R, info = torch.linalg.cholesky_ex(G, upper=True)
-            ok = info == 0
-            _, S, V = primitives.small_svd(R.to(M.dtype))
-            S, V = S[..., :rank].double(), V[..., :rank].double()
-        else:
-            squares, V = torch.linalg.eigh(G)
-            S, V = squares.flip(-1)[..., :rank].clamp_min(0).sqrt(), V.flip(-1)[..., :rank]
-        ok = ok & (S[..., -1] > GRAM_LIMIT * S[..., 0])
+        S, V, ok = leading_right(G, rank, M.dtype)
         divided = V / S.unsqueeze(-2)
         lengths = G.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # ‖m‖² of the columns of M
         growth = (lengths * divided.square()).sum(-2).amax(-1).sqrt()
@@ -83,6 +76,27 @@ def leading_svd(M: Tensor, rank: int, *, safe: bool) -> SmallSVD:
         U = M @ divided.to(M.dtype) if flat else X @ divided
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
     return SmallSVD(U.to(M.dtype), S.to(M.dtype), V.to(M.dtype), ok, growth)
+
+
+def leading_right(G: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(S, V, ok): leading singular values and right vectors of every X with XᵀX = G, in float64.
+
+    By the Jacobi kernel, in ``dtype``, where a block of the GPU holds the triangle of X; else by
+    the eigenvectors of G. ok (b,) is False where the spectrum is too steep for a Gram matrix.
+
+    Args:
+        G: (b, l, l) float64, finite.
+    """
+    ok = torch.ones(len(G), dtype=torch.bool, device=G.device)
+    if primitives.small_svd_backend(G.new_empty(G.shape, dtype=dtype)) == "cuda":
+        R, info = torch.linalg.cholesky_ex(G, upper=True)
+        ok = info == 0
+        _, S, V = primitives.small_svd(R.to(dtype))
+        S, V = S[..., :rank].double(), V[..., :rank].double()
+    else:
+        squares, V = torch.linalg.eigh(G)
+        S, V = squares.flip(-1)[..., :rank].clamp_min(0).sqrt(), V.flip(-1)[..., :rank]
+    return S, V, ok & (S[..., -1] > GRAM_LIMIT * S[..., 0])
 
 
 def _zeroed(X: Tensor) -> Tensor:

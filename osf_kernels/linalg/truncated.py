@@ -101,7 +101,8 @@ def truncated_svd(
             holds; an earlier result that no longer fits (residual
             above 1e-3, or tol) is dropped for a cold start. The result says what ran.
         niter: products with A and Aᵀ each that an iterative method may take; default 12, or with
-            ``tol`` as many as a space of min(m, n) needs.
+            ``tol`` as many as a space of min(m, n) needs. 1 and 2 take a shorter way, for those who
+            come from torch.svd_lowrank(A, q, niter=2) and have no more time.
         oversample: columns beyond the rank: of the whole Krylov space, default max(48, 2·rank); of
             the block in subspace iteration, default max(8, rank/8), and in a warm start, default 0.
         warm_start: a TruncatedSVD of an earlier A, or columns V (n, k) of any k; in a list one of
@@ -123,8 +124,8 @@ def truncated_svd(
             in each matrix), a generator on another device, a warm start that doesn't fit; a
             singular value that overflows the result's dtype.
 
-    Synchronizes once for the check of A and once a group. Doesn't take part in autograd. Nothing
-    is returned, and nothing written, unless every matrix was decomposed.
+    Synchronizes once for the check of A and once a group, twice with niter ≤ 2. Doesn't take part
+    in autograd. Nothing is returned, and nothing written, unless every matrix was decomposed.
 
     Source: Musco & Musco 2015 (block Krylov), Halko, Martinsson & Tropp 2011; see
     :class:`osf_kernels.linalg.krylov.KrylovSpace`.
@@ -260,6 +261,7 @@ def _group(entries: Sequence[Entry], options: _Options) -> methods.Group:
         workspace = float(CPU_WORKSPACE_BYTES)
     return methods.Group(
         As=[entry.A for entry in entries],
+        norms=[entry.norm for entry in entries],
         rank=entries[0].rank,
         complement=options.complement,
         tol=options.tol,
@@ -305,11 +307,8 @@ def _run(method: Method, entries: Sequence[Entry], options: _Options) -> list[Tr
     factors = methods.run(method, group, safe=False)
     broken = torch.nonzero(~factors.ok).flatten()  # synchronizes
     if len(broken):
-        chosen = broken.tolist()
-        rest = replace(
-            group, As=[group.As[i] for i in chosen], warm=[group.warm[i] for i in chosen]
-        )
-        factors = methods.merged(factors, broken, methods.run(method, rest, safe=True))
+        again = methods.run(method, group.of(broken), safe=True)
+        factors = methods.merged(factors, broken, again)
     return _results(method, entries, _finished(factors, options.complement), options)
 
 
