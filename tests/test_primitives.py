@@ -138,6 +138,15 @@ def test_gram(device: str, backend: str, dtype: torch.dtype, side: str, m: int, 
 
 
 @pytest.mark.parametrize(("device", "backend"), PLACES)
+@pytest.mark.parametrize("n", [37, 1100])
+def test_the_upper_triangle_of_a_gram_matrix_alone(device: str, backend: str, n: int) -> None:
+    As = matrices(device, torch.float32, 2, 20, n)
+    with use_backend(backend):
+        whole, half = primitives.gram(As), primitives.gram(As, upper=True)
+    assert torch.equal(whole.triu(), half.triu())
+
+
+@pytest.mark.parametrize(("device", "backend"), PLACES)
 @pytest.mark.parametrize("size", [1, 5, 33])
 def test_cholesky_inverse(device: str, backend: str, size: int) -> None:
     X = torch.randn(4, 3 * size, size, generator=generator_for("cholesky", size))

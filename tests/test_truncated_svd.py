@@ -120,9 +120,13 @@ def test_a_batch_is_a_list_of_its_matrices() -> None:
 
 def test_signs_are_fixed_by_the_largest_element_of_v() -> None:
     A, _, _, _ = draw(50, 40)
+    many, _, _, _ = draw(160, 150)  # whose columns are turned into rows in parts
     for method in COLD:
-        V = truncated_svd(A, 10, method=method).V
-        assert bool((V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all())
+        for matrix, rank in ((A, 10), (many, 140)):
+            result = truncated_svd(matrix, rank, method=method)
+            V = result.V
+            assert bool((V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all())
+            assert_sound(matrix, result)
         torch.testing.assert_close(
             truncated_svd(-A, 10, method=method, generator=generator_for(2)).V,
             truncated_svd(A, 10, method=method, generator=generator_for(2)).V,

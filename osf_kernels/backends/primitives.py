@@ -218,11 +218,12 @@ _GRAM_BLOCKS = 8
 GRAM_BLOCKED_FROM = 1024
 
 
-def gram(As: Sequence[Tensor], *, side: Side = "right") -> Tensor:
+def gram(As: Sequence[Tensor], *, side: Side = "right", upper: bool = False) -> Tensor:
     """A_iᵀA_i, or on the left A_iA_iᵀ: exactly symmetric, one triangle of it computed.
 
     Args:
         As: b matrices (m, n) of one shape, dtype and device, any strides.
+        upper: what is below the diagonal may be left as it is, for solvers that don't read it.
 
     Returns:
         (b, n, n), or (b, m, m), of the working dtype.
@@ -236,21 +237,20 @@ def gram(As: Sequence[Tensor], *, side: Side = "right") -> Tensor:
         return out
     for i, A in enumerate(As):
         A = A.to(out.dtype)
-        _gram(A if side == "right" else A.mT, out[i])
+        _gram(A if side == "right" else A.mT, out[i], upper=upper)
     return out
 
 
-def _gram(X: Tensor, out: Tensor) -> None:
+def _gram(X: Tensor, out: Tensor, *, upper: bool) -> None:
     """out = XᵀX by the blocks of its upper triangle."""
     n = X.shape[1]
     blocks = _GRAM_BLOCKS if n >= GRAM_BLOCKED_FROM else 1
     bounds = [n * i // blocks for i in range(blocks + 1)]
-    for i in range(blocks):
-        a, b = bounds[i], bounds[i + 1]
+    for a, b in itertools.pairwise(bounds):
         torch.matmul(X[:, a:b].mT, X[:, a:], out=out[a:b, a:])
+        if upper:
+            continue
         out[b:, a:b] = out[a:b, b:].mT
-    for i in range(blocks):
-        a, b = bounds[i], bounds[i + 1]
         block = out[a:b, a:b]
         block.copy_(torch.triu(block) + torch.triu(block, 1).mT)
 

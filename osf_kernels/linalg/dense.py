@@ -44,8 +44,8 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
         return gram([A.mT for A in As], rank, complement, safe=safe).swapped()
     if safe or As[0].dtype == torch.float64:
         return _gram_in_double(As, rank, complement)
-    # Of a symmetric matrix the transpose is the matrix, in the order that LAPACK copies it to.
-    _, W = torch.linalg.eigh(primitives.gram(As).mT)
+    # The upper triangle's transpose is the lower one, in the order that LAPACK copies it to.
+    _, W = torch.linalg.eigh(primitives.gram(As, upper=True).mT, UPLO="L")
     V = W[..., n - rank :]  # ascending, as they come: what is returned is copied once, at the end
     AV = primitives.multiply(As, V)
     S = column_norms(AV)
