@@ -16,8 +16,8 @@ from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.residual import residual_from_gram
 from osf_kernels.linalg.small import leading_right
 
-# Of two blocks of some 100 columns on σᵢ = i^-½, U has a thousand times the rounding of the powers,
-# which is less than a hundredth of its residual; a third block would have a hundred times that.
+# On σᵢ = i^-½ at n = 2048 rounding is 4e-6 of the residual of one block of 32 columns, 3e-4 of that
+# of two and 6e-2 of that of three.
 MOST_STEPS = 2
 # What rounding may be of the residual: the stated one is then off by some 1e-4 of itself, on power
 # laws, gaps, exponential decay and trained weights.
