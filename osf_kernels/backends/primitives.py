@@ -94,14 +94,7 @@ def multiply(
         return Y if out is None else out.copy_(Y)
     if out is None:
         out = empty_product(As, Q, transpose=transpose)
-    if _in_columns(As[0]) != transpose:
-        # What is multiplied lies in columns: (Qᵀ Aᵀ)ᵀ takes 0.4 to 0.8 of the time of A Q for the
-        # narrow Q of a sketch on a CPU.
-        for R, q, y in zip(_rows(As, Q), _each(Q.mT, As), out.mT, strict=True):
-            torch.mm(q, R, out=y)
-    else:
-        for R, q, y in zip(_rows(As, Q), _each(_turned(Q), As), out, strict=True):
-            torch.mm(R, q, out=y)
+    _chained(As, [Q, out], transpose=transpose)
     return out
 
 
@@ -118,14 +111,7 @@ def multiply_twice(
         return Y, multiply(As, Y, transpose=True)
     Y = empty_product(As, Q) if out is None else out
     Z = empty_product(As, Y, transpose=True)
-    if _in_columns(As[0]):
-        for R, q, t, y, z in zip(_rows(As, Q), _each(Q.mT, As), Y.mT, Y, Z, strict=True):
-            torch.mm(q, R, out=t)
-            torch.mm(R, y, out=z)
-    else:
-        for R, q, y, t, z in zip(_rows(As, Q), _each(_turned(Q), As), Y, Y.mT, Z.mT, strict=True):
-            torch.mm(R, q, out=y)
-            torch.mm(t, R, out=z)
+    _chained(As, [Q, Y, Z], transpose=False)
     return Y, Z
 
 
@@ -144,36 +130,44 @@ def power_products(
     Returns:
         Z (b, m, (steps + 1)·l) and G (b, n, steps·l) of the working dtype, in any order of strides.
     """
-    b, width = len(As), Q.shape[-1]
-    if products_backend(As[0]) != "torch":
-        factors = torch.tensor(scales, dtype=Q.dtype).to(Q.device, non_blocking=True)
-        Zs = [multiply(As, multiply(As, Q, transpose=True).mul_(factors[:, None, None]))]
-        Gs = []
-        for _ in range(steps):
-            Gs.append(multiply(As, Zs[-1], transpose=True))
-            Zs.append(multiply(As, Gs[-1]))
-        return torch.cat(Zs, -1), torch.cat(Gs, -1)
-    start = empty_product(As[:1], Q, width=width, transpose=True)
+    width = Q.shape[-1]
+    factors = torch.tensor(scales, dtype=Q.dtype).to(Q.device, non_blocking=True)
     Z = empty_product(As, Q, width=(steps + 1) * width)
     G = empty_product(As, Q, width=steps * width, transpose=True)
     Zs, Gs = Z.split(width, -1), G.split(width, -1)
-    chain = [start.expand(b, -1, -1), Zs[0]]
+    chain = [factors[:, None, None] * Q, empty_product(As, Q, transpose=True), Zs[0]]
     for k in range(steps):
         chain += [Gs[k], Zs[k + 1]]
-    # Views of all matrices at once: one by one they would take as long as the products.
-    columns = _in_columns(As[0])
-    links = []
-    for k, (x, y) in enumerate(itertools.pairwise(chain)):
-        turned = k % 2 == (0 if columns else 1)
-        links.append((turned, (x.mT if turned else x).unbind(), (y.mT if turned else y).unbind()))
-    first = start[0] if columns else start[0].mT
-    for i, (R, q) in enumerate(zip(_rows(As, Q), _each(Q if columns else Q.mT, As), strict=True)):
-        left, right = (R, q) if columns else (q, R)
-        torch.addmm(first, left, right, beta=0, alpha=scales[i], out=first)
-        for turned, x, y in links:
-            left, right = (x[i], R) if turned else (R, x[i])
-            torch.mm(left, right, out=y[i])
+    if products_backend(As[0]) == "torch":
+        _chained(As, chain, transpose=True)
+    else:
+        for k, (x, y) in enumerate(itertools.pairwise(chain)):
+            multiply(As, x, transpose=k % 2 == 0, out=y)
     return Z, G
+
+
+def _chained(As: Sequence[Tensor], chain: Sequence[Tensor], *, transpose: bool) -> None:
+    """Writes to each of a chain but the first A_i or A_iᵀ, by turns, times the one before it.
+
+    By torch, one matrix after another. ``transpose`` has Aᵀ the first turn.
+    """
+    # Views of all matrices at once: one by one they would take as long as small products.
+    columns = _in_columns(As[0])
+    links: list[tuple[bool, Sequence[Tensor], Sequence[Tensor]]] = []
+    for x, y in itertools.pairwise(chain):
+        # What is multiplied lies in columns: (Qᵀ Aᵀ)ᵀ takes 0.4 to 0.8 of the time of A Q for the
+        # narrow Q of a sketch on a CPU.
+        turned = columns != transpose
+        if turned:
+            x, y = x.mT, y.mT
+        elif not links:
+            x = _turned(x)
+        links.append((turned, _each(x, As), y.unbind()))
+        transpose = not transpose
+    for i, R in enumerate(_rows(As, chain[0])):
+        for turned, xs, ys in links:
+            left, right = (xs[i], R) if turned else (R, xs[i])
+            torch.mm(left, right, out=ys[i])
 
 
 def empty_product(
