@@ -11,14 +11,11 @@ from pathlib import Path
 import torch
 
 from bench import overhead, refresh_cli, report, static, suite, training_cli
+from bench.arguments import device_named, listed, require
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
 
 RESULTS = report.ROOT / "bench" / "results"
-
-
-def _listed(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     projection = commands.add_parser("projection", help="the projection against its peers")
 
     def several(name: str, text: str) -> None:
-        projection.add_argument(name, action="append", type=_listed, help=text)
+        projection.add_argument(name, action="append", type=listed, help=text)
 
     several("--model", f"{', '.join(MODELS)} or ROWSxCOLUMNS; repeat, or list with commas")
     several("--rank", "directions a side, or a fraction in (0, 1)")
@@ -56,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     cpu.add_argument("--picture", type=Path, help="plot the rows here (default: beside the CSV)")
 
     over = commands.add_parser("overhead", help="a call's cost over the bare matmuls, on the CPU")
-    over.add_argument("--csv", type=Path)
+    over.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
     over.add_argument("--batches", type=int, default=200)
 
     refresh_cli.add(commands)
@@ -78,9 +75,7 @@ def _flat(groups: list[list[str]] | None, default: str) -> list[str]:
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
     """Every combination of the lists asked for. Raises ValueError for a bad one."""
-    device = torch.device(arguments.device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"bench: expected --device to be cpu, cuda or cuda:N, got {device}")
+    device = device_named(arguments.device)
     if arguments.rounds < 0:
         raise ValueError(f"bench: expected --rounds to be 0 or more, got {arguments.rounds}")
     backends = _flat(arguments.backend, "auto")
@@ -134,8 +129,7 @@ def run_projection(arguments: argparse.Namespace) -> int:
         return 0
     wrong = 0
     for case in todo:
-        if case.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"bench: --device {case.device}: torch sees no CUDA device")
+        require(case.device)
         rows = _measure(case, arguments.rounds, arguments.csv, cold=not arguments.warm_cache)
         wrong += sum(map(report.failed, rows))
     return 1 if wrong else 0

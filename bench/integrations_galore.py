@@ -8,20 +8,19 @@ at its next refresh: moved a little, or with as much of something new as they ha
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import report
+from bench import integrations, report
 from bench.contenders import OURS
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_kernels.testing import matrix_with_spectrum
@@ -152,22 +151,21 @@ def show(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit status 1 where a basis is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.integrations_galore")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    chosen = parser.parse_args(arguments)
-    device = torch.device(chosen.device)
-    rows = [
-        row
-        for m, n, rank in CASES
-        for drift in DRIFTS
-        for row in measure(m, n, rank, drift, device, chosen.rounds)
-    ]
-    print(show(rows))
-    if chosen.csv is not None:
-        report.append_csv(chosen.csv, rows, report.environment(device), Row)
-    return int(any(row.status != "ok" for row in rows))
+    return integrations.run(
+        "bench.integrations_galore",
+        arguments,
+        lambda chosen, device: [
+            (
+                f"{m}x{n}, r={rank}",
+                functools.partial(measure, m, n, rank, drift, device, chosen.rounds),
+            )
+            for m, n, rank in CASES
+            for drift in DRIFTS
+        ],
+        show,
+        rounds=3,
+        rounds_help="of each contender",
+    )
 
 
 if __name__ == "__main__":

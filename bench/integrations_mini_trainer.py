@@ -9,19 +9,18 @@ computes (a row of its own), and once more with the high ones alone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import report
+from bench import integrations, report
 from bench.contenders import OURS
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_kernels.testing import matrix_with_spectrum, svd_ratio
@@ -197,7 +196,7 @@ def measure(m: int, n: int, ratio: float, device: torch.device, rounds: int) -> 
 
 
 def show(rows: Sequence[Row]) -> str:
-    header = ("case", "contender", "median ms", "x peer", "error", "MiB", "status")
+    header = ("case", "contender", "median ms", "x peer", "error", "MiB")
     lines = [
         (
             row.case,
@@ -206,7 +205,6 @@ def show(rows: Sequence[Row]) -> str:
             report.shown(row.times_peer, ".2f"),
             report.shown(row.error, ".1e"),
             report.shown((row.extra_bytes or 0) / 2**20, ".1f"),
-            row.status,
         )
         for row in rows
     ]
@@ -215,22 +213,21 @@ def show(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit status 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.integrations_mini_trainer")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="decompositions of each contender")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    chosen = parser.parse_args(arguments)
-    device = torch.device(chosen.device)
-    rows = [
-        row
-        for m, n in SHAPES
-        for ratio in RATIOS
-        for row in measure(m, n, ratio, device, chosen.rounds)
-    ]
-    print(show(rows))
-    if chosen.csv is not None:
-        report.append_csv(chosen.csv, rows, report.environment(device), Row)
-    return int(any(row.status != "ok" for row in rows))
+    return integrations.run(
+        "bench.integrations_mini_trainer",
+        arguments,
+        lambda chosen, device: [
+            (
+                f"{m}x{n}, rho={ratio:g}",
+                functools.partial(measure, m, n, ratio, device, chosen.rounds),
+            )
+            for m, n in SHAPES
+            for ratio in RATIOS
+        ],
+        show,
+        rounds=3,
+        rounds_help="decompositions of each contender",
+    )
 
 
 if __name__ == "__main__":

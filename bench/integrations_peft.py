@@ -8,20 +8,19 @@ from the same factors agree, and none lies in the protected span.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import report
+from bench import integrations, report
 from bench.contenders import OURS
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_torch.integrations import peft as osf_peft
@@ -212,24 +211,23 @@ def show(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    notes = [f"{row.case}, {row.contender}: {row.status}" for row in rows if row.status != "ok"]
-    return "\n".join([report.table(header, lines), *notes])
+    return report.table(header, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit status 1 where gradients are wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.integrations_peft")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=10, help="of steps; a fifth of wraps")
-    parser.add_argument("--case", choices=list(CASES), action="append", help="default: all")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    chosen = parser.parse_args(arguments)
-    device = torch.device(chosen.device)
-    rows = [row for case in chosen.case or CASES for row in measure(case, device, chosen.rounds)]
-    print(show(rows))
-    if chosen.csv is not None:
-        report.append_csv(chosen.csv, rows, report.environment(device), Row)
-    return int(any(row.status != "ok" for row in rows))
+    return integrations.run(
+        "bench.integrations_peft",
+        arguments,
+        lambda chosen, device: [
+            (case, functools.partial(measure, case, device, chosen.rounds))
+            for case in chosen.case or CASES
+        ],
+        show,
+        rounds=10,
+        rounds_help="of steps; a fifth of wraps",
+        cases=list(CASES),
+    )
 
 
 if __name__ == "__main__":

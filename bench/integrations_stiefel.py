@@ -8,16 +8,15 @@ around a step of torch.optim.AdamW, and the SVD.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bench import report
+from bench import integrations, report
 from bench.contenders import OURS
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_torch.integrations.stiefel import StiefelAdamW, retract
@@ -153,20 +152,17 @@ def show(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit status 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.integrations_stiefel")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    chosen = parser.parse_args(arguments)
-    device = torch.device(chosen.device)
-    rows = [row for case in CASES for row in measure(*case, device, chosen.rounds)]
-    print(show(rows))
-    for row in rows:
-        if row.status != "ok":
-            print(f"{row.task}, {row.case}, {row.contender}: {row.status}")
-    if chosen.csv is not None:
-        report.append_csv(chosen.csv, rows, report.environment(device), Row)
-    return int(any(row.status != "ok" for row in rows))
+    return integrations.run(
+        "bench.integrations_stiefel",
+        arguments,
+        lambda chosen, device: [
+            (f"{count} of {m}x{r}", functools.partial(measure, count, m, r, device, chosen.rounds))
+            for count, m, r in CASES
+        ],
+        show,
+        rounds=7,
+        rounds_help="of each contender",
+    )
 
 
 if __name__ == "__main__":

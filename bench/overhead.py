@@ -127,5 +127,6 @@ def run(batches: int, csv: Path | None) -> int:
     print(report.table(("call", "form", "bare us", "ours us", "overhead us"), lines))
     print(f"overhead {'is not' if over else 'is'} under {TARGET_US:g} us everywhere")
     if csv is not None:
+        csv.unlink(missing_ok=True)
         report.append_csv(csv, rows, report.environment(torch.device("cpu")))
     return 1 if over else 0

@@ -185,6 +185,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print two tables; exit status 1 where a figure isn't reached."""
     if not 0.0 < arguments.rho < 1.0 or min(*arguments.batch, arguments.rounds) < 1:
         raise ValueError("bench: expected 0 < --rho < 1, --batch and --rounds of at least 1")
+    if arguments.csv is not None:
+        arguments.csv.unlink(missing_ok=True)
     say = report.progress()
     torch.manual_seed(0)
     directory = minilm.model_directory()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bench import accuracy_plot, refresh_auto, refresh_suite, report
+from bench.arguments import device_named, listed, require
 from bench.decompositions import LOWRANK_ITERATIONS
 from bench.models import Rank
 from bench.refresh import RefreshRow, case_table, comparisons, failed
@@ -21,10 +22,6 @@ from bench.spectra import SOURCES, SPECTRA
 
 QUICK_SIZE = 48
 QUICK_RHOS = (0.1, 0.8)
-
-
-def _listed(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
 
 
 def add(commands: Any) -> None:
@@ -36,8 +33,8 @@ def add(commands: Any) -> None:
         default="sweep",
         help="sweep: --source at every --rho; figures: the cases with a figure to reach",
     )
-    refresh.add_argument("--source", type=_listed, help=", ".join(SOURCES))
-    refresh.add_argument("--rho", type=_listed, help="shares of the shorter side, or numbers")
+    refresh.add_argument("--source", type=listed, help=", ".join(SOURCES))
+    refresh.add_argument("--rho", type=listed, help="shares of the shorter side, or numbers")
     refresh.add_argument("--size", type=int, default=1024, help="of the sweep's random matrices")
     refresh.add_argument(
         "--figures-size", type=int, default=refresh_suite.FIGURES_SIZE, help="of those in figures"
@@ -54,8 +51,8 @@ def add(commands: Any) -> None:
 
     auto = commands.add_parser("refresh-auto", help="each method's time at one accuracy")
     auto.add_argument("--source", default="power", help=", ".join(SOURCES[:-1]))
-    auto.add_argument("--size", type=_listed, help="columns; rows are one and four times as many")
-    auto.add_argument("--rho", type=_listed, help="shares of the shorter side")
+    auto.add_argument("--size", type=listed, help="columns; rows are one and four times as many")
+    auto.add_argument("--rho", type=listed, help="shares of the shorter side")
 
     auto.add_argument("--count", type=int, default=1, help="matrices a call, of one shape")
     auto.add_argument("--complement", action="store_true", help="the low bases too")
@@ -70,14 +67,9 @@ def add(commands: Any) -> None:
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
-    device = torch.device(arguments.device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"bench: expected --device to be cpu, cuda or cuda:N, got {device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"bench: --device {device}: torch sees no CUDA device")
     if arguments.rounds < 0:
         raise ValueError(f"bench: expected --rounds to be 0 or more, got {arguments.rounds}")
-    return device
+    return require(device_named(arguments.device))
 
 
 def _sources(names: list[str]) -> list[str]:

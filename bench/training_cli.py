@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     protect.add_argument("--rounds", type=int, default=9)
     protect.add_argument("--drift-steps", type=int, default=1000, help="0 leaves drift out")
     protect.add_argument("--drift-batch", type=int, default=4, help="sentence pairs of such a step")
-    protect.add_argument("--csv", type=Path)
+    protect.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
 
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, RESULTS / "continual.csv", seeds=3, steps=None)

@@ -45,10 +45,12 @@ def test_a_wrong_basis_gets_no_time(monkeypatch):
 def test_stiefel_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(integrations_stiefel, "CASES", ((2, 24, 4), (1, 12, 3)))
     path = tmp_path / "rows.csv"
-    assert integrations_stiefel.main(["--rounds", "2", "--csv", str(path)]) == 0
+    for _ in range(2):  # the second run replaces the first one's rows
+        assert integrations_stiefel.main(["--rounds", "2", "--csv", str(path)]) == 0
     shown = capsys.readouterr().out
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    assert len(rows) == 8
     assert [(row["task"], row["case"]) for row in rows[::2]] == [
         (task, case) for case in ("2 x 24x4", "1 x 12x3") for task in ("retract", "step")
     ]
@@ -63,3 +65,18 @@ def test_a_step_elsewhere_is_noticed(monkeypatch, capsys):
     monkeypatch.setattr(integrations_stiefel, "canonical", lambda G, X: -G)
     assert integrations_stiefel.main(["--rounds", "1"]) == 1
     assert "from the formulas' point" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "abacus"], "cpu, cuda or cuda:N, got abacus"),
+        (["--rounds", "0"], "--rounds to be 1 or more, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_rows_are_lost(tmp_path, capsys, arguments, message):
+    path = tmp_path / "rows.csv"
+    path.write_text("precious")
+    assert integrations_galore.main([*arguments, "--csv", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert path.read_text() == "precious"
