@@ -14,13 +14,14 @@ from bench import report
 from bench.arguments import device_named, require
 
 Job = tuple[str, Callable[[], list[Any]]]  # its name, and what measures it
+Column = tuple[str, str, str]  # header, a row's field, and its format, or MiB of bytes
 
 
 def run(
     module: str,
     given: Sequence[str] | None,
     jobs: Callable[[argparse.Namespace, torch.device], Iterable[Job]],
-    show: Callable[[list[Any]], str],
+    columns: Sequence[Column],
     *,
     rounds: int,
     rounds_help: str,
@@ -32,7 +33,7 @@ def run(
         module: whose command line this is.
         given: the arguments, None for the process' own.
         jobs: of the chosen arguments and device.
-        show: rows, which have a case, a contender and a status, as a table.
+        columns: of the table. Rows have a case, a contender and a status too.
         rounds: how many there are by default.
         cases: names that ``--case`` may choose from; empty for no such option.
 
@@ -64,8 +65,13 @@ def run(
             report.append_csv(chosen.csv, fresh, report.environment(device), type(fresh[0]))
         rows += fresh
     say("")
-    print(show(rows))
+    lines = [[_shown(getattr(row, field), form) for _, field, form in columns] for row in rows]
+    print(report.table([header for header, _, _ in columns], lines))
     wrong = [row for row in rows if row.status != "ok"]
     for row in wrong:
         print(f"{row.case}, {row.contender}: {row.status}")
     return int(bool(wrong))
+
+
+def _shown(value: Any, form: str) -> str:
+    return f"{(value or 0) / 2**20:.1f}" if form == "MiB" else report.shown(value, form)

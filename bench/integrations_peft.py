@@ -195,23 +195,17 @@ def measure(case: str, device: torch.device, rounds: int) -> list[Row]:
     return rows
 
 
-def show(rows: Sequence[Row]) -> str:
-    header = ("case", "task", "contender", "median ms", "p20", "p80", "x peft", "extra MiB", "leak")
-    lines = [
-        (
-            row.case,
-            row.task,
-            row.contender,
-            report.shown(row.median_ms, ".1f"),
-            report.shown(row.p20_ms, ".1f"),
-            report.shown(row.p80_ms, ".1f"),
-            report.shown(row.times_peer, ".2f"),
-            report.shown((row.extra_bytes or 0) / 2**20, ".1f"),
-            report.shown(row.leak, ".1e"),
-        )
-        for row in rows
-    ]
-    return report.table(header, lines)
+COLUMNS = (
+    ("case", "case", ""),
+    ("task", "task", ""),
+    ("contender", "contender", ""),
+    ("median ms", "median_ms", ".1f"),
+    ("p20", "p20_ms", ".1f"),
+    ("p80", "p80_ms", ".1f"),
+    ("x peft", "times_peer", ".2f"),
+    ("extra MiB", "extra_bytes", "MiB"),
+    ("leak", "leak", ".1e"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (case, functools.partial(measure, case, device, chosen.rounds))
             for case in chosen.case or CASES
         ],
-        show,
+        COLUMNS,
         rounds=10,
         rounds_help="of steps; a fifth of wraps",
         cases=list(CASES),

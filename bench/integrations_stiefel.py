@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bench import integrations, report
+from bench import integrations
 from bench.contenders import OURS
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
 from osf_torch.integrations.stiefel import StiefelAdamW, retract
@@ -133,21 +133,15 @@ def measure(count: int, m: int, r: int, device: torch.device, rounds: int) -> li
     return rows
 
 
-def show(rows: Sequence[Row]) -> str:
-    header = ("task", "case", "contender", "median ms", "x peer", "deviation", "MiB")
-    lines = [
-        (
-            row.task,
-            row.case,
-            row.contender,
-            report.shown(row.median_ms, ".2f"),
-            report.shown(row.times_peer, ".2f"),
-            report.shown(row.deviation, ".1e"),
-            report.shown((row.extra_bytes or 0) / 2**20, ".1f"),
-        )
-        for row in rows
-    ]
-    return report.table(header, lines)
+COLUMNS = (
+    ("task", "task", ""),
+    ("case", "case", ""),
+    ("contender", "contender", ""),
+    ("median ms", "median_ms", ".2f"),
+    ("x peer", "times_peer", ".2f"),
+    ("deviation", "deviation", ".1e"),
+    ("extra MiB", "extra_bytes", "MiB"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (f"{count} of {m}x{r}", functools.partial(measure, count, m, r, device, chosen.rounds))
             for count, m, r in CASES
         ],
-        show,
+        COLUMNS,
         rounds=7,
         rounds_help="of each contender",
     )
