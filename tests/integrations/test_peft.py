@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from osf_kernels.testing import assert_error_within
 from osf_torch.integrations import peft as osf_peft
+from osf_torch.integrations.peft import switching
 from tests.helpers import generator_for, randn
 from tests.integrations.peft_layers import (
     SIDES,
@@ -212,7 +213,7 @@ def test_a_bfloat16_model_is_projected(peft):
 
 @pytest.mark.slow
 def test_switching_leaves_no_trace(peft):
-    parts = [importlib.import_module(f"peft.tuners.osf.{name}") for name in osf_peft._MODULES]
+    parts = [importlib.import_module(f"peft.tuners.osf.{name}") for name in switching._MODULES]
     owners = [*parts, parts[0].OSFLayer, parts[0].Linear, parts[1].OSFModel]
     before = [dict(vars(owner)) for owner in owners]
     osf_peft.enable()

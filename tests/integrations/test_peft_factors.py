@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from osf_kernels.testing import assert_error_within, orthonormality_ratio, project_eager, svd_ratio
 from osf_torch.integrations import peft as osf_peft
+from osf_torch.integrations.peft import factors
 from tests.integrations.peft_layers import SIDES, drawn, formula, with_gradients
 
 SHAPES = [(48, 48, 24), (60, 36, 20), (36, 60, 27), (90, 24, 12), (24, 90, 12)]
@@ -31,7 +32,7 @@ def rebuilt(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["flat", "steep", "deficient", "outlier"])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_decomposition_meets_lapacks_ratios(m, n, k, kind, split, monkeypatch):
-    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8 if split else 10_000)
+    monkeypatch.setitem(factors.SPLIT_SIZE, "cpu", 8 if split else 10_000)
     W = drawn(m, n, kind, torch.float32)
     before = W.clone()
     d = osf_peft.decompose_weight_matrix(W, k)
@@ -63,7 +64,7 @@ def test_decomposition_keeps_the_dtype(dtype):
 @pytest.mark.parametrize("top_k", [0, 20, 33])
 @pytest.mark.parametrize("split", [False, True])
 def test_one_part_may_be_empty(top_k, split, monkeypatch):
-    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8 if split else 10_000)
+    monkeypatch.setitem(factors.SPLIT_SIZE, "cpu", 8 if split else 10_000)
     W = drawn(20, 31, "flat", torch.float32)
     d = osf_peft.decompose_weight_matrix(W, top_k)
     assert d["rank_high"] == min(top_k, 20)
@@ -73,7 +74,7 @@ def test_one_part_may_be_empty(top_k, split, monkeypatch):
 
 
 def test_a_zero_weight_has_orthonormal_factors(monkeypatch):
-    monkeypatch.setitem(osf_peft.SPLIT_SIZE, "cpu", 8)
+    monkeypatch.setitem(factors.SPLIT_SIZE, "cpu", 8)
     U, S, V = sides(osf_peft.decompose_weight_matrix(torch.zeros(24, 24), 12))
     assert not S.any()
     assert orthonormality_ratio(U) < 30
