@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from osf_kernels import truncated_svd
+from osf_kernels.testing import matrix_with_spectrum
 from tests.helpers import generator_for
-from tests.triplets import assert_sound, draw, overlap
+from tests.triplets import assert_sound, draw, measured_residual, overlap
 
 
 def drifted(A: Tensor, share: float) -> Tensor:
@@ -109,3 +110,75 @@ def test_deflated_says_when_weights_moved_in_the_protected_span() -> None:
         late = truncated_svd(moved, 42, method="deflated", warm_start=earlier, tol=1e-4)
     assert not bool(late.converged)
     assert truncated_svd(moved, 42, warm_start=earlier).method != "deflated"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["columns", "V", "U", "S", "U_low", "V_low"])
+def test_a_warm_start_that_is_not_finite_is_refused(bad: float, field: str) -> None:
+    A, _, _, _ = draw(64, 48)
+    earlier = copy.deepcopy(truncated_svd(A, 10, complement=field != "V"))
+    V = getattr(earlier, "V" if field == "columns" else field)
+    V.view(-1)[3] = bad
+    start = V if field == "columns" else earlier
+    with pytest.raises(
+        ValueError, match=rf"warm_start to be finite.*that of A has 1 of {V.numel()}"
+    ):
+        truncated_svd(A, 10, warm_start=start)
+
+
+def test_a_start_too_large_to_multiply_by_is_not_called_right() -> None:
+    A, _, _, _ = draw(64, 48)
+    start = torch.randn(48, 10) * 1e37
+    with pytest.warns(RuntimeWarning, match="residuals above"):
+        result = truncated_svd(A, 10, method="warm", warm_start=start, tol=1e-3, niter=1)
+    assert not bool(result.converged)
+
+
+def test_earlier_results_of_a_list_may_differ_in_rank() -> None:
+    As = [draw(64, 48, seed=seed)[0] for seed in range(3)]
+    earlier = [truncated_svd(A, r, complement=True) for A, r in zip(As, (20, 24, 20), strict=True)]
+    results = truncated_svd(As, 24, warm_start=earlier)
+    for A, result in zip(As, results, strict=True):
+        assert result.method == "deflated"
+        assert_sound(A, result)
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 64), (90, 64), (64, 90)])
+def test_beyond_half_a_warm_start_goes_on_too(m: int, n: int) -> None:
+    A, _, _, V = draw(m, n)
+    generator = generator_for("start", m, n)
+    start = torch.randn(n, 40, generator=generator)
+    result = truncated_svd(A, 40, method="warm", warm_start=start, tol=1e-5)
+    assert bool(result.converged)
+    assert result.iterations == 2
+    assert_sound(A, result)
+    assert overlap(V, result.V) > 0.9999
+
+
+def test_columns_that_fill_up_a_start_are_those_a_loop_has() -> None:
+    As = [draw(80, 60, seed=seed)[0] for seed in range(4)]
+    starts = [torch.randn(60, k, generator=generator_for(k)) for k in (3, 12, 7, 5)]
+
+    def run(A: object, start: object) -> object:
+        generator = torch.Generator().manual_seed(0)
+        return truncated_svd(A, 12, method="warm", warm_start=start, generator=generator)
+
+    for A, start, result in zip(As, starts, run(As, starts), strict=True):
+        alone = run(A, start)
+        assert overlap(alone.V.double(), result.V) > 1 - 1e-5
+
+
+def test_a_residual_close_to_its_limit_is_measured_closer() -> None:
+    """One direction that moved by more than the tolerance, among a thousand that moved by less."""
+    n, rank = 640, 620
+    generator = generator_for("outlier")
+    S = torch.linspace(1, 0.5, n, dtype=torch.float64)
+    A, U, V = matrix_with_spectrum(n, n, S, dtype=torch.float64, generator=generator)
+    earlier = truncated_svd(A.float(), rank, method="exact", complement=True)
+    moved = torch.full((n,), 0.4e-3, dtype=torch.float64)
+    moved[300] = 1.3e-3
+    B = ((U * (S + moved)) @ V.mT).float()
+    with pytest.warns(RuntimeWarning, match="residuals above"):
+        result = truncated_svd(B, rank, method="deflated", warm_start=earlier, tol=1e-3)
+    assert not bool(result.converged)
+    assert float(result.residual) > 0.7 * measured_residual(B, result)

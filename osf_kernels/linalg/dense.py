@@ -13,9 +13,10 @@ from osf_kernels.linalg.orthonormal import looks_are_free
 from osf_kernels.linalg.residual import residual_of
 from osf_kernels.linalg.small import column_norms, polished
 
-# Below this share of σ₁ a singular value from a float32 Gram matrix is off by more than 1e-5 σ₁ or
-# its vectors by more than the polish takes back; float64 is then 2 to 3 times the time.
-SINGLE_GRAM_LIMIT = 1e-2
+# Above this share of σ₁ singular values from a Gram matrix in the dtype of A leave residuals of up
+# to 500 eps (512², half of them at the limit), LAPACK's ratio of a few; the polish takes back what
+# their vectors lose. Below it float64 takes 2 to 3 times the time, and LAPACK's SVD of a float64 A.
+GRAM_LIMIT = 1e-2
 
 
 def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
@@ -30,30 +31,33 @@ def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
     residual = residual_of(As, U, S, V)
     low = (U_low, V_low) if complement else (None, None)
-    return Factors(U, S, V, residual, 1, _fine(As), *low)
+    return Factors(U, S, V, residual, [1] * len(As), _fine(As), *low)
 
 
 def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Factors:
     """Eigenvectors V of AᵀA, and U = A V / σ; of AAᵀ where A is wide.
 
-    float32 squares the condition number, so ``ok`` is False where σ_r < 1e-2 σ₁, and ``safe`` has
-    the Gram matrix and its eigenvectors in float64 and orthonormalizes A V by Householder QR.
+    A Gram matrix squares the condition number, so ``ok`` is False where σ_r < 1e-2 σ₁, and ``safe``
+    has it and its eigenvectors in float64 and orthonormalizes A V by Householder QR; of a float64
+    A, for which nothing is wider, it is LAPACK's SVD.
     """
+    if safe and As[0].dtype == torch.float64:
+        return exact(As, rank, complement)
     m, n = As[0].shape
     if m < n:
         return gram([A.mT for A in As], rank, complement, safe=safe).swapped()
-    if safe or As[0].dtype == torch.float64:
+    if safe:
         return _gram_in_double(As, rank, complement)
     # The upper triangle's transpose is the lower one, in the order that LAPACK copies it to.
     _, W = torch.linalg.eigh(primitives.gram(As, upper=True).mT, UPLO="L")
     V = W[..., n - rank :]  # ascending, as they come: what is returned is copied once, at the end
     AV = primitives.multiply(As, V)
     S = column_norms(AV)
-    ok = S[..., 0] > SINGLE_GRAM_LIMIT * S[..., -1]
+    ok = S[..., 0] > GRAM_LIMIT * S[..., -1]
     U = polished(AV / S.unsqueeze(-2))
     residual = residual_of(As, U, S, V)
     V_low = W[..., : n - rank] if complement else None
-    return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, 1, ok, None, V_low)
+    return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
 
 
 def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
@@ -76,7 +80,7 @@ def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factor
     U, S, V = U.to(dtype), S.to(dtype), V.to(dtype)
     residual = residual_of(As, U, S, V[..., :rank])
     V_low = V[..., rank:] if complement else None
-    return Factors(U, S, V[..., :rank], residual, 1, _fine(As), None, V_low)
+    return Factors(U, S, V[..., :rank], residual, [1] * len(As), _fine(As), None, V_low)
 
 
 def deflated(
@@ -107,7 +111,7 @@ def deflated(
     U, U_low = _merged(U, P @ left, order, rank)
     V, V_low = _merged(V, Q @ right_h.mT, order, rank)
     S = merged[..., :rank]
-    return Factors(U, S, V, residual_of(As, U, S, V), 1, _fine(As), U_low, V_low)
+    return Factors(U, S, V, residual_of(As, U, S, V), [1] * len(As), _fine(As), U_low, V_low)
 
 
 def _merged(old: Tensor, new: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:

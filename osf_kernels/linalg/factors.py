@@ -10,15 +10,16 @@ from torch import Tensor
 class Factors(NamedTuple):
     """Triplets U (b, m, r), S (b, r), V (b, n, r) and how right they are.
 
-    ``residual`` (b,) is relative to σ₁; ``ok`` (b,) is False where a fast factorization broke down
-    and the method wants to run in its safe way. Low bases are there where they cost nothing.
+    ``residual`` (b,) is relative to σ₁; ``iterations`` has one number for each matrix; ``ok`` (b,)
+    is False where a fast factorization broke down and the method wants to run in its safe way. Low
+    bases are there where they cost nothing.
     """
 
     U: Tensor
     S: Tensor
     V: Tensor
     residual: Tensor
-    iterations: int
+    iterations: list[int]
     ok: Tensor
     U_low: Tensor | None = None
     V_low: Tensor | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -26,11 +28,20 @@ class Entry(NamedTuple):
     """One matrix: its name in messages, its rank, and what is known of it."""
 
     name: str
-    A: Tensor  # (m, n), scaled by 2**-exponent where it was near overflow or underflow
+    A: Tensor  # (m, n)
     rank: int
-    norm: float  # ‖A‖_F of the scaled matrix
+    norm: float  # ‖A‖_F of scaled()
     exponent: int
     warm: WarmStart
+
+    def scaled(self) -> Tensor:
+        """A, by 2**-exponent where it is near overflow or underflow."""
+        if not self.exponent:
+            return self.A
+        dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32
+        # In two factors, since one of them could itself overflow.
+        half = -self.exponent // 2
+        return self.A.to(dtype) * 2.0**half * 2.0 ** (-self.exponent - half)
 
 
 def entries_of(
@@ -44,7 +55,10 @@ def entries_of(
         TypeError, ValueError: as :func:`truncated_svd` says.
     """
     matrices = _matrices(A)
-    ranks = _spread("rank", rank, len(matrices), (int, float))
+    if isinstance(A, Tensor) and isinstance(rank, list | tuple):
+        remedy = "pass a list of matrices, A.unbind(), for a rank of each"
+        raise TypeError(describe(OP, "rank", "one for all of a tensor", "a sequence", remedy))
+    ranks = _spread("rank", rank, len(matrices), (Integral, Real))
     if isinstance(A, Tensor) and A.dim() > 2 and isinstance(warm_start, TruncatedSVD | Tensor):
         warm_start = _unbatched(warm_start, A)
     warm = _spread("warm_start", warm_start, len(matrices), (TruncatedSVD, Tensor, type(None)))
@@ -52,6 +66,7 @@ def entries_of(
     chosen = [_rank(name, matrix, r) for (name, matrix), r in zip(matrices, ranks, strict=True)]
     for (name, matrix), start in zip(matrices, warm, strict=True):
         _check_warm(name, matrix, start)
+    _check_finite_starts(names, warm)
     detached = [matrix.detach() for _, matrix in matrices]
     norms = _finite_norms(names, detached)
     return [
@@ -73,6 +88,9 @@ def check_options(
     if method not in METHODS:
         expected = "one of " + ", ".join(f'"{name}"' for name in METHODS)
         raise ValueError(describe(OP, "method", expected, repr(method)))
+    given: object = tol
+    if not isinstance(given, Real | None):
+        raise TypeError(describe(OP, "tol", "a positive number or None", repr(tol)))
     if tol is not None and not 0 < tol < math.inf:
         raise ValueError(describe(OP, "tol", "a positive number or None", repr(tol)))
     for name, value, least in (
@@ -86,6 +104,10 @@ def check_options(
             raise TypeError(describe(OP, name, "an int or None", repr(value)))
         if value < least:
             raise ValueError(describe(OP, name, f"at least {least}", value))
+    source: object = generator
+    if not isinstance(source, torch.Generator | None):
+        kind = type(generator).__name__
+        raise TypeError(describe(OP, "generator", "a torch.Generator or None", kind))
     if generator is not None:
         for entry in entries:
             if not _same_device(generator.device, entry.A.device):
@@ -139,8 +161,12 @@ def _matrices(A: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
             named = [("A", given)]
         else:
             m, n = given.shape[-2:]
+            places = itertools.product(*map(range, given.shape[:-2]))
             batch = given.reshape(math.prod(given.shape[:-2]), m, n)
-            named = [(f"A[{i}]", matrix) for i, matrix in enumerate(batch)]
+            named = [
+                (f"A[{', '.join(map(str, place))}]", matrix)
+                for place, matrix in zip(places, batch, strict=True)
+            ]
     elif isinstance(given, Sequence):
         named = [(f"A[{i}]", matrix) for i, matrix in enumerate(given)]
     else:
@@ -168,7 +194,14 @@ def _matrices(A: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
                     "convert it first",
                 )
             )
+        if matrix.is_meta:
+            raise ValueError(
+                describe(OP, name, "a tensor with values", "a meta tensor", "materialize it")
+            )
     return named
+
+
+_KINDS = {type(None): "None", Integral: "int", Real: "float"}
 
 
 def _spread(argument: str, value: Any, count: int, kinds: tuple[type, ...]) -> list[Any]:
@@ -183,15 +216,15 @@ def _spread(argument: str, value: Any, count: int, kinds: tuple[type, ...]) -> l
         values = [value] * count
     for one in values:
         if not isinstance(one, kinds) or isinstance(one, bool):
-            kind = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            kind = " or ".join(_KINDS.get(k, k.__name__) for k in kinds)
             raise TypeError(describe(OP, argument, kind, type(one).__name__))
-    return values
+    return [int(one) if isinstance(one, Integral) else one for one in values]
 
 
-def _rank(name: str, A: Tensor, rank: int | float) -> int:
+def _rank(name: str, A: Tensor, rank: float) -> int:
     m, n = A.shape
     most = min(m, n)
-    if isinstance(rank, float):
+    if not isinstance(rank, int):
         if not 0 < rank <= 1:
             raise ValueError(
                 describe(OP, f"rank of {name}", "in (0, 1] as a fraction of min(m, n)", rank)
@@ -245,9 +278,35 @@ def _check_warm(name: str, A: Tensor, warm: WarmStart) -> None:
         raise ValueError(
             describe(OP, f"warm_start of {name}", f"on {A.device}", V.device, "move it there")
         )
+    if V.dtype not in DTYPES:
+        raise TypeError(describe(OP, f"warm_start of {name}", "of a real dtype", V.dtype))
 
 
-def _finite_norms(names: Sequence[str], matrices: Sequence[Tensor]) -> list[float]:
+def _check_finite_starts(names: Sequence[str], warm: Sequence[WarmStart]) -> None:
+    """Raises ValueError for NaN or Inf in any factor that a method may start from."""
+    given: list[tuple[str, Tensor]] = []
+    for name, start in zip(names, warm, strict=True):
+        if isinstance(start, Tensor):
+            given.append((f"that of {name}", start))
+        elif start is not None:
+            factors = [start.V] if start.U_low is None else _factors(start)
+            given += [(f"that of {name}", factor) for factor in factors]
+    if given:
+        places, tensors = zip(*given, strict=True)
+        _finite_norms(places, tensors, "warm_start", "leave it out, or make it anew")
+
+
+def _factors(start: TruncatedSVD) -> list[Tensor]:
+    found = (start.U, start.S, start.V, start.U_low, start.V_low)
+    return [factor.detach() for factor in found if factor is not None]
+
+
+def _finite_norms(
+    names: Sequence[str],
+    matrices: Sequence[Tensor],
+    argument: str = "A",
+    remedy: str = "mend the weight first",
+) -> list[float]:
     """‖A‖_F of each, by one pass over it; one synchronization a device.
 
     Raises:
@@ -268,7 +327,7 @@ def _finite_norms(names: Sequence[str], matrices: Sequence[Tensor]) -> list[floa
                 wrong.append(f"{names[i]} has {count} of {matrices[i].numel()}")
     if wrong:
         raise ValueError(
-            describe(OP, "A", "finite", "NaN or Inf: " + ", ".join(wrong), "mend the weight first")
+            describe(OP, argument, "finite", "NaN or Inf: " + ", ".join(wrong), remedy)
         )
     return values
 
@@ -284,7 +343,7 @@ def _frobenius_norm(A: Tensor) -> Tensor:
     numbers, the worst case, by 2e-6).
     """
     dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    if A.device.type == "cpu":
+    if A.device.type == "cpu" and A.dim() == 2:
         A = A.mT if A.stride(0) == 1 else A
         pieces = A.split(_SUMMED_AT_ONCE, 1) if A.shape[1] > _SUMMED_AT_ONCE else [A]
         norms = [torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in pieces]
@@ -299,14 +358,9 @@ def _entry(name: str, A: Tensor, rank: int, norm: float, warm: WarmStart) -> Ent
         norm = 0.0 if not bool(A.any()) else math.nan
     if norm == 0 or _SAFE_NORM[0] < norm < _SAFE_NORM[1]:
         return Entry(name, A, rank, norm, 0, warm)
-    largest = float(A.abs().max())
-    exponent = math.frexp(largest)[1]
-    dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-    # In two factors, since one of them could itself overflow.
-    half = -exponent // 2
-    scaled = A.to(dtype) * 2.0**half * 2.0 ** (-exponent - half)
-    norm = float(_frobenius_norm(scaled))
-    return Entry(name, scaled, rank, norm, exponent, warm)
+    exponent = math.frexp(float(A.abs().max()))[1]
+    entry = Entry(name, A, rank, math.nan, exponent, warm)
+    return entry._replace(norm=float(_frobenius_norm(entry.scaled())))
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

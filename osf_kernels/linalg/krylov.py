@@ -17,7 +17,13 @@ from torch import Tensor
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free, with_unit_diagonal
-from osf_kernels.linalg.residual import residual_in, residual_of, residual_through, rounding
+from osf_kernels.linalg.residual import (
+    confirmed,
+    residual_in,
+    residual_of,
+    residual_through,
+    rounding,
+)
 from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd, polished
 
 # What one pass on a CPU may make of rounding. Each multiplies what the space has lost before, by 2
@@ -120,7 +126,8 @@ class KrylovSpace:
         residual = self._residual(S, W)
         if not (looks_are_free(U) and bool((growth <= POLISH_GROWTH).all())):
             U = polished(U)
-        return Factors(U, S, self._V @ W, residual, self.iterations, self._ok & fine)
+        iterations = [self.iterations] * len(self._As)
+        return Factors(U, S, self._V @ W, residual, iterations, self._ok & fine)
 
     def _residual(self, S: Tensor, W: Tensor) -> Tensor:
         """‖(I − VVᵀ) Aᵀ Z_last W_last Σ⁻¹‖₂ / σ₁."""
@@ -202,12 +209,12 @@ def subspace_iteration(
             continue
         high = U[..., :rank], S[:, :rank], V[..., :rank]
         residual = residual_of(As, *high, right_is_exact=True)
-        current = Factors(*high, residual, iteration, ok)
+        current = confirmed(As, Factors(*high, residual, [iteration] * len(As), ok), tol)
         found = current if found is None or tol is None else _first(found, current, tol)
         if tol is not None and bool((found.residual <= tol).all()):
             break
     assert found is not None  # niter is at least 1
-    return found._replace(V=polished(found.V) if polish else found.V, iterations=iteration)
+    return found._replace(V=polished(found.V) if polish else found.V)
 
 
 def _first(earlier: Factors, later: Factors, tol: float) -> Factors:
@@ -222,7 +229,11 @@ def _first(earlier: Factors, later: Factors, tol: float) -> Factors:
         )
         for name in fields
     }
-    return later._replace(**kept)
+    iterations = [
+        before if m else now
+        for m, before, now in zip(met.tolist(), earlier.iterations, later.iterations, strict=True)
+    ]
+    return later._replace(**kept, iterations=iterations)
 
 
 class Block(NamedTuple):
@@ -258,8 +269,9 @@ def orthonormal_against(
     along = basis.mT @ Y if basis.shape[-1] else None
     X = Y if along is None else torch.baddbmm(Y, basis, along, alpha=-1)
     if safe:
-        # Where the space ends, noise far below the rounding of A continues it.
-        noise = torch.randn(Y.shape, dtype=Y.dtype, device=Y.device, generator=generator)
+        # Where the space ends, noise far below the rounding of A continues it: the same for every
+        # matrix, so that none depends on which others share the call.
+        noise = torch.randn(Y.shape[1:], dtype=Y.dtype, device=Y.device, generator=generator)
         norm = Y.norm(dim=(-2, -1), keepdim=True)
         scale = torch.where(norm > 0, norm, 1) * (torch.finfo(Y.dtype).eps / Y.shape[-2])
         X = X + scale * noise

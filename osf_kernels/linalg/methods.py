@@ -20,6 +20,7 @@ from osf_kernels.linalg.auto import Method
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.krylov import KrylovSpace, subspace_iteration
 from osf_kernels.linalg.powers import MOST_STEPS, from_powers
+from osf_kernels.linalg.residual import confirmed
 from osf_kernels.linalg.result import TruncatedSVD
 
 # A Krylov space of three times the rank in some twelve blocks: on σᵢ = i^-½ at n = 2048 it holds
@@ -50,6 +51,7 @@ class Group:
     warm: Sequence[TruncatedSVD | Tensor | None]
     generator: Callable[[int], torch.Generator]  # of a sketch's width
     workspace_bytes: float
+    limit: float | None = None  # of the residual, which something is decided by
 
     def of(self, indices: Tensor) -> Group:
         """The group of some of the matrices."""
@@ -73,7 +75,17 @@ class Group:
 
 
 def run(method: Method, group: Group, safe: bool) -> Factors:
-    """Factors of a group by a named method."""
+    """Factors of a group by a named method.
+
+    Iterative ones of float64 matrices always run in the safe way: what the fast one loses to Gram
+    matrices, of float32 numbers, it makes up for by having them in float64.
+    """
+    if group.dtype == torch.float64 and method in ("randomized", "warm"):
+        safe = True
+    return confirmed(group.As, _run(method, group, safe), group.limit)
+
+
+def _run(method: Method, group: Group, safe: bool) -> Factors:
     if method == "randomized":
         m, n = group.shape
         if m < n:  # a space of min(m, n) columns is then the whole one
@@ -82,13 +94,13 @@ def run(method: Method, group: Group, safe: bool) -> Factors:
     if method == "warm":
         return warm(group, safe)
     if method == "gram":
-        return dense.gram(group.As, group.rank, group.complement, safe=safe)
+        return _gram(group, safe)
     if method == "deflated":
         return _deflated(group)
     return dense.exact(group.As, group.rank, group.complement)
 
 
-def workspace_bytes(method: Method, group: Group) -> int:
+def workspace_bytes(method: Method, group: Group, *, safe: bool = False) -> int:
     """An upper estimate of what a method allocates for one matrix beside its results."""
     m, n = group.shape
     small, r = min(m, n), group.rank
@@ -98,10 +110,19 @@ def workspace_bytes(method: Method, group: Group) -> int:
     if method == "randomized":
         block, width = _krylov_plan(group)
         krylov = _krylov_bytes(group, width, block)
-        return copy + results + int(min(krylov, _subspace_bytes(group, _width(group))))
+        taken = krylov if _takes_krylov(group) else _subspace_bytes(group, _width(group))
+        return copy + results + taken
     if method == "warm":
-        return copy + results + _subspace_bytes(group, _warm_width(group))
+        width = _warm_width(group)
+        grown = 0
+        if group.tol is not None and group.niter != 1:
+            grown = _krylov_bytes(group, 2 * width, width)
+            if 2 * width > small:
+                grown = workspace_bytes("gram", group, safe=True)
+        return copy + 2 * results + max(grown, _subspace_bytes(group, width))
     if method == "gram":
+        if safe:
+            return copy + 2 * results + 8 * (m * n + 4 * small * small + 4 * m * r)
         return copy + results + 3 * small * small * item
     if method == "deflated":
         return copy + results + 2 * item * ((m - r) * n + m * (m - r) + n * (n - r))
@@ -112,10 +133,9 @@ def randomized(group: Group, safe: bool) -> Factors:
     """Block Krylov where its space fits the workspace, subspace iteration where it doesn't.
 
     A space of one block or two is made of powers, for matrices where that loses nothing.
-    Those of float64 would, their Gram matrices being float64 too.
     """
     block, width = _krylov_plan(group)
-    if _krylov_bytes(group, width, block) > group.workspace_bytes:
+    if not _takes_krylov(group):
         block = _width(group)
         generator = group.generator(block)
         return subspace_iteration(
@@ -136,7 +156,7 @@ def randomized(group: Group, safe: bool) -> Factors:
 
     steps = width // block
     few = steps <= MOST_STEPS and width < min(group.shape) and group.tol is None
-    if safe or not few or group.dtype == torch.float64:
+    if safe or not few:
         return grown(group)
     found = from_powers(group.As, noise, group.norms, group.rank, steps=steps)
     late = torch.nonzero(~found.ok).flatten()
@@ -144,11 +164,11 @@ def randomized(group: Group, safe: bool) -> Factors:
 
 
 def warm(group: Group, safe: bool) -> Factors:
-    """One round of subspace iteration from the earlier V, and a Krylov space from what it gave
-    while tol isn't met."""
+    """One round of subspace iteration from the earlier V, and while tol isn't met a Krylov space
+    from what it gave; the Gram matrix's eigenvectors where that would be the whole space."""
     width = _warm_width(group)
     generator = group.generator(width)
-    start = _stacked([_columns(w, width, group, generator) for w in group.warm])
+    start = _starts(group, width, generator)
     first = subspace_iteration(
         group.As, start, group.rank, tol=group.tol, niter=1, safe=safe, generator=generator
     )
@@ -156,11 +176,22 @@ def warm(group: Group, safe: bool) -> Factors:
         return first
     late = torch.nonzero(~(first.residual <= group.tol)).flatten()
     start = first.V[late]
-    if not len(late) or 2 * start.shape[-1] > min(group.shape):
+    if not len(late):
         return first
     rest = replace(group.of(late), niter=None if group.niter is None else group.niter - 1)
-    more = _grown(rest, start, 2 * start.shape[-1], safe, generator)
-    return merged(first, late, more._replace(iterations=more.iterations + 1))
+    if 2 * start.shape[-1] > min(group.shape):
+        more = _gram(replace(rest, complement=False), safe)
+    else:
+        more = _grown(rest, start, 2 * start.shape[-1], safe, generator)
+    return merged(first, late, more._replace(iterations=[i + 1 for i in more.iterations]))
+
+
+def _gram(group: Group, safe: bool) -> Factors:
+    """Eigenvectors of the Gram matrix, not ok where a wider one may meet the tolerance."""
+    factors = dense.gram(group.As, group.rank, group.complement, safe=safe)
+    if safe or group.tol is None:
+        return factors
+    return factors._replace(ok=factors.ok & (factors.residual <= group.tol))
 
 
 def _deflated(group: Group) -> Factors:
@@ -185,7 +216,10 @@ def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
         name: put(getattr(factors, name), getattr(others, name))
         for name in ("U", "S", "V", "residual", "ok", "U_low", "V_low")
     }
-    return factors._replace(iterations=max(factors.iterations, others.iterations), **swapped)
+    iterations = list(factors.iterations)
+    for i, other in zip(indices.tolist(), others.iterations, strict=True):
+        iterations[i] = other
+    return factors._replace(iterations=iterations, **swapped)
 
 
 def _grown(
@@ -205,19 +239,37 @@ def _grown(
         most = (most - 1) // block * block
     most = max(most, width)
     waiting = torch.arange(len(group.As), device=start.device)
-    current = factors
+    postponed: list[int] = []
+    factors = current = confirmed(group.As, factors, group.tol)
     while space.width < most:
         late = torch.nonzero(~(current.residual <= group.tol)).flatten()
         if not len(late):
             break
+        blocks = max(space.iterations + 1, math.ceil(space.iterations * GROWTH))
+        grown = min(most, blocks * block)
+        fitting = int(group.workspace_bytes // _krylov_bytes(group, grown, block))
+        postponed += waiting[late[max(1, fitting) :]].tolist()
+        late = late[: max(1, fitting)]
         if len(late) < len(waiting):
             waiting = waiting[late]
             space.keep(late)
-        blocks = max(space.iterations + 1, math.ceil(space.iterations * GROWTH))
-        space.grow(min(most, blocks * block))
-        current = space.factors(group.rank)
+        space.grow(grown)
+        current = confirmed(
+            [group.As[i] for i in waiting.tolist()], space.factors(group.rank), group.tol
+        )
         factors = merged(factors, waiting, current)
+    if postponed:
+        at = torch.tensor(postponed, device=start.device)
+        starts = start if len(start) == 1 else start[at]
+        rest = _grown(group.of(at), starts, width, safe, generator)
+        factors = merged(factors, at, rest)
     return factors
+
+
+def _takes_krylov(group: Group) -> bool:
+    """Whether the space of one matrix fits the workspace."""
+    block, width = _krylov_plan(group)
+    return _krylov_bytes(group, width, block) <= group.workspace_bytes
 
 
 def _krylov_plan(group: Group) -> tuple[int, int]:
@@ -239,10 +291,10 @@ def _krylov_plan(group: Group) -> tuple[int, int]:
 def _krylov_bytes(group: Group, width: int, block: int) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
-    # The space, once more while it grows, blocks on their way; Z, its Gram matrix and the
-    # eigenvectors of that in float64.
-    space = item * (m + n) * (2 * width + 4 * block)
-    return space + 8 * (max(m, n) * width + 4 * width * width)
+    # The space, once more while it grows, blocks on their way and triplets as they are replaced; Z,
+    # its Gram matrix, the eigenvectors of that and the work of finding them in float64.
+    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank)
+    return space + 8 * (max(m, n) * (width + group.rank) + 6 * width * width)
 
 
 def _subspace_bytes(group: Group, width: int) -> int:
@@ -270,18 +322,15 @@ def _sketch(group: Group, rows: int, width: int, generator: torch.Generator) -> 
     return noise / math.sqrt(rows)
 
 
-def _columns(
-    warm: TruncatedSVD | Tensor | None, width: int, group: Group, generator: torch.Generator
-) -> Tensor:
-    """(n, width): the earlier V's leading columns, and random ones where it has fewer."""
-    assert warm is not None
-    V = warm if isinstance(warm, Tensor) else warm.V
-    V = V[:, :width].to(group.dtype)
-    if V.shape[1] == width:
-        return V
-    shape = (V.shape[0], width - V.shape[1])
-    noise = torch.randn(shape, dtype=V.dtype, device=V.device, generator=generator)
-    return torch.cat([V, noise / math.sqrt(V.shape[0])], -1)
+def _starts(group: Group, width: int, generator: torch.Generator) -> Tensor:
+    """(b, n, width): the leading columns of earlier Vs, and random ones where they have fewer: the
+    same for every matrix, so that none depends on which others share the call."""
+    Vs = [w if isinstance(w, Tensor) else w.V for w in group.warm if w is not None]
+    Vs = [V[:, :width].to(group.dtype) for V in Vs]
+    if any(V.shape[1] < width for V in Vs):
+        noise = _sketch(group, group.shape[1], width, generator)[0]
+        Vs = [torch.cat([V, noise[:, V.shape[1] :]], -1) for V in Vs]
+    return _stacked(Vs)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

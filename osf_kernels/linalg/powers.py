@@ -68,4 +68,4 @@ def from_powers(
     growth = (K.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * left.square()).sum(-2).amax(-1).sqrt()
     ok = ok & (growth * torch.finfo(dtype).eps <= ROUNDING_SHARE * residual)
     U, V = Z[..., :width] @ left, G @ right
-    return Factors(U.to(dtype), S.to(dtype), V.to(dtype), residual, steps, ok)
+    return Factors(U.to(dtype), S.to(dtype), V.to(dtype), residual, [steps] * len(As), ok)

@@ -15,6 +15,8 @@ from osf_kernels.linalg.orthonormal import looks_are_free
 # matrix (1e-8), and the left vectors that come from dividing by them lose orthogonality before:
 # 80 equal ones by 7·80·eps/share², which at 1e-6 is more than one polishing step mends.
 GRAM_LIMIT = 1e-5
+# The same for eigenvectors in float32, as the Jacobi kernel has them.
+KERNEL_LIMIT = 1e-3
 # Above this share float32 divides by them without a loss that one polishing step doesn't mend.
 FLAT_LIMIT = 1e-2
 
@@ -43,7 +45,7 @@ def leading_svd(M: Tensor, rank: int, *, safe: bool) -> SmallSVD:
 
     The fast way is the eigendecomposition of the float64 Gram matrix, or the Jacobi kernel where a
     block of the GPU holds the matrix or its triangle. The safe way is LAPACK's SVD in float64, and
-    always ok. Never synchronizes on the fast way.
+    always ok. On a GPU the kernel doesn't synchronize; eigh does.
 
     Args:
         M: (b, p, l) with p ≥ l ≥ rank.
@@ -87,16 +89,16 @@ def leading_right(G: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     Args:
         G: (b, l, l) float64, finite.
     """
-    ok = torch.ones(len(G), dtype=torch.bool, device=G.device)
+    ok, limit = torch.ones(len(G), dtype=torch.bool, device=G.device), GRAM_LIMIT
     if primitives.small_svd_backend(G.new_empty(G.shape, dtype=dtype)) == "cuda":
         R, info = torch.linalg.cholesky_ex(G, upper=True)
-        ok = info == 0
+        ok, limit = info == 0, KERNEL_LIMIT
         _, S, V = primitives.small_svd(R.to(dtype))
         S, V = S[..., :rank].double(), V[..., :rank].double()
     else:
         squares, V = torch.linalg.eigh(G)
         S, V = squares.flip(-1)[..., :rank].clamp_min(0).sqrt(), V.flip(-1)[..., :rank]
-    return S, V, ok & (S[..., -1] > GRAM_LIMIT * S[..., 0])
+    return S, V, ok & (S[..., -1] > limit * S[..., 0])
 
 
 def _zeroed(X: Tensor) -> Tensor:
