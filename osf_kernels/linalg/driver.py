@@ -174,14 +174,9 @@ def _decompose_group(
     return results
 
 
-def _group(
-    method: Method, entries: Sequence[Entry], As: Sequence[Tensor], options: Options
-) -> methods.Group:
+def _group(entries: Sequence[Entry], As: Sequence[Tensor], options: Options) -> methods.Group:
     A = entries[0].A
     n, device = A.shape[1], A.device
-    limit = options.tol
-    if limit is None and options.method == "auto" and method in ("warm", "deflated"):
-        limit = WARM_LIMIT
     return methods.Group(
         As=As,
         norms=[entry.norm for entry in entries],
@@ -193,7 +188,6 @@ def _group(
         warm=[entry.warm for entry in entries],
         generator=lambda width: options.seed.generator(n, width, device),
         workspace_bytes=_workspace_bytes(A, options),
-        limit=limit,
     )
 
 
@@ -216,7 +210,7 @@ def _fitting(method: Method, entries: Sequence[Entry], options: Options) -> int:
     Raises:
         ValueError: not even one fits a cap that was given.
     """
-    group = _group(method, entries, [entry.A for entry in entries], options)
+    group = _group(entries, [entry.A for entry in entries], options)
     each, safely = (methods.workspace_bytes(method, group, safe=safe) for safe in (False, True))
     if any(entry.exponent for entry in entries):  # which are copied
         copy = entries[0].A.numel() * group.dtype.itemsize
@@ -239,7 +233,7 @@ def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[Tru
     """Decomposes matrices together; those whose fast factorizations broke down once more."""
     if entries[0].rank == 0:
         return [_empty(entry, options) for entry in entries]
-    group = _group(method, entries, [entry.scaled() for entry in entries], options)
+    group = _group(entries, [entry.scaled() for entry in entries], options)
     work = primitives.working_dtype(group.As[0].dtype)
     if primitives.products_backend(group.As[0]) == "torch":
         # torch multiplies matrices of one dtype only.

@@ -51,7 +51,6 @@ class Group:
     warm: Sequence[TruncatedSVD | Tensor | None]
     generator: Callable[[int], torch.Generator]  # of a sketch's width
     workspace_bytes: float
-    limit: float | None = None  # of the residual, which something is decided by
 
     def of(self, indices: Tensor) -> Group:
         """The group of some of the matrices."""
@@ -82,7 +81,7 @@ def run(method: Method, group: Group, safe: bool) -> Factors:
     """
     if group.dtype == torch.float64 and method in ("randomized", "warm"):
         safe = True
-    return confirmed(group.As, _run(method, group, safe), group.limit)
+    return confirmed(group.As, _run(method, group, safe), group.tol)
 
 
 def _run(method: Method, group: Group, safe: bool) -> Factors:

@@ -24,7 +24,7 @@ from osf_kernels.linalg.factors import Factors
 PROBES = 8
 STEPS = 1
 CONFIRMING_STEPS = 4
-# A residual below this share of the limit stays below it.
+# A residual below this share of the tolerance stays below it.
 SURELY_MET = 1 / 3
 # Below this, in eps, what float64 finds of an iterative method's residual is rounding as well, up
 # to 50 eps of it, which the expressions that are zero but for rounding don't see.
@@ -33,17 +33,17 @@ NEAR_ROUNDING = 128.0
 ROUNDING = 8.0
 
 
-def confirmed(As: Sequence[Tensor], factors: Factors, limit: float | None) -> Factors:
-    """The factors with residuals measured anew where ``limit`` would be called met too easily.
+def confirmed(As: Sequence[Tensor], factors: Factors, tol: float | None) -> Factors:
+    """The factors with residuals measured anew where ``tol`` would be called met too easily.
 
-    That is, where the residual is at most a third below it, or the limit is near rounding.
+    That is, where the residual is within a factor of three of it, or it is near rounding.
     """
     S = factors.S
-    if limit is None or not S.shape[-1]:
+    if tol is None or not S.shape[-1]:
         return factors
-    near = factors.residual <= limit
-    if limit > NEAR_ROUNDING * torch.finfo(S.dtype).eps:
-        near = near & (factors.residual > SURELY_MET * limit)
+    near = factors.residual <= tol
+    if tol > NEAR_ROUNDING * torch.finfo(S.dtype).eps:
+        near = near & (factors.residual > SURELY_MET * tol)
     at = torch.nonzero(near).flatten()  # synchronizes
     if not len(at):
         return factors
