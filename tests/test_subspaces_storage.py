@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -11,8 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import osf_kernels
+from osf_kernels import Basis
 from osf_torch import (
     Subspace,
     input_subspaces,
@@ -35,8 +38,12 @@ def small_model() -> nn.ModuleList:
 
 
 def assert_same(loaded, saved) -> None:
-    assert list(loaded) == list(saved)
     assert loaded.seed == saved.seed
+    assert_same_entries(loaded, saved)
+
+
+def assert_same_entries(loaded, saved) -> None:
+    assert list(loaded) == list(saved)
     for name, entry in saved.items():
         other = loaded[name]
         kept, read = entry.factors(), other.factors()
@@ -113,11 +120,51 @@ def test_other_subspaces_than_a_refresh_come_back_as_a_dict(tmp_path, rho):
         load_subspaces(path, model)
 
 
-def test_bases_of_another_shape_are_not_saved(tmp_path):
-    model = model_of([(9, 7)])
-    with pytest.raises(ValueError, match=r"'0\.weight' to be \(any, 9\) as when .*got \(9, 7\)"):
-        save_subspaces(tmp_path / "s", {"0.weight": Subspace(None, torch.eye(9, 2))}, model)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("keep", ["smaller", "all"])
+def test_some_items_of_a_refresh_come_back_as_they_were_but_for_the_seed(tmp_path, keep):
+    model = model_of([(16, 12), (12, 12), (9, 9)])
+    found = refresh(model, {"0.*": 3, "1.*": 9, "2.*": 4}, keep=keep, tol=1.0, seed=3)
+    path = tmp_path / "s"
+    some = {name: found[name] for name in ("1.weight", "0.weight")}
+    save_subspaces(path, some, model)
+    loaded = load_subspaces(path, model)
+    assert type(loaded) is dict
+    assert_same_entries(loaded, some)
+    plain = Subspace(found["2.weight"].U, None)
+    save_subspaces(path, some | {"2.weight": plain}, model)
+    loaded = load_subspaces(path, model)
+    assert type(loaded.pop("2.weight")) is Subspace
+    assert_same_entries(loaded, some)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        lambda x: (x, x),
+        lambda x: (x.view(-1)[:18].view(9, 2), x.view(-1)[9:].view(9, 2)),
+        lambda x: (x, x[:, 1:]),
+    ],
+    ids=["same", "overlapping", "strided"],
+)
+def test_bases_that_share_memory_are_saved_apart(tmp_path, shared):
+    model = model_of([(9, 9)])
+    U, V = shared(torch.linalg.qr(torch.randn(9, 3)).Q.contiguous())
+    path = tmp_path / "s"
+    save_subspaces(path, {"0.weight": Subspace(U, Basis(V, "low"))}, model)
+    loaded = load_subspaces(path, model)["0.weight"]
+    assert torch.equal(loaded.U.columns, U)
+    assert torch.equal(loaded.V.columns, V)
+    assert loaded.V.spans == "low"
+
+
+def test_a_wrapped_model_goes_by_the_names_of_a_bare_one(tmp_path):
+    bare = small_model()
+    wrapped = torch.compile(nn.ModuleList(map(checkpoint_wrapper, bare)), backend="eager")
+    for saving, loading in ((wrapped, bare), (bare, wrapped), (wrapped, wrapped)):
+        saved = refresh(saving, 4)
+        save_subspaces(tmp_path / "s", saved, saving)
+        assert list(saved) == ["0.weight", "1.weight"]
+        assert_same(load_subspaces(tmp_path / "s", loading), saved)
 
 
 def test_the_file_says_what_it_takes_to_trust_it(tmp_path):
@@ -132,8 +179,8 @@ def test_the_file_says_what_it_takes_to_trust_it(tmp_path):
     assert metadata["library_version"] == osf_kernels.__version__
     assert metadata["seed"] == "11"
     weights = json.loads(metadata["weights"])
-    assert weights["0.weight"]["spans"] == ["high", "high"]
-    assert weights["1.weight"]["spans"] == ["low", "low"]
+    assert sorted(weights["0.weight"]["parts"]) == ["S", "U", "V"]
+    assert sorted(weights["1.weight"]["parts"]) == ["S", "U_low", "V_low"]
     for name, entry in saved.items():
         stored = weights[name]
         assert stored["shape"] == list(entry.shape)
@@ -175,11 +222,23 @@ def saved_file(tmp_path):
     return path, model
 
 
-def rewrite(path, **changes):
+def rewrite(path, factors=None, drop=(), **changes):
+    """The file with other factors and metadata; what ``drop`` names is left out of both."""
     with safetensors_torch.safe_open(path, framework="pt") as file:
         metadata = file.metadata() | changes
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    safetensors_torch.save_file(tensors, path, metadata)
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    tensors |= factors or {}
+    kept = [{key: x for key, x in d.items() if key not in drop} for d in (tensors, metadata)]
+    safetensors_torch.save_file(kept[0], path, kept[1])
+
+
+def restate(path, name, drop=(), **changes):
+    """The file with other facts about one weight, less what ``drop`` names."""
+    with safetensors_torch.safe_open(path, framework="pt") as file:
+        weights = json.loads(file.metadata()["weights"])
+    facts = weights[name] | changes
+    weights[name] = {field: value for field, value in facts.items() if field not in drop}
+    rewrite(path, weights=json.dumps(weights))
 
 
 def test_other_values_are_refused_unless_asked_for(tmp_path):
@@ -223,7 +282,7 @@ def test_a_model_with_more_parameters_is_fine(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path, model = saved_file(tmp_path)
     rewrite(path, format_version="99", library_version="7.0")
-    with pytest.raises(ValueError, match=r"format version 1 .*got .99., written by osf-k.* 7\.0"):
+    with pytest.raises(ValueError, match=r"format version 2 .*got .99., written by osf-k.* 7\.0"):
         load_subspaces(path, model)
     rewrite(path, format="pt")
     with pytest.raises(ValueError, match=r"written by save_subspaces.*format 'pt'"):
@@ -274,3 +333,191 @@ def test_tied_and_rearranged_weights_keep_their_hash(tmp_path):
     save_subspaces(path, refresh(model, 4), model)
     model[1].weight.data = model[1].weight.data.contiguous()
     assert len(load_subspaces(path, model)) == 2
+
+
+# a damaged file
+
+
+def refused(path, model, match):
+    """load_subspaces refuses, naming the operator, the file and what to do."""
+    with pytest.raises(ValueError, match=match) as caught:
+        load_subspaces(path, model, require_same_weights=False)
+    text = str(caught.value)
+    assert text.startswith("osf_torch.load_subspaces: expected ")
+    assert str(path) in text
+    assert "make it anew by refresh" in text
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.8])
+def test_a_missing_factor_is_named(tmp_path, ratio):
+    model = model_of([(9, 9), (9, 9)])
+    low = "_low" if ratio > 0.5 else ""
+    for part in ("S", f"U{low}", f"V{low}"):
+        path = tmp_path / part
+        save_subspaces(path, refresh(model, ratio), model)
+        rewrite(path, drop=[f"1.weight:{part}"])
+        refused(path, model, rf"factors .*{part}.* of '1\.weight', got no {part};")
+
+
+def test_a_missing_factor_of_other_subspaces_is_named(tmp_path):
+    model = model_of([(9, 9)])
+    U, S, V = torch.eye(9, 3), torch.ones(3), torch.eye(9, 3)
+    for part, entry in (
+        ("U", Subspace(U, V)),
+        ("S", Subspace(U, V, S)),
+        ("protected", Subspace(U, V, None, torch.eye(9))),
+    ):
+        path = tmp_path / part
+        save_subspaces(path, {"0.weight": entry}, model)
+        rewrite(path, drop=[f"0.weight:{part}"])
+        refused(path, model, rf"of '0\.weight', got no {part};")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("U", lambda U: U[:3], r"U of '0\.weight' in .* to be \(16, 4\) .*got \(3, 4\)"),
+        ("U_low", lambda U: U[:, 1:], r"U_low .* to be \(16, 12\) .*rank 4, got \(16, 11\)"),
+        ("V", lambda V: V.mT, r"V of '0\.weight' in .* to be \(12, 4\) .*got \(4, 12\)"),
+        ("S", lambda S: S[:1], r"S of '0\.weight' in .* to be \(4,\) .*got \(1,\)"),
+        ("S", torch.diag, r"to be \(4,\) .*got \(4, 4\)"),
+        ("U", lambda U: U.long(), r"U of '0\.weight' in .*float32.*, got torch\.int64"),
+        ("S", lambda S: S * float("nan"), r"S of '0\.weight' in .* finite, got NaN or Inf"),
+        ("V", lambda V: V / 0, r"V of '0\.weight' in .* finite, got NaN or Inf"),
+    ],
+)
+def test_a_factor_that_does_not_fit_is_not_loaded(tmp_path, part, change, match):
+    path, model = saved_file(tmp_path)
+    key = f"0.weight:{part}"
+    saved = refresh(model, 4, keep="all", complement=True)
+    save_subspaces(path, saved, model)
+    rewrite(path, {key: change(saved["0.weight"].factors()[part]).contiguous()})
+    refused(path, model, match)
+
+
+def test_another_rank_is_not_loaded(tmp_path):
+    for ratio, got in ((4, r"S .*\(5,\) .*rank 5, got \(4,\)"), (10, r"got \(10,\)")):
+        model = model_of([(16, 16)])
+        path = tmp_path / "s"
+        save_subspaces(path, refresh(model, ratio), model)
+        restate(path, "0.weight", rank=5)
+        refused(path, model, got)
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        (["U", "V"], r"S and a basis of each side, got U, V"),
+        (["S", "U"], r"'0\.weight' in .*S and a basis of each side, got S, U"),
+        (["S", "U", "W"], r"parts of '0\.weight' out of U, .*got \['W'\]"),
+        (["S", "U", ["V"]], r"got \[\['V'\]\]"),
+    ],
+)
+def test_parts_that_make_no_entry_are_refused(tmp_path, parts, match):
+    path, model = saved_file(tmp_path)
+    restate(path, "0.weight", parts=parts)
+    refused(path, model, match)
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("field", sorted({*storage.STORED, *storage.FOUND}))
+def test_a_missing_or_broken_fact_is_named(tmp_path, field, seeded):
+    path, model = saved_file(tmp_path)
+    if not seeded:
+        save_subspaces(path, dict(load_subspaces(path, model)), model)
+    before = path.read_bytes()
+    restate(path, "1.weight", drop=[field])
+    refused(path, model, rf"{field} \(.*\) of '1\.weight', got none;")
+    path.write_bytes(before)
+    restate(path, "1.weight", **{field: {"a": 1}})
+    refused(path, model, rf"{field} \(.*\) of '1\.weight', got {{'a': 1}};")
+    path.write_bytes(before)
+    restate(path, "1.weight")
+    assert len(load_subspaces(path, model)) == 2
+
+
+def test_broken_metadata_is_refused(tmp_path):
+    path, model = saved_file(tmp_path)
+    before = path.read_bytes()
+    for changes, match in (
+        ({"drop": ["weights"]}, "of the weights as JSON, got none"),
+        ({"weights": "{nope"}, "of the weights as JSON, got none"),
+        ({"weights": "[1]"}, r"of the weights by name, got \[1\]"),
+        ({"weights": '{"0.weight": 3}'}, r"of '0\.weight' by field, got 3"),
+        ({"seed": "x"}, "a whole number as seed, got 'x'"),
+    ):
+        path.write_bytes(before)
+        rewrite(path, **changes)
+        refused(path, model, match)
+
+
+# what is not saved
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        (Subspace(None, torch.eye(9, 2)), r"V of '0\.weight' to be \(7, any\) .*got \(9, 2\)"),
+        (Subspace(torch.eye(9, 2), None, None, torch.eye(7, 9)), r"protected of .*got \(7, 9\)"),
+        (
+            Subspace(torch.eye(9, 2), torch.eye(7, 2), torch.ones(3)),
+            r"U of '0\.weight' to be \(9, 3\) .*got \(9, 2\)",
+        ),
+        (Subspace(torch.eye(9, 2).long(), None), r"U of '0\.weight' to be one of .*torch\.int64"),
+        (Subspace(torch.ones(9), None), r"U of '0\.weight' to be \(9, any\) .*got \(9,\)"),
+        (Subspace(torch.eye(9, 2) / 0, None), r"U of '0\.weight' to be finite, got NaN"),
+    ],
+)
+def test_a_factor_that_does_not_fit_is_not_saved(tmp_path, entry, match):
+    model = model_of([(9, 7)])
+    with pytest.raises(ValueError, match=f"save_subspaces: expected {match}.*; make it anew by"):
+        save_subspaces(tmp_path / "s", {"0.weight": entry}, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refresh_of_another_shape_is_not_saved(tmp_path):
+    saved = refresh(model_of([(9, 7)]), 2)
+    with pytest.raises(ValueError, match=r"U of '0\.weight' to be \(8, 2\) .*got \(9, 2\)"):
+        save_subspaces(tmp_path / "s", saved, model_of([(8, 7)]))
+    wrong = {"0.weight": dataclasses.replace(saved["0.weight"], rank=3)}
+    with pytest.raises(ValueError, match=r"rank 3, got \(2,\)"):
+        save_subspaces(tmp_path / "s", wrong, model_of([(9, 7)]))
+
+
+def test_a_missing_folder_is_told_before_anything_is_hashed(tmp_path, monkeypatch):
+    model = small_model()
+    saved = refresh(model, 4)
+    monkeypatch.setattr(storage, "content_hash", lambda _: pytest.fail("hashed"))
+    path = tmp_path / "absent" / "s"
+    with pytest.raises(FileNotFoundError, match=r"save_subspaces: .*none at .*absent; make it"):
+        save_subspaces(path, saved, model)
+    monkeypatch.undo()
+    path.parent.mkdir()
+    save_subspaces(path, saved, model)
+    assert_same(load_subspaces(path, model), saved)
+
+
+def test_a_file_without_a_folder_is_written_where_we_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
+    save_subspaces("s", refresh(model, 4), model)
+    assert len(load_subspaces("s", model)) == 2
+
+
+def test_a_model_without_values_is_refused(tmp_path):
+    path, model = saved_file(tmp_path)
+    saved = load_subspaces(path, model)
+    model.to("meta")
+    message = r"'0\.weight' to have values, got a meta tensor; load the weights first"
+    with pytest.raises(ValueError, match=f"save_subspaces: .*{message}"):
+        save_subspaces(tmp_path / "t", saved, model)
+    for same in (True, False):
+        with pytest.raises(ValueError, match=f"load_subspaces: .*{message}"):
+            load_subspaces(path, model, require_same_weights=same)
+
+
+def test_a_parameter_that_is_no_matrix_is_refused(tmp_path):
+    model = small_model()
+    message = r"'0\.bias' to be a matrix \(m, n\), got \(16,\)"
+    with pytest.raises(ValueError, match=message):
+        save_subspaces(tmp_path / "s", {"0.bias": Subspace(torch.eye(16, 2), None)}, model)

@@ -7,16 +7,21 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis
 from osf_torch.protected import columns_of
-from osf_torch.selection import listed
+from osf_torch.scalars import read
+from osf_torch.selection import DTYPES, listed, named_weights
+from osf_torch.sharding import sharding_of
+from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
     FACTS,
     Decomposition,
@@ -28,9 +33,16 @@ from osf_torch.subspaces import (
 )
 
 FORMAT = "osf_torch.subspaces"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 SLAB_BYTES = 64 << 20  # of a weight that are brought to the host at a time for hashing
 PARTS = ("U", "U_low", "S", "V", "V_low", "protected")
+# What the metadata says of every weight, and beside that of one that a refresh decomposed.
+STORED = {"shape": list, "dtype": str, "sha256": str, "parts": list}
+FOUND = {
+    field: float | int if kind is float else kind
+    for field, kind in get_type_hints(Decomposition).items()
+    if field in FACTS and field not in STORED
+}
 
 
 def save_subspaces(
@@ -40,54 +52,76 @@ def save_subspaces(
 
     Every factor kept is a tensor ``NAME:U``, ``NAME:U_low``, ``NAME:S``, ``NAME:V``,
     ``NAME:V_low`` or ``NAME:protected`` of its own dtype. The metadata holds the format's version,
-    the library's and, as JSON, for every weight its shape, dtype, what its bases span and the
-    SHA-256 of its values; of a refresh also the seed, rank, method, iterations, residual,
-    captured, converged and seconds.
+    the library's and, as JSON, for every weight its shape, dtype, which factors are kept and the
+    SHA-256 of its values; of one that a refresh decomposed also the rank, method, iterations,
+    residual, captured, converged and seconds; of a whole refresh, its Subspaces, also the seed.
+
+    Where weights of the model are sharded (DTensor, as by ``fully_shard``), all ranks that share
+    them call it, with the same arguments. Weights are gathered one at a time, so that a hash is
+    that of the whole weight however it lies. The first of these ranks writes the file; it is there
+    when any of them returns. Where weights are whole on every rank (DistributedDataParallel)
+    nothing is sent and every rank that calls writes: call it on one, as ``torch.save``.
 
     Args:
-        path: of the file, replaced in one step: it never holds half of them.
-        subspaces: as ``refresh`` or ``input_subspaces`` made them, on any device.
+        path: of the file, in a folder that exists. It is replaced in one step, and so never holds
+            half of them.
+        subspaces: as ``refresh`` or ``input_subspaces`` made them, or some of them, on any device.
         model: whose weights are hashed as they stand now, so that subspaces saved beside a
-            checkpoint belong to that checkpoint.
+            checkpoint belong to that checkpoint. It may be compiled or wrapped.
 
     Raises:
         ImportError: the package safetensors isn't installed.
-        ValueError: the model lacks a parameter, or has it in another shape.
+        FileNotFoundError: there is no such folder.
+        ValueError: the model lacks a parameter, or has it without values (on the meta device) or
+            not as a matrix; a factor doesn't fit the weight, or holds integers, NaN or Inf.
+        RuntimeError: another rank failed.
 
     Mutates nothing but the file; copies weights and factors to the host.
     """
-    save_file = _safetensors("save_subspaces", "torch").save_file
-    seed = subspaces.seed if isinstance(subspaces, Subspaces) else None
-    weights = _weights(model, {n: _shape(s) for n, s in subspaces.items()}, "save_subspaces")
+    path = Path(path)
+    with _together(model, "save_subspaces") as ranks:
+        save_file = _safetensors("save_subspaces", "torch").save_file
+        weights = _weights(model, subspaces, "save_subspaces")
+        if ranks.rank == 0 and not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"osf_torch.save_subspaces: expected a folder to write {path.name} to, got none at "
+                f"{path.parent}; make it first"
+            )
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
+    storages: set[int] = set()
     for name, entry in subspaces.items():
-        factors, facts = _factors(entry), {"shape": tuple(weights[name].shape)}
-        if seed is not None and isinstance(entry, Decomposition):
-            factors, facts = entry.factors(), facts_of(entry)
-        for part, factor in factors.items():
-            tensors[f"{name}:{part}"] = factor.detach().contiguous()
+        factors, facts = _contents(entry)
+        factors = {part: whole(factor.detach()) for part, factor in factors.items()}
+        shape = tuple(weights[name].shape)
+        _require_fit(factors, shape, facts.get("rank"), "save_subspaces", repr(name))
         described[name] = facts | {
-            "spans": [_spans(factors, side) for side in "UV"],
+            "shape": shape,
             "dtype": str(weights[name].dtype),
-            "sha256": content_hash(weights[name]),
+            "parts": list(factors),
         }
+        if ranks.rank == 0:
+            for part, factor in factors.items():
+                tensors[f"{name}:{part}"] = _apart(factor, storages)
+    for name, weight in weights.items():
+        described[name]["sha256"] = content_hash(weight)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": osf_kernels.__version__,
         "weights": json.dumps(described),
     }
-    if seed is not None:
-        metadata["seed"] = str(seed)
-    path = Path(path)
+    if isinstance(subspaces, Subspaces):
+        metadata["seed"] = str(subspaces.seed)
     # Not tempfile: its files are readable by their owner alone, whatever the umask.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _together(model, "save_subspaces"):
+        if ranks.rank == 0:
+            try:
+                save_file(tensors, temporary, metadata)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def load_subspaces(
@@ -95,25 +129,130 @@ def load_subspaces(
 ) -> Subspaces | dict[str, Subspace]:
     """Reads what :func:`save_subspaces` wrote, each factor onto its weight's device.
 
+    Where weights of the model are sharded (DTensor), all ranks that share them call it, and each
+    reads the file and has the whole factors, as after ``refresh``; weights are gathered one at a
+    time to hash them. It doesn't matter how they were sharded when the file was written.
+
     Args:
         path: of the file.
-        model: the model that they belong to.
+        model: the model that they belong to. It may be compiled or wrapped.
         require_same_weights: compare the SHA-256 of every weight. False is for a model that was
             trained on since: its protected part, where it was pinned, still fits.
 
     Returns:
-        What was saved, to the bit: the Subspaces of a refresh, else a dict by parameter name.
+        What was saved, to the bit: the Subspaces of a refresh, else a dict by parameter name,
+        in which what was an item of a refresh is that again. Such a dict has no seed.
 
     Raises:
         ImportError: the package safetensors isn't installed.
         FileNotFoundError: there is no such file.
-        ValueError: the file is none of ours or of an unknown format version; the model lacks a
-            parameter, or has it in another shape or with other values (the message names it).
+        ValueError: the file is none of ours, of an unknown format version or damaged (metadata or
+            a factor missing or broken, a factor that doesn't fit the weight's shape and rank, or
+            holds integers, NaN or Inf); the model lacks a parameter, or has it in another shape,
+            with other values or without any. The message names it.
+        RuntimeError: another rank failed.
 
     Mutates nothing; copies weights to the host to hash them.
     """
+    with _together(model, "load_subspaces"):
+        seed, described, loaded = _read(Path(path), model)
+    if require_same_weights:
+        _require_same(_weights(model, described, "load_subspaces"), described)
+    if seed is None:
+        return {name: _subspace(factors, described[name]) for name, factors in loaded.items()}
+    found = {name: _decomposition(factors, described[name]) for name, factors in loaded.items()}
+    return Subspaces(found, seed=seed)
+
+
+@contextmanager
+def _together(model: nn.Module, operator: str) -> Iterator[Ranks]:
+    """The ranks that share the model's weights; what one of them raises here stops them all.
+
+    So none waits for another in the gathers that follow.
+    """
+    shared = next((w for w in named_weights(model).values() if _is_shared(w)), None)
+    ranks = Ranks.of([] if shared is None else [shared], None)
+    error = None
+    try:
+        yield ranks
+    except Exception as caught:
+        error = caught
+    ranks.agree(error, torch.device("cpu") if shared is None else shared.device, operator)
+
+
+def _is_shared(weight: Tensor) -> bool:
+    try:
+        return sharding_of(weight) is not None
+    except ValueError:  # on two mesh dimensions, which neither refresh nor protect takes
+        return False
+
+
+# --- entries, and how a file holds them ---
+
+
+def _contents(entry: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an entry by the names that a file gives them, and what a refresh said."""
+    if isinstance(entry, Decomposition):
+        return entry.factors(), facts_of(entry)
+    found = {"S": entry.S, "protected": entry.protected}
+    for side, basis in (("U", entry.U), ("V", entry.V)):
+        low = isinstance(basis, Basis) and basis.spans == "low"
+        found[f"{side}_low" if low else side] = None if basis is None else columns_of(basis)
+    return {part: factor for part, factor in found.items() if factor is not None}, {}
+
+
+def _subspace(factors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Subspace:
+    """The other way round."""
+    if "rank" in facts:
+        return _decomposition(factors, facts)
+
+    def basis(side: str) -> Held:
+        if f"{side}_low" in factors:
+            return Basis(factors[f"{side}_low"], "low")
+        return Basis(factors[side]) if side in factors else None
+
+    return Subspace(basis("U"), basis("V"), factors.get("S"), factors.get("protected"))
+
+
+def _decomposition(factors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Decomposition:
+    stored = {field: facts[field] for field in FACTS} | {"shape": tuple(facts["shape"])}
+    return assemble(factors, **stored)
+
+
+def _apart(factor: Tensor, storages: set[int]) -> Tensor:
+    """The factor on the host, copied where it shares memory, which safetensors doesn't write."""
+    factor = factor.cpu().contiguous()
+    storage = factor.untyped_storage().data_ptr()
+    if storage in storages:
+        return factor.clone()
+    storages.add(storage)
+    return factor
+
+
+def content_hash(weight: Tensor) -> str:
+    """SHA-256 of a matrix's dtype, shape and values in row order, however and wherever it lies.
+
+    Synchronises; copies the weight to the host in slabs of 64 MiB. A sharded one is gathered
+    first, which every rank of its mesh must join.
+    """
+    weight = whole(weight.detach())
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
+    rows = max(1, SLAB_BYTES // max(1, weight[:1].nbytes))
+    for first in range(0, weight.shape[0], rows):
+        slab = weight[first : first + rows].cpu().contiguous()
+        if slab.nbytes:
+            digest.update((ctypes.c_char * slab.nbytes).from_address(slab.data_ptr()))
+    return digest.hexdigest()
+
+
+# --- reading a file ---
+
+
+def _read(
+    path: Path, model: nn.Module
+) -> tuple[int | None, dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """The seed, and by parameter name the metadata and the factors."""
     safe_open = _safetensors("load_subspaces").safe_open
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"osf_torch.load_subspaces: there is no file {path}")
     try:
@@ -124,84 +263,32 @@ def load_subspaces(
             f"can't be read ({error}); save it again"
         ) from error
     with file:
-        metadata = file.metadata() or {}
-        described = _described(path, metadata)
-        weights = _weights(
-            model,
-            {name: tuple(facts["shape"]) for name, facts in described.items()},
-            "load_subspaces",
-        )
-        if require_same_weights:
-            _require_same(weights, described)
+        seed, described = _described(path, file.metadata() or {})
+        weights = _weights(model, described, "load_subspaces")
         keys = set(file.keys())
         loaded = {}
-        for name in described:
+        for name, facts in described.items():
+            shape, got = tuple(facts["shape"]), tuple(weights[name].shape)
+            if shape != got:
+                raise ValueError(
+                    f"osf_torch.load_subspaces: expected parameter {name!r} to be {shape} as when "
+                    f"the bases in {path} were made, got {got}; these are another model's"
+                )
+            missing = [part for part in facts["parts"] if f"{name}:{part}" not in keys]
+            if missing:
+                kept = f"the factors {listed(facts['parts'])} of {name!r}"
+                raise _damaged(path, kept, f"no {listed(missing)}")
+            factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
+            _require_fit(factors, got, facts.get("rank"), "load_subspaces", f"{name!r} in {path}")
             device = weights[name].device
-            loaded[name] = {
-                part: file.get_tensor(f"{name}:{part}").to(device)
-                for part in PARTS
-                if f"{name}:{part}" in keys
-            }
-    if "seed" not in metadata:
-        return {name: _subspace(factors) for name, factors in loaded.items()}
-    found = {}
-    for name, facts in described.items():
-        stored = {field: facts[field] for field in FACTS} | {"shape": tuple(facts["shape"])}
-        found[name] = assemble(loaded[name], **stored)
-    return Subspaces(found, seed=int(metadata["seed"]))
+            loaded[name] = {part: factor.to(device) for part, factor in factors.items()}
+    return seed, described, loaded
 
 
-def _shape(entry: Subspace) -> tuple[int | None, int | None]:
-    """(m, n) of the weight, as far as the bases say it."""
-    if isinstance(entry, Decomposition):
-        return entry.shape
-    m, n = (None if b is None else columns_of(b).shape[-2] for b in (entry.U, entry.V))
-    return m, n
-
-
-def _factors(entry: Subspace) -> dict[str, Tensor]:
-    """The tensors of a Subspace, by the names that a file gives them."""
-    found = {"S": entry.S, "protected": entry.protected}
-    for side, basis in (("U", entry.U), ("V", entry.V)):
-        low = isinstance(basis, Basis) and basis.spans == "low"
-        found[f"{side}_low" if low else side] = None if basis is None else columns_of(basis)
-    return {part: factor for part, factor in found.items() if factor is not None}
-
-
-def _subspace(factors: Mapping[str, Tensor]) -> Subspace:
-    """The other way round."""
-
-    def basis(side: str) -> Held:
-        if f"{side}_low" in factors:
-            return Basis(factors[f"{side}_low"], "low")
-        return Basis(factors[side]) if side in factors else None
-
-    return Subspace(basis("U"), basis("V"), factors.get("S"), factors.get("protected"))
-
-
-def content_hash(weight: Tensor) -> str:
-    """SHA-256 of a matrix's dtype, shape and values in row order, whatever its strides and device.
-
-    Synchronises; copies the weight to the host in slabs of 64 MiB.
-    """
-    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
-    rows = max(1, SLAB_BYTES // max(1, weight[:1].nbytes))
-    for first in range(0, weight.shape[0], rows):
-        slab = weight.detach()[first : first + rows].cpu().contiguous()
-        if slab.nbytes:
-            digest.update((ctypes.c_char * slab.nbytes).from_address(slab.data_ptr()))
-    return digest.hexdigest()
-
-
-def _spans(factors: Mapping[str, Tensor], side: str) -> str | None:
-    """ "high", "low", "both" or None: what of one side is kept."""
-    high, low = side in factors, f"{side}_low" in factors
-    if high and low:
-        return "both"
-    return "high" if high else "low" if low else None
-
-
-def _described(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _described(
+    path: Path, metadata: Mapping[str, str]
+) -> tuple[int | None, dict[str, dict[str, Any]]]:
+    """The seed, and by parameter name what the metadata says of it."""
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"osf_torch.load_subspaces: expected {path} to be written by save_subspaces, got "
@@ -214,31 +301,110 @@ def _described(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]
             f"{version!r}, written by osf-kernels {metadata.get('library_version')}; load it "
             "with that version, or refresh again"
         )
-    described: dict[str, dict[str, Any]] = json.loads(metadata["weights"])
-    return described
+    try:
+        seed = int(metadata["seed"]) if "seed" in metadata else None
+    except ValueError:
+        raise _damaged(path, "a whole number as seed", repr(metadata["seed"])) from None
+    try:
+        described = json.loads(metadata.get("weights", ""))
+    except json.JSONDecodeError as error:
+        raise _damaged(path, "what it says of the weights as JSON", f"none ({error})") from None
+    if not isinstance(described, dict):
+        raise _damaged(path, "what it says of the weights by name", repr(described)[:80])
+    for name, facts in described.items():
+        if not isinstance(facts, dict):
+            raise _damaged(path, f"what it says of {name!r} by field", repr(facts)[:80])
+        refreshed = seed is not None or not FOUND.keys().isdisjoint(facts)
+        for field, kind in (STORED | FOUND if refreshed else STORED).items():
+            if field not in facts or not isinstance(facts[field], kind):
+                expected = f"{field} ({getattr(kind, '__name__', kind)}) of {name!r}"
+                got = repr(facts[field])[:80] if field in facts else "none"
+                raise _damaged(path, expected, got)
+        unknown = [part for part in facts["parts"] if part not in PARTS]
+        if unknown:
+            raise _damaged(path, f"parts of {name!r} out of {listed(PARTS)}", repr(unknown)[:80])
+    return seed, described
 
 
-def _weights(
-    model: nn.Module, shapes: Mapping[str, tuple[int | None, ...]], operator: str
-) -> dict[str, nn.Parameter]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    missing = [name for name in shapes if name not in parameters]
+def _damaged(path: Path, expected: str, got: str) -> ValueError:
+    return ValueError(
+        f"osf_torch.load_subspaces: expected {path} to hold {expected}, got {got}; make it anew by "
+        "refresh and save_subspaces"
+    )
+
+
+# --- what fits ---
+
+
+def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str, nn.Parameter]:
+    parameters = named_weights(model)
+    names = list(names)
+    missing = [name for name in names if name not in parameters]
     if missing:
         raise ValueError(
             f"osf_torch.{operator}: expected the model to have every parameter of the subspaces, "
             f"got none named {listed(missing)}; its first are {listed(list(parameters)[:5])}"
         )
-    for name, shape in shapes.items():
-        got = tuple(parameters[name].shape)
-        if len(got) != len(shape) or any(
-            s not in (None, g) for s, g in zip(shape, got, strict=True)
-        ):
-            wanted = str(shape).replace("None", "any")
+    for name in names:
+        if parameters[name].is_meta:
             raise ValueError(
-                f"osf_torch.{operator}: expected parameter {name!r} to be {wanted} as when its "
-                f"bases were made, got {got}; these subspaces are another model's"
+                f"osf_torch.{operator}: expected parameter {name!r} to have values, got a meta "
+                "tensor; load the weights first"
             )
-    return {name: parameters[name] for name in shapes}
+        if parameters[name].dim() != 2:
+            raise ValueError(
+                f"osf_torch.{operator}: expected parameter {name!r} to be a matrix (m, n), got "
+                f"{tuple(parameters[name].shape)}; leave it out, or gather what ZeRO-3 partitioned"
+            )
+    return {name: parameters[name] for name in names}
+
+
+def _require_fit(
+    factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: int | None, operator: str, of: str
+) -> None:
+    """Refuses factors that aren't those of a weight of this shape and, of a refresh, this rank."""
+    remedy = "make it anew by refresh"
+    sides = [factors.keys() & {side, f"{side}_low"} for side in "UV"]
+    if rank is not None and not ("S" in factors and all(sides)):
+        raise ValueError(
+            f"osf_torch.{operator}: expected factors of {of} to be S and a basis of each side, got "
+            f"{listed(list(factors)) or 'none'}; {remedy}"
+        )
+    if rank is None and {"U", "S", "V"} <= factors.keys():
+        rank = factors["S"].numel()  # of triplets
+    m, n = shape
+    m_low, n_low = (None if rank is None else side - rank for side in shape)
+    expected = {
+        "U": (m, rank),
+        "U_low": (m, m_low),
+        "S": (rank,),
+        "V": (n, rank),
+        "V_low": (n, n_low),
+        "protected": (m, n),
+    }
+    for part, factor in factors.items():
+        wanted, got = expected[part], tuple(factor.shape)
+        if len(wanted) != len(got) or any(
+            w not in (None, g) for w, g in zip(wanted, got, strict=True)
+        ):
+            whose = f"a weight {shape}" + ("" if rank is None else f" and rank {rank}")
+            raise ValueError(
+                f"osf_torch.{operator}: expected {part} of {of} to be "
+                f"{str(wanted).replace('None', 'any')} for {whose}, got {got}; {remedy}"
+            )
+        if factor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(
+                f"osf_torch.{operator}: expected {part} of {of} to be one of {known}, got "
+                f"{factor.dtype}; {remedy}"
+            )
+    finite = read([factor.isfinite().all() for factor in factors.values()])
+    bad = [part for part, fine in zip(factors, finite, strict=True) if not fine]
+    if bad:
+        raise ValueError(
+            f"osf_torch.{operator}: expected {listed(bad)} of {of} to be finite, got NaN or Inf; "
+            f"{remedy}"
+        )
 
 
 def _require_same(weights: dict[str, nn.Parameter], described: dict[str, dict[str, Any]]) -> None:
