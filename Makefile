@@ -62,15 +62,19 @@ format: $(READY)  ## Format Python and C++ in place
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 bench: $(BUILT)  ## Measure on the CPU against peers, write the committed CSVs and pictures
-	$(BIN)/python -m bench cpu-suite
-	$(BIN)/python -m bench overhead --csv bench/results/overhead_cpu.csv
-	$(BIN)/python -m bench protect --csv bench/results/protect_cpu.csv
+	@# One that misses a figure fails, and those after it run all the same.
+	@failed=; \
+	run() { echo "$(BIN)/python -m $$*"; $(BIN)/python -m "$$@" || failed="$$failed $$1 $$2;"; }; \
+	run bench cpu-suite; \
+	run bench overhead --csv bench/results/overhead_cpu.csv; \
+	run bench protect --csv bench/results/protect_cpu.csv; \
 	for peer in peft mini_trainer galore stiefel; do \
-	    $(BIN)/python -m bench.integrations_$$peer --csv bench/results/integrations_$${peer}_cpu.csv || exit 1; done
-	$(BIN)/python -m bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png
+	    run bench.integrations_$$peer --csv bench/results/integrations_$${peer}_cpu.csv; done; \
+	run bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed see above" >&2; exit 1; fi
 
-continual: $(BUILT)  ## Train five tasks in a row on a real encoder: what each method forgets
-	@$(BIN)/python -m bench continual
+continual: $(BUILT)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too
+	@$(BIN)/python -m bench continual $(if $(ANEW),--anew)
 
 static: $(BUILT)  ## Inspect the machine code of every kernel, no GPU: registers, tensor cores, occupancy
 	@$(BIN)/python -m bench static --csv bench/results/static.csv

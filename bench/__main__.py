@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
 
-    plot = commands.add_parser("plot", help="a picture of a results file")
+    plot = commands.add_parser("plot", help="a picture of projection's or refresh's rows")
     plot.add_argument("csv", type=Path)
     plot.add_argument("picture", type=Path)
     return top
@@ -92,12 +92,14 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
                 raise ValueError(
                     f"bench: expected --dtype to be one of {', '.join(DTYPES)}, got {dtype!r}"
                 )
-            for rank in _flat(arguments.rank, "64"):
+            for text in _flat(arguments.rank, "64"):
+                rank = Rank.parse(text)
+                rank.require_room(shapes)
                 found.append(
                     Case(
                         model,
                         shapes,
-                        Rank.parse(rank),
+                        rank,
                         dtype,
                         device,
                         arguments.spans,
@@ -152,7 +154,13 @@ def _plot(csv: Path, picture: Path) -> None:
     from bench import accuracy_plot, plot
 
     rows = report.read_csv(csv)
-    of_refresh = bool(rows) and "missing_overlap" in rows[0]
+    known = set(rows[0]) if rows else set()
+    of_refresh = {"missing_overlap", "times_svd"} <= known
+    if not of_refresh and "times_naive" not in known:
+        raise ValueError(
+            f"bench plot: expected rows of projection or refresh, got none in {csv}; show prints "
+            "any results file, and continual draws its own picture"
+        )
     try:
         (accuracy_plot if of_refresh else plot).draw(rows, picture)
     except ImportError as error:

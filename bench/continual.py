@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,18 @@ from bench import continual_cost, continual_tasks, minilm, report
 from bench.continual_cost import Cost
 from bench.continual_methods import COMPARED, METHODS
 from bench.continual_plot import draw
-from bench.continual_rows import Key, Row, Run, key, read, rows_of, summarise, verdict
+from bench.continual_rows import (
+    Key,
+    Row,
+    Run,
+    key,
+    provenance,
+    read,
+    rows_of,
+    summarise,
+    verdict,
+    write,
+)
 from bench.continual_run import (
     Build,
     EncodedTask,
@@ -34,6 +46,7 @@ from bench.continual_run import (
     train_sequence,
 )
 from bench.continual_tasks import Split
+from bench.training_cli import RESULTS
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_TRIED = (1, 2)  # of the grid; then on in the better direction until it gets no better
@@ -71,7 +84,10 @@ def methods_of(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 
 class Sequences:
-    """Runs sequences of tasks, each once: a finished one is read from its file."""
+    """Runs sequences of tasks, each once: a finished one is read from its file.
+
+    ``anew`` trains it again, and its rows are replaced.
+    """
 
     def __init__(
         self,
@@ -82,6 +98,7 @@ class Sequences:
         model: str = TRAINED,
         text: str = "",
         say: Say = lambda _: None,
+        anew: bool = False,
     ) -> None:
         self.encoder = encoder
         self.tasks = tasks
@@ -89,6 +106,7 @@ class Sequences:
         self.model = model
         self.text = text
         self.say = say
+        self.anew = anew
 
     def asked(self, method: str, seed: int, rate: float, split: Split) -> Row:
         first, last = self.setting.ranks
@@ -105,6 +123,15 @@ class Sequences:
             split=split,
         )
 
+    def taken(
+        self, csv: Path, asked: Iterable[tuple[str, int, float]], split: Split = "test"
+    ) -> str:
+        """Which of these (method, seed, learning rate) ``run`` takes from the file; "" for none."""
+        keys = [key(self.asked(*which, split)) for which in asked]
+        done = {} if self.anew else read(csv)
+        found = [done[one] for one in keys if one in done]
+        return provenance(found, len(keys), csv) if found else ""
+
     def run(
         self,
         csv: Path,
@@ -114,10 +141,10 @@ class Sequences:
         split: Split = "test",
         build: Build | None = None,
     ) -> Run:
-        """From the file, or trained now and appended to it; ``build`` for a method of no table."""
+        """From the file, or trained now and put into it; ``build`` for a method of no table."""
         asked = self.asked(method, seed, rate, split)
         done: dict[Key, Run] = read(csv)
-        if key(asked) not in done:
+        if self.anew or key(asked) not in done:
             started = time.perf_counter()
             matrix = train_sequence(
                 build or METHODS[method].build,
@@ -132,7 +159,7 @@ class Sequences:
             seconds = time.perf_counter() - started
             names = [task.name for task in self.tasks]
             rows = rows_of(asked, matrix, names, seconds)
-            report.append_csv(csv, rows, report.environment(torch.device("cpu")), Row)
+            write(csv, asked, rows, report.environment(torch.device("cpu")))
             done = read(csv)
         else:
             for _ in range(self.setting.steps * len(self.tasks)):
@@ -231,6 +258,15 @@ def opened(
     return Sequences(encoder, encoded, setting, model=model, text=text, say=say), tasks
 
 
+def places(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Files of rows and of the tuning's: the committed ones, and of --quick in a folder apart."""
+    folder = RESULTS
+    if arguments.quick:
+        folder = arguments.csv.parent if arguments.csv else Path(tempfile.mkdtemp(prefix="bench-"))
+    csv, rates = arguments.csv, arguments.rates
+    return csv or folder / "continual.csv", rates or folder / "continual_lr.csv"
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         arguments.steps, arguments.seeds = min(arguments.steps or QUICK_STEPS, QUICK_STEPS), 1
@@ -249,6 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tune:
         methods = tuple(dict.fromkeys(METHODS[name].tuned_as or name for name in methods))
     seeds = 1 if arguments.tune else arguments.seeds
+    csv, rates_csv = places(arguments)
     console = show.console_of()
     started = time.perf_counter()
     runs: dict[str, list[Run]] = {name: [] for name in methods}
@@ -262,10 +299,18 @@ def run(arguments: argparse.Namespace) -> int:
 
         sequences, tasks = opened(setting, say_reading, quick=arguments.quick)
         progress.remove_task(reading)
+        sequences.anew = arguments.anew
         show.describe(console, tasks, setting, sequences.model)
         rates = dict.fromkeys(methods, arguments.lr)
         if arguments.lr is None and not arguments.tune:
-            rates = rates_for(methods, arguments.rates, sequences)
+            rates = rates_for(methods, rates_csv, sequences)
+        if arguments.tune:
+            grid = ((name, TUNING_SEED, rate) for name in methods for rate in GRID)
+            notice = sequences.taken(rates_csv, grid, "validation")
+        else:
+            wanted = ((name, seed, rates[name]) for name in methods for seed in range(seeds))
+            notice = sequences.taken(csv, wanted)
+        show.say(console, notice)
         # Three rates of the grid are tried of most methods.
         total = len(methods) * (3 if arguments.tune else seeds) * setting.steps * len(tasks)
         bar = progress.add_task("training", total=total)
@@ -274,36 +319,37 @@ def run(arguments: argparse.Namespace) -> int:
         for seed in range(seeds):
             for name in methods:
                 if arguments.tune:
-                    tried[name] = sequences.tune(arguments.rates, name)
+                    tried[name] = sequences.tune(rates_csv, name)
                 else:
-                    runs[name].append(sequences.run(arguments.csv, name, seed, rates[name]))
+                    runs[name].append(sequences.run(csv, name, seed, rates[name]))
         if arguments.rounds and not arguments.tune:
             costs = measure_costs(
                 methods,
                 sequences.encoder,
                 setting,
                 arguments.rounds,
-                arguments.csv.with_name(f"{arguments.csv.stem}_cost.csv"),
+                csv.with_name(f"{csv.stem}_cost.csv"),
                 apart=not arguments.quick,
                 say=lambda text: progress.update(bar, description=text),
             )
     if arguments.tune:
         console.print("mean validation accuracy right after each task, %, by learning rate:")
         console.print(show.tuning_table(tried, GRID), markup=False, highlight=False)
-        console.print(f"{time.perf_counter() - started:.0f} s; rows in {arguments.rates}")
+        show.say(console, f"{time.perf_counter() - started:.0f} s; rows in {rates_csv}")
         return 0
     summaries = {name: summarise(found) for name, found in runs.items()}
     console.print(show.draw_table(summaries, costs, [task.name for task in tasks]))
-    picture = arguments.picture or arguments.csv.with_suffix(".png")
+    show.say(console, notice)
+    picture = arguments.picture or csv.with_suffix(".png")
     try:
         draw(runs, picture)
     except ImportError as error:
         print(f"no picture: {error}", file=sys.stderr)
     else:
-        console.print(f"rows in {arguments.csv}, picture in {picture}", soft_wrap=True)
+        console.print(f"rows in {csv}, picture in {picture}", soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all.")
     for name in JUDGED:
         if name in summaries:
             sentence = verdict(summaries, name, METHODS[name].title)
-            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+            show.say(console, sentence)
     return 0

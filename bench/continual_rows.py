@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,8 @@ class Run:
     learning_rate: float
     matrix: Matrix
     names: tuple[str, ...]
+    commit: str = ""
+    date: str = ""
 
 
 def key_of(row: Mapping[str, str]) -> Key:
@@ -101,8 +105,43 @@ def read(path: Path) -> dict[Key, Run]:
                 float(first["learning_rate"]),
                 [[float(cells[place]["accuracy"]) for place in line] for line in wanted],
                 tuple(cells[count - 1, j]["task"] for j in range(count)),
+                first["commit"],
+                first["date"],
             )
     return runs
+
+
+def write(path: Path, run: Row, rows: Iterable[Row], where: Mapping[str, str]) -> None:
+    """Puts a finished sequence into the file, in place of what it has of that run.
+
+    The file is replaced at once, without what an interrupted write left of a line.
+
+    Raises:
+        ValueError: the file was written with other columns.
+    """
+    kept = [] if report.is_new(path, Row) else report.read_csv(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, report.columns(Row), lineterminator="\n")
+        writer.writeheader()
+        for row in kept:
+            if None not in row and None not in row.values() and key_of(row) != key(run):
+                writer.writerow(row)
+    report.append_csv(fresh, rows, where, Row)
+    fresh.replace(path)
+
+
+def provenance(taken: Sequence[Run], asked: int, path: Path) -> str:
+    """What of the runs asked for is read from a file instead of trained, and how to train it."""
+    origins = Counter((run.commit or "no commit", run.date) for run in taken)
+    where = ", ".join(
+        f"{count} of {commit} ({date})" for (commit, date), count in sorted(origins.items())
+    )
+    return (
+        f"NOT TRAINED NOW: {len(taken)} of {asked} runs are taken from {path}, by commit: {where}. "
+        "--anew trains them on this machine and replaces their rows."
+    )
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,12 @@ def bar_on(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
+def say(console: Console, text: str) -> None:
+    """A sentence as it is, unless it is empty."""
+    if text:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def describe(
     console: Console, tasks: Sequence[continual_tasks.Task], setting: Setting, model: str
 ) -> None:

@@ -43,8 +43,15 @@ def run(
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=int, default=rounds, help=rounds_help)
+    unspaced = {_unspaced(case): case for case in cases}
     if cases:
-        parser.add_argument("--case", choices=list(cases), action="append", help="default: all")
+        parser.add_argument(
+            "--case",
+            type=lambda text: unspaced.get(_unspaced(text), text),
+            choices=list(cases),
+            action="append",
+            help="default: all; with or without the spaces",
+        )
     parser.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
     chosen = parser.parse_args(given)
     try:
@@ -71,6 +78,10 @@ def run(
     for row in wrong:
         print(f"{row.case}, {row.contender}: {row.status}")
     return int(bool(wrong))
+
+
+def _unspaced(text: str) -> str:
+    return "".join(text.split())
 
 
 def _shown(value: Any, form: str) -> str:

@@ -6,6 +6,7 @@ Pure arithmetic: no tensors, no weights, nothing is downloaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -77,7 +78,7 @@ class Rank(NamedTuple):
     value: int | float
 
     @classmethod
-    def parse(cls, text: str) -> Rank:
+    def parse(cls, text: str, option: str = "--rank") -> Rank:
         """``"128"`` or ``"0.5"``. Raises ValueError for anything else, 0 and 1.0 included."""
         try:
             number = float(text)
@@ -88,7 +89,8 @@ class Rank(NamedTuple):
         if 0.0 < number < 1.0:
             return cls(number)
         raise ValueError(
-            f"bench: expected --rank to be a positive integer or a fraction in (0, 1), got {text!r}"
+            f"bench: expected {option} to be a positive integer or a fraction in (0, 1), got "
+            f"{text!r}"
         )
 
     def of(self, shape: Shape) -> int:
@@ -96,6 +98,14 @@ class Rank(NamedTuple):
         short = min(shape)
         wanted = self.value if isinstance(self.value, int) else round(self.value * short)
         return max(1, min(short, wanted))
+
+    def require_room(self, shapes: Sequence[Shape], option: str = "--rank") -> None:
+        """Raises ValueError for more directions than any of the shapes has."""
+        most = max(map(min, shapes))
+        if isinstance(self.value, int) and self.value > most:
+            raise ValueError(
+                f"bench: expected {option} to be at most the shorter side, {most}, got {self.value}"
+            )
 
     def __str__(self) -> str:
         return f"r={self.value}" if isinstance(self.value, int) else f"rho={self.value:g}"

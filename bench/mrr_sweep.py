@@ -47,7 +47,7 @@ def table(found: dict[float, list[Run]]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from bench.continual_show import bar_on, console_of, describe
+    from bench.continual_show import bar_on, console_of, describe, say
 
     mrrs, trr = arguments.mrr, arguments.trr
     if not mrrs or not all(0 <= mrr <= trr <= 1 for mrr in mrrs):
@@ -65,9 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
         describe(console, tasks[: arguments.tasks], setting, sequences.model)
         steps = setting.steps * len(sequences.tasks) * len(mrrs) * arguments.seeds
         progress.update(bar, total=steps)
+        sequences.anew = arguments.anew
+        rate, csv = arguments.lr, arguments.csv
+        wanted = [(name_of(mrr), seed, rate) for mrr in mrrs for seed in range(arguments.seeds)]
+        say(console, sequences.taken(csv, wanted))
         sequences.say = lambda text: progress.update(bar, description=text, advance=1)
-        found = sweep(sequences, mrrs, arguments.seeds, arguments.lr, arguments.csv)
+        found = sweep(sequences, mrrs, arguments.seeds, rate, csv)
     console.print(f"adaptive ranks at trr = {trr:g}; accuracy on test documents in %:")
     console.print(table(found), markup=False, highlight=False)
-    console.print(f"rows in {arguments.csv}", soft_wrap=True)
+    console.print(f"rows in {csv}", soft_wrap=True)
     return 0

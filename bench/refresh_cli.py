@@ -82,7 +82,7 @@ def _sources(names: list[str]) -> list[str]:
 
 
 def _ranks(texts: list[str] | None, default: tuple[float, ...]) -> list[float]:
-    return list(default) if texts is None else [Rank.parse(text).value for text in texts]
+    return list(default) if texts is None else [Rank.parse(text, "--rho").value for text in texts]
 
 
 def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:

@@ -151,6 +151,17 @@ def cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def is_new(path: Path, kind: type) -> bool:
+    """Whether a file has no rows yet. Raises ValueError where its columns aren't ``kind``'s."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open(newline="") as file:
+        header = tuple(next(csv.reader(file)))
+    if header != columns(kind):
+        raise ValueError(f"bench: {path} has other columns than this version writes; move it")
+    return False
+
+
 def append_csv(path: Path, rows: Iterable[Any], where: Mapping[str, str], kind: type = Row) -> None:
     """Append rows, dataclasses of one ``kind``, with a header where the file is new.
 
@@ -158,12 +169,7 @@ def append_csv(path: Path, rows: Iterable[Any], where: Mapping[str, str], kind: 
     """
     names = columns(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists() or path.stat().st_size == 0
-    if not fresh:
-        with path.open(newline="") as file:
-            header = tuple(next(csv.reader(file)))
-        if header != names:
-            raise ValueError(f"bench: {path} has other columns than this version writes; move it")
+    fresh = is_new(path, kind)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         if fresh:
@@ -203,17 +209,49 @@ def failed(row: Row) -> bool:
     )
 
 
+# What a summary has room for, column -> header, of files with these columns.
+SHORT = (
+    {
+        "case": "case",
+        "contender": "contender",
+        "median_ms": "median ms",
+        "times_naive": "x naive",
+        "times_hand_ordered": "x by hand",
+        "roofline_fraction": "roofline",
+        "status": "status",
+    },
+    {
+        "case": "case",
+        "contender": "contender",
+        "median_ms": "median ms",
+        "times_svd": "x svd",
+        "times_lowrank": "x lowrank",
+        "missing_overlap": "1 - overlap",
+        "residual": "residual",
+        "status": "status",
+    },
+)
+
+
 def short_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of a results file, a line each: what a summary has room for."""
-    header: tuple[str, ...] = ("case", "contender", "median ms")
-    names: tuple[str, ...] = ("case", "contender", "median_ms")
-    if rows and "missing_overlap" in rows[0]:
-        header += ("x svd", "x lowrank", "1 - overlap", "residual", "status")
-        names += ("times_svd", "times_lowrank", "missing_overlap", "residual", "status")
-    else:
-        header += ("x naive", "x by hand", "roofline", "status")
-        names += ("times_naive", "times_hand_ordered", "roofline_fraction", "status")
-    return table(header, [[row[name][:60] or "-" for name in names] for row in rows])
+    """Rows of a results file, a line each.
+
+    Of a kind in ``SHORT`` some columns; of others all that differ from row to row, below a line
+    of those that don't. Machine and versions are left out.
+    """
+    if not rows:
+        return "no rows"
+    picked = next((kind for kind in SHORT if kind.keys() <= rows[0].keys()), None)
+    common = []
+    if picked is None:
+        values = {name: {row[name] for row in rows} for name in rows[0]}
+        for name in ENVIRONMENT_FIELDS:
+            values.pop(name, None)
+        common = [f"{name}={min(v)}" for name, v in values.items() if len(v) == 1 and any(v)]
+        picked = {name: name for name, found in values.items() if len(found) > 1}
+    lines = [[(row[name] or "")[:60] or "-" for name in picked] for row in rows]
+    text = table(list(picked.values()), lines) if picked else f"{len(rows)} rows alike"
+    return "\n".join([*([", ".join(common)] if common else []), text])
 
 
 def case_table(rows: Sequence[Row]) -> str:

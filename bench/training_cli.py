@@ -35,21 +35,25 @@ def add(commands: Any) -> None:
     protect.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
 
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
-    _sequence(continual, RESULTS / "continual.csv", seeds=3, steps=None)
+    _sequence(continual, None, seeds=3, steps=None)
     continual.add_argument(
         "--ranks", type=_shares, help="share of directions kept in the first and last task: 0.3,0.7"
     )
     continual.add_argument("--methods", type=_listed, help="by name, with commas")
     continual.add_argument("--lr", type=float, help="for every method, instead of the tuned ones")
     continual.add_argument(
-        "--rates", type=Path, default=RESULTS / "continual_lr.csv", help="the tuning's rows"
+        "--rates", type=Path, help="the tuning's rows, default bench/results/continual_lr.csv"
     )
     continual.add_argument("--picture", type=Path, help="default: beside the CSV")
     continual.add_argument("--tune", action="store_true", help="find the learning rates, no test")
     continual.add_argument(
         "--rounds", type=int, default=COST_ROUNDS, help="of step times; 0 measures no cost"
     )
-    continual.add_argument("--quick", action="store_true", help="a small random encoder, two steps")
+    continual.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small random encoder, two steps; without --csv rows go to a new temporary folder",
+    )
 
     redundancy = commands.add_parser("redundancy", help="zero singular directions, see what's left")
     redundancy.add_argument("--csv", type=Path, default=RESULTS / "redundancy.csv")
@@ -63,12 +67,20 @@ def add(commands: Any) -> None:
 
 
 def _sequence(
-    command: argparse.ArgumentParser, csv: Path, *, seeds: int, steps: int | None
+    command: argparse.ArgumentParser, csv: Path | None, *, seeds: int, steps: int | None
 ) -> None:
     command.add_argument("--seeds", type=int, default=seeds, help="0, 1, ...: how many")
     command.add_argument("--steps", type=int, default=steps, help="of each task")
     command.add_argument("--batch", type=int)
-    command.add_argument("--csv", type=Path, default=csv, help="rows; finished runs aren't redone")
+    command.add_argument(
+        "--csv",
+        type=Path,
+        default=csv,
+        help="rows, by default the committed ones; runs that are there are taken and not trained",
+    )
+    command.add_argument(
+        "--anew", action="store_true", help="train those too, and replace their rows"
+    )
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -129,6 +129,34 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
             assert tuple(next(csv.reader(file))) == report.columns(kinds[path.name]), path.name
 
 
+def test_show_prints_every_committed_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((root / "bench" / "results").glob("*.csv")):
+        assert cli.main(["show", str(path)]) == 0
+        rows = report.read_csv(path)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) - len(rows) in (2, 3), path.name
+        assert rows[-1]["commit"] not in lines[-1]
+
+
+def test_show_says_once_what_all_rows_share() -> None:
+    rows = [
+        {"a": "1", "b": "x", "c": "", "commit": "k"},
+        {"a": "1", "b": "", "c": "", "commit": "l"},
+    ]
+    assert report.short_table(rows) == "a=1\nb\n-\nx\n-"
+    assert report.short_table(rows[:1]) == "a=1, b=x\n1 rows alike"
+    assert report.short_table([]) == "no rows"
+
+
+def test_plot_refuses_rows_that_it_cannot_draw(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("continual.csv", "refresh_auto_cpu.csv"):
+        path = root / "bench" / "results" / name
+        assert cli.main(["plot", str(path), str(tmp_path / "p.png")]) == 2
+        assert f"got none in {path}" in capsys.readouterr().err
+
+
 def test_cells_keep_four_digits_and_leave_unmeasured_empty() -> None:
     assert [report.cell(v) for v in (None, 0.000123456, 12345.6, 7, "x")] == [
         "",
@@ -161,13 +189,59 @@ def test_cases_are_every_combination() -> None:
         (["--device", "meta"], "expected --device to be cpu, cuda or cuda:N"),
         (["--rounds", "-1"], "expected --rounds to be 0 or more"),
         (["--layers", "2"], "--layers needs a model"),
+        (
+            ["--model", "256x512", "--rank", "257"],
+            "--rank to be at most the shorter side, 256, got 257",
+        ),
+        (["--model", "minilm", "--rank", "385"], "at most the shorter side, 384, got 385"),
     ],
 )
 def test_bad_arguments_are_refused_with_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["projection", *arguments]) == 2
+    assert cli.main(["projection", "--list", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["4 x 384x384", "4x384x384"])
+def test_cases_go_with_and_without_spaces(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def measure(case: str, *_: object) -> list[integrations_peft.Row]:
+        asked.append(case)
+        return [integrations_peft.Row(case, "step", None, "cpu", "c")]
+
+    monkeypatch.setattr(integrations_peft, "measure", measure)
+    assert integrations_peft.main(["--case", given]) == 0
+    assert asked == ["4 x 384x384"]
+    with pytest.raises(SystemExit):
+        integrations_peft.main(["--case", "4x384"])
+    assert "invalid choice: '4x384'" in capsys.readouterr().err
+
+
+def test_make_bench_goes_on_after_a_miss_and_fails_at_the_end(root: Path, tmp_path: Path) -> None:
+    """With a stand-in interpreter, so that nothing is measured."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\ncase "$*" in *protect*) exit 1 ;; esac\n')
+    python.chmod(0o755)
+    command = ["make", "bench", f"VENV={tmp_path}", "-o", str(tmp_path / ".built")]
+    (tmp_path / ".built").touch()
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=root, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    done = run()
+    assert done.returncode != 0
+    assert "failed: bench protect; see above" in done.stderr
+    for later in ("integrations_peft", "integrations_stiefel", "bench refresh --suite all"):
+        assert later in done.stdout
+    python.write_text("#!/bin/sh\n")
+    assert run().returncode == 0
 
 
 def test_a_missing_gpu_is_said(
@@ -250,3 +324,9 @@ def test_gpu_session_reports_parts_that_fail_overrun_or_are_missing(
     assert "bench llama-bf16" in summary
     assert "sanitizer" in summary
     assert not (tmp_path / "out" / "pytest.ini").exists()
+    log = (tmp_path / "out" / "session.log").read_text()
+    (call,) = [line for line in log.splitlines() if "-m pytest" in line]
+    named = {word for word in call.split() if word.startswith("tests")}
+    assert {"tests/cuda/test_gpu.py", "tests/triton/test_gpu.py"} <= named
+    assert "tests/test_bench_cli.py" not in named, "it has none, and imports much"
+    assert " -n 8 " in call

@@ -109,6 +109,40 @@ def test_a_run_cut_short_in_the_file_is_not_taken_for_one(tmp_path: Path) -> Non
     assert list(continual_rows.read(csv).values()) == [whole]
 
 
+def test_anew_trains_what_is_there_and_replaces_its_rows_alone(tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    sequences().run(csv, "complement", 0, 1e-3)
+    kept = csv.read_text()
+    sequences().run(csv, "plain", 0, 1e-3)
+    lines = len(csv.read_text().splitlines())
+    csv.write_text(csv.read_text() + "plain,1,0.0")  # killed in the middle of a line
+    said: list[str] = []
+    sequences(anew=True, say=said.append).run(csv, "plain", 0, 1e-3)
+    assert all("already there" not in text for text in said)
+    assert csv.read_text().startswith(kept)
+    assert len(csv.read_text().splitlines()) == lines
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_what_is_taken_from_a_file_is_said_with_its_commits_and_dates(tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    found = sequences()
+    asked = [(name, seed, 1e-3) for name in ("plain", "complement") for seed in (0, 1)]
+    assert found.taken(csv, asked) == ""
+    for (name, seed, rate), (commit, date) in zip(
+        asked, [("abc", "2026-01-01"), ("abc", "2026-01-01"), ("def", "2026-02-02")], strict=False
+    ):
+        where = dict.fromkeys(report.ENVIRONMENT_FIELDS, "x") | {"commit": commit, "date": date}
+        row = found.asked(name, seed, rate, "test")
+        rows = continual_rows.rows_of(row, [[0.5], [0.5, 0.5]], "ab", 1.0)
+        continual_rows.write(csv, row, rows, where)
+    text = found.taken(csv, asked)
+    assert f"3 of 4 runs are taken from {csv}" in text
+    assert "2 of abc (2026-01-01), 1 of def (2026-02-02)" in text
+    assert "--anew" in text
+    assert sequences(anew=True).taken(csv, asked) == ""
+
+
 def scored(
     monkeypatch: pytest.MonkeyPatch, scores: dict[float, float]
 ) -> tuple[continual.Sequences, list[float]]:
@@ -309,7 +343,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_tune_then_run_writes_rows_costs_and_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("rich", "matplotlib", "peft"):
         pytest.importorskip(module, reason="what the command draws with and compares to")
@@ -327,9 +361,15 @@ def test_tune_then_run_writes_rows_costs_and_picture(
     assert "Over 2 seeds, 'ours' forgets" in out
     assert len(continual_rows.read(csv)) == 6
     assert csv.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert "NOT TRAINED NOW" not in out
     written = csv.read_bytes()
     assert cli.main([*common, *methods, *rest]) == 0
     assert csv.read_bytes() == written
+    assert f"6 of 6 runs are taken from {csv}" in capsys.readouterr().out
+    monkeypatch.setattr(report, "commit", lambda: "later")
+    assert cli.main([*common, *methods, *rest, "--anew"]) == 0
+    assert "NOT TRAINED NOW" not in capsys.readouterr().out
+    assert {run.commit for run in continual_rows.read(csv).values()} == {"later"}
 
 
 @pytest.mark.slow
@@ -349,13 +389,38 @@ def test_quick_run_takes_one_seed_and_two_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
+def test_a_quick_run_leaves_the_committed_results_alone(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("rich", reason="the table is rich's")
+    monkeypatch.setattr(continual, "RESULTS", tmp_path / "committed")
+    monkeypatch.setattr(continual.tempfile, "tempdir", str(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in (root / "bench" / "results").iterdir()}
+    for rest in ([], ["--tune"]):
+        assert cli.main(["continual", "--quick", "--methods", "plain", "--rounds", "1", *rest]) == 0
+    after = {path: path.stat().st_mtime_ns for path in (root / "bench" / "results").iterdir()}
+    assert after == before
+    assert not (tmp_path / "committed").exists()
+    out = capsys.readouterr().out
+    written = [path for path in tmp_path.glob("bench-*/*.csv") if "cost" not in path.name]
+    assert {path.name for path in written} == {"continual.csv", "continual_lr.csv"}
+    assert all(f"rows in {path}" in out for path in written)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
 def test_mrr_sweep_and_redundancy_print_and_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("rich", reason="the bar is rich's")
     csv = tmp_path / "mrr.csv"
     command = ["mrr", "--mrr", "0.1,0.5", "--trr", "0.5", "--steps", "3", "--csv", str(csv)]
-    assert cli.main(command) == 0
+    for taken in (False, True):
+        assert cli.main(command) == 0
+        assert ("2 of 2 runs are taken from" in capsys.readouterr().out) == taken
     assert {run.method for run in continual_rows.read(csv).values()} == {
         "adaptive mrr=0.1",
         "adaptive mrr=0.5",

@@ -61,11 +61,25 @@ def test_what_counts_as_reached(overhead, drift, good):
     rows = [
         protection.Row("case", protection.UNPROTECTED, 0.5, 2, overhead=0.0),
         protection.Row("case", protection.RESTORED, 0.5, 2, overhead=0.5),
-        protection.Row("case", protection.RESTORED, 0.5, 2, overhead=overhead),
+        protection.Row("case", protection.RESTORED, 0.5, 2, tokens=320, overhead=overhead),
         protection.Row("case", protection.RESTORED, 0.5, 2, steps=9, drift=drift),
         protection.Row("case", protection.PROJECTED, 0.5, 2, steps=9, drift=0.3),
     ]
-    assert protection.reached(rows) == good
+    found = protection.missed(rows)
+    assert (not found) == good
+    if overhead > 0.15:
+        assert found == ["overhead of 'protect' at 320 tokens a step is 16.0%, to be at most 15%"]
+    elif not good:
+        assert found == [f"drift of 'protect' after 9 steps is {drift:.1e}, to be at most 1e-05"]
+
+
+@pytest.mark.slow
+def test_the_command_names_what_it_missed(monkeypatch, capsys):
+    monkeypatch.setattr(protection, "DRIFT_TARGET", -1.0)
+    monkeypatch.setattr(protection, "OVERHEAD_TARGET", 1e9)
+    command = ["protect", "--batch", "2", "--rounds", "1", "--drift-steps", "1"]
+    assert bench.__main__.main([*command, "--drift-batch", "2"]) == 1
+    assert "MISSED: drift of 'protect' after 1 steps is" in capsys.readouterr().out
 
 
 @pytest.mark.slow

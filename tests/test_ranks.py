@@ -105,6 +105,19 @@ def test_shapes_may_be_the_model_and_refresh_takes_the_ranks():
     assert [rest[name].rank for name in names] == [2, 10, 9]
 
 
+def test_wrapped_models_go_by_the_names_that_refresh_gives_them():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = layers((20, 12), (12, 30))
+    wanted = allocate_ranks({"0.weight": 0.5, "1.weight": 1.0}, model)
+    wrapped = nn.ModuleList(
+        [checkpoint_wrapper(model[0]), torch.compile(model[1], backend="eager")]
+    )
+    names = list(refresh(wrapped, 2))
+    assert names == ["0.weight", "1.weight"]
+    assert allocate_ranks(dict(zip(names, (0.5, 1.0), strict=True)), wrapped) == wanted
+
+
 @pytest.mark.parametrize("rank", [0, 13, -1])
 def test_refresh_refuses_an_allocation_out_of_range_by_name(rank):
     model = layers((20, 12), (12, 30))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bench.timing import peak_extra_bytes
 from osf_kernels import Basis, TruncatedSVD
 from osf_kernels.testing import orthonormality_ratio, project_reference
-from osf_torch import Subspaces, protect, refresh
+from osf_torch import Subspaces, project_grad, protect, refresh
 from tests.helpers import generator_for
 from tests.small_refresh import REFRESH, Recorder, linear, small_model
 
@@ -150,6 +153,28 @@ def test_batching_changes_nothing(monkeypatch):
         assert overlap > 0.9999
 
 
+@pytest.mark.filterwarnings("ignore:.*taken .* at a time")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ranks": 4, "compute_dtype": torch.float64},
+        {"ranks": 48, "compute_dtype": torch.float64},
+        {"ranks": 0.8},
+        {"ranks": 0.8, "keep": "all"},
+    ],
+)
+def test_memory_beyond_the_result_is_within_the_promise(options):
+    """Twice the cap: what truncated_svd works in, and what a call is given and returns."""
+    model = nn.Sequential(*(linear(128, 128, i) for i in range(24)))
+    cap = 1_500_000
+    found = []
+    peak = peak_extra_bytes(
+        lambda: found.append(refresh(model, max_workspace_bytes=cap, progress=False, **options)),
+        torch.device("cpu"),
+    )
+    assert peak - found[0].nbytes < 2 * cap
+
+
 def test_weights_of_one_kind_go_together(monkeypatch):
     model = nn.Sequential(
         linear(12, 12, 0), linear(8, 12, 1), linear(12, 12, 2), linear(12, 12, 3).bfloat16()
@@ -279,6 +304,31 @@ def test_to_moves_and_casts_all_but_the_singular_values():
     assert all(f.device.type == "meta" for s in meta.values() for f in s.factors().values())
 
 
+def test_to_takes_a_dtype_alone():
+    found = refresh(small_model(), 4)
+    half = found.to(torch.bfloat16)
+    assert half["0.weight"].U.columns.dtype == torch.bfloat16
+    assert half["0.weight"].S.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"got the dtypes torch\.bfloat16 and torch\.float16"):
+        found.to(torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"keep": "all", "complement": True}])
+def test_results_of_inference_mode_take_part_in_autograd(dtype, options):
+    with torch.inference_mode():
+        model = nn.Sequential(linear(16, 24, dtype=dtype)).requires_grad_()
+        first = refresh(model, 4, **options)
+        second = refresh(model, 4, previous=first, **options)
+        double = refresh(model, 4, compute_dtype=torch.float64, **options)
+    for found in (first, second, double):
+        entry = found["0.weight"]
+        assert not any(factor.is_inference() for factor in entry.factors().values())
+        g = torch.ones(16, 24, dtype=entry.U.columns.dtype, requires_grad=True)
+        project_grad(g, entry.U, entry.V).square().sum().backward()
+        assert g.grad is not None
+
+
 def test_offload_moves_every_result():
     found = refresh(small_model(), 4, offload="meta")
     assert {f.device.type for s in found.values() for f in s.factors().values()} == {"meta"}
@@ -307,6 +357,16 @@ def test_a_tolerance_that_is_missed_is_said_by_name():
     assert "gram, above tol" in found.summary()
     fine = refresh(model, 8, method="randomized", tol=1e-3)
     assert [s.converged for s in fine.values()] == [True, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": "all"}])
+def test_an_entry_prints_as_one_line(options):
+    text = str(refresh(small_model(), 4, **options)["0.weight"])
+    assert re.fullmatch(
+        r"Decomposition\(24x16, rank 4, held high/high; gram, residual \d\.\de-\d\d, "
+        r"captured 0\.\d{4}, 0\.0 MiB\)",
+        text,
+    )
 
 
 def test_a_basis_of_the_result_is_an_operators_argument():

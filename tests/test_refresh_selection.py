@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -40,6 +43,50 @@ def test_frozen_weights_are_left_out_unless_a_filter_takes_them():
     model[2].weight.requires_grad_(False)
     assert list(refresh(model, 3)) == ["0.weight", "3.weight"]
     assert list(refresh(model, 3, filter="2.*")) == ["2.weight"]
+
+
+class Conv1D(nn.Module):
+    """transformers' layer of GPT-2: y = x W + b, W (inputs, outputs)."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear(inputs, outputs).weight.detach().clone())
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_conv1d_is_a_linear_layer():
+    model = nn.Sequential(Conv1D(18, 12), nn.Conv1d(3, 3, 1), nn.Embedding(9, 5), linear(8, 8))
+    found = refresh(model, 0.5)
+    assert list(found) == ["0.weight", "3.weight"]
+    assert (found["0.weight"].shape, found["0.weight"].rank) == ((12, 18), 6)
+    guard = protect(model, {"0.weight": found["0.weight"]}, restore=False, when="backward")
+    model[0](torch.randn(4, 12)).square().sum().backward()
+    gradient = model[0].weight.grad
+    guard.remove()
+    assert float(gradient.norm()) > 0.01
+    assert float((found["0.weight"].U.columns.mT @ gradient).norm()) < 1e-5
+    assert float((gradient @ found["0.weight"].V.columns).norm()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_without_elements_are_passed_over():
+    model = nn.Sequential(nn.Linear(0, 4), linear(8, 8), nn.Linear(4, 0))
+    for filter in (None, "*.weight", lambda name, parameter: parameter.dim() == 2):
+        assert list(refresh(model, 0.5, filter=filter)) == ["1.weight"]
+    with pytest.raises(ValueError, match="no match among its 0: none"):
+        refresh(model[:1], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "rank"), [(np.int64(3), 3), (np.float32(0.25), 4), (Fraction(1, 4), 4)]
+)
+def test_numbers_of_other_types_are_ranks(given, rank):
+    entry = refresh(small_model(), given)["0.weight"]
+    assert entry.rank == rank
+    assert type(entry.rank) is int
 
 
 def test_filters():
@@ -164,6 +211,7 @@ def test_what_is_not_finite_is_named_before_anything_runs(monkeypatch, bad):
         (1.5, ValueError, r"float in \(0, 1\], got 1\.5"),
         (float("nan"), ValueError, "got nan"),
         (True, TypeError, "got True"),
+        (np.bool_(True), TypeError, "got np"),
         ("half", TypeError, "got 'half'"),
         ({"0.*": 4}, ValueError, r"rank for every weight.*got none for 2\.weight, 3\.weight"),
         ({"*": 4, "lm_head.*": 2}, ValueError, r"every key of ranks.*got 'lm_head\.\*'"),
@@ -190,6 +238,46 @@ def test_other_bad_input():
     model.register_parameter("codes", nn.Parameter(torch.zeros(4, 4).int(), requires_grad=False))
     with pytest.raises(TypeError, match=r"'codes' to be one of float32.*got torch\.int32"):
         refresh(model, 4, filter="codes")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"filter": 3}, TypeError, "filter to be a function.*got 3"),
+        ({"max_workspace_bytes": "1GB"}, TypeError, "max_workspace_bytes to be an int.*got '1GB'"),
+        ({"max_workspace_bytes": True}, TypeError, "max_workspace_bytes to be an int.*got True"),
+        ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes to be at least 1, got 0"),
+        ({"offload": "foo"}, ValueError, "offload to name a device.*got 'foo'"),
+        ({"offload": 3}, TypeError, "offload to be a torch.device.*got int"),
+        ({"dtype": torch.int32}, TypeError, r"dtype to be a floating-point.*got torch\.int32"),
+        ({"dtype": "bfloat16"}, TypeError, "dtype to be a floating-point.*got 'bfloat16'"),
+    ],
+)
+def test_options_of_other_types_are_refused_before_anything_runs(
+    monkeypatch, options, kind, message
+):
+    recorder = Recorder(monkeypatch)
+    with pytest.raises(kind, match=rf"osf_torch\.refresh: expected {message}"):
+        refresh(small_model(), 4, **options)
+    assert recorder.calls == []
+
+
+def test_a_state_dict_is_no_model():
+    with pytest.raises(TypeError, match=r"model to be an nn\.Module, got OrderedDict"):
+        refresh(small_model().state_dict(), 4)
+
+
+def test_advice_is_of_arguments_that_refresh_takes():
+    model = small_model()
+    with pytest.raises(ValueError, match="raise it, or lower ranks") as raised:
+        refresh(model, 4, max_workspace_bytes=100)
+    assert "oversample" not in str(raised.value)
+    for method in ("exact", "gram", "randomized"):
+        with pytest.warns(RuntimeWarning, match="tol") as warned:
+            refresh(model, 4, method=method, tol=1e-12)
+        for one in warned:
+            assert one.filename == __file__
+            assert not re.search("niter|oversample|pass float64", str(one.message))
 
 
 def test_an_error_of_the_solver_names_the_parameters(monkeypatch):

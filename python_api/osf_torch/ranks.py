@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from osf_torch.progress import Show, progress_bar
-from osf_torch.selection import Filter, Ranks, Selected, listed, select
+from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select
 
 Shapes = Mapping[str, tuple[int, int]] | nn.Module
 
@@ -36,8 +36,8 @@ def allocate_ranks(
 
     Args:
         importance: I by parameter name; below zero counts as zero, so that it gets mrr.
-        shapes: (m, n) by parameter name, or the model. Names that ``importance`` lacks are left
-            alone.
+        shapes: (m, n) by parameter name, or the model, whose names are as in ``refresh``. Names
+            that ``importance`` lacks are left alone.
         mrr: minimum retention ratio, in [0, 1].
         trr: target retention ratio, in [mrr, 1].
 
@@ -205,9 +205,7 @@ def _batches(selected: Sequence[Selected]) -> Iterator[list[Selected]]:
 def _shapes(shapes: Shapes) -> Mapping[str, Sequence[int]]:
     if not isinstance(shapes, nn.Module):
         return shapes
-    return {
-        name: parameter.shape for name, parameter in shapes.named_parameters(remove_duplicate=False)
-    }
+    return {name: parameter.shape for name, parameter in named_weights(shapes).items()}
 
 
 def _short_side(name: str, shape: Sequence[int]) -> int:

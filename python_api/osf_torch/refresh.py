@@ -7,58 +7,35 @@ import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from osf_kernels import TruncatedSVD, truncated_svd
+from osf_torch.batching import Batch, batches, factors_of, kind_of
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
-from osf_torch.sharing import Ranks, whole
+from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Decomposition, Keep, Subspaces, assemble, smaller
 
 Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 
-BATCH = 32  # matrices a call at most: the bar moves, and an interrupt is heeded
-FACTOR_BYTES = 1 << 30  # what one call may return where no max_workspace_bytes is given
-
+FACTOR_BYTES = 1 << 30  # what one call may hold where no max_workspace_bytes is given
+CHECKED_AT_ONCE = 1 << 20  # elements: what looks for NaN and Inf takes seven bytes for each
 
 INDEXED = re.compile(r"\bA\[(\d+)\]")  # how truncated_svd names a matrix of a list
+# What truncated_svd advises by arguments that refresh doesn't take, and what does the same here.
+ADVICE = {
+    "lower rank or oversample": "lower ranks",
+    "pass float64": "take compute_dtype=torch.float64",
+}
 
-
-class _Kind(NamedTuple):
-    """What the weights of one batch have in common."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: tuple[int, int]
-    rank: int
-    complement: bool
-
-    @property
-    def cost(self) -> float:
-        """FLOPs of a decomposition, up to a factor."""
-        m, n = self.shape
-        return float(m * n) * (min(m, n) if self.complement else self.rank)
-
-    @property
-    def factor_bytes(self) -> int:
-        """Of one matrix's factors before the larger bases are let go."""
-        m, n = self.shape
-        width = 8 if self.dtype == torch.float64 else 4
-        columns = [(m, m), (n, n)] if self.complement else [(m, self.rank), (n, self.rank)]
-        return width * sum(size * count for size, count in columns)
-
-    def __str__(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]} r={self.rank}"
-
-
-_Batch = tuple[_Kind, list[Selected]]
 _Result = tuple[dict[str, Tensor], dict[str, Any]]  # factors and facts
 
 
@@ -94,8 +71,9 @@ def refresh(
             ``method="auto"`` then takes the warm or the deflated method, by what was kept.
         progress: True shows a bar on a terminal, "always" prints lines elsewhere too.
         filter: which weights; a function of (name, parameter), a pattern of names or several.
-            By default the weights of nn.Linear modules that require grad. A weight that modules
-            share is decomposed once and goes by its first name.
+            By default the weights that require grad of nn.Linear modules, and of transformers'
+            Conv1D (GPT-2's layers), whose W is (inputs, outputs). A weight that modules share is
+            decomposed once and goes by its first name; one without elements is passed over.
         method: as in truncated_svd.
         tol: relative residual of the triplets that the iterative methods reach, or warn about by
             parameter name.
@@ -107,9 +85,11 @@ def refresh(
         seed: random sketches are drawn from it, one for each shape and rank, whatever the order
             and the batching; the global generator is left alone.
         max_workspace_bytes: bounds what truncated_svd works in (a single weight that doesn't fit
-            is refused) and, apart from that, the factors of one call before the larger ones are
-            let go (of which a single weight's always go). Peak memory beyond the result is the
-            sum of the two. Without it: truncated_svd's own default, and 1 GiB of factors.
+            is refused) and, apart from that, what one call is given and returns: the factors
+            before the larger ones are let go, copies of weights that are gathered or brought to
+            ``compute_dtype``, and of a ``previous`` on another device (a single weight's always
+            go). Peak memory beyond the result is the sum of the two and a few MiB. Without it:
+            truncated_svd's own default, and 1 GiB.
         offload: device that the factors are moved to, batch by batch, such as "cpu".
         dtype: of the bases that are kept, as in ``Subspaces.to``; S keeps its own. None is the
             weight's for float64, else float32.
@@ -122,58 +102,58 @@ def refresh(
 
     Returns:
         Subspaces by parameter name, in the model's order; ``print(_.summary())`` shows them.
+        Under ``torch.inference_mode`` too, factors are tensors that autograd takes.
 
     Raises:
         ValueError: nothing matches (the message lists the model's 2-D parameters), a weight
             without a rank, a rank or key that doesn't fit, NaN or Inf in a weight (all weights
             are looked at before the first is decomposed), a ``previous`` that lacks a weight, its
             shape or its triplets. All name the parameter; no partial result is left.
-        TypeError: a weight of another dtype.
+        TypeError: a weight of another dtype, an argument of another type.
         RuntimeError: another rank of the group failed.
 
     Mutates nothing; synchronises once a batch; draws from ``seed`` alone.
     """
-    if keep not in ("smaller", "all"):
-        raise ValueError(f'osf_torch.refresh: expected keep to be "smaller" or "all", got {keep!r}')
-    if compute_dtype not in (None, torch.float64):
-        raise ValueError(
-            "osf_torch.refresh: expected compute_dtype to be torch.float64 or None, got "
-            f"{compute_dtype}; 16-bit weights are decomposed in float32 accuracy as they are"
-        )
+    _require_options(keep, compute_dtype, dtype)
+    workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
     selected = select(model, ranks, filter, operator="refresh", sharded=True)
     if previous is not None:
         _require_fit(previous, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
     _require_finite(selected)
-    kinds = [_kind(s, complement) for s in selected]
-    limit_bytes = max_workspace_bytes or FACTOR_BYTES
+    earlier = [None if previous is None else previous[s.name].svd for s in selected]
+    kinds = [
+        kind_of(s, complement, compute_dtype, svd) for s, svd in zip(selected, earlier, strict=True)
+    ]
+    limit_bytes = workspace_bytes or FACTOR_BYTES
     shares = [
-        list(_batches([selected[i] for i in share], complement, limit_bytes, compute_dtype))
+        list(batches([selected[i] for i in share], [kinds[i] for i in share], limit_bytes))
         for share in sharers.split([kind.cost for kind in kinds])
     ]
-    options = {"tol": tol, "method": method, "max_workspace_bytes": max_workspace_bytes}
+    options = {"tol": tol, "method": method, "max_workspace_bytes": workspace_bytes}
     found: dict[str, Decomposition] = {}
     shown = progress if sharers.rank == 0 else False
-    with progress_bar(shown, "refresh", len(selected), sum(kind.cost for kind in kinds)) as bar:
+    bar_of_all = progress_bar(shown, "refresh", len(selected), sum(kind.cost for kind in kinds))
+    with torch.inference_mode(False), torch.no_grad(), bar_of_all as bar:
         for at_once in itertools.zip_longest(*shares):  # a batch of every rank
             results: list[_Result] = []
             error = None
-            for owner, (kind, batch) in _present(at_once):
-                weights = [whole(s.weight.detach()) for s in batch]
+            for owner, batch in _present(at_once):
                 if owner != sharers.rank:
+                    batch.join()
                     continue
-                bar.begin(f"{kind} {batch[0].name}")
+                bar.begin(f"{batch.kind} {batch.weights[0].name}")
                 try:
-                    starts = None if previous is None else [_start(previous, s) for s in batch]
-                    weights = [W.to(compute_dtype) for W in weights]
-                    results = _decomposed(kind, batch, weights, starts, seed, **options)
+                    results = _decomposed(batch, previous, seed, **options)
                 except Exception as caught:
                     error = caught
             sharers.agree(error, kinds[0].device, "refresh")
-            for owner, (kind, batch) in _present(at_once):
-                mine = iter(results if owner == sharers.rank else ())
-                for s in batch:
-                    factors, facts = next(mine, (_unfilled(kind, compute_dtype), None))
+            for owner, (kind, weights) in _present(at_once):
+                for s in weights:
+                    # Taken out, so that nothing of them is left when the next batch begins.
+                    factors, facts = (
+                        results.pop(0) if owner == sharers.rank else (kind.unfilled(), None)
+                    )
                     if keep == "smaller":
                         factors = smaller(factors)
                     held = dtype
@@ -184,27 +164,28 @@ def refresh(
                         for part, factor in factors.items()
                     }
                     factors, facts = sharers.send(owner, factors, facts, s.weight.device)
-                    factors = {part: _kept(factor, offload) for part, factor in factors.items()}
+                    factors = {part: _kept(factor, stay) for part, factor in factors.items()}
                     found[s.name] = assemble(factors, shape=s.shape, rank=kind.rank, **facts)
-                bar.advance(len(batch), kind.cost * len(batch))
+                bar.advance(len(weights), kind.cost * len(weights))
     return Subspaces({s.name: found[s.name] for s in selected}, seed=seed)
 
 
-def _present(batches: Iterable[_Batch | None]) -> Iterator[tuple[int, _Batch]]:
+def _present(at_once: Iterable[Batch | None]) -> Iterator[tuple[int, Batch]]:
     """The ranks that have a batch, with it."""
-    return ((rank, batch) for rank, batch in enumerate(batches) if batch is not None)
+    return ((rank, batch) for rank, batch in enumerate(at_once) if batch is not None)
 
 
 def _decomposed(
-    kind: _Kind,
-    batch: Sequence[Selected],
-    weights: Sequence[Tensor],
-    starts: Sequence[TruncatedSVD | Tensor] | None,
+    batch: Batch,
+    previous: Subspaces | None,
     seed: int,
     **options: Any,  # of truncated_svd
 ) -> list[_Result]:
+    kind, selected = batch
+    weights = batch.values()
+    starts = None if previous is None else [_start(previous, s) for s in selected]
     started = time.perf_counter()
-    with torch.no_grad(), _Named(batch):
+    with _Named(selected):
         results = truncated_svd(
             weights,
             kind.rank,
@@ -214,55 +195,71 @@ def _decomposed(
             **options,
         )
     figures = _figures(results)  # synchronises, so that the time is whole
-    seconds = (time.perf_counter() - started) / len(batch)
+    seconds = (time.perf_counter() - started) / len(selected)
     return [
         (
-            _factors(result),
+            factors_of(result),
             figure | {"method": result.method, "iterations": result.iterations, "seconds": seconds},
         )
         for result, figure in zip(results, figures, strict=True)
     ]
 
 
-def _unfilled(kind: _Kind, compute_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Factors that another rank computes, for their names and shapes, in no memory."""
-    (m, n), r = kind.shape, kind.rank
-    shapes = {"U": (m, r), "S": (r,), "V": (n, r)}
-    if kind.complement:
-        shapes |= {"U_low": (m, m - r), "V_low": (n, n - r)}
-    double = torch.float64 in (kind.dtype, compute_dtype)
-    dtype = torch.float64 if double else torch.float32
-    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+def _require_options(keep: object, compute_dtype: object, dtype: object) -> None:
+    if keep not in ("smaller", "all"):
+        raise ValueError(f'osf_torch.refresh: expected keep to be "smaller" or "all", got {keep!r}')
+    if compute_dtype not in (None, torch.float64):
+        raise ValueError(
+            "osf_torch.refresh: expected compute_dtype to be torch.float64 or None, got "
+            f"{compute_dtype}; 16-bit weights are decomposed in float32 accuracy as they are"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            "osf_torch.refresh: expected dtype to be a floating-point torch.dtype or None, got "
+            f"{dtype!r}"
+        )
 
 
-def _batches(
-    selected: Sequence[Selected],
-    complement: bool | None,
-    limit_bytes: int,
-    compute_dtype: torch.dtype | None,
-) -> Iterator[tuple[_Kind, list[Selected]]]:
-    kinds: dict[_Kind, list[Selected]] = {}
-    for s in selected:
-        kinds.setdefault(_kind(s, complement), []).append(s)
-    for kind, members in kinds.items():
-        computed = kind._replace(dtype=compute_dtype or kind.dtype)
-        size = max(1, min(BATCH, limit_bytes // max(1, computed.factor_bytes)))
-        for first in range(0, len(members), size):
-            yield kind, members[first : first + size]
+def _bytes(max_workspace_bytes: object) -> int | None:
+    given = max_workspace_bytes
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise TypeError(
+            "osf_torch.refresh: expected max_workspace_bytes to be an int or None, got "
+            f"{given!r}; 1 GiB is 1 << 30"
+        )
+    if int(given) < 1:
+        raise ValueError(
+            f"osf_torch.refresh: expected max_workspace_bytes to be at least 1, got {given}; None "
+            "is the default"
+        )
+    return int(given)
 
 
-def _kind(s: Selected, complement: bool | None) -> _Kind:
-    # Low bases pay where both are the smaller ones: of a 4:1 weight the longer side's would be
-    # many times the weight itself.
-    low = 2 * s.rank > max(s.shape) if complement is None else complement
-    return _Kind(s.weight.device, s.weight.dtype, s.shape, s.rank, low)
+def _device(offload: object) -> torch.device | None:
+    if offload is None or isinstance(offload, torch.device):
+        return offload
+    if not isinstance(offload, str):
+        raise TypeError(
+            "osf_torch.refresh: expected offload to be a torch.device, its name or None, got "
+            f"{type(offload).__name__}"
+        )
+    try:
+        return torch.device(offload)
+    except RuntimeError:
+        raise ValueError(
+            f'osf_torch.refresh: expected offload to name a device, such as "cpu", got {offload!r}'
+        ) from None
 
 
 def _require_finite(selected: Sequence[Selected]) -> None:
     """Refuses NaN and Inf on any rank, with one synchronisation a device."""
     counts = []
     for s in selected:
-        count = (~torch.isfinite(local(s.weight.detach()))).sum()
+        here = local(s.weight.detach())
+        pieces = here.split(max(1, CHECKED_AT_ONCE // max(1, here.shape[1])))
+        count = torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum()
         cut = sharding_of(s.weight)
         if cut is not None:
             (count,) = sum_over(cut.group, [count])
@@ -311,7 +308,7 @@ def _start(previous: Subspaces, selected: Selected) -> TruncatedSVD | Tensor:
     device = selected.weight.device
     if svd.V.dtype not in (torch.float32, torch.float64):  # a sketch, but no triplets
         return svd.V.to(device, svd.S.dtype)
-    moved = {name: factor.to(device) for name, factor in _factors(svd).items()}
+    moved = {name: factor.to(device) for name, factor in factors_of(svd).items()}
     return TruncatedSVD(
         **moved,
         residual=svd.residual.to(device),
@@ -322,15 +319,11 @@ def _start(previous: Subspaces, selected: Selected) -> TruncatedSVD | Tensor:
     )
 
 
-def _factors(svd: TruncatedSVD) -> dict[str, Tensor]:
-    found = {"U": svd.U, "S": svd.S, "V": svd.V, "U_low": svd.U_low, "V_low": svd.V_low}
-    return {name: factor for name, factor in found.items() if factor is not None}
-
-
-def _kept(factor: Tensor, device: torch.device | str | None) -> Tensor:
+def _kept(factor: Tensor, device: torch.device | None) -> Tensor:
     """The factor where it is to stay, in memory of its own: a view would hold on to the rest."""
     moved = factor.to(device)
-    return moved.clone() if moved.untyped_storage().nbytes() > moved.nbytes else moved
+    shared = moved.untyped_storage().nbytes() > moved.nbytes
+    return moved.clone() if shared or moved.is_inference() else moved
 
 
 def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, Any]]:
@@ -374,8 +367,11 @@ class _Named:
         if isinstance(error, ValueError | TypeError | RuntimeError):
             raise type(error)(self._named(error)) from error
         for warning in self._log or ():
-            warnings.warn(self._named(warning.message), warning.category, stacklevel=3)
+            # Past this method and _decomposed, to the caller of refresh.
+            warnings.warn(self._named(warning.message), warning.category, stacklevel=4)
 
     def _named(self, message: object) -> str:
         text, count = INDEXED.subn(lambda found: repr(self._names[int(found[1])]), str(message))
+        for theirs, ours in ADVICE.items():
+            text = text.replace(theirs, ours)
         return f"osf_torch.refresh: {text if count else f'{listed(self._names)}: {text}'}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -71,22 +72,29 @@ def select(
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
-    as in ``model.named_parameters()``. ``sharded`` says whether DTensors are taken.
+    as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
+    protect. ``sharded`` says whether DTensors are taken.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"osf_torch.{operator}: expected model to be an nn.Module, got {type(model).__name__}; "
+            "load a state dict into its model first"
+        )
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in named_weights(model).items():
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
-    matrices = [key for key, parameter in parameters.items() if parameter.dim() == 2]
+    matrices = [key for key, p in parameters.items() if p.dim() == 2 and p.numel()]
     matches = _matcher(model, filter, operator)
     chosen = [key for key in matrices if any(matches(n, parameters[key]) for n in aliases[key])]
     if not chosen:
         found = [_described(aliases[key][0], parameters[key]) for key in matrices]
-        wanted = "nn.Linear weights that require grad" if filter is None else f"filter={filter!r}"
+        linear = "nn.Linear weights (and Conv1D's) that require grad"
+        wanted = linear if filter is None else f"filter={filter!r}"
         raise ValueError(
             f"osf_torch.{operator}: expected {wanted} to match a 2-D parameter of the model, got "
             f"no match among its {len(found)}: {listed(found) or 'none'}; pass filter= with "
@@ -107,20 +115,24 @@ def _described(name: str, parameter: nn.Parameter) -> str:
     return f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})"
 
 
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, and transformers' Conv1D: the same layer, with its weight as (inputs, outputs)."""
+    kinds = type(module).__mro__
+    return isinstance(module, nn.Linear) or any(kind.__name__ == "Conv1D" for kind in kinds)
+
+
 def _matcher(
     model: nn.Module, filter: Filter, operator: str
 ) -> Callable[[str, nn.Parameter], bool]:
     if filter is None:
         weights = {
-            id(module._parameters.get("weight"))
-            for module in model.modules()
-            if isinstance(module, nn.Linear)
+            id(module._parameters.get("weight")) for module in model.modules() if is_linear(module)
         }
         return lambda _, parameter: parameter.requires_grad and id(parameter) in weights
     if callable(filter):
         return filter
-    patterns = [filter] if isinstance(filter, str) else list(filter)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    patterns = [filter] if isinstance(filter, str) else filter
+    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
             f"osf_torch.{operator}: expected filter to be a function of name and parameter, or "
             f"patterns of names, got {filter!r}"
@@ -184,21 +196,22 @@ def _require_decomposable(name: str, weight: nn.Parameter, operator: str, sharde
 def _resolved(rank: object, m: int, n: int, name: str, operator: str) -> int:
     """r of an int, or of a share ρ in (0, 1] of the shorter side, at least one."""
     short = min(m, n)
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
+    if isinstance(rank, bool) or not isinstance(rank, Real):
         raise TypeError(
             f"osf_torch.{operator}: expected the rank of {name!r} to be an int or a float in "
             f"(0, 1], got {rank!r}"
         )
-    if isinstance(rank, float):
-        if not 0.0 < rank <= 1.0:
+    if not isinstance(rank, Integral):
+        share = float(rank)
+        if not 0.0 < share <= 1.0:
             raise ValueError(
                 f"osf_torch.{operator}: expected the rank of {name!r} to be a float in (0, 1], got "
                 f"{rank!r}; pass an int for a number of directions"
             )
-        return max(1, round(rank * short))
-    if not 1 <= rank <= short:
+        return max(1, round(share * short))
+    if not 1 <= int(rank) <= short:
         raise ValueError(
             f"osf_torch.{operator}: expected the rank of {name!r} to be from 1 to min(m, n) = "
             f"{short} of its shape ({m}, {n}), got {rank}; pass a float for a share of it"
         )
-    return rank
+    return int(rank)

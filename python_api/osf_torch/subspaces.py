@@ -66,6 +66,14 @@ class Decomposition(Subspace):
     converged: bool | None
     seconds: float
 
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return (
+            f"Decomposition({m}x{n}, rank {self.rank}, held {_spans(self)}; {_ran(self)}, "
+            f"residual {self.residual:.1e}, captured {self.captured:.4f}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
     def factors(self) -> dict[str, Tensor]:
         """The tensors kept, each once: of U, U_low, S, V, V_low those there are."""
         assert self.S is not None
@@ -168,13 +176,24 @@ class Subspaces(Mapping[str, Decomposition]):
         return sum(entry.nbytes for entry in self.values())
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Subspaces:
         """The same on another device, or with bases of another dtype; S keeps its own.
+
+        As of a tensor, ``to(torch.bfloat16)`` takes a dtype alone.
 
         Bases of bfloat16 take half the memory, leak 6e-4 held low and 3e-3 held high, and serve
         a later refresh as a sketch only.
         """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(
+                    "osf_torch.Subspaces.to: expected a device and a dtype, got the dtypes "
+                    f"{device} and {dtype}"
+                )
+            device, dtype = None, device
         moved = {}
         for name, entry in self.items():
             factors = {
@@ -203,7 +222,7 @@ class Subspaces(Mapping[str, Decomposition]):
                 "x".join(map(str, entry.shape)),
                 str(entry.rank),
                 _spans(entry),
-                entry.method + ("" if entry.converged in (None, True) else ", above tol"),
+                _ran(entry),
                 f"{entry.residual:.1e}",
                 f"{entry.captured:.4f}",
                 f"{entry.seconds:.3f}",
@@ -251,6 +270,10 @@ FACTS = (
 def facts_of(entry: Decomposition) -> dict[str, Any]:
     """The fields of a Decomposition that ``assemble`` takes beside the factors."""
     return {name: getattr(entry, name) for name in FACTS}
+
+
+def _ran(entry: Decomposition) -> str:
+    return entry.method + ("" if entry.converged in (None, True) else ", above tol")
 
 
 def _spans(entry: Decomposition) -> str:
