@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from osf_kernels import project
-from osf_torch import Subspace, protect, refresh
+from osf_torch import Subspace, input_subspaces, protect, refresh
 from tests.helpers import generator_for
 
 
@@ -193,3 +193,135 @@ def test_a_refused_next_task_leaves_the_protection_as_it_was():
     assert guard.subspaces is before
     train(model, optimizer, 2)
     guard.verify()
+
+
+def leading(W, rank):
+    squares = torch.linalg.svdvals(W).square()
+    return float(squares[:rank].sum() / squares.sum())
+
+
+@pytest.mark.parametrize("kept", [{}, {"keep": "all", "complement": True}], ids=str)
+def test_what_the_next_task_lets_go_of_is_told(kept):
+    model = mlp("released").double()
+    optimizer = adamw(model)
+    guard = protect(model, refresh(model, 0.4, progress=False, **kept), optimizer=optimizer)
+    with pytest.raises(RuntimeError, match=r"Guard\.released: expected next_task\(\) to have been"):
+        guard.released()
+    old = {name: (s.U, s.V) for name, s in guard.subspaces.items()}
+    with torch.no_grad():  # learned where it may, and more than what was protected
+        for name, (U, V) in old.items():
+            p = model.get_parameter(name)
+            p.add_(project(torch.randn(p.shape, dtype=p.dtype), U, V), alpha=3)
+    train(model, optimizer, 2)
+    found = guard.next_task(progress=False)
+    for name, share in guard.released().items():
+        W = model.get_parameter(name).detach()
+        H = W - project(W, *old[name])
+        wanted = project(H, found[name].U, found[name].V).norm() / H.norm()
+        assert share == pytest.approx(float(wanted), rel=1e-9)
+        assert share > 0.5
+        assert found[name].captured == pytest.approx(leading(W, found[name].rank), rel=1e-6)
+    guard.next_task(widen=1.0, progress=False)
+    assert max(guard.released().values()) <= 1e-12, "all of it is protected"
+
+
+def test_the_next_task_refuses_bases_that_triplets_would_replace():
+    model = mlp("inputs")
+    optimizer = adamw(model)
+    x = torch.randn(40, 18)
+    found = input_subspaces(
+        model, [x], energy=0.8, previous=refresh(model, 0.3, progress=False), progress=False
+    )
+    guard = protect(model, found, optimizer=optimizer)
+    train(model, optimizer, 2)
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight; .* previous=guard\.subspaces"):
+        guard.next_task(widen=0.1, progress=False)
+    assert guard.subspaces is found
+    again = input_subspaces(model, [x], previous=guard.subspaces, progress=False)
+    guard = protect(model, again, optimizer=optimizer)
+    train(model, optimizer, 2)
+    guard.verify()
+
+
+def test_the_next_task_refuses_batched_weights_and_drops_none():
+    model = nn.ParameterDict({"w": torch.randn(3, 12, 8), "v": torch.randn(12, 8)})
+    subspaces = dict(refresh(model, 0.4, filter="v", progress=False))
+    U, S, Vh = torch.linalg.svd(model["w"].detach(), full_matrices=False)
+    subspaces["w"] = Subspace(U[..., :3], Vh[:, :3].mT, S[:, :3])
+    optimizer = adamw(model)
+    guard = protect(model, subspaces, optimizer=optimizer)
+    for call in ({"ranks": 0.6}, {"widen": 0.1}):
+        with pytest.raises(ValueError, match="expected 2-D weights, got batched ones: w"):
+            guard.next_task(progress=False, **call)
+    for p in model.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    guard.verify()
+    assert set(guard.drift()) == {"w", "v"}
+
+
+@pytest.mark.parametrize(
+    ("widen", "error"),
+    [
+        (-10, ValueError),
+        (2.5, ValueError),
+        (float("nan"), ValueError),
+        (True, TypeError),
+        ("a", TypeError),
+        ([1], TypeError),
+    ],
+)
+def test_the_next_task_refuses_to_widen_by(widen, error):
+    model = mlp("widen")
+    guard = protect(model, refresh(model, 0.4, progress=False), optimizer=adamw(model))
+    with pytest.raises(
+        error, match=r"Guard\.next_task: expected widen to be an int.*\[0, 1\], got"
+    ):
+        guard.next_task(widen=widen, progress=False)
+
+
+@pytest.mark.parametrize("keep", ["smaller", "all"])
+@pytest.mark.parametrize("ratio", [0.25, 0.7])
+def test_a_resumed_run_goes_on_to_the_next_task_to_the_bit(ratio, keep):
+    kept = {"keep": keep, "complement": True if keep == "all" else None, "progress": False}
+    model = mlp("tasks")
+    optimizer = adamw(model)
+    guard = protect(model, refresh(model, ratio, **kept), optimizer=optimizer)
+    train(model, optimizer, 3, "first")
+    guard.next_task(widen=0.1, **kept)
+    train(model, optimizer, 3, "second")
+    checkpoint = saved(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        | {"guard": guard.state_dict()}
+    )
+    resumed = mlp("another")
+    other = adamw(resumed)
+    fresh = protect(resumed, refresh(resumed, 0.5, progress=False), optimizer=other)
+    resumed.load_state_dict(checkpoint["model"])
+    other.load_state_dict(checkpoint["optimizer"])
+    fresh.load_state_dict(checkpoint["guard"])
+    assert repr(fresh.subspaces) == repr(guard.subspaces)
+    for s, item in zip(fresh.subspaces.values(), fresh._items.values(), strict=True):
+        assert s.U.columns is item.held.U.columns, "one copy of what two places hold"
+    wanted, found = (g.next_task(widen=0.1, **kept) for g in (guard, fresh))
+    for name, entry in wanted.items():
+        assert found[name].rank == entry.rank
+        assert found[name].method == entry.method
+        for part, factor in entry.factors().items():
+            assert torch.equal(found[name].factors()[part], factor), (name, part)
+
+
+def test_a_state_of_plain_subspaces_or_of_an_older_guard():
+    model = mlp("plain")
+    U, S, Vh = torch.linalg.svd(model[0].weight.detach())
+    given = {"0.weight": Subspace(U[:, :4], Vh[:4].mT, S[:4])}
+    optimizer = adamw(model)
+    guard = protect(model, given, optimizer=optimizer)
+    train(model, optimizer, 2)
+    state = saved(guard.state_dict())
+    older = {key: value for key, value in state.items() if key != "subspaces"}
+    for taken in (state, older):
+        guard = protect(model, {"0.weight": Subspace(U[:, :2], None)}, optimizer=optimizer)
+        guard.load_state_dict(taken)
+        assert torch.equal(guard.subspaces["0.weight"].U.columns, U[:, :4])
+        assert guard.next_task(widen=2, progress=False)["0.weight"].rank == 6

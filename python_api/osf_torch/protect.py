@@ -32,7 +32,9 @@ def protect(
 
     Each step g ← P(g) before the optimizer, and with ``restore`` W ← P(W) + protected after it:
     elementwise optimizers and weight decay reach into the protected span even from a
-    projected gradient.
+    projected gradient, and momentum from before, where the optimizer has stepped already.
+    Gradients that ``optimizer.step(closure)`` makes, LBFGS's too, are projected after each
+    evaluation.
 
     Call it when the parameters are those that will be trained: after ``fully_shard``,
     ``parallelize_module`` or a move to another device, and before DeepSpeed's ``initialize``.
@@ -55,7 +57,9 @@ def protect(
         restore: True pins the protected part in the optimizer's step post-hook. "deferred" pins it
             in the next step's pre-hook, together with that step's projection (when="step" alone):
             nothing adds up, but in between the weights carry the drift of one step;
-            ``Guard.restore`` pins it at once, before weights are evaluated or saved.
+            ``Guard.restore`` pins it at once, before weights are evaluated or saved. Either way a
+            step refuses (RuntimeError) weights whose protected part something else has replaced
+            since the last one, such as a checkpoint loaded without ``Guard.load_state_dict``.
         mode: "complement" or "core", for projecting and restoring.
         record: measure the leak at every projection for ``Guard.leak()``; costs two more
             projections in float64 and a synchronisation per matrix.
@@ -66,10 +70,17 @@ def protect(
     Raises:
         ValueError: no subspace, an unknown parameter name, a shape that doesn't fit, an
             optimizer that is missing or doesn't own a protected parameter, S that isn't the
-            weight's; nothing is attached.
+            weight's, columns that aren't orthonormal; nothing is attached.
+        TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer.
 
-    Computes the dense protected part where neither S nor ``protected`` is given.
+    Computes the dense protected part where neither S nor ``protected`` is given. Synchronises for
+    each basis.
     """
+    if not isinstance(subspaces, Mapping):
+        raise TypeError(
+            "osf_torch.protect: expected subspaces to be a mapping from parameter name to "
+            f"Subspace, got {type(subspaces).__name__}; refresh makes one"
+        )
     if not subspaces:
         raise ValueError(
             "osf_torch.protect: expected subspaces to name at least one parameter, got none"
@@ -89,6 +100,12 @@ def protect(
                 'pass optimizer=, or restore=False and when="backward"'
             )
     optimizer = _innermost(optimizer)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "osf_torch.protect: expected optimizer to be a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}; where several step one model, protect it once for each, "
+            "with the subspaces of the weights that it owns"
+        )
     items = _items(model, subspaces, mode)
     zero3 = next((item.name for item in items if weights.zero3_shape(item.weight)), None)
     if zero3 is not None and (restore or when == "step"):
@@ -134,6 +151,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 f"osf_torch.protect: expected subspaces to name parameters of the model, "
                 f"got {name!r}; it has {len(parameters)}, the first are {known}"
             )
+        _require_subspace(name, subspace)
         try:
             W, U, V = weights.shapes_of(weight, subspace)
             plan(W, U, V, mode=mode)
@@ -147,6 +165,19 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
             "every named parameter is frozen"
         )
     return list(items.values())
+
+
+def _require_subspace(name: str, subspace: object) -> None:
+    if not isinstance(subspace, Subspace):
+        raise TypeError(
+            f"osf_torch.protect: expected a Subspace for parameter {name!r}, got "
+            f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S)"
+        )
+    if subspace.U is None and subspace.V is None:
+        raise ValueError(
+            f"osf_torch.protect: expected a basis of parameter {name!r} on one side at least, got "
+            "U=None and V=None, which protects nothing; leave the name out"
+        )
 
 
 def _require_owner(optimizer: torch.optim.Optimizer, items: list[Protected]) -> None:

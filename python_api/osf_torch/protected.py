@@ -19,17 +19,20 @@ from osf_kernels import (
     Mode,
     apply_,
     coefficients,
+    plan,
     project,
     project_,
     project_many_,
     restore_many_,
 )
 from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of, sum_over
+from osf_torch.sharing import whole
 from osf_torch.subspaces import Held, Subspace
 
 # How far U, S, V may be from triplets of the weight, relative to S: float32 decompositions of
 # trained weights are off by 1e-6 to 1e-5, bfloat16 bases by 3e-3.
 TRIPLETS_LIMIT = 2e-2
+ORTHONORMAL_LIMIT = 2e-2  # an entry of UᵀU − I: 16-bit bases are off by 1e-3
 DRIFT_LIMIT = 1e-4  # of the protected part, where bases are float32: decompositions reach 1e-5
 TINY = 1e-300  # in a denominator that may be zero
 
@@ -50,6 +53,7 @@ class Protected:
         self.sharding: Sharding | None = sharding_of(weight)
         self.held = self._held(subspace)
         self._seen: tuple[weakref.ref[Tensor], int] | None = None
+        self.mark_left()
 
     @property
     def group(self) -> Group | None:
@@ -68,6 +72,8 @@ class Protected:
     def _held(self, s: Subspace) -> Subspace:
         device = local(self.weight).device
         U, V = moved(s.U, device), moved(s.V, device)
+        for side, basis in (("U", U), ("V", V)):
+            _require_orthonormal(side, basis)
         S = None if s.S is None else s.S.to(device)
         protected = None if s.protected is None else s.protected.to(device)
         cut = self.sharding
@@ -90,16 +96,57 @@ class Protected:
     def mark_projected(self) -> None:
         g = self.weight.grad
         assert g is not None
-        self._seen = weakref.ref(g), local(g)._version
+        self._seen = weakref.ref(g), g._version
+
+    def has_met(self) -> bool:
+        """Whether the gradient is the tensor that was projected last, written to since or not."""
+        return self._seen is not None and self._seen[0]() is self.weight.grad
 
     def is_projected(self) -> bool:
-        """Whether the gradient is the one that was projected, unwritten since."""
+        """Whether the gradient is the one that was projected, unwritten since.
+
+        Never of a DTensor: in-place operators count on it but not on its local tensor, writing to
+        that the other way round, and ``torch._foreach_*_`` on neither (torch 2.13; the clipping
+        functions use it). Projecting it again is exact: P² = P.
+        """
         g = self.weight.grad
         return (
-            g is not None
+            self.has_met()
+            and g is not None
+            and not is_dtensor(g)
             and self._seen is not None
-            and self._seen[0]() is g
-            and self._seen[1] == local(g)._version
+            and self._seen[1] == g._version
+        )
+
+    # --- who wrote to the weight last ---
+
+    def mark_left(self) -> None:
+        """The weight is as the guard knows it: after a step, or pinned."""
+        self._left = self.weight._version
+
+    def is_as_left(self) -> bool:
+        """Whether nothing is known to have written to the weight since.
+
+        Of a DTensor ``copy_`` and other plain operators count, and they count on every rank alike;
+        what writes to its local tensor, or to ``weight.data``, isn't seen.
+        """
+        return self._left == self.weight._version
+
+
+def _require_orthonormal(side: str, basis: Held) -> None:
+    """Refuses columns that UᵀU = I doesn't hold for; with them P is no projection and grows."""
+    if basis is None or not columns_of(basis).numel():
+        return
+    columns = columns_of(basis)
+    columns = columns.float() if columns.element_size() == 2 else columns
+    gram = whole(columns.mT @ columns)
+    off = float(
+        (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max()
+    )
+    if not off <= ORTHONORMAL_LIMIT:
+        raise ValueError(
+            f"expected {side} to have orthonormal columns, got {side}'{side} off from I by "
+            f"{off:.1e}; pass them through osf_kernels.orthonormalize first"
         )
 
 
@@ -190,6 +237,8 @@ def project_and_restore_all_(
             _restore_part_(item, W, x, A, B, mode)
     for item in projected:
         item.mark_projected()
+    for item in restored:
+        item.mark_left()
 
 
 def restore_all_(items: Sequence[Protected], mode: Mode) -> None:
@@ -270,6 +319,45 @@ def reference(item: Protected) -> Tensor | None:
     assert s.S is not None
     U, V = columns_of(s.U).double(), columns_of(s.V).double()
     return (U * s.S.double().unsqueeze(-2)) @ V.mT
+
+
+@torch.no_grad()
+def drift(item: Protected, mode: Mode) -> float:
+    """‖H(W) − H_ref‖ / ‖H_ref‖ in float64, of the whole matrix.
+
+    Raises:
+        RuntimeError: no reference is known.
+    """
+    H = reference(item)
+    if H is None:
+        raise RuntimeError(
+            f"osf_torch.Guard.drift: expected a reference for {item.name!r}, got a subspace "
+            "without S and protected and restore=False; give one of them"
+        )
+    off = remainder(item, item.view(item.weight), mode) - H
+    return norm(item, off) / max(norm(item, H), TINY)
+
+
+@torch.no_grad()
+def released(before: Protected, after: Protected, mode: Mode) -> float:
+    """‖P(H)‖ / ‖H‖ of the part H that ``before`` protects, P that of ``after``; in float64."""
+    H = remainder(before, before.view(before.weight), mode)
+    return norm(before, H - remainder(after, H, mode)) / max(norm(before, H), TINY)
+
+
+def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Exception:
+    """An operator's refusal of a list, with the name of the parameter that is at fault."""
+    for item in items:
+        for x in (item.weight, item.weight.grad):
+            try:
+                if x is not None:
+                    plan(item.view(x), item.held.U, item.held.V, mode=mode)
+            except (TypeError, ValueError) as found:
+                return type(found)(
+                    f"osf_torch.Guard: parameter {item.name!r}: {found}; after converting the "
+                    "model protect it again"
+                )
+    return error
 
 
 def pinned(item: Protected, mode: Mode) -> Subspace:

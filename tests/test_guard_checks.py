@@ -1,0 +1,281 @@
+"""What protect and its Guard refuse or notice, before anything is written."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from osf_kernels import truncated_svd
+from osf_torch import Subspace, protect, refresh
+from tests.helpers import generator_for
+
+
+def mlp(*key, dtype=torch.float32):
+    model = nn.Sequential(nn.Linear(18, 30), nn.Tanh(), nn.Linear(30, 18))
+    gen = generator_for("checks", *key)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=gen))
+    return model.to(dtype)
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
+
+
+def bases(model, ratio=0.4, **options):
+    return refresh(model, ratio, progress=False, **options)
+
+
+def train(model, optimizer, steps, *key):
+    gen = generator_for("data", *key)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        x = torch.randn(16, 18, generator=gen).to(dtype)
+        optimizer.zero_grad()
+        (model(x) - x.sin()).square().mean().backward()
+        optimizer.step()
+
+
+def copied(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(model, state):
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# --- weights that something else has written to ---
+
+
+@pytest.mark.parametrize("when", ["step", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_refuses_a_checkpoint_that_was_loaded_without_the_guards_state(dtype, when):
+    model = mlp("loaded", dtype=dtype)
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer, when=when)
+    train(model, optimizer, 2)
+    other = mlp("other", dtype=dtype).state_dict()
+    model.load_state_dict(other)
+    with pytest.raises(RuntimeError, match=r"protected part of '0\.weight' .* load the guard's"):
+        train(model, optimizer, 1)
+    assert same(model, other), "nothing was written"
+    protect(model, bases(model), optimizer=optimizer, when=when)
+    train(model, optimizer, 1)
+    assert not same(model, other)
+    guard.remove()
+
+
+def test_deferred_weights_are_refused_by_whatever_would_pin_them():
+    model = mlp("deferred")
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer, restore="deferred")
+    train(model, optimizer, 2)
+    other = mlp("other").state_dict()
+    model.load_state_dict(other)
+    for call in (guard.restore, guard.project_grads, guard.verify, guard.next_task, guard.remove):
+        with pytest.raises(RuntimeError, match="before exchanging weights"):
+            call()
+        assert same(model, other), call
+    assert not optimizer._optimizer_step_pre_hooks, "remove has taken the hooks off"
+
+
+@pytest.mark.parametrize("restore", [True, "deferred"])
+def test_weights_that_are_exchanged_and_put_back_are_no_error(restore):
+    """An average for evaluation, a checkpoint of the same task, a lookahead: H(W) stays."""
+    model = mlp("exchanged")
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer, restore=restore)
+    train(model, optimizer, 2)
+    guard.restore()
+    first = copied(model)
+    train(model, optimizer, 2)
+    guard.restore()
+    second = copied(model)
+    model.load_state_dict(mlp("other").state_dict())
+    model.load_state_dict(second)
+    train(model, optimizer, 1)
+    guard.restore()
+    model.load_state_dict(first)
+    train(model, optimizer, 1)
+    guard.restore()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.lerp_(second[name], 0.5)
+    train(model, optimizer, 1)
+    guard.verify()
+
+
+def test_resuming_loads_the_guards_state_and_goes_on():
+    model = mlp("resumed")
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer)
+    train(model, optimizer, 2)
+    state, weights = guard.state_dict(), copied(model)
+    other = mlp("other")
+    fresh = protect(other, bases(other), optimizer=adamw(other))
+    other.load_state_dict(weights)
+    fresh.load_state_dict(state)
+    train(other, fresh._optimizer, 2)
+    fresh.verify()
+
+
+# --- verify ---
+
+
+def test_verify_notices_a_weight_that_was_frozen_at_protect():
+    model = mlp("frozen")
+    subspaces = bases(model)
+    model[0].weight.requires_grad_(False)
+    optimizer = adamw(model)
+    guard = protect(model, subspaces, optimizer=optimizer)
+    train(model, optimizer, 1)
+    guard.verify()
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"guarded, got '0\.weight', which was frozen"):
+        guard.verify()
+
+
+def test_verify_takes_a_weight_that_a_later_guard_has_taken_over():
+    model = mlp("taken")
+    subspaces = bases(model)
+    first, second = adamw(model[0]), adamw(model[2])
+    guards = [protect(model, {"0.weight": subspaces["0.weight"]}, optimizer=first)]
+    both = protect(model, subspaces, optimizer=adamw(model))
+    guards.append(protect(model, {"2.weight": subspaces["2.weight"]}, optimizer=second))
+    train(model, both._optimizer, 1)
+    both.verify()
+    guards[1].remove()
+    with pytest.raises(RuntimeError, match=r"guarded, got '2\.weight'.* a guard that was removed"):
+        both.verify()
+
+
+def test_verify_notices_another_optimizer_where_nothing_is_pinned():
+    model = mlp("optimizer")
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer, restore=False)
+    train(model, optimizer, 1)
+    guard.verify()
+    train(model, adamw(model), 1)
+    with pytest.raises(
+        RuntimeError, match=r"got something else since the last one in 0\.weight, 2"
+    ):
+        guard.verify()
+
+
+def test_verify_tells_a_nan_from_a_drift():
+    model = mlp("nan")
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer)
+    train(model, optimizer, 1)
+    model[2].weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    with pytest.raises(
+        RuntimeError, match=r"expected finite weights, got NaN or Inf in '2\.weight'"
+    ):
+        guard.verify()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_verify_names_a_scaler_that_skipped_every_step(fused):
+    model = mlp("scaler")
+    optimizer = adamw(model, fused=fused)
+    guard = protect(model, bases(model), optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaler.scale(model(torch.ones(4, 18)).square().sum() * 1e9).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    with pytest.raises(RuntimeError, match="GradScaler that skipped every step"):
+        guard.verify()
+
+
+# --- what protect is given ---
+
+
+def test_what_protect_refuses_by_type():
+    model = mlp("types")
+    optimizer = adamw(model)
+    subspaces = bases(model)
+    svd = truncated_svd(model[0].weight.detach(), 4)
+    for given, text in (
+        ({"0.weight": svd}, r"for parameter '0\.weight', got TruncatedSVD; .* Subspace\(U, V, S\)"),
+        ({"0.weight": (svd.U, svd.V)}, r"for parameter '0\.weight', got tuple"),
+        (["0.weight"], "expected subspaces to be a mapping .* got list"),
+        (None, "expected subspaces to be a mapping .* got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=rf"osf_torch\.protect: .*{text}"):
+            protect(model, given, optimizer=optimizer)
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, got list; .* once for each"):
+        protect(model, subspaces, optimizer=[optimizer, optimizer])
+    assert not optimizer._optimizer_step_pre_hooks
+    protect(model, {"0.weight": Subspace(svd.U, svd.V, svd.S)}, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_what_protect_refuses_of_a_subspace(restore):
+    model = mlp("subspaces")
+    optimizer = adamw(model)
+    U = torch.linalg.qr(torch.randn(30, 4))[0]
+    twice, scaled = U.clone(), U * 1.02
+    twice[:, 1] = twice[:, 0]
+    for s, text in (
+        (Subspace(None, None), r"a basis of parameter '0\.weight' on one side at least"),
+        (
+            Subspace(twice, None),
+            r"'0\.weight': expected U to have orthonormal columns, got U'U off",
+        ),
+        (Subspace(scaled, None), r"orthonormal columns, got U'U off from I by 4\.0e-02"),
+        (Subspace(U * float("nan"), None), "off from I by nan"),
+        (Subspace(None, torch.ones(18, 2)), "V to have orthonormal columns"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            protect(model, {"0.weight": s}, optimizer=optimizer, restore=restore)
+    assert not optimizer._optimizer_step_pre_hooks
+    for dtype in (torch.bfloat16, torch.float16):
+        protect(model, {"0.weight": Subspace(U.to(dtype), None)}, optimizer=optimizer)
+
+
+# --- gradients that don't fit ---
+
+
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_a_sparse_gradient_is_refused_by_name(when):
+    model = nn.Sequential(nn.Embedding(20, 12, sparse=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    protect(model, bases(model, filter="*.weight"), optimizer=optimizer, when=when)
+
+    def step():
+        model(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(TypeError, match=r"dense gradient of parameter '0\.weight', got .*sparse"):
+        step()
+
+
+def test_a_refused_step_still_knows_what_is_to_be_pinned():
+    model = mlp("refused", dtype=torch.float64)
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer, restore="deferred")
+    train(model, optimizer, 2)
+    model[2].weight.grad = torch.eye(18, 30, dtype=torch.float64).to_sparse()
+    with pytest.raises(TypeError, match=r"dense gradient of parameter '2\.weight'"):
+        optimizer.step()
+    assert max(guard.drift().values()) > 1e-6
+    guard.restore()
+    assert max(guard.drift().values()) <= 1e-12
+
+
+def test_a_model_that_was_converted_is_refused_by_name():
+    model = mlp("converted")
+    optimizer = adamw(model)
+    protect(model, bases(model), optimizer=optimizer)
+    model[2].double()
+    model[0](torch.ones(4, 18)).square().mean().backward()
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    before = copied(model)
+    with pytest.raises(TypeError, match=r"parameter '2\.weight': .* protect it again"):
+        optimizer.step()
+    assert same(model, before)
