@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Mode
-from osf_torch import protected as weights
+from osf_kernels import Mode, plan
+from osf_torch import measures
 from osf_torch.protected import Protected
 from osf_torch.selection import listed, named_weights
 from osf_torch.subspaces import Subspace
@@ -36,7 +36,7 @@ def require_as_left(items: Iterable[Protected], mode: Mode) -> None:
     for item in items:
         if item.is_as_left():
             continue
-        drift, limit = weights.drift(item, mode), weights.drift_limit(item)
+        drift, limit = measures.drift(item, mode), measures.drift_limit(item)
         if not drift <= limit:
             raise RuntimeError(
                 f"osf_torch.Guard: expected the protected part of {item.name!r} to be where the "
@@ -46,6 +46,21 @@ def require_as_left(items: Iterable[Protected], mode: Mode) -> None:
                 "restore='deferred' call Guard.restore() before exchanging weights"
             )
         item.mark_left()
+
+
+def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Exception:
+    """An operator's refusal of a list, with the name of the parameter that is at fault."""
+    for item in items:
+        for x in (item.weight, item.weight.grad):
+            try:
+                if x is not None:
+                    plan(item.view(x), item.held.U, item.held.V, mode=mode)
+            except (TypeError, ValueError) as found:
+                return type(found)(
+                    f"osf_torch.Guard: parameter {item.name!r}: {found}; after converting the "
+                    "model protect it again"
+                )
+    return error
 
 
 def require_renewable(items: Collection[Protected], subspaces: Mapping[str, Subspace]) -> None:
@@ -158,7 +173,7 @@ def require_guarded_writes(items: Iterable[Protected]) -> None:
 def require_in_place(items: Iterable[Protected], mode: Mode, tol: float | None) -> None:
     """Refuses weights whose protected part has moved."""
     for item in items:
-        drift = weights.drift(item, mode)
+        drift = measures.drift(item, mode)
         if not math.isfinite(drift):
             raise RuntimeError(
                 f"osf_torch.Guard.verify: expected finite weights, got NaN or Inf in {item.name!r};"
@@ -166,7 +181,7 @@ def require_in_place(items: Iterable[Protected], mode: Mode, tol: float | None) 
                 "earlier checkpoint, and leave such steps out (GradScaler does, and "
                 "clip_grad_norm_(error_if_nonfinite=True) refuses them)"
             )
-        limit = tol if tol is not None else weights.drift_limit(item)
+        limit = tol if tol is not None else measures.drift_limit(item)
         if not drift <= limit:
             raise RuntimeError(
                 f"osf_torch.Guard.verify: expected the protected part of {item.name!r} to be where "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import Mode
-from osf_torch import checks
+from osf_torch import checks, measures
 from osf_torch import protected as weights
 from osf_torch.protected import Protected
 from osf_torch.refresh import refresh
@@ -185,7 +185,7 @@ class Guard:
             raw = [self._share(item) for item in items] if self._record else []
             weights.project_and_restore_all_(items, moved, self.mode)
         except (TypeError, ValueError) as error:
-            raise weights.refused(error, [*items, *moved], self.mode) from None
+            raise checks.refused(error, [*items, *moved], self.mode) from None
         if pin:
             self._moved = {}
         for item, before in zip(items, raw, strict=False):
@@ -194,7 +194,7 @@ class Guard:
 
     def _share(self, item: Protected) -> float:
         assert item.weight.grad is not None
-        return weights.share(item, item.view(item.weight.grad), self.mode)
+        return measures.share(item, item.view(item.weight.grad), self.mode)
 
     # --- what a training loop calls ---
 
@@ -298,9 +298,9 @@ class Guard:
         by_name = {item.name: item for item in self._items.values()}
         items = [Protected(name, by_name[name].weight, s) for name, s in found.items()]
         if self.restores:
-            weights.pin(items, self.mode)
+            measures.pin(items, self.mode)
         self._released = {
-            item.name: weights.released(by_name[item.name], item, self.mode) for item in items
+            item.name: measures.released(by_name[item.name], item, self.mode) for item in items
         }
         self._items = {id(item.weight): item for item in items}
         self.subspaces = found
@@ -310,7 +310,7 @@ class Guard:
     def _widened(self, widen: Rank | None) -> dict[str, Rank]:
         ranks: dict[str, Rank] = {}
         for item in self._items.values():
-            rank = weights.rank_of(self.subspaces[item.name], item.weight.shape)
+            rank = measures.rank_of(self.subspaces[item.name], item.weight.shape)
             more = 0 if widen is None else widen
             ranks[item.name] = checks.widened(rank, min(item.weight.shape), more)
         return ranks
@@ -346,7 +346,7 @@ class Guard:
             RuntimeError: with restore=False nothing was kept to compare with, unless the
                 subspace came with protected, or with S and both bases high.
         """
-        return {item.name: weights.drift(item, self.mode) for item in self._items.values()}
+        return {item.name: measures.drift(item, self.mode) for item in self._items.values()}
 
     def released(self) -> dict[str, float]:
         """Per parameter ‖P(H)‖ / ‖H‖ at the last ``next_task``: of the part H that was protected

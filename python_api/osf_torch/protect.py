@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from osf_kernels import Mode, plan
+from osf_torch import measures
 from osf_torch import protected as weights
 from osf_torch.guard import Guard, Restore, owned_by
 from osf_torch.protected import Protected
@@ -127,7 +128,7 @@ def protect(
             f'with the projection of a step, got when={when!r}; pass when="step" or restore=True'
         )
     if restore:
-        weights.pin(items, mode)
+        measures.pin(items, mode)
     guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record)
     guard.attach()
     return guard

@@ -1,4 +1,4 @@
-"""A protected weight, and what is done to lists of them: project, restore, measure.
+"""A protected weight, and what is done to lists of them: project and restore.
 
 A list takes one call for the weights that are whole on this rank, and one collective a group for
 those that are sharded, gradients to project and weights to restore together. A weight sharded by
@@ -19,8 +19,6 @@ from osf_kernels import (
     Mode,
     apply_,
     coefficients,
-    plan,
-    project,
     project_,
     project_many_,
     restore_many_,
@@ -29,12 +27,7 @@ from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of, 
 from osf_torch.sharing import whole
 from osf_torch.subspaces import Held, Subspace
 
-# How far U, S, V may be from triplets of the weight, relative to S: float32 decompositions of
-# trained weights are off by 1e-6 to 1e-5, bfloat16 bases by 3e-3.
-TRIPLETS_LIMIT = 2e-2
 ORTHONORMAL_LIMIT = 2e-2  # an entry of UᵀU − I: 16-bit bases are off by 1e-3
-DRIFT_LIMIT = 1e-4  # of the protected part, where bases are float32: decompositions reach 1e-5
-TINY = 1e-300  # in a denominator that may be zero
 
 
 class Protected:
@@ -284,139 +277,6 @@ def _restore_part_(item: Protected, W: Tensor, x: Tensor, A: Tensor, B: Tensor, 
         x.add_(item.held.protected)
     if x is not W:
         W.copy_(x)
-
-
-def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:
-    """x − P(x) in float64, of what this rank holds; ``x`` is the view of a weight or gradient."""
-    x = x.double()
-    bases = double(item.held.U), double(item.held.V)
-    if item.group is None:
-        return x - project(x, *bases, mode=mode)
-    ((A, B),) = summed_coefficients([item], [x], [bases])
-    return x - apply_(x.clone(), *bases, A, B, mode=mode)
-
-
-def norm(item: Protected, x: Tensor) -> float:
-    """The Frobenius norm of the whole matrix from what each rank holds; synchronises."""
-    square = x.double().square().sum()
-    if item.sharding is not None:
-        (square,) = sum_over(item.sharding.group, [square])
-    return float(square.sqrt())
-
-
-def share(item: Protected, x: Tensor, mode: Mode) -> float:
-    """‖x − P(x)‖ / ‖x‖, 0 of x = 0."""
-    return norm(item, remainder(item, x, mode)) / max(norm(item, x), TINY)
-
-
-def reference(item: Protected) -> Tensor | None:
-    """The protected part as it was, in float64, of what this rank holds; None where unknown."""
-    s = item.held
-    if s.protected is not None:
-        return s.protected.double()
-    if not _has_triplets(s):
-        return None
-    assert s.S is not None
-    U, V = columns_of(s.U).double(), columns_of(s.V).double()
-    return (U * s.S.double().unsqueeze(-2)) @ V.mT
-
-
-@torch.no_grad()
-def drift(item: Protected, mode: Mode) -> float:
-    """‖H(W) − H_ref‖ / ‖H_ref‖ in float64, of the whole matrix.
-
-    Raises:
-        RuntimeError: no reference is known.
-    """
-    H = reference(item)
-    if H is None:
-        raise RuntimeError(
-            f"osf_torch.Guard.drift: expected a reference for {item.name!r}, got a subspace "
-            "without S and protected and restore=False; give one of them"
-        )
-    off = remainder(item, item.view(item.weight), mode) - H
-    return norm(item, off) / max(norm(item, H), TINY)
-
-
-@torch.no_grad()
-def released(before: Protected, after: Protected, mode: Mode) -> float:
-    """‖P(H)‖ / ‖H‖ of the part H that ``before`` protects, P that of ``after``; in float64."""
-    H = remainder(before, before.view(before.weight), mode)
-    return norm(before, H - remainder(after, H, mode)) / max(norm(before, H), TINY)
-
-
-def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Exception:
-    """An operator's refusal of a list, with the name of the parameter that is at fault."""
-    for item in items:
-        for x in (item.weight, item.weight.grad):
-            try:
-                if x is not None:
-                    plan(item.view(x), item.held.U, item.held.V, mode=mode)
-            except (TypeError, ValueError) as found:
-                return type(found)(
-                    f"osf_torch.Guard: parameter {item.name!r}: {found}; after converting the "
-                    "model protect it again"
-                )
-    return error
-
-
-def pinned(item: Protected, mode: Mode) -> Subspace:
-    """What restoring needs beside the bases: S of triplets, else the dense protected part.
-
-    Raises:
-        ValueError: U, S, V aren't triplets of the weight; restoring sets UᵀW to S Vᵀ, so the
-            first step would replace the weight by what they belong to.
-    """
-    s, W = item.held, item.view(item.weight)
-    if s.protected is not None:
-        return Subspace(s.U, s.V, None, s.protected)
-    if not _has_triplets(s):
-        H = remainder(item, W, mode)
-        return Subspace(s.U, s.V, None, H if W.dtype == H.dtype else H.float())
-    assert s.S is not None
-    bases, S = (double(s.U), double(s.V)), s.S.double()
-    ((A, _),) = summed_coefficients([item], [W.double()], [bases])
-    off = float((A - S.unsqueeze(-1) * columns_of(bases[1]).mT).norm() / S.norm().clamp_min(TINY))
-    if off > TRIPLETS_LIMIT:
-        raise ValueError(
-            f"expected U, S, V of parameter {item.name!r} to be singular triplets of it, got "
-            f"|U'W - S V'| = {off:.1e} |S|; take them from the weight as it stands, or leave S out"
-        )
-    return s
-
-
-@torch.no_grad()
-def pin(items: Sequence[Protected], mode: Mode) -> None:
-    """Gives every item what restoring needs; see ``pinned``."""
-    for item in items:
-        try:
-            item.held = pinned(item, mode)
-        except ValueError as error:
-            raise ValueError(f"osf_torch.protect: {error}") from None
-
-
-def drift_limit(item: Protected) -> float:
-    """What rounding explains of a drift: of the weight at every step, and of the bases."""
-    held = [columns_of(basis) for basis in (item.held.U, item.held.V) if basis is not None]
-    rounded = any(columns.element_size() == 2 for columns in held)
-    H = reference(item)
-    assert H is not None
-    W = item.view(item.weight)
-    ratio = norm(item, W) / max(norm(item, H), TINY)
-    return (TRIPLETS_LIMIT if rounded else DRIFT_LIMIT) + 8 * torch.finfo(W.dtype).eps * ratio
-
-
-def rank_of(s: Subspace, shape: Sequence[int]) -> int:
-    """How many directions are protected, on the side that protects fewer."""
-    return min(
-        columns_of(basis).shape[-1] if is_high(basis) else size - columns_of(basis).shape[-1]
-        for basis, size in zip((s.U, s.V), shape[-2:], strict=True)
-        if basis is not None
-    )
-
-
-def _has_triplets(s: Subspace) -> bool:
-    return s.S is not None and is_high(s.U) and is_high(s.V)
 
 
 def _parted(items: Sequence[Protected]) -> tuple[list[Protected], list[Protected]]:
