@@ -262,20 +262,22 @@ def _finished(factors: Factors, complement: bool) -> Factors:
     return factors._replace(U=U, S=S, V=V, U_low=U_low, V_low=V_low)
 
 
-# Elements of one column whose magnitudes differ by less are told apart by rounding, or not at all.
-_TIE = 1e-3
+# Elements of one column whose magnitudes differ by less, in eps of the largest, are told apart by
+# rounding, or not at all.
+_TIE = 512.0
 
 
 def _signs(V: Tensor) -> Tensor:
-    """±1 for each column, (b, 1, r), by the first of its elements that is within ``_TIE`` of the
-    largest: by the largest, where no other of the other sign comes near it."""
+    """±1 for each column, (b, 1, r), by the first of its elements that is within ``_TIE`` eps of
+    the largest: by the largest, where no other of the other sign comes near it."""
+    tie = _TIE * torch.finfo(V.dtype).eps
     least, most = V.aminmax(dim=-2, keepdim=True)
     signs = torch.where(-least > most, -1, 1).to(V.dtype)
-    which, column = torch.nonzero(((most + least).abs() <= _TIE * most).squeeze(-2), as_tuple=True)
+    which, column = torch.nonzero(((most + least).abs() <= tie * most).squeeze(-2), as_tuple=True)
     if len(which):
         tied = V[which, :, column]  # (k, n)
         magnitudes = tied.abs()
-        near = magnitudes >= (1 - _TIE) * magnitudes.amax(-1, keepdim=True)
+        near = magnitudes >= (1 - tie) * magnitudes.amax(-1, keepdim=True)
         first = tied.gather(-1, near.int().argmax(-1, keepdim=True)).squeeze(-1)
         signs[which, 0, column] = torch.where(first < 0, -1, 1).to(V.dtype)
     return signs

@@ -22,8 +22,8 @@ class TruncatedSVD:
     Attributes:
         U: (..., m, r) orthonormal columns, float32 (float64 of a float64 A).
         S: (..., r) singular values, descending.
-        V: (..., n, r) orthonormal columns; V.mT are rows. In each column the first element within
-            a thousandth of the largest magnitude is positive, which fixes the sign of U's.
+        V: (..., n, r) orthonormal columns; V.mT are rows. In each column the first element whose
+            magnitude is the largest, to 512 eps, is positive, which fixes the sign of U's.
         residual: (...) ‖[A V − U Σ; AᵀU − V Σ]‖₂ / σ₁, which bounds √(‖A v − σ u‖² +
             ‖Aᵀu − σ v‖²) / σ₁ of every triplet; σ₁ is S[0]. Measured: exactly for Krylov spaces in
             blocks of up to 48 columns, else by power iteration from below, within 20 % of it, or of
