@@ -246,6 +246,37 @@ def test_polar_of_hard_matrices(size: tuple[int, int], dtype: torch.dtype) -> No
         assert float((H.trace() - best).abs() / best) < 30 * eps, name
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["one large", "one small", "even"])
+def test_polar_keeps_its_symmetry_up_to_its_reach(kind, dtype, monkeypatch) -> None:
+    """By Newton–Schulz, which a GPU takes in float32 too."""
+    monkeypatch.setattr(orthonormal, "looks_are_free", lambda X: False)
+    monkeypatch.setattr(
+        orthonormal,
+        "_polar_good",
+        lambda Y: orthonormal._polar_by_newton_schulz(orthonormal.scale_columns(Y, (-2, -1))),
+    )
+    monkeypatch.setattr(orthonormal, "_polar_safe", lambda Y: Y.new_zeros(Y.shape))
+    believed = 0
+    for m, r in ((3, 2), (12, 9), (40, 33)):
+        for condition in (1e1, 1e2, 1e3, 1e4, 2e4, 5e4):
+            small = torch.tensor(1 / condition, dtype=torch.float64)
+            sigma = {
+                "one large": small.repeat(r).index_fill(0, torch.tensor(0), 1.0),
+                "one small": torch.ones(r).double().index_fill(0, torch.tensor(r - 1), small),
+                "even": small ** (torch.arange(r) / (r - 1)),
+            }[kind]
+            generator = generator_for(m, condition, kind)
+            Y, _, _ = matrix_with_spectrum(m, r, sigma, dtype=dtype, generator=generator)
+            Q = polar(Y)
+            if not Q.any():
+                continue
+            believed += 1
+            H = Q.mT.double() @ Y.double()
+            assert float((H - H.mT).norm()) < 60 * torch.finfo(dtype).eps, (m, condition)
+    assert believed > 10
+
+
 @settings(max_examples=30, deadline=None)
 @given(m=st.integers(1, 30), data=st.data(), seed=st.integers(0, 2**31))
 def test_no_orthonormal_matrix_is_nearer(m: int, data: st.DataObject, seed: int) -> None:
@@ -309,6 +340,8 @@ def test_refusals(op: Op) -> None:
         op(torch.ones(3))
     with pytest.raises(TypeError, match=rf"{name} to be float32.*int64"):
         op(torch.ones(5, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=rf"{name} to be a dense tensor, got torch.sparse_coo"):
+        op(torch.eye(3).to_sparse())
     with pytest.raises(TypeError, match=rf"{name} to be a tensor, got list"):
         op([1.0])  # type: ignore[arg-type]
     Y = torch.randn(5, 3, requires_grad=True)

@@ -13,7 +13,14 @@ from osf_kernels.basis import Basis, Spans
 from osf_kernels.errors import describe
 from osf_kernels.linalg.complement import complement
 from osf_kernels.linalg.orthonormal import orthonormalize, rank_tolerance, scale_columns
-from osf_kernels.ops._validation import DTYPES, columns, require_lengths, require_tensor
+from osf_kernels.ops._validation import (
+    DTYPES,
+    columns,
+    require_constant,
+    require_dense,
+    require_lengths,
+    require_tensor,
+)
 
 _OP = "extend_basis"
 BasisLike = Tensor | Basis | None
@@ -66,12 +73,14 @@ def extend_basis(
     """
     if not isinstance(energy, (int, float)) or not 0 < energy <= 1:
         raise ValueError(describe(_OP, "energy", "in (0, 1]", energy, "0.97 is usual"))
-    if isinstance(samples, Tensor):
-        if isinstance(basis, (list, tuple)):
-            got = "one tensor beside a list of bases"
-            raise TypeError(describe(_OP, "samples", "a list", got, "pass samples.unbind()"))
-        return _extend(cast(BasisLike, basis), samples, energy)
-    return _extend_list(cast(Sequence[BasisLike], basis), samples, energy)
+    if isinstance(basis, (list, tuple)) and isinstance(samples, Tensor):
+        got = "one tensor beside a list of bases"
+        raise TypeError(describe(_OP, "samples", "a list", got, "pass samples.unbind()"))
+    if isinstance(basis, (list, tuple)) or isinstance(samples, (list, tuple)):
+        return _extend_list(
+            cast(Sequence[BasisLike], basis), cast(Sequence[Tensor], samples), energy
+        )
+    return _extend(cast(BasisLike, basis), cast(Tensor, samples), energy)
 
 
 @primitives.full_precision()
@@ -125,6 +134,7 @@ def _extend_list(
 def _admit(basis: BasisLike, samples: Tensor, at: str) -> tuple[Tensor, Spans]:
     """(columns, what they span), or the refusal; an empty basis where there is none."""
     require_tensor(_OP, f"samples{at}", samples)
+    require_dense(_OP, f"samples{at}", samples)
     if samples.dtype not in DTYPES:
         expected = "float32, bfloat16, float16 or float64"
         raise TypeError(describe(_OP, f"samples{at}", expected, samples.dtype, "convert it first"))
@@ -137,6 +147,7 @@ def _admit(basis: BasisLike, samples: Tensor, at: str) -> tuple[Tensor, Spans]:
         dtype = primitives.working_dtype(samples.dtype)
         held = samples.new_empty(*batch, m, 0, dtype=dtype)
     name = f"basis{at}"
+    require_dense(_OP, name, held)
     if held.dtype not in DTYPES:
         expected = "float32, bfloat16, float16 or float64"
         raise TypeError(describe(_OP, name, expected, held.dtype, "convert it first"))
@@ -155,11 +166,7 @@ def _admit(basis: BasisLike, samples: Tensor, at: str) -> tuple[Tensor, Spans]:
     if held.device != samples.device:
         expected = f"on {samples.device} like its samples"
         raise ValueError(describe(_OP, name, expected, f"on {held.device}"))
-    for what, t in (("samples", samples), ("basis", held)):
-        if t.requires_grad and torch.is_grad_enabled():
-            got = "one that requires grad"
-            remedy = f"pass {what}.detach()"
-            raise ValueError(describe(_OP, f"{what}{at}", "a tensor without gradient", got, remedy))
+    require_constant(_OP, (f"samples{at}", name), samples, held)
     return held, spans
 
 

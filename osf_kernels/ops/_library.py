@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from osf_kernels.errors import describe
 
@@ -64,9 +66,9 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """Whether an operator's implementation may be called as the function it is.
 
     The dispatcher takes 4 µs to come back to it. It is needed where something would see the
-    operator pass: a compiler, a trace, a profile, vmap, a mode, or a subclass of Tensor; and under
-    autocast, which ``register`` keeps out. That the call isn't differentiated is the caller's to
-    know.
+    operator pass: a compiler, a trace, a profile, torch.func, forward mode, another mode, or a
+    subclass of Tensor; and under autocast, which ``register`` keeps out. That autograd doesn't
+    record the call is the caller's to know.
     """
     if torch.compiler.is_compiling():
         return False
@@ -75,12 +77,45 @@ def unobserved(*tensors: Tensor | None) -> bool:
             return False
     return not (
         _autocast()
+        or forward_ad._current_level >= 0
         or _dispatch_modes()
         or _function_modes()
         or _profiling()
         or _transform() is not None
         or _tracing() is not None
     )
+
+
+_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
+
+
+def transformed() -> bool:
+    """Whether forward mode or torch.func differentiates here.
+
+    The derivative that is registered with an operator is zero in the one and an error in the
+    other; an autograd.Function serves both. Dynamo leaves its ``jvp`` out and is sent back to
+    eager calls, or stops if it may not.
+    """
+    forward = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        if forward:
+            raise NotImplementedError("osf_kernels: expected forward mode in eager calls only")
+        return False
+    if forward or _transform() is None:
+        return forward
+    return any(t.key() in _DERIVATIVES for t in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward mode has a derivative of one of them."""
+    if forward_ad._current_level < 0:
+        return False
+    for t in tensors:
+        while t is not None and torch._C._functorch.is_batchedtensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            return True
+    return False
 
 
 def require_vmapped(op: str, name: str, dim: int | None) -> None:

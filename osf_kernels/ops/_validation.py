@@ -18,6 +18,7 @@ import osf_kernels.backends.torch as torch_backend
 from osf_kernels.backends import select
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
+from osf_kernels.ops._library import has_tangent
 from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +59,11 @@ def columns(op: str, name: str, basis: Tensor | Basis | None) -> tuple[Tensor | 
 def require_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(describe(op, name, "a tensor", type(value).__name__))
+
+
+def require_dense(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise TypeError(describe(op, name, "a dense tensor", t.layout, f"pass {name}.to_dense()"))
 
 
 def kind_of(op: str, mode: str, u_spans: str, v_spans: str) -> str:
@@ -264,6 +270,20 @@ def require_no_leaf(op: str, name: str, g: Tensor) -> None:
                 "use torch.no_grad() or the out-of-place operator",
             )
         )
+
+
+def require_constant(op: str, names: Sequence[str], *tensors: Tensor | None) -> None:
+    """An operator without derivative takes nothing that is differentiated in either mode."""
+    recording = torch.is_grad_enabled()
+    for name, t in zip(names, tensors, strict=True):
+        got = ""
+        if t is not None and recording and t.requires_grad:
+            got = "one that requires grad"
+        elif has_tangent(t):
+            got = "one with a tangent of forward mode"
+        if got:
+            remedy = f"pass {name}.detach()"
+            raise ValueError(describe(op, name, "a tensor without gradient", got, remedy))
 
 
 def _extent(t: Tensor) -> tuple[int, int, int]:

@@ -11,10 +11,16 @@ from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, unbatch
-from osf_kernels.ops._library import aligned, register, require_vmapped
+from osf_kernels.ops._library import (
+    aligned,
+    register,
+    require_vmapped,
+    transformed,
+)
 from osf_kernels.ops._validation import (
     columns,
     kind_of,
+    require_constant,
     require_no_leaf,
     require_tensor,
     require_writable,
@@ -43,12 +49,12 @@ def coefficients(g: Tensor, U: BasisLike, V: BasisLike) -> tuple[Tensor, Tensor]
     Raises:
         TypeError, ValueError: as project.
 
-    Mutates nothing; doesn't synchronise; draws no random numbers. Differentiable.
+    Mutates nothing; doesn't synchronise; draws no random numbers. Differentiable as project.
     """
     require_tensor("coefficients", "g", g)
     U, _ = columns("coefficients", "U", U)
     V, _ = columns("coefficients", "V", V)
-    A, B = _coefficients(g, U, V)
+    A, B = _both(g, U, V)
     return A, B
 
 
@@ -76,7 +82,8 @@ def apply_(
         g itself.
 
     Raises:
-        TypeError, ValueError: as project_; coefficients of another shape.
+        TypeError, ValueError: as project_; coefficients of another shape; an argument that autograd
+            differentiates.
 
     Mutates g, not A and B; doesn't synchronise; draws no random numbers; not differentiable.
     """
@@ -86,6 +93,7 @@ def apply_(
     U, u_spans = columns(op, "U", U)
     V, v_spans = columns(op, "V", V)
     require_no_leaf(op, "g", g)
+    require_constant(op, "gUVAB", g, U, V, A, B)
     _apply_(g, U, V, A, B, kind_of(op, mode, u_spans, v_spans))
     return g
 
@@ -130,7 +138,8 @@ def _coefficients_fake(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[T
 
 
 def _coefficients_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any) -> tuple[Any, Any]:
-    return _coefficients(*aligned(info, in_dims, (g, U, V))), (0, 0)
+    g, U, V = aligned(info, in_dims, (g, U, V))
+    return _both(g, U, V), (0, 0)
 
 
 def _apply__impl(
@@ -185,6 +194,9 @@ _apply_ = register(
 )
 
 
+# --- derivatives ---------------------------------------------------------------------------
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -206,3 +218,39 @@ def _backward(ctx: Any, for_A: Tensor, for_B: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(
     "osf_kernels::coefficients", _backward, setup_context=_setup_context
 )
+
+
+class _Coefficients(torch.autograd.Function):
+    """The operator with a derivative for ``transformed`` calls."""
+
+    backward = staticmethod(_backward)
+    vmap = staticmethod(_coefficients_vmap)
+
+    @staticmethod
+    def forward(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
+        A, B = _coefficients(g, U, V)
+        return A, B
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Any, dU: Any, dV: Any) -> tuple[Tensor, Tensor]:
+        g, U, V = ctx.saved_tensors
+        dA, dB = _empty_coefficients(g, U, V)
+        dA, dB = dA.zero_(), dB.zero_()
+        if dg is not None:
+            dA, dB = _both(dg, U, V)
+        if dU is not None:
+            dA = dA + _both(g, dU, None)[0]
+        if dV is not None:
+            dB = dB + _both(g, None, dV)[1]
+        return dA, dB
+
+
+def _both(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
+    function = _Coefficients.apply if transformed() else _coefficients
+    A, B = function(g, U, V)
+    return A, B

@@ -13,7 +13,14 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, execute_one
-from osf_kernels.ops._library import aligned, register, require_vmapped, unobserved
+from osf_kernels.ops._library import (
+    aligned,
+    has_tangent,
+    register,
+    require_vmapped,
+    transformed,
+    unobserved,
+)
 from osf_kernels.ops._validation import (
     columns,
     kind_of,
@@ -62,24 +69,25 @@ def project(
         BackendUnavailableError: a backend chosen by name can't serve the call.
 
     Mutates ``out`` alone; doesn't synchronise; draws no random numbers. Differentiable in g, U
-    and V (not through ``out``).
+    and V (not through ``out``), to any order: in reverse mode, compiled too; and in eager calls in
+    forward mode and by torch.func.
 
     Source: "Sculpting Subspaces", arXiv 2504.07097; its own update rule is mode "core".
     """
     require_tensor("project", "g", g)
     U, V, kind = _held("project", U, V, mode)
     if out is None:
-        function = _project_impl if unobserved(g, U, V) and not _needs_grad(g, U, V) else _project
-        result: Tensor = function(g, U, V, kind)
-        return result
+        if unobserved(g, U, V) and not _needs_grad(g, U, V):
+            return _project_impl(g, U, V, kind)
+        return _projected(g, U, V, kind)
     require_tensor("project", "out", out)
-    if _needs_grad(g, U, V, out):
+    if _needs_grad(g, U, V, out) or has_tangent(g, U, V, out):
         raise ValueError(
             describe(
                 "project",
                 "out",
                 "used without autograd",
-                "an argument that requires grad",
+                "an argument that requires grad or has a tangent",
                 "use torch.no_grad() or leave out unset",
             )
         )
@@ -93,7 +101,7 @@ def project_(
     """g ← P(g) in place; see :func:`project`.
 
     The fastest way for one matrix: no allocation of g's size. Where autograd records and an
-    argument requires grad, the result is computed apart and copied in.
+    argument requires grad, and in forward mode, the result is computed apart and copied in.
 
     Returns:
         g itself.
@@ -106,11 +114,12 @@ def project_(
     """
     require_tensor("project_", "g", g)
     U, V, kind = _held("project_", U, V, mode)
-    if _needs_grad(g, U, V):
-        require_no_leaf("project_", "g", g)
-        return g.copy_(_project(g, U, V, kind))
-    if unobserved(g, U, V):
+    recorded = _needs_grad(g, U, V)
+    if unobserved(g, U, V) and not recorded:
         _project__impl(g, U, V, kind)
+    elif recorded or transformed():
+        require_no_leaf("project_", "g", g)
+        g.copy_(_projected(g, U, V, kind))
     else:
         _project_(g, U, V, kind)
     return g
@@ -147,12 +156,14 @@ def project_many_(
     rights = [columns(op, f"Vs[{i}]", V) for i, V in enumerate(Vs)]
     held_U, held_V = [U for U, _ in lefts], [V for V, _ in rights]
     kinds = [kind_of(op, mode, u, v) for (_, u), (_, v) in zip(lefts, rights, strict=True)]
-    if _needs_grad(*grads, *held_U, *held_V):
+    wrapped = transformed()
+    if wrapped or _needs_grad(*grads, *held_U, *held_V):
         for i, g in enumerate(grads):
             require_no_leaf(op, f"grads[{i}]", g)
-            require_writable(op, (f"grads[{i}]",), g)
+            if not wrapped:  # what a transform wraps has no memory to look at
+                require_writable(op, (f"grads[{i}]",), g)
         arguments = zip(grads, held_U, held_V, kinds, strict=True)
-        results = [_project(g, U, V, kind) for g, U, V, kind in arguments]
+        results = [_projected(g, U, V, kind) for g, U, V, kind in arguments]
         for g, result in zip(grads, results, strict=True):
             g.copy_(result)
         return
@@ -295,7 +306,7 @@ def _project_many__fake(grads: Any, Us: Any, Vs: Any, kinds: list[str]) -> None:
 
 def _project_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[Tensor, int]:
     g, U, V = aligned(info, in_dims, (g, U, V))
-    return _project(g, U, V, kind), 0
+    return _projected(g, U, V, kind), 0
 
 
 def _project__vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[None, None]:
@@ -334,6 +345,9 @@ _project_many_ = register(
 )
 
 
+# --- derivatives ---------------------------------------------------------------------------
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     g, U, V, ctx.kind = inputs
     # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
@@ -345,17 +359,40 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """P is self-adjoint: the gradient in g is P(grad). In U, with s = −1 for high columns and 1
     for low ones and h = g on its right side done, it is s·(grad hᵀ U + h gradᵀ U)."""
     g, U, V = ctx.saved_tensors
-    mode, u_spans, v_spans = parts_of("project", ctx.kind)
+    _, u_spans, v_spans = parts_of("project", ctx.kind)
     for_g = for_U = for_V = None
     if ctx.needs_input_grad[0]:
-        for_g = _project(grad, U, V, ctx.kind)
+        for_g = _projected(grad, U, V, ctx.kind)
     if ctx.needs_input_grad[1]:
-        h = g if V is None else _project(g, None, V, _one_side(mode, "high", v_spans))
-        for_U = _basis_gradient(grad, h, U, u_spans)
+        for_U = _basis_gradient(grad, _beside_U(g, V, ctx.kind), U, u_spans)
     if ctx.needs_input_grad[2]:
-        h = g if U is None else _project(g, U, None, _one_side(mode, u_spans, "high"))
-        for_V = _basis_gradient(grad.mT, h.mT, V, v_spans)
+        for_V = _basis_gradient(grad.mT, _beside_V(g, U, ctx.kind).mT, V, v_spans)
     return for_g, for_U, for_V, None
+
+
+def _tangent(ctx: Any, dg: Any, dU: Any, dV: Any, _: Any) -> Tensor:
+    """P(dg), and s·(dU Uᵀ + U dUᵀ) h of U, with s and h as in ``_backward``; of V likewise."""
+    g, U, V = ctx.saved_tensors
+    _, u_spans, v_spans = parts_of("project", ctx.kind)
+    parts = []
+    if dg is not None:
+        parts.append(_projected(dg, U, V, ctx.kind))
+    if dU is not None:
+        parts.append(_basis_tangent(dU, _beside_U(g, V, ctx.kind), U, u_spans))
+    if dV is not None:
+        parts.append(_basis_tangent(dV, _beside_V(g, U, ctx.kind).mT, V, v_spans).mT)
+    return sum(parts[1:], parts[0]).to(g.dtype)
+
+
+def _beside_U(g: Tensor, V: Tensor | None, kind: str) -> Tensor:
+    """What U's side of P is multiplied with: g, V's side done."""
+    mode, _, v_spans = parts_of("project", kind)
+    return g if V is None else _projected(g, None, V, _one_side(mode, "high", v_spans))
+
+
+def _beside_V(g: Tensor, U: Tensor | None, kind: str) -> Tensor:
+    mode, u_spans, _ = parts_of("project", kind)
+    return g if U is None else _projected(g, U, None, _one_side(mode, u_spans, "high"))
 
 
 def _one_side(mode: str, u_spans: str, v_spans: str) -> str:
@@ -373,4 +410,35 @@ def _basis_gradient(grad: Tensor, h: Tensor, U: Tensor, spans: str) -> Tensor:
     return value.sum_to_size(U.shape).to(U.dtype)
 
 
+def _basis_tangent(dU: Tensor, h: Tensor, U: Tensor, spans: str) -> Tensor:
+    dtype = torch.promote_types(h.dtype, U.dtype)
+    dU, h, columns_ = dU.to(dtype), h.to(dtype), U.to(dtype)
+    value = dU @ (columns_.mT @ h) + columns_ @ (dU.mT @ h)
+    return value if spans == "low" else -value
+
+
 torch.library.register_autograd("osf_kernels::project", _backward, setup_context=_setup_context)
+
+
+class _Project(torch.autograd.Function):
+    """The operator with a derivative for ``transformed`` calls."""
+
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_tangent)
+    vmap = staticmethod(_project_vmap)
+
+    @staticmethod
+    def forward(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> Tensor:
+        result: Tensor = _project(g, U, V, kind)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+
+def _projected(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> Tensor:
+    function = _Project.apply if transformed() else _project
+    result: Tensor = function(g, U, V, kind)
+    return result

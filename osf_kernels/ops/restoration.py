@@ -17,6 +17,7 @@ from osf_kernels.ops._validation import (
     columns,
     kind_of,
     parts_of,
+    require_constant,
     require_distinct,
     require_lengths,
     require_no_leaf,
@@ -60,7 +61,7 @@ def restore_(
 
     Raises:
         TypeError, ValueError: as project_; both or neither of S and protected; S with a low or a
-            missing basis. Before anything is written.
+            missing basis; an argument that autograd differentiates. Before anything is written.
 
     Mutates W; doesn't synchronise; draws no random numbers; not differentiable, so call it under
     torch.no_grad() on a parameter.
@@ -131,6 +132,7 @@ def _restore(
                 describe(op, f"exactly one of {name_S} and {name_H}", "given", got, remedy)
             )
         require_no_leaf(op, name_W, W)
+        require_constant(op, _names(i, single), W, lefts[-1][0], rights[-1][0], S, addend)
     _restore_many_(
         list(Ws),
         [U for U, _ in lefts],

@@ -16,7 +16,7 @@ from osf_torch import protected as weights
 from osf_torch.protected import Protected
 from osf_torch.refresh import refresh
 from osf_torch.selection import Rank, Ranks
-from osf_torch.sharding import any_rank
+from osf_torch.sharding import step_left_out
 from osf_torch.state import read_state, state_of
 from osf_torch.subspaces import Subspace, Subspaces
 
@@ -149,7 +149,7 @@ class Guard:
         """In a step, before the optimizer uses them; LBFGS evaluates its closure many times."""
         ready = self._ready()
         # A fused optimizer under GradScaler is called for a step that it then leaves out.
-        self._skipped = _overflowed(optimizer, ready)
+        self._skipped = step_left_out(optimizer, (item.sharding for item in ready))
         self._stepping = [] if self._skipped else ready
         if self.when == "step" and not self._skipped:
             self._prepare(ready, pin=True)
@@ -446,15 +446,6 @@ class Guard:
         _ATTACHED.discard(self)
         if attached and self.restores:
             self.restore()
-
-
-def _overflowed(optimizer: torch.optim.Optimizer, items: list[Protected]) -> bool:
-    """Whether GradScaler found Inf or NaN and left the decision to a fused optimizer."""
-    found = getattr(optimizer, "found_inf", None)
-    if found is None:
-        return False
-    group = next((item.sharding.group for item in items if item.sharding is not None), None)
-    return any_rank(group, found)
 
 
 def owned_by(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -6,7 +6,7 @@ replicated on every mesh dimension: their gradients are everywhere the same and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,3 +106,11 @@ def any_rank(group: Group | None, flag: Tensor) -> bool:
         flag = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+def step_left_out(optimizer: torch.optim.Optimizer, shardings: Iterable[Sharding | None]) -> bool:
+    """Whether GradScaler found Inf or NaN, and leaves it to a fused optimizer to skip the step."""
+    found = getattr(optimizer, "found_inf", None)
+    if found is None:
+        return False
+    return any_rank(next((s.group for s in shardings if s is not None), None), found)

@@ -281,6 +281,31 @@ def test_refusals():
         projector.get_orthogonal_matrix(torch.eye(4), 2, "up")
 
 
+@pytest.mark.parametrize(
+    ("proj_type", "others"),
+    [
+        ("right", [(12, 9), (8, 12)]),
+        ("left", [(9, 8), (8, 12)]),
+        ("full", [(12, 9), (9, 8), (8, 12)]),
+        ("std", [(12, 9), (8, 12), (8, 13)]),
+    ],
+)
+def test_a_gradient_of_another_shape_waits_for_a_refresh(proj_type, others):
+    projector = GaLoreProjector(3, update_proj_gap=10, proj_type=proj_type)
+    low = projector.project(torch.randn(12, 8), 0)
+    held = copy.deepcopy(projector.ortho_matrix)
+    for shape in others:
+        match = rf"expected a gradient of the shape that the last refresh saw, .*got .{shape[0]}, "
+        with pytest.raises(ValueError, match=match):
+            projector.project(torch.randn(shape), 1)
+    for a, b in zip(projector.ortho_matrix, held, strict=True):
+        assert torch.equal(a, b)
+    assert projector.project(torch.randn(12, 8), 1).shape == low.shape
+    for shape in others:
+        projector.project(torch.randn(shape), 10)
+        assert projector.project(torch.randn(shape), 11).numel()
+
+
 def test_a_nan_leaves_the_basis_as_it_was():
     projector = GaLoreProjector(3, update_proj_gap=1)
     projector.project(gapped(12, 8, 3), 0)

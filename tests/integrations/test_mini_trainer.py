@@ -16,6 +16,7 @@ from torch import nn
 
 from osf_kernels.testing import assert_error_within, orthonormality_ratio
 from osf_torch.integrations import mini_trainer as osft
+from osf_torch.integrations.mini_trainer import low_bases, projections, switching
 from tests.integrations.osft_factors import (
     FUNCTIONS,
     KEYS,
@@ -157,12 +158,12 @@ def test_a_decomposition_holds_one_factor_twice_at_most():
 def test_the_low_basis_is_kept_renewed_and_dropped_with_its_high_basis():
     holder, d = nn.Module(), drawn(24, 24, 18, torch.float64)
     osft.project_gradient_to_orthogonal_space(d, cache_holder=holder)
-    assert len(osft._low_bases) == 2
-    kept = osft._low_bases[d["U_high"]].basis
+    assert len(low_bases._kept) == 2
+    kept = low_bases._kept[d["U_high"]].basis
     assert kept.shape == (24, 6)
     assert orthonormality_ratio(torch.cat([d["U_high"], kept], 1)) < 30
     osft.project_gradient_to_orthogonal_space(d, cache_holder=holder)
-    assert osft._low_bases[d["U_high"]].basis is kept
+    assert low_bases._kept[d["U_high"]].basis is kept
     assert not holder.state_dict()
     fresh = drawn(24, 24, 18, torch.float64, "another")
     with torch.no_grad():
@@ -174,18 +175,18 @@ def test_the_low_basis_is_kept_renewed_and_dropped_with_its_high_basis():
         assert torch.allclose(d[name].grad, value, rtol=1e-11, atol=1e-12)
     del d, kept
     gc.collect()
-    assert len(osft._low_bases) == 0
+    assert len(low_bases._kept) == 0
 
 
 def test_no_low_basis_without_a_holder_or_where_it_is_no_smaller():
     osft.project_gradient_to_orthogonal_space(drawn(24, 24, 18, torch.float64))
     d = drawn(24, 24, 12, torch.float64)
     osft.project_gradient_to_orthogonal_space(d, cache_holder=nn.Module())
-    assert len(osft._low_bases) == 0
+    assert len(low_bases._kept) == 0
     d = drawn(48, 24, 18, torch.float64)
     osft.project_gradient_to_orthogonal_space(d, cache_holder=nn.Module())
-    assert len(osft._low_bases) == 1  # of V alone: U's complement has 30 columns
-    assert d["V_high"] in osft._low_bases
+    assert len(low_bases._kept) == 1  # of V alone: U's complement has 30 columns
+    assert d["V_high"] in low_bases._kept
 
 
 @pytest.mark.parametrize("what", FUNCTIONS)
@@ -212,7 +213,7 @@ def test_the_cache_of_v(what, monkeypatch):
 
 # --- switching --------------------------------------------------------------------------------
 
-NAMES = [*osft._REPLACEMENTS, "create_osft_model_class"]
+NAMES = [*switching._REPLACEMENTS, "create_osft_model_class"]
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_enable_and_disable(imitation):
     for _ in range(2):
         osft.enable()
         osft.enable()
-        for name, function in osft._REPLACEMENTS.items():
+        for name, function in switching._REPLACEMENTS.items():
             assert getattr(utils, name) is function
         assert setup.create_osft_model_class is utils.create_osft_model_class
         cls = setup.create_osft_model_class(OSFTModel)
@@ -271,22 +272,22 @@ def test_enable_and_disable(imitation):
         assert {name: getattr(utils, name) for name in NAMES} == before
         assert setup.create_osft_model_class is before["create_osft_model_class"]
         assert model.project_gradients() == "theirs"
-        assert len(osft._low_bases) == 0
+        assert len(low_bases._kept) == 0
 
 
 def test_without_low_bases(imitation):
     d = drawn(24, 24, 18, torch.float64)
     osft.enable()
     osft.project_gradient_to_orthogonal_space(d, cache_holder=nn.Module())
-    assert len(osft._low_bases) == 2
+    assert len(low_bases._kept) == 2
     osft.enable(low_bases=False)
-    assert len(osft._low_bases) == 0
+    assert len(low_bases._kept) == 0
     expected = by_formula(d, lambda p: p.grad, torch.float64)
     osft.project_gradient_to_orthogonal_space(d, cache_holder=nn.Module())
-    assert len(osft._low_bases) == 0
+    assert len(low_bases._kept) == 0
     assert torch.allclose(d["U_low"].grad, expected[0], rtol=1e-11, atol=1e-12)
     osft.enable()
-    assert osft._use_low_bases
+    assert low_bases._keeps
 
 
 @pytest.mark.parametrize("version", ["0.8.3", "0.10.0", None])
@@ -408,10 +409,10 @@ def test_bench_rows(monkeypatch, tmp_path, capsys):
 def test_a_wrong_projection_gets_no_time(monkeypatch):
     from bench import integrations_mini_trainer as bench
 
-    monkeypatch.setattr(osft, "_low_basis", lambda high, dim: None)
+    monkeypatch.setattr(projections, "low_basis", lambda high, dim: None)
     W = gapped(32, 32, 24, dtype=torch.float32)
     assert all(row.median_ms is not None for row in bench.project(W, 24, 1))
-    monkeypatch.setattr(osft, "_project", lambda sides: None)
+    monkeypatch.setattr(projections, "_project", lambda sides: None)
     for row in bench.project(W, 24, 1):
         wrong = row.contender.startswith("osf-kernels")
         assert row.status.startswith("wrong") == wrong

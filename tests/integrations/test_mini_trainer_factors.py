@@ -13,6 +13,7 @@ from osf_kernels.testing import (
     svd_ratio,
 )
 from osf_torch.integrations import mini_trainer as osft
+from osf_torch.integrations.mini_trainer import decomposition
 from tests.helpers import generator_for
 from tests.integrations.osft_factors import KEYS, SHAPES, gapped, spans
 
@@ -105,14 +106,14 @@ def test_ranks_at_and_beyond_the_ends(size):
 def split(monkeypatch):
     """As on a GPU: high and low triplets apart. Yields what is decomposed by which method."""
     taken = []
-    genuine = osft.truncated_svd
+    genuine = decomposition.truncated_svd
 
     def watched(A, rank, **options):
         taken.append((tuple(A.shape), options["method"]))
         return genuine(A, rank, **options)
 
-    monkeypatch.setattr(osft, "truncated_svd", watched)
-    monkeypatch.setattr(osft, "_splits", lambda W, dtype, k: 0 < k < min(W.shape))
+    monkeypatch.setattr(decomposition, "truncated_svd", watched)
+    monkeypatch.setattr(decomposition, "_splits", lambda W, dtype, k: 0 < k < min(W.shape))
     return taken
 
 
@@ -132,18 +133,18 @@ def test_hard_spectra_split(split, kind):
 
 def test_the_split_is_left_where_it_is_not_exact(split, monkeypatch):
     W = gapped(160, 160, 96, dtype=torch.float32)
-    monkeypatch.setattr(osft, "RESIDUAL_LIMIT", 0.0)  # nothing is that exact
+    monkeypatch.setattr(decomposition, "RESIDUAL_LIMIT", 0.0)  # nothing is that exact
     assert_factors(W, osft.create_svd_dict(W, 96), 96)
     assert split == [((160, 160), "gram")]
 
 
 def test_where_the_split_is_taken():
     W = torch.ones(8, 6)
-    assert not osft._splits(W, torch.float32, 3)
+    assert not decomposition._splits(W, torch.float32, 3)
     if torch.cuda.is_available():
-        assert osft._splits(W.cuda(), torch.float32, 3)
-        assert not osft._splits(W.cuda(), torch.float64, 3)
-        assert not osft._splits(W.cuda(), torch.float32, 6)
+        assert decomposition._splits(W.cuda(), torch.float32, 3)
+        assert not decomposition._splits(W.cuda(), torch.float64, 3)
+        assert not decomposition._splits(W.cuda(), torch.float32, 6)
 
 
 @pytest.mark.parametrize("kind", ["steep", "crowded", "rank-deficient", "zero", "tiny", "huge"])

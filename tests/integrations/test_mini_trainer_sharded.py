@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_torch.integrations import mini_trainer as osft
+from osf_torch.integrations.mini_trainer import low_bases
 from tests.helpers import generator_for
 from tests.integrations.osft_factors import (
     FUNCTIONS,
@@ -232,3 +233,55 @@ def test_tensors_that_are_no_shards_of_a_mesh():
         assert of_summing > 1  # the fault this is there for shows
         assert max(errors) < 1e-13
         assert "redistribute it first" in message
+
+
+def project_after_loading(rank: int) -> dict[str, float]:
+    """Errors after each way that a checkpoint reaches high bases whose complements are kept."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    def local_writes(held: nn.Module, new: dict[str, Tensor]) -> None:
+        for name, value in new.items():
+            getattr(held, name).to_local().copy_(value.to_local())
+
+    def past_autograd(held: nn.Module, new: dict[str, Tensor]) -> None:
+        for name, value in new.items():
+            getattr(held, name).data.copy_(value)
+        osft.drop_low_bases()
+
+    ways = {
+        "load_state_dict": nn.Module.load_state_dict,
+        "set_model_state_dict": set_model_state_dict,
+        "local writes": local_writes,
+        "past autograd": past_autograd,
+    }
+    errors = {}
+    shape = (13, 13, 9)
+    d, holder = distributed(drawn(*shape, torch.float64), "fsdp", rank), nn.Module()
+    held = nn.ParameterDict({name: d[name] for name in ("U_high", "V_high")})
+    held.requires_grad_(False)
+    d |= dict(held)
+    for way, load in ways.items():
+        osft.project_gradient_to_orthogonal_space(d, cache_holder=holder)
+        plain = drawn(*shape, torch.float64, way)
+        new = distributed(plain, "fsdp", rank)
+        load(held, {name: new[name] for name in held})
+        for name in ("U_low", "V_low"):
+            d[name].grad = new[name].grad
+        osft.project_gradient_to_orthogonal_space(d, cache_holder=holder)
+        expected = by_formula(plain, lambda p: p.grad, torch.float64)
+        errors[way] = max(
+            float((d[name].grad.full_tensor() - e).norm() / e.norm())
+            for name, e in zip(("U_low", "V_low"), expected, strict=True)
+        )
+    assert len(low_bases._kept) == 2
+    return errors
+
+
+@pytest.mark.slow
+def test_low_bases_are_renewed_when_shards_are_loaded():
+    from tests.distributed.ranks import run_ranks
+
+    for errors in run_ranks(2, project_after_loading):
+        assert len(errors) == 4
+        for way, error in errors.items():
+            assert error < 1e-13, way

@@ -159,6 +159,27 @@ def test_restored_factors_hold_the_protected_part(peft, how):
     assert drift > 1e-2
 
 
+@pytest.mark.parametrize("how", ["enable", "restore_after"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_the_scaler_skips_changes_nothing(peft, how, fused):
+    """A fused optimizer is called for it, and so are the hooks on its step."""
+    osf_peft.enable(restore=how == "enable")
+    model = wrapped(peft)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    if how == "restore_after":
+        osf_peft.restore_after(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step, factor in enumerate((torch.inf, 1.0)):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, inputs(step)) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+        assert len(moved) == (0 if step == 0 else 3 * len(TARGETS))
+    assert max(shares(model, "parameter")) < 2e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restoring_a_thousand_times_scales_nothing(peft, dtype):

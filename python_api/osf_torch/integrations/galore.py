@@ -13,12 +13,14 @@ needed to use it::
     from osf_torch.integrations import galore
 
     galore.enable()
-    optimizer = galore_torch.GaLoreAdamW(groups, lr=1e-3)
+    from galore_torch.adamw import AdamW  # GaLoreAdamW
+
+    optimizer = AdamW(groups, lr=1e-3)
 
 Supported: galore-torch 1.x with transformers, its optimizers ``adamw``, ``adafactor`` and, where
-bitsandbytes is installed, ``adamw8bit``. galore-torch imports all three with its package, which
-fails without bitsandbytes; then :func:`enable` loads and switches the first two, and they are
-imported as ``from galore_torch.adamw import AdamW``.
+bitsandbytes is installed, ``adamw8bit``. galore-torch's package imports all three and fails without
+bitsandbytes: ``galore_torch.GaLoreAdamW`` is there with it alone. :func:`enable` loads and switches
+the first two all the same, and from then on they are imported from their own modules, as above.
 
 What differs from galore-torch's projector: signs of singular vectors, and with them those of the
 low-rank gradient, which Adam's update is indifferent to once it is projected back; a basis is as
@@ -119,8 +121,8 @@ class GaLoreProjector:
             iter: the step, counted from 0.
 
         Raises:
-            ValueError: not a matrix, or at a refresh one with NaN or Inf; the basis is then the
-                one before.
+            ValueError: not a matrix; at a refresh one with NaN or Inf, and between two one that
+                the basis doesn't fit. The basis is then the one before.
 
         Synchronizes at a refresh only.
         """
@@ -132,6 +134,8 @@ class GaLoreProjector:
             found = self.get_orthogonal_matrix(full_rank_grad, self.rank, side)
             self.ortho_matrix, self._side = found, side
             self.refreshes += 1
+        else:
+            self._require_fit(full_rank_grad, side)
         if side == "full":
             U, Vh = self.ortho_matrix
             return U.mT @ full_rank_grad @ Vh.mT
@@ -198,6 +202,19 @@ class GaLoreProjector:
         if self.proj_type == "reverse_std":
             return "left" if tall else "right"
         return self.proj_type
+
+    def _require_fit(self, grad: Tensor, side: Side) -> None:
+        """The gradient has the sides that the basis was found on."""
+        bases = self.ortho_matrix if isinstance(self.ortho_matrix, list) else [self.ortho_matrix]
+        m = None if self._side == "right" else len(cast(Tensor, bases[0]))
+        n = None if self._side == "left" else cast(Tensor, bases[-1]).shape[1]
+        if side != self._side or grad.shape != (m or grad.shape[0], n or grad.shape[1]):
+            raise _error(
+                "GaLoreProjector.project",
+                f"a gradient of the shape that the last refresh saw, ({m or 'm'}, {n or 'n'})",
+                tuple(grad.shape),
+                "a gradient of another shape takes another projector, or waits for a refresh",
+            )
 
     def _sketch(self, A: Tensor, side: Side) -> Tensor | None:
         """The present basis as columns (n, k) of A's right side, where it is one."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from osf_kernels import Basis
 from osf_torch.integrations.peft.targets import SIDES, Target, project
-from osf_torch.sharding import is_dtensor
+from osf_torch.sharding import is_dtensor, sharding_of, step_left_out
 
 
 class Projection:
@@ -146,6 +146,8 @@ def restore_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for p in owned(optimizer)
         if p.grad is not None and (hook := projection_of(p)) is not None
     ]
+    if not hooked or step_left_out(optimizer, (sharding_of(p) for p, _ in hooked)):
+        return
     project([hook.restoring_target(p.detach()) for p, hook in hooked])
 
 
