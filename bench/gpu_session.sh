@@ -9,8 +9,8 @@
 # stopped and reported, and the next one starts. PYTHON names the interpreter (default: python3).
 #
 # OUT_DIR receives at most eight files: session.log, environment.json, tests.xml, sanitizer.log,
-# projection_gpu.csv, refresh_gpu.csv, bench.log, summary.txt. Exit status: 0 where every part passed, 1 where one
-# failed or overran, 2 for bad arguments or a machine without a CUDA device.
+# projection_gpu.csv, refresh_gpu.csv, bench.log, summary.txt. Exit status: 0 where every part
+# passed, 1 where one failed or overran, 2 for bad arguments or a machine without a CUDA device.
 set -u -o pipefail
 
 usage() {
@@ -36,12 +36,12 @@ export PYTHONUNBUFFERED=1
 
 # Seconds for each part; together under the nine minutes of a session, start to summary.
 limit=530
-box_build=110
-box_tests=120
-box_sanitizer=90
+box_build=45
+box_tests=180
+box_sanitizer=85
 box_shapes=85
 box_model=65
-box_refresh=60
+box_refresh=70
 
 summary="$out/summary.txt"
 started=$SECONDS
@@ -51,7 +51,8 @@ note() { printf '%s\n' "$*" | tee -a "$summary"; }
 
 has() { "$python" -c "import $1" >/dev/null 2>&1; }
 
-# part NAME BOX LOG COMMAND...: run in the time left, at most BOX seconds; append to LOG.
+# part NAME BOX LOG COMMAND...: run in the time left, at most BOX seconds; append to LOG. What
+# overruns is interrupted: pytest then writes what it has found, on a TERM it would not.
 part() {
   local name=$1 box=$2 log=$3 begin=$SECONDS left status word
   shift 3
@@ -63,7 +64,7 @@ part() {
     return 1
   fi
   printf '\n== %s (at most %d s): %s\n' "$name" "$left" "$*" >>"$log"
-  timeout -k 5 "$left" "$@" >>"$log" 2>&1
+  timeout -s INT -k 15 "$left" "$@" >>"$log" 2>&1
   status=$?
   case $status in
     0) word=passed ;;
@@ -93,7 +94,7 @@ plan() {
   echo "python:     $("$python" --version 2>&1) ($python)"
   echo "build       at most $box_build s"
   echo "tests       at most $box_tests s"
-  echo "sanitizer   at most $box_sanitizer s (memcheck, racecheck, initcheck, synccheck)"
+  echo "sanitizer   at most $box_sanitizer s (memcheck)"
   echo "bench       at most $box_shapes s for single shapes, $box_model s for whole models"
   echo "refresh     at most $box_refresh s"
   echo "together    $total s of $limit s"
@@ -134,7 +135,7 @@ PY
 }
 note "osf-kernels GPU session, $(date -u +%Y-%m-%dT%H:%MZ)"
 note "$(nvidia-smi -L 2>/dev/null | head -n 1 || echo "nvidia-smi is missing")"
-for module in pytest hypothesis pytest_timeout pytest_benchmark numpy ninja pybind11 triton rich; do
+for module in pytest hypothesis pytest_timeout pytest_benchmark xdist numpy ninja pybind11 triton rich; do
   has "$module" || note "missing: $module"
 done
 
@@ -144,7 +145,12 @@ part build "$box_build" "$out/session.log" \
   note "python -m osf_kernels info failed: see session.log"
 
 if has pytest; then
+  # Only files with such tests: others import packages that this machine may lack or that warn.
+  mapfile -t files < <(grep -rlF --include='test_*.py' pytest.mark.gpu tests | sort)
   options=(-m gpu -q --junitxml "$out/tests.xml" --continue-on-collection-errors)
+  # Most of the time is Triton compiling, on one core a process.
+  if has xdist; then options+=(-n 8); else note "pytest runs in one process: xdist is missing"; fi
+  has pytest_timeout && options+=(--timeout=60)
   if ! has pytest_timeout || ! has pytest_benchmark; then
     # pyproject.toml is strict about plugins; without them this stands in for its settings.
     note "pytest runs without the settings of pyproject.toml: a plugin that they name is missing"
@@ -152,7 +158,7 @@ if has pytest; then
       "$root" "$root" >"$out/pytest.ini"
     options+=(-c "$out/pytest.ini" --rootdir "$root" --import-mode=importlib)
   fi
-  part tests "$box_tests" "$out/session.log" "$python" -m pytest "${options[@]}" tests
+  part tests "$box_tests" "$out/session.log" "$python" -m pytest "${options[@]}" "${files[@]}"
   note "$(grep -E '^[=]* ?[0-9]+ (passed|failed|skipped|deselected|error)' "$out/session.log" | tail -n 1)"
   rm -f "$out/pytest.ini"
 else
@@ -162,16 +168,24 @@ fi
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
-  # Where it can't attach to this driver, it fails on a program that launches one kernel of torch.
-  if timeout -k 5 $((box_sanitizer / 4)) "$sanitizer" --tool memcheck --error-exitcode 9 \
-    "$python" -c "import torch; torch.ones(8, device='cuda').sum().item()" \
-    >>"$out/sanitizer.log" 2>&1; then
-    for tool in memcheck racecheck initcheck synccheck; do
-      part "sanitizer $tool" $((box_sanitizer * 3 / 16)) "$out/sanitizer.log" \
-        "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        "$python" -m bench projection --device cuda --model 136x72 --rank 20 --dtype bf16,fp32 \
-        --backend cuda --no-peers --rounds 0
-    done
+  # Where it can't attach to this driver, it fails on a program that allocates a byte there.
+  if timeout -k 5 15 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" - \
+    >>"$out/sanitizer.log" 2>&1 <<'PY'; then
+import ctypes, sys
+cuda, out = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p()
+sys.exit(
+    cuda.cuInit(0)
+    or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(out), 0)
+    or cuda.cuCtxSetCurrent(out)
+    or cuda.cuMemAlloc_v2(ctypes.byref(out), ctypes.c_size_t(1))
+)
+PY
+    # An allocation each: torch's own pool would hide an access behind a tensor. One tool alone:
+    # each would start torch under it first; races are the emulator's to find (tests/emulator).
+    part "sanitizer memcheck" "$box_sanitizer" "$out/sanitizer.log" \
+      env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
+      "$python" -m bench projection --device cuda --model 136x72 --rank 20 --dtype bf16,fp32 \
+      --backend cuda --no-peers --rounds 0
   else
     note "sanitizer              does not work here: see sanitizer.log"
   fi
@@ -196,7 +210,7 @@ while read -r label box arguments <&3; do
 done 3< <(bench_commands)
 
 part "bench refresh" "$box_refresh" "$out/bench.log" "$python" -m bench refresh --device cuda \
-  --suite figures --rounds 3 --csv "$out/refresh_gpu.csv"
+  --suite figures --rounds 1 --csv "$out/refresh_gpu.csv"
 
 if [ -s "$out/projection_gpu.csv" ]; then
   "$python" -m bench show "$out/projection_gpu.csv" | tee -a "$summary"

@@ -180,9 +180,8 @@ def examine(case: Case, problem: Problem, gate: Gate, name: str, entry: Entry) -
     try:
         once()
     except Exception as error:
-        if entry.ours:
-            raise
-        row.status = f"unavailable: {contenders.first_line(error)}"
+        kind = "wrong: it raised" if entry.ours else "unavailable:"
+        row.status = f"{kind} {contenders.first_line(error)}"
         return row
     row.error = gate.error(results[0], entry.sides)
     row.error_bound = gate.limit(entry)
@@ -215,7 +214,7 @@ def measure(
 ) -> list[Row]:
     """The rows of a case, one a contender. With ``rounds`` 0 the gate alone.
 
-    Raises what the library raises; a peer that can't run gets a row that says why.
+    Who raises gets a row that says why: ours a wrong one, a peer one that is unavailable.
     """
     dtype = DTYPES[case.dtype]
     say("drawing bases")

@@ -165,9 +165,8 @@ def examine(
     try:
         results = known[contender.name] if contender.name in known else contender.run()
     except Exception as error:
-        if contender.ours:
-            raise
-        row.status = f"unavailable: {first_line(error)}"
+        kind = "wrong: it raised" if contender.ours else "unavailable:"
+        row.status = f"{kind} {first_line(error)}"
         return row
     if contender.rankless:
         known[contender.name] = results
@@ -200,7 +199,7 @@ def measure(
         curve, lowrank: as in ``decompositions.contenders``.
         memory: measure what ours by method="auto" and linalg.svd allocate, in a run of its own.
 
-    Raises what the library raises; a peer that can't run gets a row that says why.
+    Who raises gets a row that says why: ours a wrong one, a peer one that is unavailable.
     """
     say("the truth in float64")
     problem.truths  # noqa: B018  computed once, outside of anyone's turn

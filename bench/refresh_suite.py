@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from bench import report, spectra
-from bench.contenders import OURS
+from bench.contenders import OURS, first_line
 from bench.decompositions import LOWRANK_ITERATIONS
 from bench.refresh import RefreshRow, measure
 from bench.spectra import Problem, shown
@@ -19,12 +19,17 @@ MINILM_LAYERS = 6
 
 
 class Job(NamedTuple):
-    """A problem, made when its turn comes, and what is measured of it."""
+    """A problem, made when its turn comes, and what is measured of it.
+
+    Where what it is made from is missing (FileNotFoundError), an optional one becomes a row that
+    says so.
+    """
 
     make: Callable[[], Problem]
     ranks: Sequence[float]
     curve: bool
     lowrank: Sequence[int]  # niter of each svd_lowrank; with none, linalg.svd is the only peer
+    optional: bool = False
 
 
 class Target(NamedTuple):
@@ -122,7 +127,11 @@ def figures(size: int, layers: int, device: torch.device) -> Iterator[Job]:
     if layers == 0:
         return
     minilm_ranks = [t.rank for t in TARGETS if t.source == "minilm"]
-    yield Job(lambda: spectra.minilm_problem(layers, device), minilm_ranks, True, FIGURES_LOWRANK)
+
+    def minilm() -> Problem:
+        return spectra.minilm_problem(layers, device)
+
+    yield Job(minilm, minilm_ranks, True, FIGURES_LOWRANK, optional=True)
 
 
 def run(
@@ -135,7 +144,14 @@ def run(
     """The rows of each job, as soon as they are there."""
     for job in jobs:
         say("drawing")
-        problem = job.make()
+        try:
+            problem = job.make()
+        except FileNotFoundError as error:
+            if not job.optional:
+                raise
+            why = f"unavailable: {first_line(error)}"
+            yield [RefreshRow(case="figures", contender=OURS, status=why)]
+            continue
 
         def named(text: str, name: str = f"{problem.name}, {problem.task}") -> object:
             return say(f"{name}: {text}")

@@ -1,7 +1,7 @@
 """Matrices to decompose, and what is true of them: random ones by spectrum, and MiniLM's weights.
 
 The truth is a float64 SVD of the float32 matrix as it is handed to the contenders, computed once
-for each matrix of a process.
+for each matrix of a process: LAPACK's, which no driver on a GPU shares a fault with.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Truth(NamedTuple):
 
 @lru_cache(maxsize=48)  # by the tensor's identity: several problems may be of one matrix
 def truth_of(A: Tensor) -> Truth:
-    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    return Truth(U, S, Vh.mT)
+    U, S, Vh = torch.linalg.svd(A.double().cpu(), full_matrices=False)
+    return Truth(U.to(A.device), S.to(A.device), Vh.mT.to(A.device))
 
 
 @dataclass

@@ -105,6 +105,9 @@ void jacobi_svd(const JacobiJob& job, const Machine& machine, cudaStream_t strea
 
 // Compute capabilities this library was compiled for, as 100·major + 10·minor, ended by a 0.
 const int* compiled_architectures();
+// Why the current device cannot run this library: it holds neither machine code for it nor PTX
+// that the driver takes. Leaves no error behind.
+cudaError_t image_error();
 // The compiler, as 1000·major + 10·minor.
 int compiler_version();
 

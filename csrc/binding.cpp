@@ -23,10 +23,15 @@ namespace {
 constexpr int kSharedBytes = 163 * 1024;
 
 void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("osf_kernels: ") + call +
-                             " failed: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next who asks would take it for its own
+  const std::string text =
+      std::string("osf_kernels: ") + call + " failed: " + cudaGetErrorString(error);
+  if (error == cudaErrorMemoryAllocation) {
+    PyErr_SetString(PyExc_MemoryError, text.c_str());
+    throw py::error_already_set();
   }
+  throw std::runtime_error(text);
 }
 
 // Makes `device` current and restores the caller's device.
@@ -74,12 +79,27 @@ Machine machine_of(int device) {
   return machine;
 }
 
+std::string architectures() {
+  std::string text;
+  for (const int* arch = compiled_architectures(); *arch != 0; ++arch) {
+    if (!text.empty()) text += ' ';
+    text += std::to_string(*arch / 100) + '.' + std::to_string(*arch % 100 / 10);
+  }
+  return text;
+}
+
 // Why the kernels cannot run on a device, or nothing.
 std::optional<std::string> unsupported(int device) {
   const int shared = shared_bytes(device);
-  if (shared >= kSharedBytes) return std::nullopt;
-  return "its blocks have " + std::to_string(shared) +
-         " bytes of shared memory, the kernels need " + std::to_string(kSharedBytes);
+  if (shared < kSharedBytes) {
+    return "its blocks have " + std::to_string(shared) +
+           " bytes of shared memory, the kernels need " + std::to_string(kSharedBytes);
+  }
+  const DeviceGuard guard(device);
+  const cudaError_t error = image_error();
+  if (error == cudaSuccess) return std::nullopt;
+  return "the CUDA extension was built for compute capability " + architectures() +
+         " (TORCH_CUDA_ARCH_LIST), of which it runs none: " + cudaGetErrorString(error);
 }
 
 template <class Job>
@@ -192,15 +212,6 @@ void run_jacobi(const py::bytes& record, int device, uintptr_t stream) {
   const auto job = job_of<JacobiJob>(record);
   const DeviceGuard guard(device);
   jacobi_svd(job, machine_of(device), reinterpret_cast<cudaStream_t>(stream));
-}
-
-std::string architectures() {
-  std::string text;
-  for (const int* arch = compiled_architectures(); *arch != 0; ++arch) {
-    if (!text.empty()) text += ' ';
-    text += std::to_string(*arch / 100) + '.' + std::to_string(*arch % 100 / 10);
-  }
-  return text;
 }
 
 }  // namespace

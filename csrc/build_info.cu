@@ -15,6 +15,21 @@ const int* compiled_architectures() {
   return architectures;
 }
 
+#ifdef OSF_SIMT_EMULATOR
+cudaError_t image_error() { return cudaSuccess; }
+#else
+namespace {
+__global__ void empty_kernel() {}  // compiled for what all the others are
+}  // namespace
+
+cudaError_t image_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, empty_kernel);
+  cudaGetLastError();
+  return error;
+}
+#endif
+
 int compiler_version() { return OSF_COMPILER_VERSION; }
 
 }  // namespace osf

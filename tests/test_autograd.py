@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from osf_kernels import Basis, apply_, coefficients, project, project_, project_many_, restore_
+from osf_kernels import (
+    Basis,
+    apply_,
+    coefficients,
+    project,
+    project_,
+    project_many_,
+    restore_,
+    use_backend,
+)
 from tests.helpers import KINDS, draw_basis, generator_for, randn
 
 OPS = torch.ops.osf_kernels
@@ -163,3 +173,23 @@ def test_compiles_as_one_graph(backend):
     compiled = torch.compile(functional, fullgraph=True, backend=backend)
     (gradient,) = torch.autograd.grad(compiled(leaf).sum(), leaf)
     assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
+    """Of CUDA tensors it runs in a thread of autograd's, which sees no use_backend."""
+    asked = []
+
+    def select(request, *arguments):
+        asked.append(request)
+        return "torch", "asked for"
+
+    monkeypatch.setattr("osf_kernels.ops._validation.select", select)
+    g = torch.randn(23, 12, requires_grad=True)
+    U = torch.linalg.qr(torch.randn(23, 3))[0].requires_grad_()
+    with use_backend("torch"):
+        total = project(g, U, None).sum()
+    thread = threading.Thread(target=total.backward)
+    thread.start()
+    thread.join()
+    assert g.grad is not None
+    assert set(asked) == {"torch"}

@@ -134,6 +134,34 @@ def test_warm_up_is_not_recorded() -> None:
     assert len(times["a"]) == 3
 
 
+def test_a_gpu_waits_for_the_host_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what a small call plans on the host would pass for its time there. The GPU is a fake."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("synchronize event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("wait"), raising=False)
+    clock = timing.Clock(torch.device("cuda", 0), cold=False)
+    timed = timing.Timed(lambda: log.append("call"), lambda: log.append("prepare"))
+    assert clock.time_ms(timed) == 0.5
+    wanted = ["prepare", "synchronize", "wait", "record", "call", "record", "synchronize event"]
+    assert log == wanted
+
+
 def test_peak_counts_what_lives_at_once_and_not_what_was_freed() -> None:
     def two_in_turn() -> None:
         for _ in range(2):
@@ -312,6 +340,16 @@ def case(**changes: object) -> projection.Case:
 
 def refuse(*_: object) -> Tensor:
     raise RuntimeError("no compiler here\nand more")
+
+
+def test_a_backend_of_ours_that_raises_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(osf_kernels, "project_many_", lambda *_, mode: refuse())
+    monkeypatch.setattr(contenders, "compiled", lambda mode: refuse)
+    rows = {row.contender: row for row in projection.measure(case(), rounds=0)}
+    ours = rows[contenders.OURS]
+    assert ours.status == "wrong: it raised RuntimeError: no compiler here"
+    assert report.failed(ours)
+    assert rows[contenders.NAIVE].status == "ok"
 
 
 @pytest.mark.timing

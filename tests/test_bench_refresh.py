@@ -302,6 +302,37 @@ def test_the_figures_suite_runs_every_task() -> None:
     assert len(text.splitlines()) == 2 + 6
 
 
+def test_figures_without_their_model_say_so_and_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(layers: int, device: torch.device) -> spectra.Problem:
+        raise FileNotFoundError("bench: the model is not here")
+
+    monkeypatch.setattr(spectra, "minilm_problem", missing)
+    command = ["refresh", "--suite", "figures", "--figures-size", "32", "--rounds", "0"]
+    assert cli.main([*command, "--csv", str(tmp_path / "rows.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "unavailable: FileNotFoundError: bench: the model is not here" in said
+    assert "to reach" in said
+    assert "the model is not here" in (tmp_path / "rows.csv").read_text()
+    assert cli.main(["refresh", "--source", "minilm", "--rounds", "0"]) == 2, "asked for by name"
+
+
+def test_a_method_of_ours_that_raises_costs_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: spectra.Problem, rank: float, **options: object) -> object:
+        def run() -> object:
+            raise RuntimeError("no kernel image")
+
+        return run
+
+    monkeypatch.setattr(decompositions, "ours", broken)
+    rows = refresh.measure(problem(), [4], 0)
+    mine = [row for row in rows if row.contender.startswith(OURS)]
+    assert all(row.status == "wrong: it raised RuntimeError: no kernel image" for row in mine)
+    assert all(map(refresh.failed, mine))
+    assert any(row.status == "ok" for row in rows)
+
+
 # auto
 
 
@@ -423,7 +454,7 @@ def test_quick_auto_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         (["--source", "gaussian"], "expected --source to be one of flat, power, steep, minilm"),
-        (["--rho", "0"], "expected --rank to be a positive integer or a fraction"),
+        (["--rho", "0"], "expected --rho to be a positive integer or a fraction"),
         (["--size", "4"], "expected --size to be at least 8, got 4"),
         (["--figures-size", "4"], "expected --figures-size to be at least 8"),
         (["--device", "meta"], "expected --device to be cpu, cuda or cuda:N"),
@@ -447,6 +478,8 @@ def test_a_missing_gpu_is_said(
 
 def test_on_a_gpu_every_driver_of_linalg_svd_is_a_contender() -> None:
     assert decompositions.drivers(torch.device("cuda")) == ("gesvd", "gesvdj", "gesvda")
+    assert decompositions.drivers(torch.device("cuda"), square=True) == ("gesvd", "gesvdj")
+    assert decompositions.drivers(torch.device("cuda"), cold=False) == ("gesvdj",)
     assert decompositions.drivers(CPU) == (None,)
 
 

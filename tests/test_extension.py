@@ -211,6 +211,19 @@ def test_nothing_given_is_written_and_gradients_do_not_leak() -> None:
         assert not extend_basis(B, X, energy=0.9).requires_grad
 
 
+def test_samples_that_are_no_tensor_are_what_is_named() -> None:
+    B, X = draw(20, 3, 6, torch.float32)
+    for basis in (B, Basis(B, "low"), None):
+        with pytest.raises(TypeError, match="expected samples to be a tensor, got NoneType"):
+            extend_basis(basis, None, energy=0.9)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="expected samples to be a list or a tuple, got NoneType"):
+        extend_basis([B], None, energy=0.9)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"samples to be a dense tensor.*to_dense"):
+        extend_basis(B, X.to_sparse(), energy=0.9)
+    with pytest.raises(TypeError, match=r"expected basis\[0\] to be a dense tensor"):
+        extend_basis([B.to_sparse()], [X], energy=0.9)
+
+
 @pytest.mark.parametrize("where", ["basis", "samples"])
 def test_nan_and_inf_are_counted_by_matrix(where: str) -> None:
     pairs = [draw(10, 2, 5, torch.float32, i) for i in range(3)]

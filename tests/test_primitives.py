@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import BackendUnavailableError, use_backend
-from osf_kernels.backends import primitives
+from osf_kernels.backends import primitives, select_products
 from osf_kernels.testing import assert_error_within, orthonormality_ratio
 from tests.helpers import DTYPES, generator_for, randn
 
@@ -80,10 +80,12 @@ def test_multiply_twice_is_two_products(
         Y, Z = primitives.multiply_twice(As, Q, out=whole[..., width:])
         again = primitives.multiply(As, Q, out=whole[..., :width])
         plain, plainer = primitives.multiply_twice(As, Q)
+        # It picks a kernel by strides and alignment too, and another kernel sums in another order.
+        by_cublas = device == "cuda" and select_products(Q.device, dtype) == "torch"
     assert Y.data_ptr() == whole[..., width:].data_ptr()
-    for out in (again, whole[..., width:], plain):
-        torch.testing.assert_close(out, Y, rtol=0, atol=0)
-    torch.testing.assert_close(plainer, Z, rtol=0, atol=0)
+    for out, same in ((again, Y), (whole[..., width:], Y), (plain, Y), (plainer, Z)):
+        atol = 50 * torch.finfo(work).eps * float(same.abs().max()) if by_cublas else 0.0
+        torch.testing.assert_close(out, same, rtol=0, atol=atol)
     for i, A in enumerate(As):
         truth = A.double() @ Q[i].double()
         assert_error_within(Y[i], truth, A.to(work) @ Q[i], scale=truth)

@@ -54,9 +54,10 @@ def requested() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Has every operator inside the ``with`` run on one backend.
 
-    It holds for the current thread or task and overrides OSF_BACKEND. An explicit choice works
-    or raises: there is no silent fallback. "auto" lets the planner choose. Enter it outside a
-    compiled region; a compiled graph asks when it runs.
+    It holds for the current thread or task, and for the backward of what ran inside, whatever
+    thread that is in; it overrides OSF_BACKEND. An explicit choice works or raises: there is no
+    silent fallback. "auto" lets the planner choose. Enter it outside a compiled region; a compiled
+    graph asks when it runs, its backward on CUDA in autograd's own thread: there set OSF_BACKEND.
 
     Args:
         name: "torch", "triton", "cuda" or "auto".

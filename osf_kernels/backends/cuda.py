@@ -115,16 +115,17 @@ def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None
     of ranks up to 64 or beyond: products into partial sums in a float32 workspace, and their sum
     in a fixed order. x is read once for ranks up to 128 (64 in tf32 and tf32x3), and once more for
     each further block of as many. Writes each job's A and B entirely; never synchronizes, but the
-    first call on a stream allocates half a kilobyte that stays; two calls agree bit for bit, and a
-    list with a loop over it.
+    first call on a stream allocates half a kilobyte that stays, and empties torch's cache where
+    the device has none left; two calls agree bit for bit, and a list with a loop over it.
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each job on one device.
         allow_tf32: instead of what torch's matmul precision says.
 
     Raises:
-        TypeError: another dtype. BackendUnavailableError: no extension. RuntimeError: a call of
-            the CUDA runtime failed; the message names it.
+        TypeError: another dtype. BackendUnavailableError: no extension. MemoryError: no room for
+            that half a kilobyte. RuntimeError: another call of the CUDA runtime failed; the
+            message names it.
     """
     extension = _extension()
     allow_tf32 = _tf32_allowed() if allow_tf32 is None else allow_tf32
@@ -135,9 +136,12 @@ def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None
             size = extension.coefficients_workspace_bytes(records, index, allow_tf32)
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             stream = torch.cuda.current_stream(device).cuda_stream
-            extension.coefficients(
-                records, index, allow_tf32, workspace.data_ptr(), workspace.numel(), stream
-            )
+            arguments = records, index, allow_tf32, workspace.data_ptr(), size, stream
+            try:
+                extension.coefficients(*arguments)
+            except MemoryError:  # counters are not of torch's pool, which may hold all there is
+                torch.cuda.empty_cache()
+                extension.coefficients(*arguments)
 
 
 def update(jobs: Sequence[Update]) -> None:

@@ -350,6 +350,7 @@ _project_many_ = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     g, U, V, ctx.kind = inputs
+    ctx.backend = backends.requested()  # backward of CUDA tensors runs in a thread of autograd's
     # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
     bases = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(g if bases else None, U, V)
@@ -361,12 +362,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     g, U, V = ctx.saved_tensors
     _, u_spans, v_spans = parts_of("project", ctx.kind)
     for_g = for_U = for_V = None
-    if ctx.needs_input_grad[0]:
-        for_g = _projected(grad, U, V, ctx.kind)
-    if ctx.needs_input_grad[1]:
-        for_U = _basis_gradient(grad, _beside_U(g, V, ctx.kind), U, u_spans)
-    if ctx.needs_input_grad[2]:
-        for_V = _basis_gradient(grad.mT, _beside_V(g, U, ctx.kind).mT, V, v_spans)
+    with backends.use_backend(ctx.backend):
+        if ctx.needs_input_grad[0]:
+            for_g = _projected(grad, U, V, ctx.kind)
+        if ctx.needs_input_grad[1]:
+            for_U = _basis_gradient(grad, _beside_U(g, V, ctx.kind), U, u_spans)
+        if ctx.needs_input_grad[2]:
+            for_V = _basis_gradient(grad.mT, _beside_V(g, U, ctx.kind).mT, V, v_spans)
     return for_g, for_U, for_V, None
 
 

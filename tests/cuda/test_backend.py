@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,32 @@ def test_where_there_is_no_device_the_reason_says_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = cuda.unavailable_reason(torch.device("cuda:1"))
     assert reason == "needs compute capability 8.0 or later, cuda:1 has 7.5"
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_no_room_for_the_counters_empties_torchs_cache_once(
+    monkeypatch: pytest.MonkeyPatch, freed: bool
+) -> None:
+    done: list[str] = []
+
+    def coefficients(*_: object) -> None:
+        done.append("call")
+        if not (freed and "empty" in done):
+            raise MemoryError("osf_kernels: cudaMalloc failed: out of memory")
+
+    extension = SimpleNamespace(
+        coefficients=coefficients, coefficients_workspace_bytes=lambda *_: 8
+    )
+    monkeypatch.setattr(cuda, "_load", lambda: extension)
+    monkeypatch.setattr(cuda, "_index", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    x = torch.zeros(4, 3)
+    job = Coefficients(x, None, torch.zeros(3, 2), None, torch.zeros(4, 2))
+    with nullcontext() if freed else pytest.raises(MemoryError, match="cudaMalloc failed"):
+        cuda.coefficients([job])
+    assert done == ["call", "empty", "call"]
 
 
 def test_a_record_holds_sizes_addresses_strides_and_dtypes() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from osf_kernels.backends import cuda
 from osf_kernels.backends.forms import Coefficients, Update
+from tests.cuda.test_nvcc import CSRC, nvcc
 from tests.emulator import draws, factorizations
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -16,7 +20,7 @@ DTYPES = (BF16, F16, F32)
 # the longest sum here (K = 1030) the error may grow to a few roundings of the sum of all terms.
 ROUNDINGS = 8.0
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +205,11 @@ def test_a_graph_beside_the_stream_it_was_captured_on() -> None:
 
 
 def test_a_matrix_of_more_than_two_to_the_31_elements() -> None:
-    """Row and column offsets beyond 32 bits: the far corner is as right as the near one."""
+    """Row and column offsets beyond 32 bits: the far corner is as right as the near one.
+
+    B is one sum of 31000 products in an accumulator that truncates at each of 1938 steps: so
+    simulated it is off by 4.4e-5 of its size, where a wrong offset would be off by all of it.
+    """
     m, n, r = 70_000, 31_000, 8
     free, _ = torch.cuda.mem_get_info()
     needed = 2 * 2 * m * n + 4 * 600 * n * r
@@ -218,7 +226,7 @@ def test_a_matrix_of_more_than_two_to_the_31_elements() -> None:
     true_A = U.double().mT @ x[:, columns].double()
     true_B = x[rows].double() @ V.double()
     assert (A[:, columns] - true_A).norm() <= 1e-5 * true_A.norm()
-    assert (B[rows] - true_B).norm() <= 1e-5 * true_B.norm()
+    assert (B[rows] - true_B).norm() <= 2e-4 * true_B.norm()
 
     out = torch.empty_like(x)
     cuda.update([Update(out, x, U, A, None, None, -1.0, 1.0)])
@@ -233,6 +241,24 @@ def test_a_failed_call_is_named() -> None:
         _cuda.update(b"", 9999, False, 0)
     with pytest.raises(ValueError, match="expected records of"):
         _cuda.update(b"12345", 0, False, 0)
+
+
+def has_image(folder: Path, number: str) -> bool:
+    """Whether a build of csrc/ for one capability, without PTX, can run on the current device."""
+    program, built = folder / "probe.cpp", folder / "probe"
+    program.write_text('#include "api.h"\nint main() { return osf::image_error() != 0; }\n')
+    command = [str(nvcc()), "-std=c++17", "-I", str(CSRC), "-o", str(built)]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    command += [str(program), str(CSRC / "build_info.cu")]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return subprocess.run([str(built)], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.skipif(nvcc() is None, reason="nvcc was not found")
+def test_a_build_for_another_architecture_is_told(tmp_path: Path) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    assert has_image(tmp_path, f"{major}{minor}")
+    assert not has_image(tmp_path, "80" if major != 8 else "90")
 
 
 def assert_equal_factors(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:

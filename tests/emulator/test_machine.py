@@ -192,6 +192,24 @@ def test_update_needs_each_warp_barrier(nth: int) -> None:
     assert mistakes(update_job(), mutations=mutation, only="inst/update_tf32x3.cu")
 
 
+@pytest.mark.slow
+def test_a_sum_kept_in_the_tensor_cores_is_less_than_float32() -> None:
+    """They truncate: of a long product's sum, kept in, more is lost than float32 sums lose."""
+
+    def kept_in(source: str) -> str:
+        apart = replaced("float apart[4] = {};", "float (&apart)[4] = d;")
+        return replaced("d[i] += apart[i];", "(void)i;")(apart(source))
+
+    emulator = build(mutations={"mma_traits.cuh": kept_in}, only="inst/update_tf32x3.cu")
+    g = torch.Generator().manual_seed(6)
+    job = draws.update_job(40, 300, 40, 70, torch.float32, g)
+    truth, terms = (draws.true_update(j, torch.float64) for j in (job, draws.magnitude(job)))
+    eager = draws.true_update(job, torch.float32)
+    draws.assert_as_accurate(run([job])[0][job.out], truth, eager, terms)
+    with pytest.raises(AssertionError, match="error"):
+        draws.assert_as_accurate(run([job], emulator=emulator)[0][job.out], truth, eager, terms)
+
+
 def factorization_job(kernel: str) -> factorizations.CholeskyJob | factorizations.JacobiJob:
     """More rows than a warp, more warps than one, and columns of zeros to complete."""
     g = torch.Generator().manual_seed(3)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +109,33 @@ def test_median_of_times() -> None:
     calls: list[None] = []
     assert autotune.time_ms(lambda: calls.append(None)) >= 0.0
     assert len(calls) == 6
+
+
+def test_a_search_runs_its_candidates_inside_the_call_it_is_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA the search is part of building a call's launches. Device and uploads are fakes."""
+    launch = pytest.importorskip("osf_kernels.backends.triton.launch", exc_type=ImportError)
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launch, "_Uploads", SimpleNamespace)
+    monkeypatch.setattr(launch, "_calls", OrderedDict())
+    device = torch.device("cuda", 0)
+    built: list[str] = []
+
+    def candidate() -> list[object]:
+        built.append("candidate")
+        return []
+
+    def call() -> list[object]:
+        launch.run(("candidate",), device, candidate)
+        built.append("call")
+        return []
+
+    thread = threading.Thread(target=launch.run, args=(("call",), device, call), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive(), "the search waits for its own call"
+    assert built == ["candidate", "call"]

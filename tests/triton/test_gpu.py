@@ -201,7 +201,9 @@ def test_repeated_call_copies_nothing() -> None:
     g = generator_for("gpu cache")
     job = draw((512, 512), (16, 16), torch.bfloat16, g)
     backend.coefficients([job])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    # acc_events: torch 2.11 warns without it.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         backend.coefficients([job])
         torch.cuda.synchronize()
     assert not [event.key for event in profile.key_averages() if "Memcpy" in event.key]

@@ -167,6 +167,7 @@ def test_same_bits_in_a_list_a_loop_and_again(dtype: torch.dtype) -> None:
         assert torch.equal(check_gram([A], "right")[0], square[i])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_stream_of_the_caller_and_no_synchronization() -> None:
     """Work follows the current stream: a slow fill before it is seen, and nothing waits for it."""
     g = generator_for("gpu product stream")
@@ -179,8 +180,8 @@ def test_stream_of_the_caller_and_no_synchronization() -> None:
     A.fill_(torch.nan)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
             A.copy_(fresh)

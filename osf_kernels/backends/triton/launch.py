@@ -160,7 +160,8 @@ class _Uploads:
         return staging.to(device, non_blocking=True)
 
 
-_lock = threading.Lock()
+# Reentrant: under OSF_AUTOTUNE=1 a build runs launches of its own, the candidates'.
+_lock = threading.RLock()
 _uploads: dict[torch.device, _Uploads] = {}
 _calls: OrderedDict[tuple[object, ...], _Call] = OrderedDict()
 _captured: list[_Call] = []

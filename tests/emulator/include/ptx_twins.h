@@ -1,5 +1,6 @@
-// Host twins of csrc/ptx.cuh: the same names, the same results to the rounding of a sum, and the
-// same lanes holding them (PTX ISA, sections on ldmatrix and on mma.m16n8k8 and mma.m16n8k16).
+// Host twins of csrc/ptx.cuh: the same names, the same results but for the order and the last bits
+// of a sum, and the same lanes holding them (PTX ISA, sections on ldmatrix and on mma.m16n8k8 and
+// mma.m16n8k16).
 #pragma once
 
 #include <algorithm>
@@ -179,7 +180,16 @@ struct MmaLane {
   uint32_t b[2];
 };
 
-// `value(bits, half)` reads an element out of a register; PACKED is the number of elements in one.
+// Toward zero, as tensor cores round what they add to (Fasi, Higham, Mikaitis and Pranesh 2021).
+inline float truncated(double value) {
+  const float nearest = static_cast<float>(value);
+  const bool away = std::isfinite(nearest) && std::fabs(nearest) > std::fabs(value);
+  return away ? bits_to_float(float_to_bits(nearest) - 1) : nearest;
+}
+
+// d += a b, the products exact and their sum with d truncated once: the machine cuts off a little
+// more, between products. `value(bits, half)` reads an element out of a register; PACKED is the
+// number of elements in one.
 template <int PACKED, class Value>
 inline void mma(void* const* lanes, Value value) {
   constexpr int DEPTH = 8 * PACKED;
@@ -203,7 +213,7 @@ inline void mma(void* const* lanes, Value value) {
       const int row = i / 4 + 8 * (c / 2), column = 2 * (i % 4) + c % 2;
       double sum = lane.d[c];
       for (int k = 0; k < DEPTH; ++k) sum += a[row][k] * b[k][column];
-      lane.d[c] = static_cast<float>(sum);
+      lane.d[c] = truncated(sum);
     }
   }
 }
