@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -116,14 +117,14 @@ def test_deflated_says_when_weights_moved_in_the_protected_span() -> None:
 @pytest.mark.parametrize("field", ["columns", "V", "U", "S", "U_low", "V_low"])
 def test_a_warm_start_that_is_not_finite_is_refused(bad: float, field: str) -> None:
     A, _, _, _ = draw(64, 48)
-    earlier = copy.deepcopy(truncated_svd(A, 10, complement=field != "V"))
+    earlier = copy.deepcopy(truncated_svd(A, 30, complement=field != "V"))
     V = getattr(earlier, "V" if field == "columns" else field)
     V.view(-1)[3] = bad
     start = V if field == "columns" else earlier
-    with pytest.raises(
-        ValueError, match=rf"warm_start to be finite.*that of A has 1 of {V.numel()}"
-    ):
-        truncated_svd(A, 10, warm_start=start)
+    methods = ("warm",) if field in ("columns", "V") else ("deflated", "auto")
+    for method, tol in itertools.product(methods, (None, 1e-3)):
+        with pytest.raises(ValueError, match=rf"warm_start to be finite.*A has 1 of {V.numel()}"):
+            truncated_svd(A, 30, method=method, warm_start=start, tol=tol)
 
 
 def test_a_start_too_large_to_multiply_by_is_not_called_right() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -106,12 +107,15 @@ def deflated(
     U, S, V = high
     P, Q = low
     core = P.mT @ primitives.multiply(As, Q)  # (b, m − r, n − r)
+    finite = core.isfinite().all(-1).all(-1)  # else LAPACK would raise
+    core = torch.where(finite[:, None, None], core, 0)
     left, values, right_h = torch.linalg.svd(core, full_matrices=True)
     merged, order = torch.cat([S, values], -1).sort(dim=-1, descending=True, stable=True)
     U, U_low = _merged(U, P @ left, order, rank)
     V, V_low = _merged(V, Q @ right_h.mT, order, rank)
     S = merged[..., :rank]
-    return Factors(U, S, V, residual_of(As, U, S, V), [1] * len(As), _fine(As), U_low, V_low)
+    residual = torch.where(finite, residual_of(As, U, S, V), math.inf)
+    return Factors(U, S, V, residual, [1] * len(As), _fine(As), U_low, V_low)
 
 
 def _merged(old: Tensor, new: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:

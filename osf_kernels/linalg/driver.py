@@ -16,7 +16,15 @@ from osf_kernels.linalg import auto, methods
 from osf_kernels.linalg.auto import Method
 from osf_kernels.linalg.complement import complement as complement_of
 from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.inputs import OP, Entry, WarmStart, can_deflate, check_options, entries_of
+from osf_kernels.linalg.inputs import (
+    OP,
+    Entry,
+    WarmStart,
+    can_deflate,
+    check_options,
+    entries_of,
+    require_finite_starts,
+)
 from osf_kernels.linalg.result import TruncatedSVD
 
 # What a group may take beside its results where no cap is given. On a CPU a few matrices at a time
@@ -245,6 +253,9 @@ def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[Tru
         for part in broken.split(max(1, int(group.workspace_bytes // max(1, each)))):
             again = methods.run(method, group.of(part), safe=True)
             factors = methods.merged(factors, part, again)
+    if method in ("warm", "deflated") and not bool(factors.residual.isfinite().all()):
+        # To look before would take a tenth of the time of either.
+        require_finite_starts(entries)
     return _results(method, entries, _finished(factors, options.complement), options)
 
 

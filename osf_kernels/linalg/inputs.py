@@ -66,7 +66,6 @@ def entries_of(
     chosen = [_rank(name, matrix, r) for (name, matrix), r in zip(matrices, ranks, strict=True)]
     for (name, matrix), start in zip(matrices, warm, strict=True):
         _check_warm(name, matrix, start)
-    _check_finite_starts(names, warm)
     detached = [matrix.detach() for _, matrix in matrices]
     norms = _finite_norms(names, detached)
     return [
@@ -282,15 +281,15 @@ def _check_warm(name: str, A: Tensor, warm: WarmStart) -> None:
         raise TypeError(describe(OP, f"warm_start of {name}", "of a real dtype", V.dtype))
 
 
-def _check_finite_starts(names: Sequence[str], warm: Sequence[WarmStart]) -> None:
+def require_finite_starts(entries: Sequence[Entry]) -> None:
     """Raises ValueError for NaN or Inf in any factor that a method may start from."""
     given: list[tuple[str, Tensor]] = []
-    for name, start in zip(names, warm, strict=True):
+    for entry in entries:
+        name, start = f"that of {entry.name}", entry.warm
         if isinstance(start, Tensor):
-            given.append((f"that of {name}", start))
+            given.append((name, start))
         elif start is not None:
-            factors = [start.V] if start.U_low is None else _factors(start)
-            given += [(f"that of {name}", factor) for factor in factors]
+            given += [(name, factor) for factor in _factors(start)]
     if given:
         places, tensors = zip(*given, strict=True)
         _finite_norms(places, tensors, "warm_start", "leave it out, or make it anew")

@@ -173,7 +173,8 @@ def warm(group: Group, safe: bool) -> Factors:
     )
     if group.tol is None or group.niter == 1:
         return first
-    late = torch.nonzero(~(first.residual <= group.tol)).flatten()
+    # From a start that isn't finite nothing is to be had.
+    late = torch.nonzero((first.residual > group.tol) & first.residual.isfinite()).flatten()
     start = first.V[late]
     if not len(late):
         return first

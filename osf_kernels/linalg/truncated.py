@@ -107,8 +107,8 @@ def truncated_svd(
 
     Raises:
         TypeError: A holds no tensors or others than the dtypes above.
-        ValueError: rank beyond min(m, n), NaN or Inf in A or a warm start (before any solver runs,
-            with the count in each matrix), a generator on another device, a warm start that
+        ValueError: rank beyond min(m, n), NaN or Inf in A (before any solver runs, with the count
+            in each matrix) or in a warm start, a generator on another device, a warm start that
             doesn't fit; a singular value that overflows the result's dtype.
 
     Synchronizes, a few times a group. Doesn't take part in autograd, and runs as it is where
