@@ -28,13 +28,24 @@ def test_the_sharded_example_runs_on_two_ranks(root, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(example)
     path = os.pathsep.join([str(root), str(root / "python_api")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    for _ in range(3):
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process
+        # (pytorch/pytorch#179291): of four ranks on two cores one run in twenty, all of it done.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-2000:]
     leak, drift = re.fullmatch(r"leak (\S+), drift (\S+)\n", done.stdout).groups()
     assert float(leak) <= 1e-6
