@@ -10,34 +10,16 @@ from torch import nn
 
 from osf_kernels import truncated_svd
 from osf_torch import Subspace, protect, refresh
-from tests.helpers import generator_for
+from tests.small_guard import adamw, drawn, train
 
 
 def mlp(*key, dtype=torch.float32):
     model = nn.Sequential(nn.Linear(18, 30), nn.Tanh(), nn.Linear(30, 18))
-    gen = generator_for("checks", *key)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=gen))
-    return model.to(dtype)
-
-
-def adamw(model, **options):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
+    return drawn(model, "checks", *key).to(dtype)
 
 
 def bases(model, ratio=0.4, **options):
     return refresh(model, ratio, progress=False, **options)
-
-
-def train(model, optimizer, steps, *key):
-    gen = generator_for("data", *key)
-    dtype = next(model.parameters()).dtype
-    for _ in range(steps):
-        x = torch.randn(16, 18, generator=gen).to(dtype)
-        optimizer.zero_grad()
-        (model(x) - x.sin()).square().mean().backward()
-        optimizer.step()
 
 
 def copied(model):

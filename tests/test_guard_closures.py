@@ -9,17 +9,14 @@ from torch import nn
 from osf_kernels import project
 from osf_torch import protect, refresh
 from tests.helpers import generator_for
+from tests.small_guard import drawn
 
 LIMIT = 1e-12  # of float64 and a few steps, relative
 
 
 def mlp(*key):
     model = nn.Sequential(nn.Linear(18, 30), nn.Tanh(), nn.Linear(30, 18)).double()
-    gen = generator_for("closures", *key)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
-    return model
+    return drawn(model, "closures", *key)
 
 
 def loss_of(model, *key):

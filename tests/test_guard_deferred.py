@@ -11,21 +11,14 @@ from torch import nn
 from osf_kernels import project
 from osf_torch import protect, refresh
 from tests.helpers import generator_for
+from tests.small_guard import adamw, drawn
 
 DEFERRED = "deferred"
 
 
 def mlp(*key):
     model = nn.Sequential(nn.Linear(18, 30), nn.Tanh(), nn.Linear(30, 18)).double()
-    gen = generator_for("deferred", *key)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
-    return model
-
-
-def adamw(model, **options):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
+    return drawn(model, "deferred", *key)
 
 
 def bases(model, ratio=0.4, **options):

@@ -11,30 +11,12 @@ from torch import nn
 
 from osf_kernels import project
 from osf_torch import Subspace, input_subspaces, protect, refresh
-from tests.helpers import generator_for
+from tests.small_guard import adamw, drawn, train
 
 
 def mlp(*key, dtype=torch.float32):
     model = nn.Sequential(nn.Linear(18, 30), nn.Tanh(), nn.Linear(30, 18), nn.Tanh())
-    gen = generator_for("mlp", *key)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
-    return model.to(dtype)
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-
-
-def train(model, optimizer, steps, *key):
-    gen = generator_for("data", *key)
-    dtype = next(model.parameters()).dtype
-    for _ in range(steps):
-        x = torch.randn(16, 18, generator=gen).to(dtype)
-        optimizer.zero_grad()
-        (model(x) - x.sin()).square().mean().backward()
-        optimizer.step()
+    return drawn(model, "mlp", *key).to(dtype)
 
 
 def saved(state):

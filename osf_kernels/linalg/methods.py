@@ -81,10 +81,6 @@ def run(method: Method, group: Group, safe: bool) -> Factors:
     """
     if group.dtype == torch.float64 and method in ("randomized", "warm"):
         safe = True
-    return confirmed(group.As, _run(method, group, safe), group.tol)
-
-
-def _run(method: Method, group: Group, safe: bool) -> Factors:
     if method == "randomized":
         m, n = group.shape
         if m < n:  # a space of min(m, n) columns is then the whole one
@@ -95,8 +91,9 @@ def _run(method: Method, group: Group, safe: bool) -> Factors:
     if method == "gram":
         return _gram(group, safe)
     if method == "deflated":
-        return _deflated(group)
-    return dense.exact(group.As, group.rank, group.complement)
+        return confirmed(group.As, _deflated(group), group.tol)
+    found = dense.exact(group.As, group.rank, group.complement)
+    return confirmed(group.As, found, group.tol)
 
 
 def workspace_bytes(method: Method, group: Group, *, safe: bool = False) -> int:
@@ -189,6 +186,7 @@ def warm(group: Group, safe: bool) -> Factors:
 def _gram(group: Group, safe: bool) -> Factors:
     """Eigenvectors of the Gram matrix, not ok where a wider one may meet the tolerance."""
     factors = dense.gram(group.As, group.rank, group.complement, safe=safe)
+    factors = confirmed(group.As, factors, group.tol)
     if safe or group.tol is None:
         return factors
     return factors._replace(ok=factors.ok & (factors.residual <= group.tol))
