@@ -22,7 +22,7 @@ MODES = ("complement", "core")
 
 def triplets(W, rank, dtype):
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    return tuple(t.to(dtype) for t in (U[:, :rank], S[:rank], Vh[:rank].mT))
+    return tuple(t.to(dtype) for t in (U[..., :rank], S[..., :rank], Vh[..., :rank, :].mT))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -175,3 +175,88 @@ def test_halves_with_rows_sharded(mode, spans):
         return [apply_(g[s].clone(), u, V, A, B, mode=mode) for s, u, (_, B) in parts]
 
     assert relative_error(torch.cat(shards(g, U, V)), whole, g) < 1e-14
+
+
+def rough(W, rank, dtype, gen):
+    """Bases near the leading ones, as an iteration that stopped early gives them, and S of them."""
+    U, S, V = triplets(W, rank, torch.float64)
+    noise = (0.03 * torch.randn(B.shape, generator=gen) for B in (U, V))
+    U, V = (torch.linalg.qr(B + x)[0] for B, x in zip((U, V), noise, strict=True))
+    return tuple(t.to(dtype) for t in (U, S, V))
+
+
+def missing(W, U, S, V, mode):
+    """What the triplets miss of W, in float64."""
+    U, S, V, W = (t.double() for t in (U, S, V, W))
+    if mode == "core":
+        return U.mT @ W @ V - S.diag_embed()
+    return U.mT @ W - S[..., None] * V.mT, W @ V - U * S[..., None, :]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rank", [1, 7, 30])
+def test_with_the_residual_the_weight_is_pinned_and_not_its_triplets(dtype, mode, rank):
+    gen = generator_for("residual", dtype, mode, rank)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    W0 = randn(40, 30, dtype=dtype, generator=gen)
+    U, S, V = rough(W0, rank, wide, gen)
+    rest = missing(W0, U, S, V, mode)
+    rest = rest.to(wide) if mode == "core" else tuple(t.to(wide) for t in rest)
+    eps = torch.finfo(dtype).eps
+    assert relative_error(restore_(W0.clone(), U, V, S=S, mode=mode), W0, W0) > eps
+    kept = restore_(W0.clone(), U, V, S=S, residual=rest, mode=mode)
+    assert relative_error(kept, W0, W0) <= 4 * eps
+    W = W0 + 0.1 * randn(40, 30, dtype=dtype, generator=gen)
+    protected = W0.double() - project_reference(W0, U, V, mode=mode)
+    reference = restore_reference(W, U, V, protected=protected, mode=mode)
+    restored = restore_(W.clone(), U, V, S=S, residual=rest, mode=mode)
+    assert relative_error(restored, reference, W) <= 4 * eps
+
+
+def test_a_residual_of_a_batch_and_in_a_list():
+    gen = generator_for("residual list")
+    Ws = [randn(3, 20, 16, dtype=torch.float32, generator=gen) for _ in range(2)]
+    found = [rough(W, 5, torch.float32, gen) for W in Ws]
+    rests = [
+        tuple(t.bfloat16() for t in missing(W, *f, "complement"))
+        for W, f in zip(Ws, found, strict=True)
+    ]
+    Us, Ss, Vs = (list(column) for column in zip(*found, strict=True))
+    listed = [W.clone() for W in Ws]
+    restore_many_(listed, Us, Vs, S=Ss, residual=[rests[0], None])
+    assert torch.equal(listed[0], restore_(Ws[0].clone(), Us[0], Vs[0], S=Ss[0], residual=rests[0]))
+    assert torch.equal(listed[1], restore_(Ws[1].clone(), Us[1], Vs[1], S=Ss[1]))
+    for i in range(3):
+        one = restore_(
+            Ws[0][i].clone(), Us[0][i], Vs[0][i], S=Ss[0][i], residual=tuple(t[i] for t in rests[0])
+        )
+        assert relative_error(listed[0][i], one, one) <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_a_residual_that_does_not_fit_is_refused_before_anything_is_written():
+    gen = generator_for("residual refused")
+    W0 = randn(20, 16, dtype=torch.float32, generator=gen)
+    U, S, V = triplets(W0, 5, torch.float32)
+    A, B = missing(W0, U, S, V, "complement")
+    for options, error, text in (
+        (
+            {"residual": (A, B), "protected": W0},
+            ValueError,
+            r"residual to be beside S, got one alone",
+        ),
+        ({"S": S, "residual": A}, TypeError, r"residual to be a pair of tensors .*, got Tensor"),
+        ({"S": S, "residual": (B, A)}, ValueError, r"residual to be of shape \(5, 16\)"),
+        ({"S": S, "residual": (A, B[:, 1:])}, ValueError, r"residual to be of shape \(20, 5\)"),
+        ({"S": S, "residual": (A, B), "mode": "core"}, TypeError, r"a tensor \(..., r, r\)"),
+        ({"S": S, "residual": (A.long(), B)}, TypeError, "residual to be a floating dtype"),
+        (
+            {"S": S, "residual": (A, B.clone().requires_grad_())},
+            ValueError,
+            "residual.* requires grad",
+        ),
+    ):
+        W = W0.clone()
+        with pytest.raises(error, match=rf"osf_kernels\.restore_: expected .*{text}"):
+            restore_(W, U, V, **options)
+        assert torch.equal(W, W0)

@@ -110,6 +110,10 @@ class Problem(NamedTuple):
     addend: Tensor | None = None  # (m, n): the protected part to pin, dense
     A: Tensor | None = None  # (r, n) ready-made coefficients of apply_: the first step is skipped
     B: Tensor | None = None  # (m, k)
+    rest_A: Tensor | None = None  # with S: (r, n), UᵀW is pinned to S Vᵀ + rest_A
+    rest_B: Tensor | None = (
+        None  # (m, k), W V to U S + rest_B; "inner": (r, k), UᵀW V to S + rest_B
+    )
 
 
 def coefficient_dtype(x: Tensor) -> torch.dtype:
@@ -122,7 +126,7 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
 
     A step's outputs are allocated when it is yielded and hold values when the next is asked for.
     """
-    x, out, U, V, step, S, addend, A, B = problem
+    x, out, U, V, step, S, addend, A, B, rest_A, rest_B = problem
     form, left_first = step.form, step.first == "left"
     ready = A is not None or B is not None  # apply_: the caller's, so not to be written
 
@@ -167,6 +171,9 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
         B = new(m, k) if uses_B else None
         offset = S if form == "dual" else None
         yield Coefficients(x, U if uses_A else None, V if uses_B else None, A, B, offset)
+        if form == "dual":
+            subtract(A, rest_A)
+            subtract(B, rest_B)
 
     if two_sided:
         C = new(r, k)  # Uᵀ g V, from whichever coefficient is whole
@@ -177,6 +184,7 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
             yield Coefficients(B, U, None, C, None)
         if S is not None and form == "inner":
             C.diagonal(dim1=-2, dim2=-1).sub_(S)
+            subtract(C, rest_B)
         sign, keep = (1.0, 0.0) if form == "inner" else (-1.0, 1.0)
         if uses_B:
             before = B
@@ -190,6 +198,12 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
     left = (U, A) if uses_A else (None, None)
     right = (B, Vt) if uses_B else (None, None)
     yield Update(out, x, *left, *right, step.alpha, step.beta, addend)
+
+
+def subtract(coefficient: Tensor | None, rest: Tensor | None) -> None:
+    """What is pinned beside S, which may be held in fewer bits than the coefficient."""
+    if coefficient is not None and rest is not None:
+        coefficient.sub_(rest)
 
 
 def run(problems: Sequence[Problem], kernels: Kernels) -> None:

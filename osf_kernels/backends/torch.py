@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.backends.forms import Coefficients, Problem, subtract
 from osf_kernels.plan import Step
 
 
@@ -46,7 +46,8 @@ def run(problems: Sequence[Problem]) -> None:
 
 
 def _run(problem: Problem) -> None:
-    x, out, U, V, step, S, addend, A, B = problem
+    x, out, U, V, step, S, addend, A, B, rest_A, rest_B = problem
+    pin = None if S is None else (S, rest_A, rest_B)
     dtypes = x.dtype, None if U is None else U.dtype, None if V is None else V.dtype
     dtype = _working_dtype(*dtypes)
     if dtype == torch.bfloat16 and any(t is not None for t in (S, addend, A, B)):
@@ -60,7 +61,7 @@ def _run(problem: Problem) -> None:
         U, V = _dense(U), _dense(V)
         if _dense(x) is not x:
             x = target = x.contiguous()
-    FORMS[step.form](x, target, U, V, step, S, A, B)
+    FORMS[step.form](x, target, U, V, step, pin, A, B)
     if addend is not None:
         target.add_(addend)
     if target is not out:
@@ -87,30 +88,33 @@ def needs_no_conversion(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | 
     return x != torch.bfloat16 and {x, U or x, V or x} == {_working_dtype(x, U, V)}
 
 
-def _identity(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _identity(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     if out is not x:
         out.copy_(x)
 
 
-def _zero(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _zero(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     torch.mul(x, 0, out=out)  # not zero_(): NaN and Inf stay visible
 
 
-def _left(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _left(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     _update(out, x, U, _mm(_transposed(U, x), x) if A is None else A, step)
 
 
-def _right(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _right(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     _update(out, x, _mm(x, V) if B is None else B, V.mT, step)
 
 
-def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     ready = A is not None
     if not ready:
         A, B = _mm(_transposed(U, x), x), _mm(x, V)
-    if S is not None:
+    if pin is not None:
+        S, rest_A, rest_B = pin
         A.sub_(S.unsqueeze(-1) * V.mT)
         B.sub_(U * S.unsqueeze(-2))
+        subtract(A, rest_A)
+        subtract(B, rest_B)
     correction = _mm(A, V)
     B = _add(B, U, correction, -1.0, None if ready else B)
     if step.joined:
@@ -120,7 +124,9 @@ def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B:
         _add(out, B, V.mT, step.alpha, out)
 
 
-def _sequential(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _sequential(
+    x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any
+) -> None:
     mm = torch.mm if x.dim() == 2 else torch.bmm
     if step.beta:
         _add(x, U, mm(_transposed(U, x), x), -1.0, out)
@@ -130,7 +136,7 @@ def _sequential(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: A
         torch.sub(x, _add(rest, U, mm(U.mT, rest), -1.0, rest), out=out)
 
 
-def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
     if step.first == "left":
         core = _mm(_transposed(U, x), x) if A is None else A
@@ -143,15 +149,17 @@ def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B
         _update(out, x, core, V.mT, step)
 
 
-def _inner(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B: Any) -> None:
+def _inner(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
     mm = torch.mm if x.dim() == 2 else torch.bmm
     left_first = step.first == "left"
     if A is not None:
         C = mm(A, V)
     else:
         C = mm(mm(_transposed(U, x), x), V) if left_first else mm(U.mT, mm(x, V))
-    if S is not None:
+    if pin is not None:
+        S, _, rest_C = pin
         C.diagonal(dim1=-2, dim2=-1).sub_(S)
+        subtract(C, rest_C)
     if left_first:
         _update(out, x, U, mm(C, V.mT), step)
     else:

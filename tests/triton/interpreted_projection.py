@@ -86,11 +86,17 @@ def test_restore(mode: str, dtype: torch.dtype) -> None:
     assert V is not None
     S = torch.rand(7, generator=g) + 0.5
     protected = randn(*W.shape, dtype=dtype, generator=g)
-    for pin in ({"S": S}, {"protected": protected}):
+    X = torch.randn(W.shape, generator=g)
+    rest = U.columns.float().mT @ X, X @ V.columns.float()
+    rest_core = rest[0] @ V.columns.float()
+    residual = rest_core if mode == "core" else rest
+    for pin in ({"S": S}, {"S": S, "residual": residual}, {"protected": protected}):
         after = W.clone()
         with osf_kernels.use_backend("triton"):
             osf_kernels.restore_(after, U, V, mode=mode, **pin)  # type: ignore[arg-type]
         dense = (U.columns.double() * S) @ V.columns.double().mT if "S" in pin else protected
+        if "residual" in pin:
+            dense = dense + (X - project_reference(X, U, V, mode=mode))
         reference = restore_reference(W, U, V, protected=dense, mode=mode)
         peer = project_eager(W, U, V, mode=mode) + dense.to(dtype)
         assert_error_within(after, reference, peer, scale=W.double().abs() + dense.abs())
