@@ -105,12 +105,14 @@ def restore_many_(
 
     Mutates every matrix of Ws; doesn't synchronise; draws no random numbers.
     """
-    lists = {"Ws": Ws, "Us": Us, "Vs": Vs}
+    lists: dict[str, Sequence[object]] = {"Ws": Ws, "Us": Us, "Vs": Vs}
     given = {"S": S, "residual": residual, "protected": protected}
     lists |= {name: value for name, value in given.items() if value is not None}
-    require_lengths("restore_many_", **lists)
-    pinned = [value or [None] * len(Ws) for value in (S, residual, protected)]
-    _restore("restore_many_", Ws, Us, Vs, *pinned, mode, single=False)
+    op = "restore_many_"
+    require_lengths(op, **lists)
+    none = [None] * len(Ws)
+    pins = S or none, residual or none, protected or none
+    _restore(op, Ws, Us, Vs, pins[0], pins[1], pins[2], mode, single=False)
 
 
 _ARGUMENTS = ("W", "U", "V", "S", "protected", "residual")
