@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from tests.helpers import generator_for
 
@@ -28,3 +34,28 @@ def train(model, optimizer, steps, *key):
         optimizer.zero_grad()
         (model(x) - x.sin()).square().mean().backward()
         optimizer.step()
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone: what is sharded over it is whole, and a DTensor."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(model):
+    """The model, each of its weights a DTensor of one shard."""
+    for module in model:
+        if list(module.parameters()):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def local(p):
+    """What this rank holds of a parameter, detached."""
+    p = p.detach()
+    return p.to_local() if hasattr(p, "to_local") else p

@@ -110,7 +110,7 @@ class Problem(NamedTuple):
     addend: Tensor | None = None  # (m, n): the protected part to pin, dense
     A: Tensor | None = None  # (r, n) ready-made coefficients of apply_: the first step is skipped
     B: Tensor | None = None  # (m, k)
-    # Beside S: UᵀW is pinned to S Vᵀ + rest_A, W V to U S + rest_B; of "inner" Uᵀ W V to S + rest_B.
+    # Beside S: UᵀW is pinned to S Vᵀ + rest_A, W V to U S + rest_B; of "inner" UᵀWV to S + rest_B.
     rest_A: Tensor | None = None  # (r, n)
     rest_B: Tensor | None = None  # (m, k); of "inner" (r, k)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from osf_kernels import Mode, plan
 from osf_torch import measures
-from osf_torch.protected import Protected
+from osf_torch.hooks import Hooks
+from osf_torch.protected import Protected, zero3_shape
 from osf_torch.selection import listed, named_weights
 from osf_torch.subspaces import Subspace
+
+log = logging.getLogger("osf_torch")
 
 
 def require_dense_gradients(items: Iterable[Protected]) -> None:
@@ -27,25 +31,52 @@ def require_dense_gradients(items: Iterable[Protected]) -> None:
             )
 
 
-def require_as_left(items: Iterable[Protected], mode: Mode) -> None:
-    """Refuses weights that were written to since the last step, where what is pinned has gone.
+def require_as_left(changed: Iterable[Protected], mode: Mode) -> None:
+    """Refuses weights that something else has written to where what is pinned has moved.
 
-    Counts are compared; only a weight whose count differs is measured, which synchronises and, of
-    a sharded weight, takes a sum: whatever writes to a DTensor does so on every rank.
+    Only those that are known to be otherwise are measured, which synchronises and, of a sharded
+    weight, takes a sum: what torch counts of a DTensor's writes it counts on every rank alike.
     """
+    for item in changed:
+        _require_drift(item, mode, measures.drift_limit(item, mode))
+
+
+def require_own(changed: Iterable[Protected], mode: Mode) -> None:
+    """Refuses weights that were replaced: restoring would mix two of them."""
+    for item in changed:
+        _require_drift(item, mode, measures.FOREIGN_LIMIT)
+
+
+def _require_drift(item: Protected, mode: Mode, limit: float) -> None:
+    drift = measures.drift(item, mode)
+    if not drift <= limit:
+        raise RuntimeError(
+            f"osf_torch.Guard: expected the protected part of {item.name!r} to be where the "
+            f"last step left it to {limit:.0e}, got a drift of {drift:.1e}; something else "
+            "wrote to the weight since, and restoring would undo part of that: after loading "
+            "a checkpoint load the guard's state too, or protect the model again; after an "
+            "optimizer has exchanged weights outside of its step call Guard.restore(); with "
+            "restore='deferred' call it before exchanging weights"
+        )
+
+
+def require_state_of_weights(
+    items: Iterable[Protected], moved: Collection[str], mode: Mode
+) -> None:
+    """Refuses a guard's state where the weights aren't those that it was saved with."""
     for item in items:
-        if item.is_as_left():
+        if zero3_shape(item.weight):
             continue
-        drift, limit = measures.drift(item, mode), measures.drift_limit(item)
+        pinned = item.held.sketch is None and item.name not in moved
+        limit = measures.drift_limit(item, mode) if pinned else measures.FOREIGN_LIMIT
+        drift = measures.drift(item, mode)
         if not drift <= limit:
-            raise RuntimeError(
-                f"osf_torch.Guard: expected the protected part of {item.name!r} to be where the "
-                f"last step left it to {limit:.0e}, got a drift of {drift:.1e}; something else "
-                "wrote to the weight since, and restoring would undo part of that: after loading "
-                "a checkpoint load the guard's state too, or protect the model again; with "
-                "restore='deferred' call Guard.restore() before exchanging weights"
+            raise ValueError(
+                f"osf_torch.Guard.load_state_dict: expected a state of the weights that the model "
+                f"has, got one from which the protected part of {item.name!r} is off by "
+                f"{drift:.1e}; load the model's own checkpoint before this, and the state that was "
+                "saved with it"
             )
-        item.mark_left()
 
 
 def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Exception:
@@ -142,9 +173,28 @@ def require_covered(
             )
 
 
-def require_projected(count: int, missed: Collection[str]) -> None:
-    """Refuses a run without projections, and steps that used gradients nobody projected."""
-    if count == 0:
+def require_hooks(items: Iterable[Protected], hooks: Hooks) -> None:
+    """Refuses a guard whose hooks are off, or not on the tensors that train."""
+    if not hooks.are_on:
+        raise RuntimeError(
+            "osf_torch.Guard.verify: expected hooks on the model, got none; remove() or a "
+            "later protect() has taken them off, or the optimizer was made anew"
+        )
+    lost = hooks.lost(item.weight for item in items)
+    names = [item.name for item in items if id(item.weight) in lost]
+    if names:
+        raise RuntimeError(
+            f"osf_torch.Guard.verify: expected hooks on {listed(names)}, got tensors without: "
+            "torch has exchanged their bodies (Module.to, load_state_dict under "
+            "swap_module_params_on_conversion) or something took the hooks off; protect the model "
+            "again after that"
+        )
+
+
+def require_projected(fired: int, missed: Collection[str], leaking: Collection[str]) -> None:
+    """Refuses a run in which nothing was projected or restored, and steps that used gradients which
+    reach into the protected span."""
+    if fired == 0:
         raise RuntimeError(
             "osf_torch.Guard.verify: expected projected gradients, got none so far; the hooks "
             "never fired: is this the model, and the optimizer, that is trained? (A GradScaler "
@@ -156,15 +206,29 @@ def require_projected(count: int, missed: Collection[str]) -> None:
             f"with others of {listed(sorted(missed))}: the optimizer makes gradients within its "
             'step, and not by its closure; protect with when="backward"'
         )
+    if leaking:
+        raise RuntimeError(
+            "osf_torch.Guard.verify: expected every step to use projected gradients, got a step "
+            f"with gradients of {listed(sorted(leaking))} that were written to after they were "
+            "projected; write to them before (a step hook: register it before protect), or "
+            "protect with restore=True"
+        )
 
 
-def require_guarded_writes(items: Iterable[Protected]) -> None:
-    """Where nothing is pinned to compare with: refuses weights written to since the last step."""
-    written = [item.name for item in items if not item.is_as_left()]
-    if written:
+def require_guarded_writes(items: Iterable[Protected], *, restored: bool) -> None:
+    """Refuses weights that something else than the guarded optimizer's steps has written to."""
+    names = [item.name for item in items]
+    if names and restored:
         raise RuntimeError(
             "osf_torch.Guard.verify: expected the guarded optimizer's steps alone to write to "
-            f"weights, got something else since the last one in {listed(written)}; is another "
+            f"weights, got something else that wrote to {listed(names)} between two steps, after "
+            "which their protected part was restored to what it had been; after loading a "
+            "checkpoint protect the model again, or load the guard's state too"
+        )
+    if names:
+        raise RuntimeError(
+            "osf_torch.Guard.verify: expected the guarded optimizer's steps alone to write to "
+            f"weights, got something else since the last one in {listed(names)}; is another "
             "optimizer stepping? Then protect again with that one; after loading a checkpoint "
             "load the guard's state too"
         )
@@ -173,18 +237,43 @@ def require_guarded_writes(items: Iterable[Protected]) -> None:
 def require_in_place(items: Iterable[Protected], mode: Mode, tol: float | None) -> None:
     """Refuses weights whose protected part has moved."""
     for item in items:
-        drift = measures.drift(item, mode)
-        if not math.isfinite(drift):
-            raise RuntimeError(
-                f"osf_torch.Guard.verify: expected finite weights, got NaN or Inf in {item.name!r};"
-                " one such entry of a gradient spreads over the whole projected one: load an "
-                "earlier checkpoint, and leave such steps out (GradScaler does, and "
-                "clip_grad_norm_(error_if_nonfinite=True) refuses them)"
-            )
-        limit = tol if tol is not None else measures.drift_limit(item)
+        drift = _finite_drift(item, mode)
+        limit = tol if tol is not None else measures.drift_limit(item, mode)
         if not drift <= limit:
             raise RuntimeError(
                 f"osf_torch.Guard.verify: expected the protected part of {item.name!r} to be where "
                 f"it was to {limit:.0e}, got a drift of {drift:.1e}; something writes to the "
-                "weight outside of the optimizer's step"
+                "weight outside of the optimizer's step: call Guard.restore() after it, or protect "
+                "again where it replaced the weight"
             )
+
+
+def log_drift(items: Sequence[Protected], mode: Mode) -> None:
+    """Logs weights whose protected part has moved where that isn't undone."""
+    drifts = {item.name: _finite_drift(item, mode) for item in items}
+    moved = {
+        item.name: drifts[item.name]
+        for item in items
+        if drifts[item.name] > measures.drift_limit(item, mode)
+    }
+    if moved:
+        worst = max(moved, key=moved.__getitem__)
+        log.warning(
+            "osf_torch.Guard.verify: the protected part of %d of %d weights has moved since "
+            "protect(), most in %r by %.1e of itself; restore=False leaves what an optimizer "
+            "itself does to it (elementwise steps, momentum, weight decay): protect with "
+            "restore=True, or pass tol= to refuse it",
+            *(len(moved), len(drifts), worst, moved[worst]),
+        )
+
+
+def _finite_drift(item: Protected, mode: Mode) -> float:
+    drift = measures.drift(item, mode)
+    if not math.isfinite(drift):
+        raise RuntimeError(
+            f"osf_torch.Guard.verify: expected finite weights, got NaN or Inf in {item.name!r};"
+            " one such entry of a gradient spreads over the whole projected one: load an "
+            "earlier checkpoint, and leave such steps out (GradScaler does, and "
+            "clip_grad_norm_(error_if_nonfinite=True) refuses them)"
+        )
+    return drift

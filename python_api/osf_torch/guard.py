@@ -1,9 +1,10 @@
-"""Guard: the hooks that keep a model's updates out of its protected subspaces."""
+"""Guard: what keeps a model's updates out of its protected subspaces while it trains."""
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,17 +14,21 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch import checks, measures
 from osf_torch import protected as weights
+from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected
 from osf_torch.refresh import refresh
 from osf_torch.selection import Rank, Ranks
 from osf_torch.sharding import step_left_out
 from osf_torch.state import read_state, state_of
 from osf_torch.subspaces import Subspace, Subspaces
+from osf_torch.writes import Left
 
 Restore = bool | Literal["deferred"]
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+log = logging.getLogger("osf_torch")
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,11 @@ class Guard:
 
     Attributes:
         when: "step" or "backward": where gradients are projected.
-        restores: whether the protected part is pinned after each step (True), at the next one
-            ("deferred") or never (False).
+        restores: whether the protected part is pinned after each step (True), of sharded weights at
+            the next one ("deferred"), or never (False).
         mode: "complement" or "core".
         projections: how many times gradients were projected so far.
+        restorations: how many times weights were pinned so far.
         subspaces: what is protected, as it was given or made by ``next_task``.
     """
 
@@ -61,23 +67,36 @@ class Guard:
         self.restores: Restore = restore
         self.mode: Mode = mode
         self.projections = 0
+        self.restorations = 0
         self.subspaces = subspaces
         self._model = model
         self._optimizer = optimizer
         self._items = {id(item.weight): item for item in items}
         self._record = record
         self._leaks: dict[str, Leak] = {}
+        self._raw: dict[str, float] = {}  # shares of gradients before they were projected
         self._stepping: list[Protected] = []  # of the step under way: with gradients to project
         self._skipped = False  # the step under way, by GradScaler
-        self._missed: set[str] = set()  # whose gradients some step made within, unprojected
+        self._missed: set[str] = set()  # whose gradients some step used unprojected
+        self._excess: dict[str, Tensor] = {}  # largest leak of a gradient that a step used
+        self._written: set[str] = set()  # by something else, where nothing is pinned
         self._released: dict[str, float] = {}
         self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
-        self._handles: dict[int | None, list[Any]] = {}  # of a weight's hooks; None: optimizer's
+        self._left = Left(items)
+        self._hooks = Hooks(
+            self,
+            optimizer,
+            self._after_accumulation if when == "backward" else None,
+            self._before_step,
+            self._after_step,
+        )
+        # A closure that is compiled with its step calls it.
+        self._made = torch.compiler.disable(self._gradients_are_made)
 
     def __repr__(self) -> str:
         pinned = {
             True: "restored after each step",
-            "deferred": "restored at the next step",
+            "deferred": "restored at the next step where sharded",
             False: "not restored",
         }[self.restores]
         count = len(self._items)
@@ -85,38 +104,35 @@ class Guard:
 
     def attach(self) -> None:
         """Puts the hooks on, and takes those of earlier guards off the same parameters."""
+        self._hooks.attach(self._model, [item.weight for item in self._items.values()])
         for other in list(_ATTACHED):
             other._let_go(set(self._items))
-        if self.when == "backward":
-            for key, item in self._items.items():
-                handle = item.weight.register_post_accumulate_grad_hook(self._after_accumulation)
-                self._handles[key] = [handle]
-        if self._optimizer is not None:
-            self._handles[None] = [
-                self._optimizer.register_step_pre_hook(self._before_step),
-                self._optimizer.register_step_post_hook(self._after_step),
-            ]
         _ATTACHED.add(self)
 
     def _let_go(self, keys: set[int]) -> None:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
-        for key in keys & self._items.keys():
+        lost = keys & self._items.keys()
+        for key in lost:
             del self._items[key]
             self._moved.pop(key, None)
-            for handle in self._handles.pop(key, []):
-                handle.remove()
+            self._hooks.release(key)
         if not self._items:
             self.remove()
+        elif lost:
+            self._left = Left(self._items.values())
 
-    # --- hooks; Dynamo runs them as they are where a step is compiled ---
+    # --- hooks ---
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _after_accumulation(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._prepare([self._items[id(parameter)]])
+        item = self._items.get(id(parameter))
+        if item is None:
+            return
+        if parameter.grad is None:
+            self._missed.add(item.name)
+        else:
+            self._project([item])
 
-    @torch.compiler.disable
     def _before_step(
         self,
         optimizer: torch.optim.Optimizer,
@@ -124,77 +140,142 @@ class Guard:
         kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Projects the gradients there are, or lets the step's closure project those it makes."""
+        if not self._owned(optimizer):
+            return None
+        changed = self._left.changed()
         if self.restores:
-            checks.require_as_left(self._items.values(), self.mode)
+            checks.require_as_left(changed, self.mode)
+        else:
+            self._written |= {item.name for item in changed}
         self._stepping, self._skipped = [], False
         keywords = dict(kwargs or {})
         closure = args[1] if len(args) > 1 else keywords.get("closure")
         if not callable(closure):
-            self._gradients_are_made(optimizer)
+            self._made(optimizer)
             return None
         evaluate: Callable[..., Any] = closure
 
         def projected(*inputs: Any, **options: Any) -> Any:
             loss = evaluate(*inputs, **options)
-            self._gradients_are_made(optimizer)
+            self._made(optimizer)
             return loss
 
         if len(args) > 1:
             return (args[0], projected, *args[2:]), keywords
         return args, keywords | {"closure": projected}
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _gradients_are_made(self, optimizer: torch.optim.Optimizer) -> None:
         """In a step, before the optimizer uses them; LBFGS evaluates its closure many times."""
-        ready = self._ready()
+        ready = self._ready(optimizer)
         # A fused optimizer under GradScaler is called for a step that it then leaves out.
         self._skipped = step_left_out(optimizer, (item.sharding for item in ready))
         self._stepping = [] if self._skipped else ready
-        if self.when == "step" and not self._skipped:
-            self._prepare(ready, pin=True)
+        if self._skipped:
+            return
+        if self.when == "step":
+            self._project(ready, pin=True)
+        else:
+            self._hooks.mend(item.weight for item in self._items.values())
+            self._project([item for item in ready if not item.has_met()])
 
-    @torch.compiler.disable
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
-        """Pins what the step has moved; weights that had no gradient stood still."""
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Judges the gradients that the step has used, and pins what it has moved."""
+        owned = self._owned(optimizer)
+        if not owned:
+            return
         if not self._skipped:
-            made = self._ready()  # an optimizer may make gradients of its own
-            if self.when == "step":
-                self._missed |= {item.name for item in made if not item.has_met()}
+            used = self._ready(optimizer)
+            self._judge(used)
             if self.restores:
-                self._moved |= {id(item.weight): item for item in (*self._stepping, *made)}
-        if self.restores is True:
-            weights.restore_all_(self._take_moved(), self.mode)
-        for item in self._items.values():
-            item.mark_left()
+                for item in self._written_to(owned, [*self._stepping, *used]):
+                    self._moved[id(item.weight)] = item
+                self._pin(at_once=self.restores is True)
+        self._left.take()
 
-    def _ready(self) -> list[Protected]:
-        return [item for item in self._items.values() if item.weight.grad is not None]
+    def _written_to(
+        self, owned: Sequence[Protected], trained: Sequence[Protected]
+    ) -> list[Protected]:
+        """Those that the step has written to: all that had gradients, and others where something
+        tells, or where only a synchronisation would."""
+        known = {id(item) for item in trained}
+        others = [item for item in owned if id(item) not in known]
+        unread = {id(item) for item in others if not item.is_readable}
+        known |= unread | {id(item) for item in self._left.changed(others)}
+        return [item for item in owned if id(item) in known]
 
-    def _take_moved(self) -> list[Protected]:
-        moved, self._moved = list(self._moved.values()), {}
-        return moved
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[Protected]:
+        """The items that the optimizer steps: all, or those of an optimizer that wasn't named."""
+        items = list(self._items.values())
+        if self._optimizer is not None:
+            return items
+        owned = owned_by(optimizer)
+        return [item for item in items if id(item.weight) in owned]
 
-    def _prepare(self, items: list[Protected], pin: bool = False) -> None:
+    def _ready(self, optimizer: torch.optim.Optimizer | None = None) -> list[Protected]:
+        items = self._items.values() if optimizer is None else self._owned(optimizer)
+        return [item for item in items if item.weight.grad is not None]
+
+    # --- projecting, judging, pinning ---
+
+    def _project(self, items: list[Protected], pin: bool = False) -> None:
         """Projects the gradients that aren't yet, and pins what earlier steps have moved."""
         items = [item for item in items if not item.is_projected()]
         moved = list(self._moved.values()) if pin else []
         checks.require_dense_gradients(items)
         try:
-            raw = [self._share(item) for item in items] if self._record else []
+            for item in (*items, *moved):
+                item.follow()
+            if self._record:
+                self._raw |= {item.name: self._share(item) for item in items}
+            before = [] if self.restores else measures.gradient_norms(items)
             weights.project_and_restore_all_(items, moved, self.mode)
         except (TypeError, ValueError) as error:
             raise checks.refused(error, [*items, *moved], self.mode) from None
-        if pin:
+        for item, raw, kept in zip(items, before, measures.gradient_norms(items), strict=False):
+            item.kept = kept / raw
+        if moved:
             self._moved = {}
-        for item, before in zip(items, raw, strict=False):
-            self._leaks[item.name] = Leak(before, self._share(item))
+            self.restorations += 1
+            self._left.take()
+        self._note_leaks(items)
         self.projections += bool(items)
+
+    def _judge(self, used: Sequence[Protected]) -> None:
+        """Notes the gradients that a step has used otherwise than they were projected.
+
+        What the weights' protected part has taken from them is pinned where the guard restores;
+        elsewhere their values tell, whoever wrote to them.
+        """
+        self._missed |= {item.name for item in used if not item.has_met()}
+        if not self.restores:
+            for item in used:
+                excess = measures.leaking(item, self.mode)
+                if excess is not None:
+                    known = self._excess.get(item.name, excess)
+                    self._excess[item.name] = torch.fmax(known, excess)
+        self._note_leaks(used)
+
+    def _note_leaks(self, items: Sequence[Protected]) -> None:
+        if self._record:
+            for item in items:
+                raw = self._raw.setdefault(item.name, self._share(item))
+                self._leaks[item.name] = Leak(raw, self._share(item))
 
     def _share(self, item: Protected) -> float:
         assert item.weight.grad is not None
         return measures.share(item, item.view(item.weight.grad), self.mode)
+
+    def _pin(self, at_once: bool = True) -> None:
+        """W ← P(W) + protected of what has moved: now, or now where it takes no collective."""
+        waiting = {} if at_once else {k: i for k, i in self._moved.items() if i.group is not None}
+        now = [item for key, item in self._moved.items() if key not in waiting]
+        for item in now:
+            item.follow()
+        weights.restore_all_(now, self.mode)
+        self._moved = waiting
+        self.restorations += bool(now)
 
     # --- what a training loop calls ---
 
@@ -203,28 +284,43 @@ class Guard:
         """g ← P(g) now, for every protected gradient there is; the step doesn't do it again
         unless a gradient was written since, or is a DTensor, where that can't be told.
         """
-        checks.require_as_left(self._moved.values(), self.mode)
-        self._prepare(self._ready(), pin=True)
+        self._require_moved_as_left()
+        self._project(self._ready(), pin=True)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """W ← P(W) + protected now, for what steps have moved since it was last pinned.
+        """W ← P(W) + protected now, for all weights that are otherwise than they were pinned.
 
-        For ``restore="deferred"``, before weights are evaluated or saved; ``verify``, ``next_task``
-        and ``remove`` do it themselves. With restore=True nothing is left to do between steps. Of
-        sharded weights a collective: every rank calls it.
+        Whoever wrote to them: a step under ``restore="deferred"``, an optimizer outside of its step
+        (schedule-free ones exchange weights for evaluation), an average that was copied in. Call it
+        before such weights are evaluated or saved. Of sharded weights a collective: every rank
+        calls it. Synchronises.
 
         Raises:
-            RuntimeError: restore=False pinned nothing that could be restored; something else wrote
-                to a weight that is still to be pinned (a loaded checkpoint).
+            RuntimeError: restore=False pinned nothing that could be restored; weights were replaced
+                by others (a loaded checkpoint), of which restoring would undo the protected part.
         """
         if not self.restores:
             raise RuntimeError(
                 "osf_torch.Guard.restore: expected protect(..., restore=True or 'deferred'), got "
                 "restore=False"
             )
-        checks.require_as_left(self._moved.values(), self.mode)
-        weights.restore_all_(self._take_moved(), self.mode)
+        changed = self._left.settled()
+        checks.require_own(changed, self.mode)
+        self._moved |= {id(item.weight): item for item in changed}
+        self._pin()
+        self._left.take()
+
+    def _require_moved_as_left(self) -> None:
+        """Refuses where weights that are still to be pinned were written to by something else."""
+        checks.require_as_left(self._left.changed(list(self._moved.values())), self.mode)
+
+    def _settle(self) -> None:
+        """Pins what ``restore="deferred"`` has still to pin."""
+        if self._moved:
+            self._require_moved_as_left()
+            self._pin()
+            self._left.take()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -282,8 +378,7 @@ class Guard:
             )
         checks.require_renewable(self._items.values(), self.subspaces)
         chosen = self._widened(widen) if ranks is None else ranks
-        if self.restores:
-            self.restore()
+        self._settle()
         if self.restores and self.mode == "complement" and isinstance(self.subspaces, Subspaces):
             # Not a warm start from the triplets alone: pinned as they are, W maps their span to
             # itself, and iterating from it never finds what outgrew it.
@@ -297,15 +392,20 @@ class Guard:
         )
         by_name = {item.name: item for item in self._items.values()}
         items = [Protected(name, by_name[name].weight, s) for name, s in found.items()]
-        if self.restores:
-            measures.pin(items, self.mode)
+        measures.pin(items, self.mode, bool(self.restores))
         self._released = {
             item.name: measures.released(by_name[item.name], item, self.mode) for item in items
         }
         self._items = {id(item.weight): item for item in items}
         self.subspaces = found
-        self._leaks, self._missed = {}, set()
+        self._begin()
         return found
+
+    def _begin(self) -> None:
+        """Forgets what was noted until now: the weights are as they should be."""
+        self._leaks, self._raw, self._missed, self._excess = {}, {}, set(), {}
+        self._written = set()
+        self._left = Left(self._items.values())
 
     def _widened(self, widen: Rank | None) -> dict[str, Rank]:
         ranks: dict[str, Rank] = {}
@@ -342,9 +442,11 @@ class Guard:
         """Per parameter ‖H(W) − H_ref‖ / ‖H_ref‖, how far the protected part H(W) = W − P(W)
         has moved since it was protected; computed in float64, one matrix at a time.
 
+        H_ref is that of the weight at ``protect``, never of its decomposition. With restore=False
+        the figure is an estimate to a quarter, from a few random columns that were kept of it.
+
         Raises:
-            RuntimeError: with restore=False nothing was kept to compare with, unless the
-                subspace came with protected, or with S and both bases high.
+            RuntimeError: a weight was partitioned by DeepSpeed's ZeRO-3.
         """
         return {item.name: measures.drift(item, self.mode) for item in self._items.values()}
 
@@ -364,47 +466,59 @@ class Guard:
             )
         return dict(self._released)
 
+    @torch.no_grad()
     def verify(self, model: nn.Module | None = None, *, tol: float | None = None) -> None:
         """Raises RuntimeError when the protection isn't working.
 
         That is: another model is trained than the one protected (a deepcopy has no hooks), a
         parameter was replaced since (``load_state_dict(assign=True)``) or frozen at ``protect``
-        and trains now, the optimizer has let it go, no hook ever fired, a step used gradients
-        that weren't projected, or weights moved in the protected span or aren't finite. With
-        restore=False also: something wrote to weights since the last step of the optimizer.
+        and trains now without a guard, the optimizer has let it go, hooks were taken off or never
+        fired, a step used gradients that weren't projected or were written to afterwards, something
+        else than the guarded optimizer wrote to weights where that isn't undone, or weights moved
+        in the protected span or aren't finite.
+
+        With restore=False an optimizer may move the protected part by itself (elementwise steps,
+        momentum from before, weight decay). What has moved is then logged, and raises with ``tol``.
 
         Args:
             model: the one that is trained, to be compared with the one that was protected.
-            tol: on ``drift()``; None is what rounding and bases of this dtype explain, where the
-                guard restores, and looks at no weights where it doesn't.
+            tol: on ``drift()``; None is what rounding and bases of this dtype explain.
         """
-        items = self._items.values()
+        items = list(self._items.values())
         if model is not None and model is not self._model:
             checks.require_same_model(self._model, model)
         owned = None if self._optimizer is None else owned_by(self._optimizer)
         checks.require_present(self._model, items, owned)
-        if not self._handles:
-            raise RuntimeError(
-                "osf_torch.Guard.verify: expected hooks on the model, got none; remove() or a "
-                "later protect() has taken them off"
-            )
+        checks.require_hooks(items, self._hooks)
         guarded = {key for guard in _ATTACHED for key in guard._items}
         checks.require_covered(self._model, self.subspaces, guarded)
-        checks.require_projected(self.projections, self._missed)
+        if self.when == "backward":
+            self._judge([item for item in self._ready() if item.has_met()])
+        fired = self.projections + self.restorations
+        leaking = {name for name, excess in self._excess.items() if float(excess) > 0}
+        checks.require_projected(fired, self._missed, leaking)
+        self._settle()
         if self.restores:
-            self.restore()
-        elif self._optimizer is not None:
-            checks.require_guarded_writes(items)
-        if self.restores or tol is not None:
             checks.require_in_place(items, self.mode, tol)
+            checks.require_guarded_writes(self._left.noticed(), restored=True)
+            return
+        written = {item.name for item in self._left.settled()} | self._written
+        if self._optimizer is not None:
+            checks.require_guarded_writes([i for i in items if i.name in written], restored=False)
+        measurable = [item for item in items if item.held.sketch is not None]
+        if tol is not None:
+            checks.require_in_place(measurable, self.mode, tol)
+        else:
+            checks.log_drift(measurable, self.mode)
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming to the bit takes: bases, S or the dense part, the count, and
-        ``subspaces``, which ``next_task`` starts from.
+        """What resuming to the bit takes: bases, what is pinned, the settings, the count, and
+        ``subspaces``, which ``next_task`` starts from. ``protect(model, state, optimizer=...)``
+        makes a guard of it.
 
-        Under "weights" this rank's own tensors, as they are used; under "subspaces" whole ones,
-        which of unsharded weights are the same tensors, and saved once. Nothing but tensors,
-        numbers and strings.
+        Under "weights" the tensors that are used, of sharded weights as DTensors, so that
+        ``torch.distributed.checkpoint`` saves and reshards them; under "subspaces" whole ones,
+        which of unsharded weights are the same tensors. Nothing but tensors, numbers and strings.
         """
         return state_of(
             list(self._items.values()),
@@ -416,36 +530,43 @@ class Guard:
             self.projections,
         )
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up where :meth:`state_dict` was called; the model and optimizer load their own,
         the model before this.
 
         Raises:
             ValueError: of another set of parameters, other shapes, another mode, when or restore,
-                or another number of ranks; nothing is changed.
+                sharded over another number of ranks, or of other weights than the model has now;
+                nothing is changed.
         """
         items = list(self._items.values())
-        held, self.subspaces = read_state(state, items, self.when, self.restores, self.mode)
+        held, subspaces = read_state(state, items, self.when, self.restores, self.mode)
+        before = [item.held for item in items]
         moved = state.get("moved", ())
+        try:
+            for item in items:
+                item.take(held[item.name])
+            checks.require_state_of_weights(items, moved, self.mode)
+        except Exception:
+            for item, earlier in zip(items, before, strict=True):
+                item.take(earlier)
+            raise
+        self.subspaces = subspaces
         self._moved = {key: item for key, item in self._items.items() if item.name in moved}
-        for item in items:
-            item.held = held[item.name]
-            item.mark_left()
         self.projections = int(state["projections"])
-        self._leaks, self._missed, self._released = {}, set(), {}
+        self._released = {}
+        self._begin()
 
     def remove(self) -> None:
         """Takes every hook off; the model and the optimizer are as before. Idempotent.
 
         What ``restore="deferred"`` has still to pin is pinned, as by :meth:`restore`.
         """
-        attached, self._handles = self._handles, {}
-        for handles in attached.values():
-            for handle in handles:
-                handle.remove()
+        self._hooks.remove()
         _ATTACHED.discard(self)
-        if attached and self.restores:
-            self.restore()
+        with torch.no_grad():
+            self._settle()
 
 
 def owned_by(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -1,4 +1,7 @@
-"""What is measured of a protected weight: its protected part, and how far that has moved."""
+"""What is measured of a protected weight: its protected part, and how far that has moved.
+
+Everything here is measured against the weight as it was at ``protect``, never against its triplets.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,36 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Mode, apply_, project
-from osf_torch.protected import Protected, columns_of, double, is_high, summed_coefficients
+from osf_torch.protected import (
+    Pinned,
+    Protected,
+    columns_of,
+    double,
+    is_high,
+    summed_coefficients,
+    zero3_shape,
+)
 from osf_torch.sharding import sum_over
-from osf_torch.subspaces import Subspace
+from osf_torch.subspaces import Held, Subspace
 
-# How far U, S, V may be from triplets of the weight, relative to S: float32 decompositions of
-# trained weights are off by 1e-6 to 1e-5, bfloat16 bases by 3e-3.
-TRIPLETS_LIMIT = 2e-2
-DRIFT_LIMIT = 1e-4  # of the protected part, where bases are float32: decompositions reach 1e-5
+# How far S Vᵀ may be from UᵀW, or U S from W V, relative to S, on the side where they are closer:
+# there an iteration that stopped early is exact by its construction, 16-bit bases are off by 3e-3,
+# and another weight's triplets by 1 or more. What triplets miss is pinned beside them.
+TRIPLETS_LIMIT = 0.1
+# Beyond this drift a weight isn't the one that was protected: another one's is 1 or more.
+FOREIGN_LIMIT = 0.5
+# Of a drift that is explained: bases of float32 leave 1e-6 of what a step moves, and 16-bit ones,
+# which aren't quite orthonormal, 4e-3 of it.
+DRIFT_LIMIT = 1e-4
+ROUNDED_DRIFT_LIMIT = 5e-3
+# What a weight has beside its triplets is held to this share of its rounding.
+SHARE_OF_ROUNDING = 1 / 8
+ROUNDING_OF_BFLOAT16 = 2.0**-9
+PROBES = 8  # columns of a sketch: it finds a norm to a quarter, for any direction that moved
 TINY = 1e-300  # in a denominator that may be zero
+
+
+# --- the protected part of a matrix ---
 
 
 def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:
@@ -27,6 +51,79 @@ def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:
         return x - project(x, *bases, mode=mode)
     ((A, B),) = summed_coefficients([item], [x], [bases])
     return x - apply_(x.clone(), *bases, A, B, mode=mode)
+
+
+def sketched(item: Protected, x: Tensor, mode: Mode) -> Tensor:
+    """(x − P(x)) Ω in float64, of what this rank holds, with the same random Ω (n, c) every time.
+
+    ‖(x − P(x)) Ω‖_F is √c·‖x − P(x)‖_F up to chance. It takes one product of x with 2c columns.
+    """
+    x = x.double()
+    Omega = _probes(x)
+    inside = _within(item.held.V, Omega, everything=mode == "core")
+    if mode == "core":
+        return _within_rows(item, x @ inside, everything=True)
+    both = x @ torch.cat([inside, Omega - inside], -1)
+    return both[..., :PROBES] + _within_rows(item, both[..., PROBES:], everything=False)
+
+
+def leaking(item: Protected, mode: Mode) -> Tensor | None:
+    """How much of the gradient, ‖g − P(g)‖ / ‖g‖, is there beyond what rounding explains, in the
+    gradient's working dtype and up to chance: at most 0 of one that is projected. On its device;
+    synchronises with nobody.
+
+    None where ranks would have to add up for it: of a sharded gradient the sharded side isn't
+    looked at.
+    """
+    g = item.weight.grad
+    assert g is not None
+    x, eps = item.view(g), torch.finfo(g.dtype).eps
+    x = x.to(_wide(x))
+    Omega = _probes(x)
+    inside = _within(item.held.V, Omega, everything=mode == "core")
+    if item.group is not None:
+        if mode == "core" or item.held.V is None:
+            return None
+        found = x @ inside
+    elif mode == "core":
+        found = _within(item.held.U, x @ inside, everything=True)
+    else:
+        both = x @ torch.cat([inside, Omega - inside], -1)
+        across = _within(item.held.U, both[..., PROBES:], everything=False)
+        found = both[..., :PROBES] + across
+    leak: Tensor = found.norm() / (x.norm() * PROBES**0.5).clamp_min(torch.finfo(x.dtype).tiny)
+    allowed: Tensor | float = ROUNDED_DRIFT_LIMIT if _is_rounded(item) else DRIFT_LIMIT
+    kept = item.kept  # what is left of a gradient that lay in the protected span is rounding
+    allowed = allowed + (8 * eps if kept is None else 8 * eps / kept.clamp_min(eps))
+    return leak - allowed
+
+
+def _probes(x: Tensor) -> Tensor:
+    """Random columns (n, c) for an x of n columns, the same every time."""
+    generator = torch.Generator("cpu").manual_seed(x.shape[-1])
+    size = (x.shape[-1], PROBES)
+    return torch.randn(size, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+
+
+def _within(basis: Held, y: Tensor, *, everything: bool) -> Tensor:
+    """The part of y (n, c) in the span that a basis protects; a missing one protects all of it in
+    mode "core" and nothing in mode "complement"."""
+    if basis is None:
+        return y if everything else torch.zeros_like(y)
+    columns = columns_of(basis).to(y.dtype)
+    part = columns @ (columns.mT @ y)
+    return part if is_high(basis) else y - part
+
+
+def _within_rows(item: Protected, y: Tensor, *, everything: bool) -> Tensor:
+    """The same of the left basis, whose rows may be sharded."""
+    U = item.held.U
+    if U is None or item.group is None:
+        return _within(U, y, everything=everything)
+    columns = columns_of(U).to(y.dtype)
+    (inner,) = sum_over(item.group, [columns.mT @ y])
+    part = columns @ inner
+    return part if is_high(U) else y - part
 
 
 def norm(item: Protected, x: Tensor) -> float:
@@ -42,32 +139,56 @@ def share(item: Protected, x: Tensor, mode: Mode) -> float:
     return norm(item, remainder(item, x, mode)) / max(norm(item, x), TINY)
 
 
-def reference(item: Protected) -> Tensor | None:
-    """The protected part as it was, in float64, of what this rank holds; None where unknown."""
+def gradient_norms(items: Sequence[Protected]) -> list[Tensor]:
+    """‖g‖_F of what this rank holds of each gradient, on its device."""
+    held = [item.view(g) for item in items if (g := item.weight.grad) is not None]
+    return [torch.linalg.vector_norm(g, dtype=_wide(g)) for g in held]
+
+
+# --- what it was at protect ---
+
+
+def reference(item: Protected, mode: Mode) -> Tensor | None:
+    """The protected part as it was, in float64, of what this rank holds; None where it isn't held
+    as such."""
     s = item.held
     if s.protected is not None:
         return s.protected.double()
     if not has_triplets(s):
         return None
     assert s.S is not None
-    U, V = columns_of(s.U).double(), columns_of(s.V).double()
-    return (U * s.S.double().unsqueeze(-2)) @ V.mT
+    U, V, S = columns_of(s.U).double(), columns_of(s.V).double(), s.S.double()
+    if mode == "core":
+        C = torch.diag_embed(S)
+        return U @ (C if s.rest_B is None else C + s.rest_B) @ V.mT
+    A, B = S.unsqueeze(-1) * V.mT, U * S.unsqueeze(-2)
+    if s.rest_A is not None and s.rest_B is not None:
+        A, B = A + s.rest_A, B + s.rest_B
+    return U @ A + (B - U @ (A @ V)) @ V.mT
 
 
 @torch.no_grad()
 def drift(item: Protected, mode: Mode) -> float:
-    """‖H(W) − H_ref‖ / ‖H_ref‖ in float64, of the whole matrix.
+    """‖H(W) − H_ref‖ / ‖H_ref‖ of the whole matrix in float64, from a sketch of H_ref where that
+    is all that is held.
 
     Raises:
-        RuntimeError: no reference is known.
+        RuntimeError: nothing is, since the weight was partitioned by DeepSpeed's ZeRO-3.
     """
-    H = reference(item)
+    item.follow()
+    W = item.view(item.weight)
+    if item.held.sketch is not None:
+        return _relative(item, sketched(item, W, mode) - item.held.sketch, item.held.sketch)
+    H = reference(item, mode)
     if H is None:
         raise RuntimeError(
-            f"osf_torch.Guard.drift: expected a reference for {item.name!r}, got a subspace "
-            "without S and protected and restore=False; give one of them"
+            f"osf_torch.Guard.drift: expected {item.name!r} to be whole on this rank at protect(), "
+            "got a weight that DeepSpeed's ZeRO-3 has partitioned; gather it to measure it"
         )
-    off = remainder(item, item.view(item.weight), mode) - H
+    return _relative(item, remainder(item, W, mode) - H, H)
+
+
+def _relative(item: Protected, off: Tensor, H: Tensor) -> float:
     return norm(item, off) / max(norm(item, H), TINY)
 
 
@@ -78,50 +199,110 @@ def released(before: Protected, after: Protected, mode: Mode) -> float:
     return norm(before, H - remainder(after, H, mode)) / max(norm(before, H), TINY)
 
 
-def pinned(item: Protected, mode: Mode) -> Subspace:
-    """What restoring needs beside the bases: S of triplets, else the dense protected part.
+def drift_limit(item: Protected, mode: Mode) -> float:
+    """What rounding explains of a drift: of the weight at every step, and of the bases."""
+    sketch = item.held.sketch
+    H = reference(item, mode) if sketch is None else sketch / PROBES**0.5
+    assert H is not None
+    return _limit(item, H)
+
+
+def _limit(item: Protected, H: Tensor) -> float:
+    W = item.view(item.weight)
+    ratio = norm(item, W) / max(norm(item, H), TINY)
+    limit = ROUNDED_DRIFT_LIMIT if _is_rounded(item) else DRIFT_LIMIT
+    return limit + 8 * torch.finfo(W.dtype).eps * ratio
+
+
+def _is_rounded(item: Protected) -> bool:
+    """Whether a basis is of 16 bits, and its columns not quite orthonormal."""
+    held = (columns_of(basis) for basis in (item.held.U, item.held.V) if basis is not None)
+    return any(columns.element_size() == 2 for columns in held)
+
+
+# --- pinning it ---
+
+
+def pinned(item: Protected, mode: Mode) -> Pinned:
+    """What restoring needs beside the bases, so that it moves the weight as it is by its rounding
+    alone: S with what the weight has beside its triplets, or the dense protected part where that
+    is smaller.
 
     Raises:
-        ValueError: U, S, V aren't triplets of the weight; restoring sets UᵀW to S Vᵀ, so the
-            first step would replace the weight by what they belong to.
+        ValueError: S or ``protected`` belong to another weight.
     """
     s, W = item.held, item.view(item.weight)
-    if s.protected is not None:
-        return Subspace(s.U, s.V, None, s.protected)
-    if not has_triplets(s):
-        H = remainder(item, W, mode)
-        return Subspace(s.U, s.V, None, H if W.dtype == H.dtype else H.float())
+    if s.protected is not None or not has_triplets(s):
+        return _dense(item, W, mode)
     assert s.S is not None
     bases, S = (double(s.U), double(s.V)), s.S.double()
-    ((A, _),) = summed_coefficients([item], [W.double()], [bases])
-    off = float((A - S.unsqueeze(-1) * columns_of(bases[1]).mT).norm() / S.norm().clamp_min(TINY))
-    if off > TRIPLETS_LIMIT:
+    ((A, B),) = summed_coefficients([item], [W.double()], [bases])
+    U, V = map(columns_of, bases)
+    rests = {"rest_A": A - S.unsqueeze(-1) * V.mT, "rest_B": B - U * S.unsqueeze(-2)}
+    sizes = {
+        name: _norm_of_rest(item, rest, alike=name == "rest_A") for name, rest in rests.items()
+    }
+    off = min(sizes.values()) / max(_norm_of_rest(item, S, alike=True), TINY)
+    if not off <= TRIPLETS_LIMIT:
         raise ValueError(
             f"expected U, S, V of parameter {item.name!r} to be singular triplets of it, got "
-            f"|U'W - S V'| = {off:.1e} |S|; take them from the weight as it stands, or leave S out"
+            f"|U'W - S V'| and |W V - U S| of {off:.1e} |S| and more; take them from the weight as "
+            "it stands, or leave S out"
         )
-    return s
+    if mode == "core":
+        rests = {"rest_B": A @ V - torch.diag_embed(S)}
+        sizes = {"rest_B": _norm_of_rest(item, rests["rest_B"], alike=True)}
+    allowed = SHARE_OF_ROUNDING * torch.finfo(W.dtype).eps * norm(item, W)
+    if max(sizes.values()) <= allowed:
+        return Pinned(s.U, s.V, s.S)
+    for name, rest in rests.items():
+        narrow = sizes[name] * ROUNDING_OF_BFLOAT16 <= allowed
+        rests[name] = rest.to(torch.bfloat16 if narrow else _wide(W))
+    if W.numel() * _wide(W).itemsize < sum(rest.nbytes for rest in rests.values()):
+        return _dense(item, W, mode)
+    return Pinned(s.U, s.V, s.S, **rests)
+
+
+def _norm_of_rest(item: Protected, rest: Tensor, *, alike: bool) -> float:
+    """Of the whole; ``alike`` says that it has no side on which a matrix is sharded, so that every
+    rank holds the same."""
+    return float(rest.norm()) if alike and item.group is not None else norm(item, rest)
+
+
+def _dense(item: Protected, W: Tensor, mode: Mode) -> Pinned:
+    s, H = item.held, remainder(item, W, mode)
+    if s.protected is not None:
+        off = _relative(item, H - s.protected.double(), H)
+        if not off <= _limit(item, H):
+            raise ValueError(
+                f"expected protected of parameter {item.name!r} to be W - P(W) of the weight as it "
+                f"stands, got one off by {off:.1e} of it; leave it out, and protect computes it"
+            )
+    return Pinned(s.U, s.V, None, H.to(_wide(W)))
+
+
+def _wide(W: Tensor) -> torch.dtype:
+    return torch.float64 if W.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
-def pin(items: Sequence[Protected], mode: Mode) -> None:
-    """Gives every item what restoring needs; see ``pinned``."""
+def pin(items: Sequence[Protected], mode: Mode, restore: bool) -> None:
+    """Gives each item what restoring needs, or without a sketch to measure by.
+
+    Raises:
+        ValueError: as ``pinned``.
+    """
     for item in items:
+        s = item.held
         try:
-            item.held = pinned(item, mode)
+            if restore:
+                item.take(pinned(item, mode))
+            elif zero3_shape(item.weight):
+                item.take(Pinned(s.U, s.V))
+            else:
+                item.take(Pinned(s.U, s.V, sketch=sketched(item, item.view(item.weight), mode)))
         except ValueError as error:
             raise ValueError(f"osf_torch.protect: {error}") from None
-
-
-def drift_limit(item: Protected) -> float:
-    """What rounding explains of a drift: of the weight at every step, and of the bases."""
-    held = [columns_of(basis) for basis in (item.held.U, item.held.V) if basis is not None]
-    rounded = any(columns.element_size() == 2 for columns in held)
-    H = reference(item)
-    assert H is not None
-    W = item.view(item.weight)
-    ratio = norm(item, W) / max(norm(item, H), TINY)
-    return (TRIPLETS_LIMIT if rounded else DRIFT_LIMIT) + 8 * torch.finfo(W.dtype).eps * ratio
 
 
 def rank_of(s: Subspace, shape: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from osf_torch import protected as weights
 from osf_torch.guard import Guard, Restore, owned_by
 from osf_torch.protected import Protected
 from osf_torch.selection import named_weights
+from osf_torch.state import is_state, require_state, subspaces_of
 from osf_torch.subspaces import Subspace
 
 When = Literal["auto", "step", "backward"]
@@ -21,7 +22,7 @@ When = Literal["auto", "step", "backward"]
 
 def protect(
     model: nn.Module,
-    subspaces: Mapping[str, Subspace],
+    subspaces: Mapping[str, Subspace] | Mapping[str, Any],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     when: When = "auto",
@@ -49,33 +50,45 @@ def protect(
         model: its 2-D (or batched) parameters named in ``subspaces`` are protected; frozen ones
             are left out, shared ones protected once. It may be compiled or wrapped.
         subspaces: by parameter name as in ``model.named_parameters()``, without what wrappers
-            add; ``refresh`` makes them. Bases are moved to the weight's device.
-        optimizer: the one that steps the model; required for when="step" and for restore.
+            add; ``refresh`` makes them. Bases are moved to the weight's device. Or what
+            ``Guard.state_dict`` returned, in a run that is resumed: the guard is then the one that
+            was saved, with its bases, what it had pinned, its when, restore and mode. Subspaces
+            that a resumed run computes of trained weights would protect something else.
+        optimizer: the one that steps the model; required for when="step" and for restore. Without
+            one the steps of any torch optimizer that owns a protected weight are watched.
         when: "step" projects all gradients in one list call in the optimizer's step pre-hook;
             "backward" projects each gradient when it has been accumulated; "auto" takes "step"
             with an optimizer and "backward" without (and for DeepSpeed's ZeRO-3, where a step sees
             flat pieces), and ``Guard.when`` says which.
-        restore: True pins the protected part in the optimizer's step post-hook. "deferred" pins it
-            in the next step's pre-hook, together with that step's projection (when="step" alone):
-            nothing adds up, but in between the weights carry the drift of one step;
-            ``Guard.restore`` pins it at once, before weights are evaluated or saved. Either way a
-            step refuses (RuntimeError) weights whose protected part something else has replaced
-            since the last one, such as a checkpoint loaded without ``Guard.load_state_dict``.
+        restore: True pins the protected part in the optimizer's step post-hook, of every weight
+            that the step has written to, whether it had a gradient or not. "deferred" does so of
+            weights whose restoring takes no collective, and pins sharded ones in the next step's
+            pre-hook, together with that step's projection (when="step" alone): nothing adds up, but
+            in between they carry the drift of one step; ``Guard.restore`` pins it at once, before
+            weights are evaluated, averaged or saved. Either way a step refuses (RuntimeError)
+            weights whose protected part something else has replaced since the last one, such as a
+            checkpoint loaded without ``Guard.load_state_dict``.
         mode: "complement" or "core", for projecting and restoring.
         record: measure the leak at every projection for ``Guard.leak()``; costs two more
             projections in float64 and a synchronisation per matrix.
 
     Returns:
-        A :class:`Guard`, attached. Hooks of an earlier guard on the same parameters are taken off.
+        A :class:`Guard`, attached. Hooks of an earlier guard on the same parameters are taken off
+        then, and not where something is refused. The model holds the guard, whether or not the
+        caller does.
 
     Raises:
         ValueError: no subspace, an unknown parameter name, a shape that doesn't fit, an
-            optimizer that is missing or doesn't own a protected parameter, S that isn't the
-            weight's, columns that aren't orthonormal; nothing is attached.
-        TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer.
+            optimizer that is missing or doesn't own a protected parameter, S or ``protected`` of
+            another weight, columns that aren't orthonormal, a state that isn't of these weights;
+            nothing is attached.
+        TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer, or one
+            whose steps can't be hooked.
 
-    Computes the dense protected part where neither S nor ``protected`` is given. Synchronises for
-    each basis.
+    What is pinned is the weight as it stands, however rough the bases are: with triplets their S
+    and, in as few bits as that takes, what UᵀW and W V have beside S Vᵀ and U S; else the dense
+    protected part. A step that changes nothing moves the weight by its rounding at most.
+    Synchronises for each basis.
     """
     if not isinstance(subspaces, Mapping):
         raise TypeError(
@@ -94,12 +107,7 @@ def protect(
         raise ValueError(
             f'osf_torch.protect: expected restore to be True, False or "deferred", got {restore!r}'
         )
-    for need, wanted in ((f"restore={restore!r}", restore), ('when="step"', when == "step")):
-        if wanted and optimizer is None:
-            raise ValueError(
-                f"osf_torch.protect: expected optimizer to be given with {need}, got None; "
-                'pass optimizer=, or restore=False and when="backward"'
-            )
+    _require_optimizer(optimizer, when, restore if not is_state(subspaces) else False)
     optimizer = _innermost(optimizer)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -107,6 +115,16 @@ def protect(
             f"{type(optimizer).__name__}; where several step one model, protect it once for each, "
             "with the subspaces of the weights that it owns"
         )
+    if optimizer is not None:
+        _require_hooks(optimizer)
+    state: Mapping[str, Any] | None = None
+    if is_state(subspaces):
+        state = subspaces
+        require_state(state, "protect")
+        settings: Any = state
+        when, restore, mode = settings["when"], settings["restore"], settings["mode"]
+        subspaces = subspaces_of(state)
+        _require_optimizer(optimizer, when, restore)
     items = _items(model, subspaces, mode)
     zero3 = next((item.name for item in items if weights.zero3_shape(item.weight)), None)
     if zero3 is not None and (restore or when == "step"):
@@ -127,11 +145,36 @@ def protect(
             'osf_torch.protect: expected when="step" with restore="deferred", which pins weights '
             f'with the projection of a step, got when={when!r}; pass when="step" or restore=True'
         )
-    if restore:
-        measures.pin(items, mode)
+    if state is None:
+        measures.pin(items, mode, bool(restore))
     guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record)
+    if state is not None:
+        guard.load_state_dict(state)
     guard.attach()
     return guard
+
+
+def _require_optimizer(
+    optimizer: torch.optim.Optimizer | None, when: object, restore: object
+) -> None:
+    for need, wanted in ((f"restore={restore!r}", restore), ('when="step"', when == "step")):
+        if wanted and optimizer is None:
+            raise ValueError(
+                f"osf_torch.protect: expected optimizer to be given with {need}, got None; "
+                'pass optimizer=, or restore=False and when="backward"'
+            )
+
+
+def _require_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that doesn't call hooks, since it never ran Optimizer.__init__."""
+    tables = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    hooked = getattr(type(optimizer).step, "hooked", False)
+    if not hooked or any(name not in vars(optimizer) for name in tables):
+        raise TypeError(
+            "osf_torch.protect: expected an optimizer whose steps call hooks, got "
+            f"{type(optimizer).__name__}, which didn't run torch.optim.Optimizer.__init__; pass "
+            "the optimizer within it, or have its __init__ call super().__init__"
+        )
 
 
 def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:

@@ -8,8 +8,10 @@ and A = Uᵀ g is summed.
 
 from __future__ import annotations
 
-import weakref
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,42 @@ from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of, 
 from osf_torch.sharing import whole
 from osf_torch.subspaces import Held, Subspace
 
-ORTHONORMAL_LIMIT = 2e-2  # an entry of UᵀU − I: 16-bit bases are off by 1e-3
+# An entry of UᵀU − I: 16-bit bases are off by up to 4e-3, and float32 bases of LAPACK by 2e-5.
+ORTHONORMAL_LIMIT = {2: 1e-2, 4: 1e-4, 8: 1e-4}  # by bytes of an element
+
+_epochs = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Pinned(Subspace):
+    """The bases that belong to ``Protected.view``, and what the weight's protected part is.
+
+    Attributes:
+        rest_A, rest_B: with S, UᵀW = S Vᵀ + rest_A and W V = U S + rest_B; in mode "core"
+            UᵀW V = diag(S) + rest_B. None where it is below the weight's rounding.
+        sketch: (m, c) float64, the protected part times random columns, where nothing is pinned.
+    """
+
+    rest_A: Tensor | None = None
+    rest_B: Tensor | None = None
+    sketch: Tensor | None = None
+
+    def to(self, device: torch.device) -> Pinned:
+        """All of it on another device."""
+        return replace(
+            self,
+            **{
+                field.name: moved(getattr(self, field.name), device)
+                for field in fields(self)
+                if getattr(self, field.name) is not None
+            },
+        )
+
+    def residual(self, mode: Mode) -> tuple[Tensor, Tensor] | Tensor | None:
+        """The argument of ``restore_many_``."""
+        if self.rest_A is None or self.rest_B is None or mode == "core":
+            return self.rest_B
+        return self.rest_A, self.rest_B
 
 
 class Protected:
@@ -37,32 +74,50 @@ class Protected:
         name: as in the model, without the names that wrappers add.
         weight: the parameter.
         sharding: how it lies, None where it is whole.
-        held: the bases, S and dense part that belong to ``view``: this rank's slice of the
-            sharded side, the other side whole.
+        held: what is protected of ``view``: this rank's slice of the sharded side, the other side
+            whole.
+        kept: the share ‖P(g)‖ / ‖g‖ of the gradient that was projected last, on its device.
     """
 
     def __init__(self, name: str, weight: nn.Parameter, subspace: Subspace) -> None:
         self.name, self.weight = name, weight
         self.sharding: Sharding | None = sharding_of(weight)
         self.held = self._held(subspace)
-        self._seen: tuple[weakref.ref[Tensor], int] | None = None
-        self.mark_left()
+        self.kept: Tensor | None = None
+        self._epoch = next(_epochs)
 
     @property
     def group(self) -> Group | None:
         """Over which coefficients are summed; None where no sum is wanted."""
         return self.sharding.group if self.sharding and self.sharding.dim >= -2 else None
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the host reads figures of the weight without waiting for a device or a rank."""
+        return self.sharding is None and self.weight.device.type == "cpu"
+
     def view(self, t: Tensor) -> Tensor:
         """What this rank holds of the weight or its gradient, with the sharded dimension first."""
         t = local(t.detach())
-        return t.mT if self._transposed else t
+        return t.mT if self.is_transposed else t
+
+    def take(self, held: Pinned) -> None:
+        """Holds something else from now on; what was projected with it before, isn't."""
+        self.held, self.kept, self._epoch = held, None, next(_epochs)
+
+    def follow(self) -> None:
+        """Brings what is held to the device that the weight was moved to since."""
+        device = local(self.weight).device
+        columns = columns_of(self.held.V if self.held.U is None else self.held.U)
+        if columns.device != device:
+            self.held = self.held.to(device)
 
     @property
-    def _transposed(self) -> bool:
+    def is_transposed(self) -> bool:
+        """Whether ``view`` is the transposed weight's."""
         return self.sharding is not None and self.sharding.dim == -1
 
-    def _held(self, s: Subspace) -> Subspace:
+    def _held(self, s: Subspace) -> Pinned:
         device = local(self.weight).device
         U, V = moved(s.U, device), moved(s.V, device)
         for side, basis in (("U", U), ("V", V)):
@@ -71,7 +126,7 @@ class Protected:
         protected = None if s.protected is None else s.protected.to(device)
         cut = self.sharding
         if cut is None:
-            return Subspace(U, V, S, protected)
+            return Pinned(U, V, S, protected)
         if cut.dim < -2:
             U, V = (_cut(cut, basis, cut.dim) for basis in (U, V))
             S = cut.slice(S, cut.dim + 1) if S is not None and S.dim() >= -cut.dim - 1 else S
@@ -81,49 +136,41 @@ class Protected:
             U = _cut(cut, U, -2)
         if protected is not None:
             protected = _part(cut, protected, cut.dim)
-            protected = protected.mT if self._transposed else protected
-        return Subspace(U, V, S, protected)
+            protected = protected.mT if self.is_transposed else protected
+        return Pinned(U, V, S, protected)
 
-    # --- which gradient was projected last ---
+    # --- which gradient was projected ---
+    # A mark on the gradient itself: a weak reference from here would keep torch from exchanging the
+    # bodies of parameters and gradients, as ``Module.to`` does with DTensors.
 
     def mark_projected(self) -> None:
         g = self.weight.grad
         assert g is not None
-        self._seen = weakref.ref(g), g._version
+        g.__dict__[_MARK] = self._epoch, g._version
 
     def has_met(self) -> bool:
         """Whether the gradient is the tensor that was projected last, written to since or not."""
-        return self._seen is not None and self._seen[0]() is self.weight.grad
+        return self._mark() is not None
 
     def is_projected(self) -> bool:
-        """Whether the gradient is the one that was projected, unwritten since.
+        """Whether the gradient is the one that was projected, and nothing is known to have written
+        to it since.
 
         Never of a DTensor: in-place operators count on it but not on its local tensor, writing to
         that the other way round, and ``torch._foreach_*_`` on neither (torch 2.13; the clipping
         functions use it). Projecting it again is exact: P² = P.
         """
         g = self.weight.grad
-        return (
-            self.has_met()
-            and g is not None
-            and not is_dtensor(g)
-            and self._seen is not None
-            and self._seen[1] == g._version
-        )
+        return g is not None and not is_dtensor(g) and self._mark() == g._version
 
-    # --- who wrote to the weight last ---
+    def _mark(self) -> int | None:
+        """The version of the gradient when it was projected for this item."""
+        g = self.weight.grad
+        epoch, version = (None, None) if g is None else g.__dict__.get(_MARK, (None, None))
+        return version if epoch == self._epoch else None
 
-    def mark_left(self) -> None:
-        """The weight is as the guard knows it: after a step, or pinned."""
-        self._left = self.weight._version
 
-    def is_as_left(self) -> bool:
-        """Whether nothing is known to have written to the weight since.
-
-        Of a DTensor ``copy_`` and other plain operators count, and they count on every rank alike;
-        what writes to its local tensor, or to ``weight.data``, isn't seen.
-        """
-        return self._left == self.weight._version
+_MARK = "_osf_projected"
 
 
 def _require_orthonormal(side: str, basis: Held) -> None:
@@ -131,12 +178,13 @@ def _require_orthonormal(side: str, basis: Held) -> None:
     if basis is None or not columns_of(basis).numel():
         return
     columns = columns_of(basis)
-    columns = columns.float() if columns.element_size() == 2 else columns
+    itemsize = columns.element_size()
+    columns = columns.float() if itemsize == 2 else columns
     gram = whole(columns.mT @ columns)
     off = float(
         (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max()
     )
-    if not off <= ORTHONORMAL_LIMIT:
+    if not off <= ORTHONORMAL_LIMIT[itemsize]:
         raise ValueError(
             f"expected {side} to have orthonormal columns, got {side}'{side} off from I by "
             f"{off:.1e}; pass them through osf_kernels.orthonormalize first"
@@ -154,13 +202,15 @@ def shapes_of(weight: Tensor, s: Subspace) -> tuple[Tensor, Held, Held]:
     return W, moved(s.U, W.device), moved(s.V, W.device)
 
 
-def moved(basis: Held, device: torch.device) -> Held:
+def moved(basis: Any, device: torch.device) -> Any:
+    """A tensor, a Basis or None on a device."""
     if isinstance(basis, Basis):
         return Basis(basis.columns.to(device), basis.spans)
     return None if basis is None else basis.to(device)
 
 
 def double(basis: Held) -> Held:
+    """A basis in float64."""
     if isinstance(basis, Basis):
         columns = basis.columns.double()
         return columns if basis.spans == "high" else Basis(columns, basis.spans)
@@ -230,8 +280,6 @@ def project_and_restore_all_(
             _restore_part_(item, W, x, A, B, mode)
     for item in projected:
         item.mark_projected()
-    for item in restored:
-        item.mark_left()
 
 
 def restore_all_(items: Sequence[Protected], mode: Mode) -> None:
@@ -255,6 +303,7 @@ def _restore_whole_(whole: Sequence[Protected], mode: Mode) -> None:
         [item.held.U for item in whole],
         [item.held.V for item in whole],
         S=[item.held.S for item in whole],
+        residual=[item.held.residual(mode) for item in whole],
         protected=[item.held.protected for item in whole],
         mode=mode,
     )
@@ -270,8 +319,18 @@ def _restore_part_(item: Protected, W: Tensor, x: Tensor, A: Tensor, B: Tensor, 
     U, V, S = item.held.U, item.held.V, item.held.S
     if S is not None:
         # D = U A + (B − U (A V)) Vᵀ with A = Uᵀ W − S Vᵀ and B = W V − U S
+        # and less what the weight has beside its triplets; in mode "core" that is of A V alone,
+        # which U and V carry to both.
         A.sub_(S.to(A.dtype).unsqueeze(-1) * columns_of(V).to(A.dtype).mT)
         B.sub_(columns_of(U).to(B.dtype) * S.to(B.dtype).unsqueeze(-2))
+        rest_A, rest_B = item.held.rest_A, item.held.rest_B
+        if rest_B is not None and mode == "core":
+            rest = rest_B.to(A.dtype)
+            A.sub_(rest @ columns_of(V).to(A.dtype).mT)
+            B.sub_(columns_of(U).to(B.dtype) @ rest)
+        elif rest_A is not None and rest_B is not None:
+            A.sub_(rest_A)
+            B.sub_(rest_B)
     apply_(x, U, V, A, B, mode=mode)
     if item.held.protected is not None:
         x.add_(item.held.protected)

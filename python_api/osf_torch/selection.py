@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-from osf_torch.sharding import is_dtensor, sharding_of
+from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
 Rank = int | float
 Ranks = Rank | Mapping[str, Rank]
@@ -54,6 +54,7 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
     So a model goes by the same names bare, compiled, checkpointed and distributed.
     """
+    resharded(model)
     return {
         ".".join(part for part in name.split(".") if part not in WRAPPED): parameter
         for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed lacks
 
@@ -50,6 +50,17 @@ def local(t: Tensor) -> Tensor:
     return held
 
 
+def resharded(model: nn.Module) -> None:
+    """Has FSDP2 put back the parameters of modules that an evaluation left gathered.
+
+    Until then they are other tensors than those that an optimizer trains.
+    """
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and callable(getattr(module, "unshard", None)):
+            reshard()
+
+
 def sharding_of(weight: Tensor) -> Sharding | None:
     """How ``weight`` is sharded; None where it is whole on this rank.
 
@@ -82,6 +93,43 @@ def sharding_of(weight: Tensor) -> Sharding | None:
             f"expected this rank to hold {size} of {whole} along dimension {dim}, got {held}"
         )
     return Sharding(dim - weight.dim(), start, size, mesh.get_group(mesh_dim), ranks)
+
+
+def _placed(like: Tensor, dims: int, dim: int) -> list[Any]:
+    """Placements of a tensor whose dimension ``dim``, from the end, is sharded as ``like`` is."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements: Sequence[Any] = like.placements  # type: ignore[attr-defined]
+    return [Replicate() if p.is_replicate() else Shard(dims + dim) for p in placements]
+
+
+def as_dtensor(t: Tensor, like: Tensor, dim: int) -> Tensor:
+    """The ranks' slices of a tensor as one DTensor, sharded by ``dim`` as ``like`` by its own."""
+    from torch.distributed.tensor import DTensor
+
+    cut = sharding_of(like)
+    assert cut is not None
+    t = t.contiguous()
+    shape = list(t.shape)
+    shape[dim] = like.shape[cut.dim]
+    stride = torch.empty(shape, device="meta").stride()
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    placements = _placed(like, t.dim(), dim)
+    made: Tensor = DTensor.from_local(
+        t, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return made
+
+
+def lies_as(t: Any, like: Tensor, dim: int) -> bool:
+    """Whether a DTensor is sharded by ``dim`` as ``like`` is by its own."""
+    cut = sharding_of(like)
+    return (
+        cut is not None
+        and t.device_mesh == like.device_mesh  # type: ignore[attr-defined]
+        and list(t.placements) == _placed(like, t.dim(), dim)
+        and t.shape[dim] == like.shape[cut.dim]
+    )
 
 
 def sum_over(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:

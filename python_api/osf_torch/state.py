@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis
-from osf_torch.protected import Protected
+from osf_torch.protected import Pinned, Protected
 from osf_torch.selection import listed
-from osf_torch.sharding import local
+from osf_torch.sharding import as_dtensor, is_dtensor, lies_as, local
 from osf_torch.subspaces import (
     Decomposition,
     Held,
@@ -21,7 +21,12 @@ from osf_torch.subspaces import (
     facts_of,
 )
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # 1 knew triplets alone
+KEYS = ("when", "restore", "mode", "projections", "weights")
+PARTS = ("rest_A", "rest_B", "sketch")  # what Pinned has beside a Subspace
+# A weight sharded by columns is held as its transpose; U and V of the state are the weight's own.
+TRANSPOSED = {"U": "V", "V": "U", "U_spans": "V_spans", "V_spans": "U_spans"}
 
 
 def state_of(
@@ -41,7 +46,7 @@ def state_of(
         "mode": mode,
         "projections": projections,
         "moved": [item.name for item in moved],
-        "weights": {item.name: _subspace_state(item.held) | _layout(item) for item in items},
+        "weights": {item.name: _pinned_state(item) for item in items},
         "subspaces": {
             "seed": subspaces.seed if isinstance(subspaces, Subspaces) else None,
             "weights": {name: _entry_state(s) for name, s in subspaces.items()},
@@ -51,7 +56,7 @@ def state_of(
 
 def read_state(
     state: Mapping[str, Any], items: Sequence[Protected], when: str, restore: bool | str, mode: str
-) -> tuple[dict[str, Subspace], Mapping[str, Subspace]]:
+) -> tuple[dict[str, Pinned], Mapping[str, Subspace]]:
     """What every item is to hold, and the guard's subspaces.
 
     A tensor that occurs in several places is copied once. Older states have no subspaces; what
@@ -60,11 +65,14 @@ def read_state(
     Raises:
         ValueError: as :meth:`Guard.load_state_dict`.
     """
-    settings = {"format": FORMAT, "when": when, "restore": restore, "mode": mode}
+    require_state(state, "Guard.load_state_dict")
+    settings = {"when": when, "restore": restore, "mode": mode}
     for key, wanted in settings.items():
-        if state.get(key) != wanted:
-            remedy = "protect the model as it was, then load" if key != "format" else "save it anew"
-            _refuse(f"a state with {key}={wanted!r}", f"{state.get(key)!r}; {remedy}")
+        if state[key] != wanted:
+            _refuse(
+                f"a state with {key}={wanted!r}",
+                f"{state[key]!r}; protect the model as it was, then load",
+            )
     saved: Mapping[str, Mapping[str, Any]] = state["weights"]
     names = {item.name for item in items}
     if names != saved.keys():
@@ -72,34 +80,104 @@ def read_state(
         got = [f"none for {listed(missing)}"] if missing else []
         got += [f"{listed(foreign)} too"] if foreign else []
         _refuse("a state of the protected parameters", f"{' and '.join(got)}; it is another run's")
-    for item in items:
-        own, other = _layout(item), {key: saved[item.name][key] for key in _layout(item)}
-        if own["ranks"] != other["ranks"]:
-            _refuse(
-                f"a state of {own['ranks']} ranks for {item.name!r}",
-                f"one of {other['ranks']}; resume on as many, or refresh and protect anew",
-            )
-        if own != other:
-            _refuse(f"a state of {item.name!r} with {own}", f"{other}; it is another rank's")
     copies = _Copies()
-    held = {
-        item.name: _read_subspace(saved[item.name], copies, local(item.weight).device)
-        for item in items
-    }
+    held = {item.name: _read_pinned(item, saved[item.name], copies) for item in items}
     return held, _read_subspaces(state["subspaces"], copies) if "subspaces" in state else held
+
+
+def is_state(value: Mapping[str, Any]) -> bool:
+    """Whether it is what ``Guard.state_dict`` returned, not subspaces by parameter name."""
+    return {"format", "weights", "projections"} <= value.keys()
+
+
+def require_state(state: Mapping[str, Any], operator: str) -> None:
+    """Refuses what ``Guard.state_dict`` didn't return."""
+    found = state.get("format") if isinstance(state, Mapping) else None
+    if found not in FORMATS:
+        raise ValueError(
+            f"osf_torch.{operator}: expected a state with format={FORMAT}, got {found!r}; pass "
+            "what Guard.state_dict() returned"
+        )
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise ValueError(
+            f"osf_torch.{operator}: expected a state with {listed(list(KEYS))}, got one without "
+            f"{listed(missing)}; pass what Guard.state_dict() returned, whole"
+        )
+
+
+def subspaces_of(state: Mapping[str, Any]) -> dict[str, Subspace]:
+    """What a state protects of each weight: its bases, whole or as DTensors."""
+    copies = _Copies()
+    return {
+        name: _read_subspace({**saved, "S": None, "protected": None}, copies)
+        for name, saved in state["weights"].items()
+    }
 
 
 def _refuse(expected: str, got: str) -> None:
     raise ValueError(f"osf_torch.Guard.load_state_dict: expected {expected}, got {got}")
 
 
-def _layout(item: Protected) -> dict[str, Any]:
+def _pinned_state(item: Protected) -> dict[str, Any]:
+    state = _subspace_state(item.held) | {name: getattr(item.held, name) for name in PARTS}
+    for key, dim in _sharded_dims(item, state).items():
+        state[key] = as_dtensor(state[key], item.weight, dim)
+    if item.is_transposed:  # held is that of the transposed weight
+        state |= {key: state[other] for key, other in TRANSPOSED.items()}
+    return state | {"shape": tuple(item.weight.shape)}
+
+
+def _sharded_dims(item: Protected, state: Mapping[str, Any]) -> dict[str, int]:
+    """Of the tensors of a sharded weight's state that this rank holds a slice of, in ``view``'s
+    terms: the dimension, from the end."""
     cut = item.sharding
+    if cut is None:
+        return {}
+    if cut.dim >= -2:
+        dims = {"U": -2, "rest_B": -2, "protected": -2, "sketch": -2}
+        if state["rest_A"] is None:
+            del dims["rest_B"]  # of mode "core": no side of the weight's
+    else:
+        dims = dict.fromkeys(("U", "V", "protected", "rest_A", "rest_B", "sketch"), cut.dim)
+        dims["S"] = cut.dim + 1
     return {
-        "shape": tuple(item.weight.shape),
-        "ranks": 1 if cut is None else cut.ranks,
-        "slice": None if cut is None else (cut.dim, cut.start, cut.size),
+        key: dim for key, dim in dims.items() if state[key] is not None and state[key].dim() >= -dim
     }
+
+
+def _read_pinned(item: Protected, saved: Mapping[str, Any], copies: _Copies) -> Pinned:
+    if tuple(saved["shape"]) != tuple(item.weight.shape):
+        _refuse(
+            f"a state of {item.name!r} with shape {tuple(item.weight.shape)}",
+            f"{tuple(saved['shape'])}; it is another model's",
+        )
+    saved = dict.fromkeys(PARTS) | dict(saved)
+    if item.is_transposed:
+        saved |= {key: saved[other] for key, other in TRANSPOSED.items()}
+    dims = _sharded_dims(item, saved)
+    for key, t in saved.items():
+        if not isinstance(t, Tensor):
+            continue
+        if key in dims and not is_dtensor(t):
+            _refuse(
+                f"{key} of {item.name!r} as a DTensor, as the weight is",
+                "a tensor; it was saved of weights that weren't sharded: load it there, or refresh",
+            )
+        if is_dtensor(t):
+            whole = t.shape[dims[key]] if key in dims else None
+            if key not in dims or not lies_as(t, item.weight, dims[key]):
+                _refuse(
+                    f"{key} of {item.name!r} sharded as the weight is",
+                    f"one of {t.device_mesh.size()} ranks, {whole} along its dimension; resume on "  # type: ignore[attr-defined]
+                    "as many ranks, or load the state by torch.distributed.checkpoint into that of "
+                    "a guard on these ranks",
+                )
+            saved[key] = local(t)
+    device = local(item.weight).device
+    found = _read_subspace(saved, copies, device)
+    rests = {name: copies.of(saved[name], device) for name in PARTS if saved[name] is not None}
+    return Pinned(found.U, found.V, found.S, found.protected, **rests)
 
 
 def _subspace_state(s: Subspace) -> dict[str, Any]:
