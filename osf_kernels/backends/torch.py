@@ -111,8 +111,8 @@ def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, 
         A, B = _mm(_transposed(U, x), x), _mm(x, V)
     if pin is not None:
         S, rest_A, rest_B = pin
-        A.sub_(S.unsqueeze(-1) * V.mT)
-        B.sub_(U * S.unsqueeze(-2))
+        A.addcmul_(S.unsqueeze(-1), V.mT, value=-1.0)
+        B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
         subtract(A, rest_A)
         subtract(B, rest_B)
     correction = _mm(A, V)

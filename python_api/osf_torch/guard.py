@@ -82,7 +82,7 @@ class Guard:
         self._written: set[str] = set()  # by something else, where nothing is pinned
         self._released: dict[str, float] = {}
         self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
-        self._left = Left(items)
+        self._left = self._left_as_it_is()
         self._hooks = Hooks(
             self,
             optimizer,
@@ -102,6 +102,9 @@ class Guard:
         count = len(self._items)
         return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self.mode!r})"
 
+    def _left_as_it_is(self) -> Left:
+        return Left(self._items.values(), uncounted=bool(self.restores))
+
     def attach(self) -> None:
         """Puts the hooks on, and takes those of earlier guards off the same parameters."""
         self._hooks.attach(self._model, [item.weight for item in self._items.values()])
@@ -119,7 +122,7 @@ class Guard:
         if not self._items:
             self.remove()
         elif lost:
-            self._left = Left(self._items.values())
+            self._left = self._left_as_it_is()
 
     # --- hooks ---
 
@@ -229,12 +232,14 @@ class Guard:
                 item.follow()
             if self._record:
                 self._raw |= {item.name: self._share(item) for item in items}
-            before = [] if self.restores else measures.gradient_norms(items)
+            raw = [] if self.restores else measures.gradient_norms(items)
             weights.project_and_restore_all_(items, moved, self.mode)
         except (TypeError, ValueError) as error:
             raise checks.refused(error, [*items, *moved], self.mode) from None
-        for item, raw, kept in zip(items, before, measures.gradient_norms(items), strict=False):
-            item.kept = kept / raw
+        if not self.restores:
+            kept = measures.gradient_norms(items)
+            for item, before, after in zip(items, raw, kept, strict=True):
+                item.raw, item.kept = before, after
         if moved:
             self._moved = {}
             self.restorations += 1
@@ -250,7 +255,7 @@ class Guard:
         """
         self._missed |= {item.name for item in used if not item.has_met()}
         if not self.restores:
-            for item in used:
+            for item in measures.rewritten(used):
                 excess = measures.leaking(item, self.mode)
                 if excess is not None:
                     known = self._excess.get(item.name, excess)
@@ -405,7 +410,7 @@ class Guard:
         """Forgets what was noted until now: the weights are as they should be."""
         self._leaks, self._raw, self._missed, self._excess = {}, {}, set(), {}
         self._written = set()
-        self._left = Left(self._items.values())
+        self._left = self._left_as_it_is()
 
     def _widened(self, widen: Rank | None) -> dict[str, Rank]:
         ranks: dict[str, Rank] = {}

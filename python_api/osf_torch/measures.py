@@ -17,6 +17,7 @@ from osf_torch.protected import (
     columns_of,
     double,
     is_high,
+    norms,
     summed_coefficients,
     zero3_shape,
 )
@@ -93,9 +94,10 @@ def leaking(item: Protected, mode: Mode) -> Tensor | None:
         found = both[..., :PROBES] + across
     leak: Tensor = found.norm() / (x.norm() * PROBES**0.5).clamp_min(torch.finfo(x.dtype).tiny)
     allowed: Tensor | float = ROUNDED_DRIFT_LIMIT if _is_rounded(item) else DRIFT_LIMIT
-    kept = item.kept  # what is left of a gradient that lay in the protected span is rounding
-    allowed = allowed + (8 * eps if kept is None else 8 * eps / kept.clamp_min(eps))
-    return leak - allowed
+    if item.raw is None or item.kept is None:
+        return leak - allowed - 8 * eps
+    # Of a gradient that lay in the protected span what is left is rounding.
+    return leak - allowed - 8 * eps * (item.raw / item.kept).clamp_max(1 / eps)
 
 
 def _probes(x: Tensor) -> Tensor:
@@ -142,7 +144,22 @@ def share(item: Protected, x: Tensor, mode: Mode) -> float:
 def gradient_norms(items: Sequence[Protected]) -> list[Tensor]:
     """‖g‖_F of what this rank holds of each gradient, on its device."""
     held = [item.view(g) for item in items if (g := item.weight.grad) is not None]
-    return [torch.linalg.vector_norm(g, dtype=_wide(g)) for g in held]
+    found: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, g in enumerate(held):
+        alike.setdefault((g.dtype, g.device), []).append(i)
+    for members in alike.values():
+        found |= zip(members, norms([held[i] for i in members]), strict=True)
+    return [found[i] for i in range(len(held))]
+
+
+def rewritten(items: Sequence[Protected]) -> list[Protected]:
+    """Those whose gradients aren't known to be as they were projected: whose norms differ, and all
+    that the host can't read without waiting."""
+    known = [item for item in items if item.is_readable and item.kept is not None]
+    pairs = zip(known, gradient_norms(known), strict=True)
+    same = {id(item) for item, now in pairs if bool(now == item.kept)}
+    return [item for item in items if id(item) not in same]
 
 
 # --- what it was at protect ---

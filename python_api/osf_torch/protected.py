@@ -76,13 +76,15 @@ class Protected:
         sharding: how it lies, None where it is whole.
         held: what is protected of ``view``: this rank's slice of the sharded side, the other side
             whole.
-        kept: the share ‖P(g)‖ / ‖g‖ of the gradient that was projected last, on its device.
+        raw, kept: ‖g‖ and ‖P(g)‖ of what this rank held of the gradient that was projected last,
+            where nothing is pinned; on its device.
     """
 
     def __init__(self, name: str, weight: nn.Parameter, subspace: Subspace) -> None:
         self.name, self.weight = name, weight
         self.sharding: Sharding | None = sharding_of(weight)
         self.held = self._held(subspace)
+        self.raw: Tensor | None = None
         self.kept: Tensor | None = None
         self._epoch = next(_epochs)
 
@@ -103,7 +105,8 @@ class Protected:
 
     def take(self, held: Pinned) -> None:
         """Holds something else from now on; what was projected with it before, isn't."""
-        self.held, self.kept, self._epoch = held, None, next(_epochs)
+        self.held, self._epoch = held, next(_epochs)
+        self.raw = self.kept = None
 
     def follow(self) -> None:
         """Brings what is held to the device that the weight was moved to since."""
@@ -240,6 +243,12 @@ def columns_of(basis: Held) -> Tensor:
 
 
 # --- lists ---
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """‖x‖_F of each, of at least float32, by one call for tensors of one dtype and device."""
+    dtype = torch.float32 if tensors[0].element_size() == 2 else None
+    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype)))
 
 
 def summed_coefficients(

@@ -176,7 +176,7 @@ def _read_pinned(item: Protected, saved: Mapping[str, Any], copies: _Copies) -> 
             saved[key] = local(t)
     device = local(item.weight).device
     found = _read_subspace(saved, copies, device)
-    rests = {name: copies.of(saved[name], device) for name in PARTS if saved[name] is not None}
+    rests = {name: copies.of(t, device) for name in PARTS if (t := saved[name]) is not None}
     return Pinned(found.U, found.V, found.S, found.protected, **rests)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from osf_torch.protected import Protected
+from osf_torch.protected import Protected, norms
 from osf_torch.sharding import local, sum_over
 
 
@@ -21,10 +21,14 @@ class Left:
     Norms are read at once where that costs nothing, of whole weights on a CPU. Elsewhere a look
     would wait for the device, or take a collective: there differences add up on the device, and
     ``settled`` reads them. A float32 norm shows every write that changes it by 1e-7 of itself.
+
+    Args:
+        uncounted: whether writes that torch doesn't count are looked for: what is pinned would undo
+            them.
     """
 
-    def __init__(self, items: Iterable[Protected]) -> None:
-        self._items = list(items)
+    def __init__(self, items: Iterable[Protected], *, uncounted: bool) -> None:
+        self._items, self._uncounted = list(items), uncounted
         self._versions: dict[int, int] = {}
         self._groups: list[_Group] = []
         self.take()
@@ -33,7 +37,7 @@ class Left:
         """The weights are now as the guard knows them: after a step, or pinned."""
         self._versions = {id(item): item.weight._version for item in self._items}
         alike: dict[tuple[torch.device, torch.dtype, bool], list[Protected]] = {}
-        for item in self._items:
+        for item in self._items if self._uncounted else ():
             held = local(item.weight.detach())
             alike.setdefault((held.device, held.dtype, item.is_readable), []).append(item)
         if [*alike.values()] == [group.items for group in self._groups]:
@@ -111,7 +115,4 @@ class _Group:
 
 
 def _norms(items: Sequence[Protected]) -> Tensor:
-    """‖W‖_F of what this rank holds of each, in one call."""
-    held = [local(item.weight.detach()) for item in items]
-    dtype = torch.float32 if held[0].element_size() == 2 else None
-    return torch.stack(list(torch._foreach_norm(held, 2, dtype)))
+    return norms([local(item.weight.detach()) for item in items])
