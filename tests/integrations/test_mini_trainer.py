@@ -216,6 +216,21 @@ def test_the_cache_of_v(what, monkeypatch):
 NAMES = [*switching._REPLACEMENTS, "create_osft_model_class"]
 
 
+def imitated(function, **changes):
+    """Another function of the same arguments, or of other defaults."""
+
+    def theirs(*args, **kwargs):
+        raise AssertionError
+
+    signature = inspect.signature(function)
+    theirs.__signature__ = signature.replace(
+        parameters=[
+            p.replace(default=changes.get(p.name, p.default)) for p in signature.parameters.values()
+        ]
+    )
+    return theirs
+
+
 @pytest.fixture
 def imitation(monkeypatch):
     """Modules that look their functions up as mini_trainer's do."""
@@ -232,8 +247,8 @@ def imitation(monkeypatch):
 
     names = ("mini_trainer", "mini_trainer.osft_utils", "mini_trainer.setup_model_for_training")
     modules = [types.ModuleType(name) for name in names]
-    for name in NAMES:
-        setattr(modules[1], name, lambda *_, name=name: name)
+    for name, ours in switching._REPLACEMENTS.items():
+        setattr(modules[1], name, imitated(ours))
     modules[1].create_osft_model_class = create_osft_model_class
     modules[2].create_osft_model_class = create_osft_model_class
     modules[0].osft_utils = modules[1]

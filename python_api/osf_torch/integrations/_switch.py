@@ -87,16 +87,18 @@ class Switch:
         theirs is off, a later call puts the peer's own back.
         """
         foreign = []
-        for replaced, own in reversed(self._held):
-            for module in holders(replaced.module, replaced.name):
-                if module is not replaced.owner and vars(module)[replaced.name] is replaced.ours:
-                    setattr(module, replaced.name, own)
+        held, self._held = self._held, []
+        for replaced, own in reversed(held):
             if replaced.current() is not replaced.ours:
                 foreign.append((replaced, own))
             elif own is _ABSENT:
                 delattr(replaced.owner, replaced.name)
             else:
                 setattr(replaced.owner, replaced.name, own)
+        for replaced, own in held:
+            for module in holders(replaced.module, replaced.name):
+                if vars(module)[replaced.name] is replaced.ours:
+                    setattr(module, replaced.name, own)
         self._held = foreign[::-1]
         if foreign:
             self._warn("disable", [replaced for replaced, _ in self._held], "the peer's own")
