@@ -275,7 +275,9 @@ def test_enable_replaces_all_or_nothing(peft, monkeypatch, part, owner, name, ho
     before = [dict(vars(owner)) for owner in owners]
     hooks = dict(optimizer_module._global_optimizer_post_hooks)
     for _ in range(2):
-        with pytest.raises(ImportError, match=rf"{name} to take \(.*peft >=0\.21,<0\.22, got .* in"):
+        with pytest.raises(
+            ImportError, match=rf"{name} to take \(.*peft >=0\.21,<0\.22, got .* in"
+        ):
             osf_peft.enable(restore=True)
         assert [dict(vars(owner)) for owner in owners] == before
         assert dict(optimizer_module._global_optimizer_post_hooks) == hooks
