@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osf_kernels.testing import assert_error_within
+from osf_kernels.testing import assert_error_within, matrix_with_spectrum
 from osf_torch.integrations import peft as osf_peft
 from osf_torch.integrations.peft import switching
 from osf_torch.integrations.peft.factors import forward
@@ -449,6 +449,45 @@ def test_a_saved_adapter_loads(peft, tmp_path, switched):
             plain(), tmp_path, is_trainable=True, low_cpu_mem_usage=True
         )
         osf_peft.verify(low)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["equal", "slow"])
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (1024, 1024)])
+def test_an_adapter_means_the_same_to_both(peft, tmp_path, shape, kind, dtype, ours_first):
+    """By as much as training moved, of weights whose leading triplets are hard to tell."""
+    m, n = shape
+    if m == 1024 and (dtype != torch.float32 or not ours_first):
+        pytest.skip("one large weight is enough")
+    sigma = torch.arange(1, min(m, n) + 1, dtype=torch.float64) ** (0 if kind == "equal" else -0.7)
+    W, _, _ = matrix_with_spectrum(m, n, sigma, generator=generator_for(m, n, kind))
+
+    def base() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(n, m, bias=False))
+        model[0].weight.data.copy_(W)
+        return model.to(dtype)
+
+    first, second = [osf_peft.enable, osf_peft.disable][:: 1 if ours_first else -1]
+    first()
+    config = peft.OSFConfig(target_modules=["0"], effective_rank=0.5)
+    model = peft.get_peft_model(base(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    x = randn(16, n, dtype=dtype, generator=generator_for("means", n))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained, moved = model(x), (model(x) - base()(x)).double().norm()
+    model.save_pretrained(tmp_path)
+    second()
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+    with torch.no_grad():
+        off = (loaded(x) - trained).double().norm() / moved
+    assert moved > 0
+    assert off < {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float64: 1e-10}[dtype]
 
 
 @pytest.mark.slow
