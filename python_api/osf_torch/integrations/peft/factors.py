@@ -74,5 +74,10 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     h = self._cast_input_dtype(x, U.dtype)
     moved = F.linear(h, V - V0)
     v = F.linear(h, V0) + moved
-    delta = F.linear(S * v, U - U0) + F.linear(S0 * moved + (S - S0) * v, U0)
+    # S goes to the smaller factor: what it multiplies is kept for the backward pass.
+    if h.shape[:-1].numel() > U.shape[0]:
+        turned = F.linear(v, (U - U0) * S)
+    else:
+        turned = F.linear(v * S, U - U0)
+    delta = turned + F.linear(S0 * moved + (S - S0) * v, U0)
     return result + delta.to(x.dtype)
