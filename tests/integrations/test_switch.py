@@ -147,7 +147,10 @@ def test_what_another_put_on_top_is_left_and_said(peer, switch):
         return "another's"
 
     peer.Layer.forward = theirs
-    with pytest.warns(RuntimeWarning, match=r"some\.enable: .*theirs as .*Layer\.forward, put"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"some\.enable: .*theirs \(.*test_switch.py:\d+\) as .*Layer\.forward, put",
+    ):
         switch.on(replacements(peer))
     assert peer.Layer.forward is theirs
     with pytest.warns(RuntimeWarning, match=r"some\.disable: .*call disable\(\) again"):

@@ -173,6 +173,9 @@ def _arguments(function: Any) -> str:
 
 
 def _named(value: Any) -> str:
+    """By where it is written too: a wrapper carries the name of what it wraps."""
     if value is _ABSENT:
         return "nothing"
-    return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
+    name = f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
+    code = getattr(value, "__code__", None)
+    return name if code is None else f"{name} ({code.co_filename}:{code.co_firstlineno})"
