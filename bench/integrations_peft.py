@@ -1,9 +1,10 @@
 """``python -m bench.integrations_peft``: PEFT's OSF tuner as it is, and with ours switched in.
 
 What is timed is making the adapter, ``get_peft_model`` with half of every weight's triplets frozen,
-and a training step: forward, backward with projected gradients, AdamW. Weights are initialised as
-torch initialises them. A speed is reported of what trains as PEFT does: the gradients of one step
-from the same factors agree, and none lies in the protected span.
+whose decomposition is PEFT's own either way, and a training step: forward, backward with projected
+gradients, AdamW. Weights are initialised as torch initialises them. A speed is reported of what
+trains as PEFT does: the gradients of one step from the same factors agree, and none lies in the
+protected span.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], int]] = {
 }
 RESTORED = f"{OURS}, restored"
 LEAK = 1e-4  # σ_k and σ_{k+1} are close: a float32 decomposition turns their vectors by 1e-5
-DIFFERENCE = 1e-4  # of gradients whose factors come from two float32 decompositions
+DIFFERENCE = 1e-4  # of gradients of the same factors, which PEFT subtracts in another order
 
 
 @dataclass

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import math
+import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -252,6 +255,100 @@ def test_a_copy_goes_on_as_the_original_would(copied):
         assert torch.equal(projector.project_back(low), twin.project_back(same))
 
 
+def stored(projector: GaLoreProjector) -> io.BytesIO:
+    """In optimizer state, as galore-torch's optimizers keep it."""
+    file = io.BytesIO()
+    torch.save({"state": {0: {"step": 1, "projector": projector}}}, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_checkpoint_loads(weights_only, proj_type, projected):
+    projector = GaLoreProjector(8, update_proj_gap=5, proj_type=proj_type)
+    if projected:
+        projector.project(gapped(40, 33, 8).float(), 0)
+    loaded = torch.load(stored(projector), weights_only=weights_only)["state"][0]["projector"]
+    for step, key in ((1, "between"), (5, "refresh")):
+        G = gapped(40, 33, 8, key).float()
+        low, same = projector.project(G, step), loaded.project(G, step)
+        assert torch.equal(low, same)
+        assert torch.equal(projector.project_back(low), loaded.project_back(same))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loads_in_a_process_that_imports_the_module_alone(tmp_path):
+    projector = GaLoreProjector(4)
+    projector.project(gapped(12, 8, 4), 0)
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes(stored(projector).read())
+    code = (
+        "import torch, osf_torch.integrations.galore\n"
+        f"held = torch.load({str(path)!r}, weights_only=True)['state'][0]['projector']\n"
+        "print(held.project(torch.ones(12, 8, dtype=torch.float64), 1).shape)"
+    )
+    source = Path(galore.__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "torch.Size([12, 4])", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("rank", "four", "rank to be at least 1, got four"),
+        ("update_proj_gap", 0, "update_proj_gap to be at least 1"),
+        ("proj_type", "up", "proj_type to be one of"),
+        ("_side", "up", "ortho_matrix to be one basis, or two of a full, got a Tensor and up"),
+        ("_side", "full", "ortho_matrix to be one basis"),
+        ("ortho_matrix", "a string", "ortho_matrix to be one basis"),
+        ("ortho_matrix", torch.zeros(3), "ortho_matrix to be one basis"),
+        ("other", 1, "the state of one, got rank, .*, other"),
+    ],
+)
+def test_a_state_that_is_no_projectors_is_refused(name, value, expected):
+    projector = GaLoreProjector(4)
+    projector.project(gapped(12, 8, 4), 0)
+    projector.__dict__[name] = value
+    with pytest.raises(ValueError, match=expected):
+        torch.load(stored(projector), weights_only=True)
+
+
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("before", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("after", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_run_goes_on_in_another_precision(proj_type, before, after):
+    G = gapped(24, 16, 4)
+    projector = GaLoreProjector(4, update_proj_gap=3, proj_type=proj_type)
+    projector.project(G.to(before), 0)
+    truth = Formula(4, proj_type=proj_type)
+    wanted = truth.project_back(truth.project(G, 0))
+    for step in (1, 2, 3, 4):  # between refreshes, at one, after it
+        low = projector.project(G.to(after), step)
+        assert low.dtype == after
+        for dtype in (after, torch.float32):  # Adam's moments may be kept in float32
+            back = projector.project_back(low.to(dtype))
+            assert back.dtype == dtype
+            rounding = max(torch.finfo(dtype).eps for dtype in (before, after, dtype))
+            assert relative(back, wanted) < 16 * rounding
+
+
+def test_a_run_goes_on_on_another_device():
+    projector = GaLoreProjector(4, update_proj_gap=3)
+    projector.project(gapped(24, 16, 4).float(), 0)
+    low = projector.project(torch.empty(24, 16, device="meta"), 1)
+    assert low.is_meta
+    assert projector.project_back(low).shape == (24, 16)
+
+
 def test_the_gradient_is_not_written_and_needs_no_autograd():
     G = gapped(12, 8, 3).float().requires_grad_()
     before = G.detach().clone()
@@ -304,6 +401,22 @@ def test_a_gradient_of_another_shape_waits_for_a_refresh(proj_type, others):
     for shape in others:
         projector.project(torch.randn(shape), 10)
         assert projector.project(torch.randn(shape), 11).numel()
+
+
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_told_as_one(proj_type, value):
+    G = gapped(12, 8, 3)
+    G[1, 2] = G[4, 5] = value
+    projector = GaLoreProjector(3, proj_type=proj_type)
+    with pytest.raises(ValueError) as caught:
+        projector.project(G, 0)
+    assert str(caught.value) == (
+        "osf_torch.integrations.galore.GaLoreProjector.project: expected a finite gradient, "
+        "got 2 NaN or Inf of 96; leave the step out (GradScaler), lower the loss scale"
+    )
+    with pytest.raises(ValueError, match="truncated_svd"):  # what else is wrong is told as it is
+        GaLoreProjector(3, tol=-1.0).project(gapped(12, 8, 3), 0)
 
 
 def test_a_nan_leaves_the_basis_as_it_was():
@@ -382,7 +495,10 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, bits:
     """A package laid out as galore-torch 1.0, with or without what its 8-bit optimizer needs."""
     package = tmp_path / "galore_torch"
     package.mkdir()
-    (package / "galore_projector.py").write_text("class GaLoreProjector:\n    pass\n")
+    arguments = "self, rank, verbose=False, update_proj_gap=200, scale=1.0, proj_type='std'"
+    (package / "galore_projector.py").write_text(
+        f"class GaLoreProjector:\n    def __init__({arguments}):\n        pass\n"
+    )
     taken = "from .galore_projector import GaLoreProjector\n\n"
     body = "class Optimizer:\n    def projector(self, *a, **k):\n"
     body += "        return GaLoreProjector(*a, **k)\n"
@@ -410,19 +526,44 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, bits:
 @pytest.mark.parametrize("bits", [True, False])
 def test_enable_switches_every_optimizer_that_imports(tmp_path, monkeypatch, bits):
     pretend(tmp_path, monkeypatch, "1.0", bits)
-    names = {"galore_projector", "adamw", "adafactor"} | ({"adamw8bit"} if bits else set())
+    names = {"adamw", "adafactor"} | ({"adamw8bit"} if bits else set())
     assert set(galore.enable()) == {f"galore_torch.{name}" for name in names}
     assert set(galore.enable()) == {f"galore_torch.{name}" for name in names}
-    for name in names - {"galore_projector"}:
+    for name in names:
         module = importlib.import_module(f"galore_torch.{name}")
         made = module.Optimizer().projector(4, update_proj_gap=2, scale=0.5, proj_type="left")
         assert type(made) is GaLoreProjector
         assert (made.rank, made.update_proj_gap, made.scale) == (4, 2, 0.5)
+    if bits:  # pickle imports the package, which needs them
+        own = importlib.import_module("galore_torch.galore_projector").GaLoreProjector
+        assert type(pickle.loads(pickle.dumps(own(4)))) is own, "one from before, in a checkpoint"
     galore.disable()
     galore.disable()
     for name in names:
         module = importlib.import_module(f"galore_torch.{name}")
         assert module.GaLoreProjector.__module__ == "galore_torch.galore_projector"
+
+
+@pytest.mark.usefixtures("switched_off")
+@pytest.mark.parametrize("how", ["missing", "other arguments"])
+def test_enable_switches_all_or_nothing(tmp_path, monkeypatch, how):
+    pretend(tmp_path, monkeypatch, "1.0", True)
+    adamw, adafactor = (
+        importlib.import_module(f"galore_torch.{n}") for n in ("adamw", "adafactor")
+    )
+    own = adamw.GaLoreProjector
+    if how == "missing":
+        del adafactor.GaLoreProjector
+    else:
+        adafactor.GaLoreProjector = lambda rank, quantized: None
+    for _ in range(2):
+        text = r"galore\.enable: expected galore_torch\.adafactor\.GaLoreProjector to take \(rank, "
+        with pytest.raises(ImportError, match=text + ".*galore-torch >=1.0,<2, got .* in 1.0"):
+            galore.enable()
+        assert adamw.GaLoreProjector is own
+    adafactor.GaLoreProjector = own
+    galore.enable()
+    assert adamw.GaLoreProjector is adafactor.GaLoreProjector is GaLoreProjector
 
 
 @pytest.mark.usefixtures("switched_off")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.metadata
+import inspect
 import sys
 import types
 
@@ -216,6 +217,21 @@ def test_the_cache_of_v(what, monkeypatch):
 NAMES = [*switching._REPLACEMENTS, "create_osft_model_class"]
 
 
+def imitated(function, **changes):
+    """Another function of the same arguments, or of other defaults."""
+
+    def theirs(*args, **kwargs):
+        raise AssertionError
+
+    signature = inspect.signature(function)
+    theirs.__signature__ = signature.replace(
+        parameters=[
+            p.replace(default=changes.get(p.name, p.default)) for p in signature.parameters.values()
+        ]
+    )
+    return theirs
+
+
 @pytest.fixture
 def imitation(monkeypatch):
     """Modules that look their functions up as mini_trainer's do."""
@@ -232,8 +248,8 @@ def imitation(monkeypatch):
 
     names = ("mini_trainer", "mini_trainer.osft_utils", "mini_trainer.setup_model_for_training")
     modules = [types.ModuleType(name) for name in names]
-    for name in NAMES:
-        setattr(modules[1], name, lambda *_, name=name: name)
+    for name, ours in switching._REPLACEMENTS.items():
+        setattr(modules[1], name, imitated(ours))
     modules[1].create_osft_model_class = create_osft_model_class
     modules[2].create_osft_model_class = create_osft_model_class
     modules[0].osft_utils = modules[1]
@@ -288,6 +304,53 @@ def test_without_low_bases(imitation):
     assert torch.allclose(d["U_low"].grad, expected[0], rtol=1e-11, atol=1e-12)
     osft.enable()
     assert low_bases._keeps
+
+
+@pytest.mark.parametrize("how", ["missing", "other arguments"])
+@pytest.mark.parametrize("name", [*NAMES, *switching._METHODS])
+def test_enable_replaces_all_or_nothing(imitation, monkeypatch, name, how):
+    """As with a checkout of another commit, whose metadata are an installed release's."""
+    _, utils, setup = imitation
+
+    def create_osft_model_class(base_cls):
+        def method(self):
+            raise AssertionError
+
+        methods = dict.fromkeys(switching._METHODS, method)
+        if name in methods:
+            del methods[name]
+            if how == "other arguments":
+                methods[name] = lambda self, more: None
+        return type("WithOSFT", (base_cls,), methods)
+
+    if name in switching._METHODS:
+        monkeypatch.setattr(utils, "create_osft_model_class", create_osft_model_class)
+    elif how == "missing":
+        monkeypatch.delattr(utils, name)
+    else:
+        monkeypatch.setattr(utils, name, lambda whatever: None)
+    before = dict(vars(utils)), dict(vars(setup))
+    for _ in range(2):
+        with pytest.raises(ImportError, match=rf"expected \S*{name} to take .* >=0\.9,<0\.10, got"):
+            osft.enable(low_bases=False)
+        assert (dict(vars(utils)), dict(vars(setup))) == before
+        assert low_bases._keeps
+    monkeypatch.undo()
+
+
+def test_modules_that_import_ours_have_their_own_back(imitation, monkeypatch):
+    """A module of the peer that is imported while ours are enabled."""
+    utils = imitation[1]
+    own = utils.create_osft_model_class
+    osft.enable()
+    late = types.ModuleType("mini_trainer.late")
+    late.create_osft_model_class = utils.create_osft_model_class
+    monkeypatch.setitem(sys.modules, "mini_trainer.late", late)
+    kept = late.create_osft_model_class
+    assert late.create_osft_model_class(OSFTModel)([]).project_gradients() is None
+    osft.disable()
+    assert late.create_osft_model_class is own
+    assert kept(OSFTModel)([]).project_gradients() == "theirs"
 
 
 @pytest.mark.parametrize("version", ["0.8.3", "0.10.0", None])

@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import importlib.metadata
+import itertools
 import pickle
 import weakref
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osf_kernels.testing import assert_error_within
+from osf_kernels.testing import assert_error_within, matrix_with_spectrum
 from osf_torch.integrations import peft as osf_peft
 from osf_torch.integrations.peft import switching
+from osf_torch.integrations.peft.factors import forward
 from tests.helpers import generator_for, randn
 from tests.integrations.peft_layers import (
     SIDES,
@@ -240,7 +242,7 @@ def test_switching_leaves_no_trace(peft):
     osf_peft.enable()
     osf_peft.enable()
     changed = sum(vars(owner) != held for owner, held in zip(owners, before, strict=True))
-    assert changed == 5
+    assert changed == 4
     model = wrapped(peft)
     osf_peft.disable()
     osf_peft.disable()
@@ -249,6 +251,99 @@ def test_switching_leaves_no_trace(peft):
     osf_peft.verify(model)
     loss_of(model, inputs(0)).backward()
     assert max(shares(model, "grad")) < 1e-6, "layers made meanwhile go on projecting"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["missing", "other arguments"])
+@pytest.mark.parametrize(
+    ("part", "owner", "name"),
+    [
+        ("utils", None, "project_gradient_to_orthogonal_space"),
+        ("layer", "OSFLayer", "_attach_hooks"),
+        ("layer", "Linear", "forward"),
+        ("model", "BaseTuner", "_cast_adapter_dtype"),  # inherited by OSFModel
+    ],
+)
+def test_enable_replaces_all_or_nothing(peft, monkeypatch, part, owner, name, how):
+    optimizer_module = importlib.import_module("torch.optim.optimizer")
+    parts = {n: importlib.import_module(f"peft.tuners.osf.{n}") for n in switching._MODULES}
+    owners = [*parts.values(), parts["layer"].OSFLayer, parts["layer"].Linear]
+    holder = getattr(parts[part], owner) if owner else parts[part]
+    if how == "missing":
+        monkeypatch.delattr(holder, name)  # nn.Module has a forward, of other arguments
+    else:
+        monkeypatch.setattr(holder, name, lambda self, whatever, *, more: None)
+    before = [dict(vars(owner)) for owner in owners]
+    hooks = dict(optimizer_module._global_optimizer_post_hooks)
+    for _ in range(2):
+        with pytest.raises(
+            ImportError, match=rf"{name} to take \(.*peft >=0\.21,<0\.22, got .* in"
+        ):
+            osf_peft.enable(restore=True)
+        assert [dict(vars(owner)) for owner in owners] == before
+        assert dict(optimizer_module._global_optimizer_post_hooks) == hooks
+    monkeypatch.undo()
+    osf_peft.enable()
+    assert parts["layer"].Linear.forward is forward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, False),
+        (torch.float16, False),
+        (torch.float32, True),
+        (torch.float64, False),
+    ],
+)
+@pytest.mark.parametrize("cast", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_untouched_adapter_adds_nothing(peft, dtype, autocast, cast, compiled):
+    osf_peft.enable()
+    base = plain(dtype)
+    model = wrapped(peft, dtype, autocast_adapter_dtype=cast)
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for rows in (1, 7, 64, 300):
+            x = inputs(0, rows, dtype)
+            assert torch.equal(call(x), base(x))
+            assert torch.equal(call(x[None]), base(x[None]))
+
+
+@pytest.mark.slow
+def test_an_adapter_rounded_beside_what_it_began_from_adds_nothing(peft):
+    """As FSDP2's mixed precision has it: parameters in bfloat16, buffers in float32."""
+    osf_peft.enable()
+    model, base = wrapped(peft), plain()
+    for layer in layers(model):
+        layer.osf_svd_params.to(torch.bfloat16)
+    x = inputs(0, 64)
+    assert torch.equal(model(x), base(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_updates_are_not_lost_in_half_precision(peft, dtype):
+    """What training moved, of the output in half precision, against float64."""
+
+    def moved(of: torch.dtype, autocast: bool) -> Tensor:
+        model, base = wrapped(peft).to(of), plain().to(of)
+        for i, layer in enumerate(layers(model)):
+            for side in ("U_low", "S_low", "V_low"):
+                p = layer.osf_svd_params["default"][side]
+                gen = generator_for("small", i, side)
+                p.data += 1e-3 * randn(*p.shape, dtype=torch.float64, generator=gen).to(of)
+        x = inputs(0, 64, of)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+            layer = layers(model)[0]
+            return (layer(x) - base[0](x)).double()
+
+    theirs, truth = moved(torch.float32, True), moved(torch.float64, False)
+    osf_peft.enable()
+    ours = moved(torch.float32, True)
+    assert (ours - truth).norm() < 0.6 * (theirs - truth).norm()
 
 
 @pytest.mark.slow
@@ -355,6 +450,50 @@ def test_a_saved_adapter_loads(peft, tmp_path, switched):
             plain(), tmp_path, is_trainable=True, low_cpu_mem_usage=True
         )
         osf_peft.verify(low)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["equal", "slow"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "ours_first"),
+    [
+        *itertools.product([(96, 160), (160, 96)], DTYPES, [True, False]),
+        ((1024, 1024), torch.float32, True),
+    ],
+)
+def test_an_adapter_means_the_same_to_both(peft, tmp_path, shape, kind, dtype, ours_first):
+    """By as much as training moved, of weights whose leading triplets are hard to tell."""
+    m, n = shape
+    sigma = torch.arange(1, min(m, n) + 1, dtype=torch.float64) ** (0 if kind == "equal" else -0.7)
+    W, _, _ = matrix_with_spectrum(m, n, sigma, generator=generator_for(m, n, kind))
+
+    def base() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(n, m, bias=False))
+        model[0].weight.data.copy_(W)
+        return model.to(dtype)
+
+    first, second = [osf_peft.enable, osf_peft.disable][:: 1 if ours_first else -1]
+    first()
+    config = peft.OSFConfig(target_modules=["0"], effective_rank=0.5)
+    model = peft.get_peft_model(base(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    x = randn(16, n, dtype=dtype, generator=generator_for("means", n))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained, moved = model(x), (model(x) - base()(x)).double().norm()
+    model.save_pretrained(tmp_path)
+    second()
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path)
+    with torch.no_grad():
+        off = (loaded(x) - trained).double().norm() / moved
+    assert moved > 0
+    assert off < {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float64: 1e-10}[dtype]
 
 
 @pytest.mark.slow

@@ -364,6 +364,33 @@ def test_a_state_dict_resumes_to_the_bit(through_file):
     assert torch.equal(p, q)
 
 
+def test_a_state_that_is_not_one_loads_nothing():
+    X, F = split(18, 3, 4, torch.float32)
+    p = torch.nn.Parameter(X.clone())
+    optimizer = StiefelAdamW([{"params": [p], "frozen": F}], lr=0.05)
+    run(optimizer, p, range(2))
+    for changes, text in (
+        ({"frozen": 2 * F}, "expected frozen to be orthonormal"),
+        ({"frozen": F[:9]}, r"\(\.\.\., m, p\) with m=18 .*, got \(9, 4\)"),
+        ({"metric": "flat"}, "expected metric to be one of"),
+        ({"lr": -1.0}, "expected lr to be at least 0"),
+    ):
+        state = copy.deepcopy(optimizer.state_dict())
+        state["param_groups"][0] |= changes
+        state["state"][0]["exp_avg"] += 1
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match=r"integrations\.stiefel\.StiefelAdamW: .*" + text):
+            optimizer.load_state_dict(state)
+        after = optimizer.state_dict()
+        assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+        assert torch.equal(after["param_groups"][0]["frozen"], F)
+        assert after["param_groups"][0]["lr"] == 0.05
+    adam = torch.optim.Adam([torch.nn.Parameter(X.clone())])
+    with pytest.raises(ValueError, match="a group without frozen, metric, rows, transport"):
+        optimizer.load_state_dict(adam.state_dict())
+    run(copy.deepcopy(optimizer), p, range(2, 3))  # a copy is one
+
+
 def test_a_closure_is_called_with_gradients_on():
     p = torch.nn.Parameter(point(6, 2))
 

@@ -32,8 +32,9 @@ Source: GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, a
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from osf_kernels import truncated_svd
 from osf_torch.integrations._peer import require_peer
+from osf_torch.integrations._switch import Replacement, Switch
 
 PEER = ("galore_torch", "galore-torch", ">=1.0,<2")
 
@@ -78,7 +80,10 @@ class GaLoreProjector:
     Raises:
         ValueError: a rank or gap below 1, an unknown proj_type.
 
-    Can be copied and pickled between steps, and goes on as the original would.
+    Can be copied and pickled between steps, and goes on as the original would, with gradients of
+    another dtype or device too. ``torch.load`` takes a checkpoint that holds one, with
+    ``weights_only`` as without, once this module is imported: what is pickled is tensors, numbers
+    and strings, and those that make no projector are refused.
     """
 
     def __init__(
@@ -92,13 +97,7 @@ class GaLoreProjector:
         tol: float | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in (("rank", rank), ("update_proj_gap", update_proj_gap)):
-            if value < 1:
-                raise _error("GaLoreProjector", f"{name} to be at least 1", value)
-        if proj_type not in _TYPES:
-            raise _error(
-                "GaLoreProjector", f"proj_type to be one of {', '.join(_TYPES)}", proj_type
-            )
+        _check_options(rank=rank, update_proj_gap=update_proj_gap, proj_type=proj_type)
         self.rank = rank
         self.verbose = verbose
         self.update_proj_gap = update_proj_gap
@@ -111,6 +110,23 @@ class GaLoreProjector:
         self.captured: Tensor | None = None
         self.refreshes = 0
         self._side: Side | None = None
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """What a pickle or a copy holds.
+
+        Raises:
+            ValueError: it isn't the state of a projector.
+        """
+        if state.keys() != GaLoreProjector(1).__dict__.keys():
+            raise _error("GaLoreProjector", "the state of one", ", ".join(map(str, state)))
+        _check_options(**{name: state[name] for name in ("rank", "update_proj_gap", "proj_type")})
+        held, side = state["ortho_matrix"], state["_side"]
+        bases = held if isinstance(held, list) else [] if held is None else [held]
+        fine = all(isinstance(basis, Tensor) and basis.dim() == 2 for basis in bases)
+        if not fine or len(bases) != {None: 0, "right": 1, "left": 1, "full": 2}.get(side):
+            got = f"a {type(held).__name__} and {side}"
+            raise _error("GaLoreProjector", "ortho_matrix to be one basis, or two of a full", got)
+        self.__dict__.update(state)
 
     @torch.no_grad()
     def project(self, full_rank_grad: Tensor, iter: int) -> Tensor:
@@ -136,11 +152,10 @@ class GaLoreProjector:
             self.refreshes += 1
         else:
             self._require_fit(full_rank_grad, side)
+        bases = self._bases(full_rank_grad)
         if side == "full":
-            U, Vh = self.ortho_matrix
-            return U.mT @ full_rank_grad @ Vh.mT
-        basis = cast(Tensor, self.ortho_matrix)
-        return full_rank_grad @ basis.mT if side == "right" else basis.mT @ full_rank_grad
+            return bases[0].mT @ full_rank_grad @ bases[1].mT
+        return full_rank_grad @ bases[0].mT if side == "right" else bases[0].mT @ full_rank_grad
 
     @torch.no_grad()
     def project_back(self, low_rank_grad: Tensor) -> Tensor:
@@ -155,10 +170,10 @@ class GaLoreProjector:
         """
         if self.ortho_matrix is None:
             raise _error("GaLoreProjector.project_back", "a projected gradient", "none so far")
+        bases = self._bases(low_rank_grad)
         if self._side == "full":
-            U, Vh = self.ortho_matrix
-            return (U @ low_rank_grad @ Vh) * self.scale
-        basis = cast(Tensor, self.ortho_matrix)
+            return (bases[0] @ low_rank_grad @ bases[1]) * self.scale
+        basis = bases[0]
         full = low_rank_grad @ basis if self._side == "right" else basis @ low_rank_grad
         return full * self.scale
 
@@ -182,13 +197,24 @@ class GaLoreProjector:
             raise _error("GaLoreProjector.get_orthogonal_matrix", expected, type)
         # A sketch is of the right vectors: the left ones are those of the transpose.
         A = weights.detach().mT if type == "left" else weights.detach()
-        found = truncated_svd(
-            A,
-            min(rank, *A.shape),
-            tol=self.tol,
-            warm_start=self._sketch(A, type),
-            generator=torch.Generator(A.device).manual_seed(self.seed + self.refreshes),
-        )
+        try:
+            found = truncated_svd(
+                A,
+                min(rank, *A.shape),
+                tol=self.tol,
+                warm_start=self._sketch(A, type),
+                generator=torch.Generator(A.device).manual_seed(self.seed + self.refreshes),
+            )
+        except ValueError:
+            wrong = A.numel() - int(A.isfinite().sum())
+            if not wrong:
+                raise
+            raise _error(
+                "GaLoreProjector.project",
+                "a finite gradient",
+                f"{wrong} NaN or Inf of {A.numel()}",
+                "leave the step out (GradScaler), lower the loss scale",
+            ) from None
         self.method, self.captured = found.method, found.captured
         V = found.V.to(weights.dtype)
         if type == "left":
@@ -205,9 +231,9 @@ class GaLoreProjector:
 
     def _require_fit(self, grad: Tensor, side: Side) -> None:
         """The gradient has the sides that the basis was found on."""
-        bases = self.ortho_matrix if isinstance(self.ortho_matrix, list) else [self.ortho_matrix]
-        m = None if self._side == "right" else len(cast(Tensor, bases[0]))
-        n = None if self._side == "left" else cast(Tensor, bases[-1]).shape[1]
+        bases = self._bases(grad)
+        m = None if self._side == "right" else len(bases[0])
+        n = None if self._side == "left" else bases[-1].shape[1]
         if side != self._side or grad.shape != (m or grad.shape[0], n or grad.shape[1]):
             raise _error(
                 "GaLoreProjector.project",
@@ -216,20 +242,26 @@ class GaLoreProjector:
                 "a gradient of another shape takes another projector, or waits for a refresh",
             )
 
+    def _bases(self, like: Tensor) -> list[Tensor]:
+        """The present ones, in the dtype and on the device of what is to be projected: a run may
+        resume in another precision, or elsewhere."""
+        held = self.ortho_matrix if isinstance(self.ortho_matrix, list) else [self.ortho_matrix]
+        return [cast(Tensor, basis).to(like) for basis in held]
+
     def _sketch(self, A: Tensor, side: Side) -> Tensor | None:
         """The present basis as columns (n, k) of A's right side, where it is one."""
         if self.ortho_matrix is None or side != self._side:
             return None
-        if side == "full":
-            V = self.ortho_matrix[1].mT
-        else:
-            basis = cast(Tensor, self.ortho_matrix)
-            V = basis.mT if side == "right" else basis
+        basis = self._bases(A)[-1]
+        V = basis if side == "left" else basis.mT
         return V if len(V) == A.shape[1] else None
 
 
-_MODULES = ("galore_projector", "adamw", "adafactor", "adamw8bit")
-_replaced: dict[str, Any] = {}
+# Those that construct projectors. The module that defines galore-torch's own keeps it: a projector
+# of that class is pickled by the name of its class.
+_MODULES = ("adamw", "adafactor", "adamw8bit")
+_switch = Switch(*PEER[1:], "galore")
+torch.serialization.add_safe_globals([GaLoreProjector])
 
 
 def enable() -> tuple[str, ...]:
@@ -240,7 +272,11 @@ def enable() -> tuple[str, ...]:
         bitsandbytes is installed.
 
     Raises:
-        ImportError: galore-torch isn't installed, in another version, or doesn't import.
+        ImportError: galore-torch isn't installed, in another version, or doesn't import, or an
+            optimizer of it makes projectors of another kind; nothing is changed.
+
+    Warns:
+        RuntimeWarning: someone else has replaced what an earlier call put there, and is left there.
 
     Projectors that an optimizer has created by then stay what they are. Idempotent.
     """
@@ -250,21 +286,27 @@ def enable() -> tuple[str, ...]:
         # The submodules that a failing package has loaded stay in sys.modules.
         if (error.name or "").split(".")[0] != "bitsandbytes":
             raise
-    for module in _MODULES:
-        name = f"{PEER[0]}.{module}"
-        loaded = sys.modules.get(name)
-        if loaded is not None and name not in _replaced:
-            _replaced[name] = loaded.GaLoreProjector
-            loaded.GaLoreProjector = GaLoreProjector  # type: ignore[attr-defined]
-    return tuple(_replaced)
+    names = [f"{PEER[0]}.{name}" for name in _MODULES]
+    loaded = [sys.modules[name] for name in names if name in sys.modules]
+    _switch.on(Replacement(module, "GaLoreProjector", GaLoreProjector) for module in loaded)
+    return tuple(m.__name__ for m in loaded if vars(m)["GaLoreProjector"] is GaLoreProjector)
 
 
 def disable() -> None:
-    """Undoes :func:`enable`; projectors that were created stay what they are."""
-    while _replaced:
-        name, projector = _replaced.popitem()
-        with contextlib.suppress(KeyError):
-            sys.modules[name].GaLoreProjector = projector  # type: ignore[attr-defined]
+    """Undoes :func:`enable`; projectors that were created stay what they are.
+
+    Warns:
+        RuntimeWarning: someone else has replaced what :func:`enable` put there, and is left there.
+    """
+    _switch.off()
+
+
+def _check_options(rank: Any, update_proj_gap: Any, proj_type: Any) -> None:
+    for name, value in (("rank", rank), ("update_proj_gap", update_proj_gap)):
+        if not isinstance(value, Integral) or value < 1:
+            raise _error("GaLoreProjector", f"{name} to be at least 1", value)
+    if proj_type not in _TYPES:
+        raise _error("GaLoreProjector", f"proj_type to be one of {', '.join(_TYPES)}", proj_type)
 
 
 def _error(what: str, expected: str, got: object, remedy: str = "") -> ValueError:

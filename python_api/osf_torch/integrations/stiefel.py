@@ -37,6 +37,7 @@ from osf_torch.scalars import read
 
 Metric = Literal["canonical", "euclidean", "horizontal"]
 _METRICS = ("canonical", "euclidean", "horizontal")
+_OPTIONS = {"lr", "betas", "eps", "weight_decay", "metric", "transport", "frozen", "rows"}
 
 
 def tangent_project(G: Tensor, X: Tensor, *, metric: Metric = "euclidean") -> Tensor:
@@ -152,7 +153,9 @@ class StiefelAdamW(torch.optim.Optimizer):
             orthonormal.
         ValueError: hyperparameters out of range, a nonzero weight decay, a parameter or frame
             that isn't orthonormal, or not orthogonal to the other, by more than √eps; nothing is
-            added then. At a step, NaN or Inf in a gradient; nothing has moved then.
+            added then. In ``load_state_dict``, the same of hyperparameters and frames, and groups
+            of another optimizer; nothing is loaded then. At a step, NaN or Inf in a gradient;
+            nothing has moved then.
 
     After every step ‖XᵀX − I‖ and ‖FᵀX‖ are at rounding, whatever came before: errors don't
     accumulate. A step synchronizes once, and once for every shape. Gradients are not written. The
@@ -186,6 +189,19 @@ class StiefelAdamW(torch.optim.Optimizer):
             "rows": rows,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a pickle, a copy or ``load_state_dict`` holds, which is checked first."""
+        with torch.no_grad():
+            for group in state["param_groups"]:
+                missing = sorted(_OPTIONS - group.keys())
+                if missing:
+                    expected = "the state of a StiefelAdamW"
+                    raise _error("StiefelAdamW", expected, f"a group without {', '.join(missing)}")
+                _check_options(group)
+                for i, p in enumerate(group["params"]):
+                    _check_frame(_name(group, i), p, group)
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group whose parameters and frame were found to be orthonormal."""
@@ -331,20 +347,30 @@ def _check_point(name: str, p: Tensor, group: dict[str, Any]) -> None:
     if X.dim() < 2 or X.shape[-2] < X.shape[-1]:
         remedy = "pass rows=True if it holds rows" if not group["rows"] else ""
         raise _error(what, f"{name} to be {layout}", tuple(p.shape), remedy)
-    limit = math.sqrt(torch.finfo(p.dtype).eps)
+    limit = _limit(p)
     _require_orthonormal(what, name, X, limit, "bring it there with osf_kernels.polar")
-    frozen = group["frozen"]
-    if frozen is None:
-        return
-    m = X.shape[-2]
-    if frozen.dim() < 2 or frozen.shape[-2] != m:
-        raise _error(what, f"frozen to be (..., m, p) with m={m} of {name}", tuple(frozen.shape))
-    F = frozen.to(X.device, X.dtype)
-    _require_orthonormal(what, "frozen", F, limit, "pass osf_kernels.orthonormalize of it")
-    off = _largest(F.mT @ X)
+    F = _check_frame(name, p, group)
+    off = 0.0 if F is None else _largest(F.mT @ X)
     if not off <= limit:
         remedy = "start from retract(X, torch.zeros_like(X), frozen=F)"
         raise _error(what, f"{name} to be orthogonal to frozen", f"|F'X| = {off:.1e}", remedy)
+
+
+def _check_frame(name: str, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+    """The group's frame where p is, once it is known to be one for it."""
+    what, frozen = "StiefelAdamW", group["frozen"]
+    if frozen is None:
+        return None
+    m = _columns(p, group).shape[-2]
+    if frozen.dim() < 2 or frozen.shape[-2] != m:
+        raise _error(what, f"frozen to be (..., m, p) with m={m} of {name}", tuple(frozen.shape))
+    F: Tensor = frozen.to(p)
+    _require_orthonormal(what, "frozen", F, _limit(p), "pass osf_kernels.orthonormalize of it")
+    return F
+
+
+def _limit(p: Tensor) -> float:
+    return math.sqrt(torch.finfo(p.dtype).eps)
 
 
 def _require_orthonormal(what: str, name: str, X: Tensor, limit: float, remedy: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from osf_torch.integrations._peer import require_peer
+from osf_torch.integrations._switch import Replacement, Switch, holders
 from osf_torch.integrations.mini_trainer.decomposition import create_svd_dict
 from osf_torch.integrations.mini_trainer.low_bases import drop_low_bases, keep_low_bases
 from osf_torch.integrations.mini_trainer.projections import (
@@ -31,8 +32,7 @@ _METHODS: dict[str, Callable[[Any], None]] = {
     "project_gradients": project_gradients,
     "project_parameters": project_parameters,
 }
-_replaced: list[tuple[ModuleType, str, Any]] = []
-_classes: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
+_switch = Switch(DISTRIBUTION, VERSIONS, "mini_trainer")
 
 
 def enable(*, low_bases: bool = True) -> None:
@@ -46,42 +46,43 @@ def enable(*, low_bases: bool = True) -> None:
         low_bases: keep the complement of a high basis where it is smaller; see the module.
 
     Raises:
-        ImportError: mini_trainer is missing or of an unsupported version; nothing is changed.
+        ImportError: mini_trainer is missing, of an unsupported version, or without something that
+            is to be replaced; nothing is changed.
+
+    Warns:
+        RuntimeWarning: someone else has replaced what an earlier call put there, and is left there.
     """
     peer = require_peer(PEER, DISTRIBUTION, VERSIONS, "mini_trainer")
+    functions = _REPLACEMENTS | {"create_osft_model_class": create_osft_model_class}
+    replacements = [
+        Replacement(module, name, ours)
+        for name, ours in functions.items()
+        for module in {peer: None} | dict.fromkeys(holders(PEER, name))
+    ]
+    _switch.require(replacements)
+    _switch.require(_methods(_switch.own(peer, "create_osft_model_class")(nn.Module)))
+    _switch.on(replacements)
     keep_low_bases(low_bases)
-    if _replaced:
-        return
-    replacements = _REPLACEMENTS | {
-        "create_osft_model_class": _adopting(peer.create_osft_model_class)
-    }
-    for name, replacement in replacements.items():
-        original = getattr(peer, name)
-        for module in list(sys.modules.values()):
-            owner = getattr(module, "__name__", "").partition(".")[0]
-            if owner == "mini_trainer" and vars(module).get(name) is original:
-                _replaced.append((module, name, original))
-                setattr(module, name, replacement)
 
 
 def disable() -> None:
-    """Puts mini_trainer's own functions and methods back, and drops the low bases. Idempotent."""
-    while _replaced:
-        module, name, original = _replaced.pop()
-        setattr(module, name, original)
-    for cls, originals in list(_classes.items()):
-        for name, original in originals.items():
-            setattr(cls, name, original)
-    _classes.clear()
+    """Puts mini_trainer's own functions and methods back, and drops the low bases. Idempotent.
+
+    Warns:
+        RuntimeWarning: someone else has replaced what :func:`enable` put there, and is left there.
+    """
+    _switch.off()
     drop_low_bases()
 
 
-def _adopting(original: Callable[[type], type]) -> Callable[[type], type]:
-    def create_osft_model_class(base_cls: type) -> type:
-        cls = original(base_cls)
-        _classes[cls] = {name: vars(cls)[name] for name in _METHODS}
-        for name, method in _METHODS.items():
-            setattr(cls, name, method)
-        return cls
+def create_osft_model_class(base_cls: type) -> type:
+    """mini_trainer's class, with the methods that project all of a model's factors at once."""
+    peer = importlib.import_module(PEER)
+    cls: type = _switch.own(peer, "create_osft_model_class")(base_cls)
+    if _switch:
+        _switch.on(_methods(cls))
+    return cls
 
-    return create_osft_model_class
+
+def _methods(cls: type) -> list[Replacement]:
+    return [Replacement(cls, name, method) for name, method in _METHODS.items()]

@@ -10,15 +10,19 @@
 PEFT freezes W_high = U_high S_high V_high, the leading triplets of a weight, and trains U_low,
 S_low, V_low from the others. What is replaced:
 
-- decomposition: ``decompose_weight_matrix`` works on the tall side of a weight, and beyond
-  ``SPLIT_SIZE`` finds the leading triplets by ``osf_kernels.truncated_svd`` and then only the SVD
-  of what they leave;
 - hooks: each gradient is projected in place once it is accumulated. PEFT's tensor hooks allocate
   another, never fire on FSDP2's shards, and are lost where a bfloat16 model's adapter is cast to
   float32, which is PEFT's default;
-- forward: the frozen part takes no gradient and no concatenated copies of the factors;
+- forward: the frozen part takes no gradient and no concatenated copies of the factors, and an
+  adapter that hasn't moved adds 0 in every dtype;
 - ``project_gradient_to_orthogonal_space``: the V side from V_high itself instead of an n × n Gram
   matrix; a gradient that is whole on every rank is projected there, and not summed over them.
+
+The decomposition stays PEFT's own. An adapter is saved as its low factors alone, and what they were
+is computed anew from the weight where it is loaded: with other factors, of a cluster of equal
+singular values say, it would mean something else there. So adapters trained with ours mean the same
+to plain PEFT, and its own to ours. :func:`decompose_weight_matrix` gives the same factors without
+PEFT.
 
 With FSDP2, whose ``fully_shard`` replaces parameters, attach again after it::
 

@@ -119,11 +119,11 @@ def attach_anew(layer: Any) -> int:
     return len(layer.hook_handles)
 
 
-def cast_adapter_dtype(self: Any, *args: Any, **kwargs: Any) -> None:
+def cast_adapter_dtype(self: Any, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """OSFModel._cast_adapter_dtype, the last step of making and of loading an adapter: that of a
     bfloat16 model gets float32 parameters here, new ones, on which no hook is."""
     base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
-    base._cast_adapter_dtype(self, *args, **kwargs)
+    base._cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype)
     for module in self.model.modules():
         if hasattr(module, "osf_svd_params"):
             attach_anew(module)

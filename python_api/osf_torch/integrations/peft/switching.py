@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from osf_torch.integrations._peer import require_peer
-from osf_torch.integrations.peft.factors import decompose_weight_matrix, forward
+from osf_torch.integrations._switch import Replacement, Switch
+from osf_torch.integrations.peft.factors import forward
 from osf_torch.integrations.peft.hooks import (
     attach_anew,
     attach_layer,
@@ -28,15 +28,8 @@ PEER = ("peft", "peft", ">=0.21,<0.22")
 _MODULES = ("layer", "model", "utils")
 
 
-@dataclass
-class _Switched:
-    """What was replaced: (owner, name, the peer's own or None), and the hook on all optimizers."""
-
-    replaced: list[tuple[Any, str, Any]]
-    restoring: Any = None
-
-
-_switched: _Switched | None = None
+_switch = Switch(*PEER[1:], "peft")
+_restoring: Any = None  # the hook on all optimizers
 
 
 def enable(*, restore: bool = False) -> None:
@@ -49,18 +42,20 @@ def enable(*, restore: bool = False) -> None:
             changes it.
 
     Raises:
-        ImportError: peft isn't installed, or in another version than those supported.
+        ImportError: peft isn't installed, in another version than those supported, or without
+            something that is to be replaced; nothing is changed.
+
+    Warns:
+        RuntimeWarning: someone else has replaced what an earlier call put there, and is left there.
     """
-    global _switched
+    global _restoring
     require_peer(*PEER, "peft")
-    if _switched is None:
-        layer, model, utils = map(
-            importlib.import_module, (f"peft.tuners.osf.{name}" for name in _MODULES)
-        )
-        _switched = _Switched([])
+    layer, model, utils = map(
+        importlib.import_module, (f"peft.tuners.osf.{name}" for name in _MODULES)
+    )
+    _switch.on(
+        Replacement(owner, name, ours)
         for owner, name, ours in (
-            (utils, "decompose_weight_matrix", decompose_weight_matrix),
-            (layer, "decompose_weight_matrix", decompose_weight_matrix),
             (
                 utils,
                 "project_gradient_to_orthogonal_space",
@@ -69,14 +64,12 @@ def enable(*, restore: bool = False) -> None:
             (layer.OSFLayer, "_attach_hooks", attach_layer),
             (layer.Linear, "forward", forward),
             (model.OSFModel, "_cast_adapter_dtype", cast_adapter_dtype),
-        ):
-            _switched.replaced.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, ours)
-    if restore and _switched.restoring is None:
-        _switched.restoring = register_optimizer_step_post_hook(restore_hook)
-    elif not restore and _switched.restoring is not None:
-        _switched.restoring.remove()
-        _switched.restoring = None
+        )
+    )
+    if restore and _restoring is None:
+        _restoring = register_optimizer_step_post_hook(restore_hook)
+    elif not restore:
+        _stop_restoring()
 
 
 def disable() -> None:
@@ -84,18 +77,19 @@ def disable() -> None:
 
     Layers made or attached meanwhile keep their hooks, and so go on projecting; what
     ``enable(restore=True)`` restored is restored no more.
+
+    Warns:
+        RuntimeWarning: someone else has replaced what :func:`enable` put there, and is left there.
     """
-    global _switched
-    if _switched is None:
-        return
-    for owner, name, own in _switched.replaced:
-        if own is None:
-            delattr(owner, name)  # inherited
-        else:
-            setattr(owner, name, own)
-    if _switched.restoring is not None:
-        _switched.restoring.remove()
-    _switched = None
+    _switch.off()
+    _stop_restoring()
+
+
+def _stop_restoring() -> None:
+    global _restoring
+    if _restoring is not None:
+        _restoring.remove()
+        _restoring = None
 
 
 def attach(model: nn.Module) -> int:
