@@ -88,8 +88,8 @@ def test_verify_notices_hooks_that_were_taken_off():
 def test_what_is_held_follows_a_weight_to_its_device(ratio):
     model = mlp("devices")
     guard = protect(model, bases(model, ratio), optimizer=adamw(model))
-    model.to("meta")
     for item in guard._items.values():
+        item.weight = nn.Parameter(item.weight.detach().to("meta"))
         item.follow()
         held = [item.held.U.columns, item.held.V.columns, item.held.S, item.held.protected]
         assert {t.device.type for t in held if t is not None} == {"meta"}

@@ -307,3 +307,123 @@ def test_a_state_of_plain_subspaces_or_of_an_older_guard():
         guard.load_state_dict(taken)
         assert torch.equal(guard.subspaces["0.weight"].U.columns, U[:, :4])
         assert guard.next_task(widen=2, progress=False)["0.weight"].rank == 6
+
+
+# --- states of other runs, and guards made of a state alone ---
+
+
+@pytest.mark.parametrize(("ratio", "when"), [(0.3, "step"), (0.7, "step"), (0.7, "backward")])
+def test_a_guard_is_made_from_its_state_alone(ratio, when):
+    """A resumed run has trained weights: what a refresh makes of them is another subspace."""
+    model = mlp("alone")
+    optimizer = adamw(model)
+    guard = protect(
+        model, refresh(model, ratio, progress=False), optimizer=optimizer, when=when, mode="core"
+    )
+    train(model, optimizer, 5, "first")
+    checkpoint = saved([model.state_dict(), optimizer.state_dict(), guard.state_dict()])
+    train(model, optimizer, 5, "second")
+
+    resumed = mlp("another")
+    other = adamw(resumed)
+    resumed.load_state_dict(checkpoint[0])
+    other.load_state_dict(checkpoint[1])
+    fresh = protect(resumed, checkpoint[2], optimizer=other)
+    assert (fresh.when, fresh.mode, fresh.restores) == (when, "core", True)
+    assert repr(fresh.subspaces) == repr(guard.subspaces)
+    train(resumed, other, 5, "second")
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert fresh.drift() == guard.drift()
+    fresh.verify()
+    fresh.next_task(widen=0.1, progress=False)
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_state_of_other_weights_is_refused_and_the_earlier_guard_stays(restore):
+    model, other = mlp("mine"), mlp("theirs")
+    optimizer = adamw(model)
+    foreign = protect(
+        other, refresh(other, 0.4, progress=False), optimizer=adamw(other), restore=restore
+    ).state_dict()
+    guard = protect(
+        model, refresh(model, 0.4, progress=False), optimizer=optimizer, restore=restore
+    )
+    before = guard.state_dict()
+    with pytest.raises(ValueError, match="a state of the weights that the model has, got one"):
+        guard.load_state_dict(foreign)
+    with pytest.raises(ValueError, match="a state of the weights that the model has, got one"):
+        protect(model, foreign, optimizer=optimizer)
+    after = guard.state_dict()
+    for name, entry in before["weights"].items():
+        for key, value in entry.items():
+            assert after["weights"][name][key] is value or value == after["weights"][name][key]
+    train(model, optimizer, 2)
+    assert guard.projections == 2
+    if restore:
+        guard.verify()
+
+
+def test_what_protect_refuses_of_a_state():
+    model = mlp("states")
+    optimizer = adamw(model)
+    guard = protect(model, refresh(model, 0.4, progress=False), optimizer=optimizer)
+    state = guard.state_dict()
+    for given, options, text in (
+        (state | {"format": 9}, {"optimizer": optimizer}, r"protect: expected a state with format"),
+        (state, {}, "optimizer to be given with restore=True"),
+        ({k: v for k, v in state.items() if k != "mode"}, {"optimizer": optimizer}, "without mode"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            protect(model, given, **options)
+    with pytest.raises(TypeError, match=r"expected a Subspace .* pass all of Guard\.state_dict"):
+        protect(model, state["subspaces"], optimizer=optimizer)
+    train(model, optimizer, 1)
+    assert guard.projections == 1
+    guard.verify()
+
+
+def test_a_state_of_the_first_format_is_taken():
+    model = mlp("older")
+    optimizer = adamw(model)
+    guard = protect(model, refresh(model, 0.4, progress=False), optimizer=optimizer)
+    state = saved(guard.state_dict())
+    older = state | {
+        "format": 1,
+        "weights": {
+            name: {k: v for k, v in entry.items() if k not in ("rest_A", "rest_B", "sketch")}
+            | {"ranks": 1, "slice": None}
+            for name, entry in state["weights"].items()
+        },
+    }
+    guard.load_state_dict(older)
+    train(model, optimizer, 2)
+    guard.verify()
+
+
+@pytest.mark.parametrize("way", ["without tables", "without init"])
+def test_a_refused_protect_leaves_the_earlier_guard_on(way):
+    class Wrapping(torch.optim.Optimizer):
+        def __init__(self, base):
+            self.base = base
+            for name in ("param_groups", "defaults", "state"):
+                setattr(self, name, getattr(base, name))
+            if way == "without init":  # tables that nothing calls
+                self._optimizer_step_pre_hooks = {}
+                self._optimizer_step_post_hooks = {}
+
+        def step(self, closure=None):
+            return self.base.step(closure)
+
+    model = mlp("refused again")
+    optimizer = adamw(model)
+    subspaces = refresh(model, 0.4, progress=False)
+    guard = protect(model, subspaces, optimizer=optimizer)
+    with pytest.raises(TypeError, match="an optimizer whose steps call hooks, got Wrapping"):
+        protect(model, subspaces, optimizer=Wrapping(optimizer))
+    U, S, Vh = torch.linalg.svd(torch.randn(30, 18), full_matrices=False)
+    with pytest.raises(ValueError, match="singular triplets"):
+        protect(model, {"0.weight": Subspace(U, Vh.mT, S)}, optimizer=optimizer)
+    train(model, optimizer, 3)
+    assert guard.projections == 3
+    guard.verify()

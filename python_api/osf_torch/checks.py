@@ -126,7 +126,7 @@ def widened(rank: int, short: int, widen: object) -> int:
             "osf_torch.Guard.next_task: expected widen to be an int of at least 0 or a float in "
             f"[0, 1], got {widen!r}; pass ranks for smaller ones"
         )
-    more = float(widen) if count else round(float(widen) * short)
+    more = float(widen) if count else round(float(widen) * short) or float(widen) > 0
     return max(1, int(min(short, rank + more)))
 
 

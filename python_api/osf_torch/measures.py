@@ -275,7 +275,12 @@ def pinned(item: Protected, mode: Mode) -> Pinned:
     for name, rest in rests.items():
         narrow = sizes[name] * ROUNDING_OF_BFLOAT16 <= allowed
         rests[name] = rest.to(torch.bfloat16 if narrow else _wide(W))
-    if W.numel() * _wide(W).itemsize < sum(rest.nbytes for rest in rests.values()):
+    # Of the whole, so that every rank decides alike.
+    elements, r = item.weight.numel(), S.shape[-1]
+    m, n = reversed(item.weight.shape[-2:]) if item.is_transposed else item.weight.shape[-2:]
+    of_rests = {"rest_A": elements // max(m, 1) * r, "rest_B": elements // max(n, 1) * r}
+    beside = sum(of_rests[name] * rest.element_size() for name, rest in rests.items())
+    if mode != "core" and elements * _wide(W).itemsize < beside:
         return _dense(item, W, mode)
     return Pinned(s.U, s.V, s.S, **rests)
 

@@ -188,6 +188,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
     parameters = named_weights(model)
     items: dict[int, Protected] = {}
     for name, subspace in subspaces.items():
+        _require_subspace(name, subspace)
         weight = parameters.get(name)
         if weight is None:
             known = ", ".join(list(parameters)[:5])
@@ -195,7 +196,6 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 f"osf_torch.protect: expected subspaces to name parameters of the model, "
                 f"got {name!r}; it has {len(parameters)}, the first are {known}"
             )
-        _require_subspace(name, subspace)
         try:
             W, U, V = weights.shapes_of(weight, subspace)
             plan(W, U, V, mode=mode)
@@ -215,7 +215,8 @@ def _require_subspace(name: str, subspace: object) -> None:
     if not isinstance(subspace, Subspace):
         raise TypeError(
             f"osf_torch.protect: expected a Subspace for parameter {name!r}, got "
-            f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S)"
+            f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S), of a guard's state "
+            "pass all of Guard.state_dict()"
         )
     if subspace.U is None and subspace.V is None:
         raise ValueError(
