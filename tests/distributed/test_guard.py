@@ -339,7 +339,7 @@ def checkpointed_run(rank, ranks):
     for alone in (False, True):
         again, other, fresh = start(ranks)
         again.load_state_dict(weights)
-        other.load_state_dict(moments)
+        other.load_state_dict(copy.deepcopy(moments))
         state = {"guard": fresh.state_dict()}
         dcp.load(state, checkpoint_id=folder[0])
         if alone:
