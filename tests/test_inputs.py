@@ -315,7 +315,7 @@ def test_a_weight_that_no_batch_reaches_is_named():
 
 def test_a_module_that_is_no_linear_is_named():
     model = nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6))
-    with pytest.raises(ValueError, match=r"'0\.weight' to be the weight of an nn\.Linear, got one"):
+    with pytest.raises(ValueError, match=r"'0\.weight' .* an nn\.Linear.*, got one of Embedding"):
         calls(model=model, filter="*weight", batches=[torch.arange(6)])
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osf_torch.activations import Forward, Mask, activations, owners, require_reached, watch
+from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.kinds import owners
+from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
@@ -32,6 +34,7 @@ def layer_importance(
     max_batches: int | None = None,
     progress: Show = True,
     forward: Forward | None = None,
+    masks: Masks = "auto",
 ) -> dict[str, float]:
     """I = s / mean(s), s = max(0, token mean of cos(x, y)): what :func:`allocate_ranks` takes.
 
@@ -47,8 +50,7 @@ def layer_importance(
         batches: tensors (``model(batch)``), tuples or lists (``model(*batch)``) or mappings
             (``model(**batch)``), as a data loader gives; moved to the device of the model's first
             parameter. Where a mapping has an ``attention_mask`` (batch, length) that is zero for
-            padding, padding is left out of every activation with a row for each of its tokens:
-            (batch, length, d), (length, batch, d) or (batch·length, d).
+            padding, ``masks`` says what is left out.
         filter: which weights, as in ``refresh``.
         per: what a layer is.
             "block": the transformer layer (residual block) that the weight is in, so that its
@@ -67,6 +69,14 @@ def layer_importance(
             length.
         forward: called as ``forward(model, batch)`` in place of the calls above, with the batch
             moved to the device.
+        masks: from the key of a mask in the batches, zero for padding, to the key of the sequence
+            whose tokens it tells from padding. "auto" takes ``attention_mask`` for ``input_ids``
+            or ``inputs_embeds``, else for the one tensor as long, and ``decoder_attention_mask``
+            for ``decoder_input_ids``; where that can't be told, padding is counted and that is
+            logged. None counts every token. A batch with padding runs twice, first with other
+            values at padded places: activations (batch, length, d), (length, batch, d) or
+            (batch·length, d) that change there and nowhere else are left without padding, and
+            every other one (a decoder's, an image's, pooled ones) is counted in full.
 
     Returns:
         Parameter names as in ``refresh``, in the model's order, to importances that are at least
@@ -98,6 +108,7 @@ def layer_importance(
         max_batches=max_batches,
         progress=progress,
         forward=forward,
+        masks=masks,
     )
     similarities = _similarities(meters)
     if per == "block":
@@ -120,7 +131,7 @@ class _Meter(ABC):
         self.tokens = 0
 
     @abstractmethod
-    def watching(self, mask: Mask) -> AbstractContextManager[None]:
+    def watching(self, padding: Padding) -> AbstractContextManager[None]:
         """Has every call of the modules added up for as long as it is entered."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -138,7 +149,7 @@ class _Block(_Meter):
     """x is the first argument of the output's shape, as it was before the call."""
 
     @contextmanager
-    def watching(self, mask: Mask) -> Iterator[None]:
+    def watching(self, padding: Padding) -> Iterator[None]:
         pending: list[list[Tensor]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +164,7 @@ class _Block(_Meter):
                 return
             x = next((x for x in taken if x.shape == y.shape), None)
             if x is not None:
-                self.add(mask.rows(x), mask.rows(y))
+                self.add(*padding.rows(self, x, y))
 
         (module,) = self.modules
         # Prepended: before hooks of others, which may replace the output.
@@ -172,7 +183,7 @@ class _Product(_Meter):
         self.shape = shape
 
     @contextmanager
-    def watching(self, mask: Mask) -> Iterator[None]:
+    def watching(self, padding: Padding) -> Iterator[None]:
         width = min(self.shape)
 
         def after(module: nn.Module, args: object, kwargs: Any, output: object) -> None:
@@ -183,11 +194,11 @@ class _Product(_Meter):
             if sorted((x.shape[-1], output.shape[-1])) != sorted(self.shape):
                 return
             self.called = True
-            y = mask.rows(output)
+            rows, y = padding.rows(self, x, output)
             bias = getattr(module, "bias", None)
             if isinstance(bias, Tensor):
                 y = y.to(torch.promote_types(y.dtype, torch.float32)) - bias
-            self.add(mask.rows(x)[:, :width], y[:, :width])
+            self.add(rows[:, :width], y[:, :width])
 
         with ExitStack() as stack:
             for module in self.modules:
@@ -215,7 +226,9 @@ def _blocks(model: nn.Module) -> dict[str, _Meter]:
 def _products(model: nn.Module, selected: Sequence[Selected]) -> dict[str, _Meter]:
     """Meters of weights, by parameter name."""
     found = owners(model)
-    return {s.name: _Product(found[id(s.weight)], s.shape) for s in selected}
+    return {
+        s.name: _Product([module for module, _ in found[id(s.weight)]], s.shape) for s in selected
+    }
 
 
 def _unit(x: Tensor) -> Tensor:
