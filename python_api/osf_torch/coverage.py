@@ -33,15 +33,15 @@ def log_left_out(model: nn.Module, covered: Collection[int], operator: str) -> d
     """``left_out``, told in one line at WARNING by the logger "osf_torch", if there is anything."""
     found = left_out(model, covered)
     if found:
-        trained = _trained(model)
-        sizes = {name: _elements(parameter) for name, parameter in trained.items()}
-        share = 1.0 - sum(sizes[name] for name in found) / max(1, sum(sizes.values()))
+        sizes = {name: _elements(parameter) for name, parameter in _trained(model).items()}
+        total = sum(sizes.values())
+        covers = total - sum(sizes[name] for name in found)
         named = [f"{name} ({what})" for name, what in found.items()]
         log.warning(
             "osf_torch.%s: %s %% of the elements of the trained matrices are covered; left out "
             "and free to move: %s; take 2-D ones in by filter=, or freeze what is to stay",
             operator,
-            f"{math.floor(1000 * share) / 10:g}",
+            f"{1000 * covers // max(1, total) / 10:g}",
             listed(named, NAMED),
         )
     return found

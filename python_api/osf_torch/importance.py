@@ -58,7 +58,7 @@ def layer_importance(
             block is a module in an nn.ModuleList or nn.Sequential which is alone there or has a
             sibling of its class, and which returns a tensor of the shape of one that it takes;
             of several around a weight the outermost. A weight outside any of them (a pooler, a
-            head) counts as the average layer, I = 1.
+            head) counts as the average layer, I = 1; where all are outside, that is logged.
             "weight": the weight itself, y = W x without the bias. Where W isn't square the first
             min(m, n) coordinates of x and y are compared, as the authors' code does; the paper is
             silent. On trained encoders these figures are small and of both signs (on all six
@@ -84,8 +84,8 @@ def layer_importance(
 
     Raises:
         ValueError: nothing matches, no batches, a weight whose layer was never reached, NaN or
-            Inf in a layer's activations (the first layer that ran with one is named), no block
-            around any of the weights, no similarity above zero.
+            Inf in a layer's activations (the first layer that ran with one is named), no
+            similarity above zero, ``masks`` that don't fit.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
 
     Changes neither the model (hooks are removed and every module's ``training`` is put back, on
@@ -298,11 +298,14 @@ def _normalised(
 ) -> dict[str, float]:
     known = [max(0.0, s) for s in found.values() if s is not None]
     if not known:
-        raise ValueError(
-            f"{OP}: expected a weight inside a block, a module of an nn.ModuleList or "
-            "nn.Sequential that returns the shape it takes, got none around "
-            f"{listed([s.name for s in selected])}; pass per='weight'"
+        log.warning(
+            "%s: no weight is inside a block, a module of an nn.ModuleList or nn.Sequential that "
+            "returns the shape it takes, so that each counts as the average layer, I = 1: %s; "
+            'per="weight" or ranks_by_energy tells them apart',
+            OP,
+            listed([s.name for s in selected]),
         )
+        return dict.fromkeys(found, 1.0)
     mean = math.fsum(known) / len(known)
     if mean == 0.0:
         raise ValueError(

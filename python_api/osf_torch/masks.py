@@ -227,5 +227,6 @@ def _is_of(real: Tensor, changed: Tensor, zero: Tensor) -> bool:
     """Whether rows are those of a mask: all padding changed or is blank, and no token did or is."""
     if real.shape != changed.shape:
         return False
-    told = (changed & ~real).any() | ~(zero & real).any()  # blank rows alone tell where none is real
+    # Where padding is blank and didn't change, that is told by tokens that aren't blank.
+    told = (changed & ~real).any() | ~(zero & real).any()
     return bool(~(changed & real).any() & (changed | zero | real).all() & told)
