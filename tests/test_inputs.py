@@ -162,6 +162,42 @@ def test_padding_is_left_out():
     assert torch.equal(found["layer.0.weight"].V.columns, expected["0.weight"].V.columns)
 
 
+class Conv1D(nn.Module):
+    """transformers' layer of GPT-2: y = x W + b, W (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(inputs, outputs, dtype=torch.float64, generator=None))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_layer_whose_weight_holds_inputs_by_row_grows_its_u():
+    model = nn.Sequential(Conv1D(10, 6))
+    x = decaying(30, 10, 0.6, "conv1d")
+    previous = refresh(model, 0.3, progress=False)
+    for before in (None, previous):
+        found = input_subspaces(model, [x], energy=0.99, previous=before, progress=False)
+        entry = found["0.weight"]
+        assert share(high(entry.U), x.mT) >= 0.99 - 1e-6
+        if before is None:
+            assert entry.V is None
+        else:
+            assert torch.equal(entry.V.columns, previous["0.weight"].V.columns)
+            assert torch.equal(entry.U.columns[:, :2], previous["0.weight"].U.columns)
+    was = model(x).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    protect(model, found, optimizer=optimizer)
+    model(torch.ones(1, 10, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        moved = float((model[0].weight - 0).norm())
+        assert moved > 0
+        step = model(x) - was
+        assert float(step.norm()) <= 0.1 * moved * float(x.norm())
+
+
 def test_more_tokens_than_asked_for_are_drawn():
     """Each token as likely as another: what is kept of ordered inputs is spread over them."""
     model = nn.Sequential(nn.Linear(40, 3, bias=False))

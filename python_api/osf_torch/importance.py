@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.coverage import log
 from osf_torch.kinds import owners
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show

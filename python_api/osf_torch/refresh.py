@@ -85,7 +85,8 @@ def refresh(
         tol: relative residual of the triplets that the iterative methods reach, or warn about by
             parameter name.
         complement: whether low bases are computed; None does so where both sides' are smaller
-            than the high ones (square weights: from ρ > .5 on).
+            than the high ones (square weights: from ρ > .5 on). Pass False up to ρ ≈ .6 for
+            ``protect(mode="core")``, where high bases take fewer FLOPs until there.
         keep: "smaller" keeps S and the smaller basis of each side, at most (m² + n²)/2 elements
             a weight: what ``protect`` needs. "all" keeps every factor, (m + n)·r elements, or
             m² + n² where there are low bases: what the next deflated refresh needs.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
+import reprlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis
+from osf_torch.coverage import left_out, log
 from osf_torch.protected import columns_of
 from osf_torch.scalars import read
-from osf_torch.selection import DTYPES, listed, named_weights
+from osf_torch.selection import DTYPES, listed, named_weights, require_matrices, require_values
 from osf_torch.sharding import sharding_of
-from osf_torch.sharing import Ranks, whole
+from osf_torch.sharing import METHODS, Ranks, whole
 from osf_torch.subspaces import (
     FACTS,
     Decomposition,
@@ -33,15 +36,39 @@ from osf_torch.subspaces import (
 )
 
 FORMAT = "osf_torch.subspaces"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
+# Files of format 2 hold no hashes of their factors.
+UNHASHED_VERSION = "2"
 SLAB_BYTES = 64 << 20  # of a weight that are brought to the host at a time for hashing
 PARTS = ("U", "U_low", "S", "V", "V_low", "protected")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 53
+
+
 # What the metadata says of every weight, and beside that of one that a refresh decomposed.
-STORED = {"shape": list, "dtype": str, "sha256": str, "parts": list}
+STORED = {"shape": list, "dtype": str, "sha256": str, "parts": list, "factors_sha256": dict}
 FOUND = {
     field: float | int if kind is float else kind
     for field, kind in get_type_hints(Decomposition).items()
     if field in FACTS and field not in STORED
+}
+ROUNDING = 1e-3  # by which a captured share of 1 may be above it, in bfloat16 bases too
+# What a fact must be beside its type, and in words.
+PLAUSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "shape": (lambda s: len(s) == 2 and all(_is_count(size) for size in s), "two sizes"),
+    "parts": (
+        lambda p: len(p) <= len(PARTS) and all(p.count(part) == 1 for part in p),
+        "each once",
+    ),
+    "factors_sha256": (lambda h: all(isinstance(x, str) for x in h.values()), "hashes by part"),
+    "rank": (_is_count, "an int above 0"),
+    "iterations": (lambda i: type(i) is int and 0 <= i < 1 << 53, "an int from 0"),
+    "method": (METHODS.__contains__, f"one of {', '.join(METHODS)}"),
+    "residual": (lambda r: type(r) is not bool and 0 <= r < math.inf, "finite and at least 0"),
+    "captured": (lambda c: type(c) is not bool and 0 <= c <= 1 + ROUNDING, "from 0 to 1"),
+    "seconds": (lambda s: type(s) is not bool and 0 <= s < math.inf, "finite and at least 0"),
 }
 
 
@@ -52,9 +79,10 @@ def save_subspaces(
 
     Every factor kept is a tensor ``NAME:U``, ``NAME:U_low``, ``NAME:S``, ``NAME:V``,
     ``NAME:V_low`` or ``NAME:protected`` of its own dtype. The metadata holds the format's version,
-    the library's and, as JSON, for every weight its shape, dtype, which factors are kept and the
-    SHA-256 of its values; of one that a refresh decomposed also the rank, method, iterations,
-    residual, captured, converged and seconds; of a whole refresh, its Subspaces, also the seed.
+    the library's and, as JSON, for every weight its shape, dtype, which factors are kept, and the
+    SHA-256 of its values and of each factor's; of one that a refresh decomposed also the rank,
+    method, iterations, residual, captured, converged and seconds; of a whole refresh, its
+    Subspaces, also the seed.
 
     Where weights of the model are sharded (DTensor, as by ``fully_shard``), all ranks that share
     them call it, with the same arguments. Weights are gathered one at a time, so that a hash is
@@ -72,8 +100,10 @@ def save_subspaces(
     Raises:
         ImportError: the package safetensors isn't installed.
         FileNotFoundError: there is no such folder.
-        ValueError: the model lacks a parameter, or has it without values (on the meta device) or
-            not as a matrix; a factor doesn't fit the weight, or holds integers, NaN or Inf.
+        ValueError: the model lacks a parameter, or has it without values (on the meta device), not
+            as a matrix or flattened by FSDP1; a factor doesn't fit the weight, or holds integers,
+            NaN or Inf.
+        TypeError: a parameter of another dtype than ``refresh`` takes, quantized or sparse.
         RuntimeError: another rank failed.
 
     Mutates nothing but the file; copies weights and factors to the host.
@@ -103,6 +133,9 @@ def save_subspaces(
         if ranks.rank == 0:
             for part, factor in factors.items():
                 tensors[f"{name}:{part}"] = _apart(factor, storages)
+            described[name]["factors_sha256"] = {
+                part: content_hash(tensors[f"{name}:{part}"]) for part in factors
+            }
     for name, weight in weights.items():
         described[name]["sha256"] = content_hash(weight)
     metadata = {
@@ -141,15 +174,18 @@ def load_subspaces(
 
     Returns:
         What was saved, to the bit: the Subspaces of a refresh, else a dict by parameter name,
-        in which what was an item of a refresh is that again. Such a dict has no seed.
+        in which what was an item of a refresh is that again. Such a dict has no seed. ``left_out``
+        of a refresh is what the model trains beside it now.
 
     Raises:
         ImportError: the package safetensors isn't installed.
         FileNotFoundError: there is no such file.
         ValueError: the file is none of ours, of an unknown format version or damaged (metadata or
-            a factor missing or broken, a factor that doesn't fit the weight's shape and rank, or
-            holds integers, NaN or Inf); the model lacks a parameter, or has it in another shape,
-            with other values or without any. The message names it.
+            a factor missing or broken, a factor that isn't the one that was saved, doesn't fit the
+            weight's shape and rank, or holds integers, NaN or Inf; figures that no refresh gives).
+            Files of format 2 hold no hashes of factors, which is logged. The model lacks a
+            parameter, or has it in another shape, with other values or without any. The message
+            names it.
         RuntimeError: another rank failed.
 
     Mutates nothing; copies weights to the host to hash them.
@@ -161,7 +197,9 @@ def load_subspaces(
     if seed is None:
         return {name: _subspace(factors, described[name]) for name, factors in loaded.items()}
     found = {name: _decomposition(factors, described[name]) for name, factors in loaded.items()}
-    return Subspaces(found, seed=seed)
+    parameters = named_weights(model)
+    omitted = left_out(model, {id(parameters[name]) for name in found})
+    return Subspaces(found, seed=seed, left_out=omitted)
 
 
 @contextmanager
@@ -230,7 +268,7 @@ def _apart(factor: Tensor, storages: set[int]) -> Tensor:
 
 
 def content_hash(weight: Tensor) -> str:
-    """SHA-256 of a matrix's dtype, shape and values in row order, however and wherever it lies.
+    """SHA-256 of a tensor's dtype, shape and values in row order, however and wherever it lies.
 
     Synchronises; copies the weight to the host in slabs of 64 MiB. A sharded one is gathered
     first, which every rank of its mesh must join.
@@ -278,8 +316,10 @@ def _read(
             if missing:
                 kept = f"the factors {listed(facts['parts'])} of {name!r}"
                 raise _damaged(path, kept, f"no {listed(missing)}")
-            factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
+            with torch.device("cpu"):  # another default device would take the place of the values
+                factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
             _require_fit(factors, got, facts.get("rank"), "load_subspaces", f"{name!r} in {path}")
+            _require_as_saved(factors, facts.get("factors_sha256"), path, name)
             device = weights[name].device
             loaded[name] = {part: factor.to(device) for part, factor in factors.items()}
     return seed, described, loaded
@@ -292,38 +332,74 @@ def _described(
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"osf_torch.load_subspaces: expected {path} to be written by save_subspaces, got "
-            f"another safetensors file (metadata format {metadata.get('format')!r})"
+            f"another safetensors file (metadata format {metadata.get('format')!r:.80})"
         )
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (UNHASHED_VERSION, FORMAT_VERSION):
         raise ValueError(
-            f"osf_torch.load_subspaces: expected format version {FORMAT_VERSION} in {path}, got "
-            f"{version!r}, written by osf-kernels {metadata.get('library_version')}; load it "
-            "with that version, or refresh again"
+            f"osf_torch.load_subspaces: expected format version {UNHASHED_VERSION} or "
+            f"{FORMAT_VERSION} in {path}, got {version!r:.80}, written by osf-kernels "
+            f"{metadata.get('library_version')!s:.80}; load it with that version, or refresh again"
+        )
+    stored = dict(STORED)
+    if version == UNHASHED_VERSION:
+        del stored["factors_sha256"]
+        log.warning(
+            "osf_torch.load_subspaces: %s is of format 2, without hashes of its factors, so that "
+            "damage to them isn't told; write it anew by save_subspaces",
+            path,
         )
     try:
         seed = int(metadata["seed"]) if "seed" in metadata else None
     except ValueError:
-        raise _damaged(path, "a whole number as seed", repr(metadata["seed"])) from None
+        raise _damaged(path, "a whole number as seed", reprlib.repr(metadata["seed"])) from None
     try:
-        described = json.loads(metadata.get("weights", ""))
-    except json.JSONDecodeError as error:
-        raise _damaged(path, "what it says of the weights as JSON", f"none ({error})") from None
+        described = json.loads(metadata.get("weights", ""), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # also of nesting, and of too many digits
+        got = f"none ({error!s:.80})"
+        raise _damaged(path, "what it says of the weights as JSON", got) from None
     if not isinstance(described, dict):
-        raise _damaged(path, "what it says of the weights by name", repr(described)[:80])
+        raise _damaged(path, "what it says of the weights by name", reprlib.repr(described))
     for name, facts in described.items():
         if not isinstance(facts, dict):
-            raise _damaged(path, f"what it says of {name!r} by field", repr(facts)[:80])
+            raise _damaged(path, f"what it says of {name!r} by field", reprlib.repr(facts))
+        if version == UNHASHED_VERSION:
+            facts.pop("factors_sha256", None)
         refreshed = seed is not None or not FOUND.keys().isdisjoint(facts)
-        for field, kind in (STORED | FOUND if refreshed else STORED).items():
-            if field not in facts or not isinstance(facts[field], kind):
-                expected = f"{field} ({getattr(kind, '__name__', kind)}) of {name!r}"
-                got = repr(facts[field])[:80] if field in facts else "none"
-                raise _damaged(path, expected, got)
+        for field, kind in (stored | FOUND if refreshed else stored).items():
+            plausible, words = PLAUSIBLE.get(field, (lambda _: True, ""))
+            fits = field in facts and isinstance(facts[field], kind)
+            if not fits or not plausible(facts[field]):
+                words = words if fits else getattr(kind, "__name__", str(kind))
+                got = reprlib.repr(facts[field]) if field in facts else "none"
+                raise _damaged(path, f"{field} ({words}) of {name!r}", got)
         unknown = [part for part in facts["parts"] if part not in PARTS]
         if unknown:
-            raise _damaged(path, f"parts of {name!r} out of {listed(PARTS)}", repr(unknown)[:80])
+            raise _damaged(path, f"parts of {name!r} out of {listed(PARTS)}", reprlib.repr(unknown))
     return seed, described
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, which names each thing once."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _require_as_saved(
+    factors: Mapping[str, Tensor], hashes: Mapping[str, str] | None, path: Path, name: str
+) -> None:
+    """Refuses factors whose values aren't those that were saved; format 2 has no hashes."""
+    if hashes is None:
+        return
+    for part, factor in factors.items():
+        if hashes.get(part) != content_hash(factor):
+            raise _damaged(
+                path,
+                f"{part} of {name!r} as it was saved (SHA-256 {hashes.get(part)!s:.12}…)",
+                "other values",
+            )
 
 
 def _damaged(path: Path, expected: str, got: str) -> ValueError:
@@ -337,6 +413,7 @@ def _damaged(path: Path, expected: str, got: str) -> ValueError:
 
 
 def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str, nn.Parameter]:
+    require_matrices(model, operator)
     parameters = named_weights(model)
     names = list(names)
     missing = [name for name in names if name not in parameters]
@@ -346,11 +423,7 @@ def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str,
             f"got none named {listed(missing)}; its first are {listed(list(parameters)[:5])}"
         )
     for name in names:
-        if parameters[name].is_meta:
-            raise ValueError(
-                f"osf_torch.{operator}: expected parameter {name!r} to have values, got a meta "
-                "tensor; load the weights first"
-            )
+        require_values(name, parameters[name], operator)
         if parameters[name].dim() != 2:
             raise ValueError(
                 f"osf_torch.{operator}: expected parameter {name!r} to be a matrix (m, n), got "
@@ -433,5 +506,5 @@ def _safetensors(operator: str, submodule: str = "") -> Any:
     except ImportError as error:
         raise ImportError(
             f"osf_torch.{operator}: expected safetensors to be installed, got {error}; "
-            "pip install 'osf-kernels[subspaces]'"
+            "pip install safetensors numpy"
         ) from error
