@@ -254,11 +254,14 @@ def require_matrices(model: nn.Module, operator: str) -> None:
     flat = [
         name
         for name, parameter in named_weights(model).items()
-        if type(parameter).__name__ == "FlatParameter"
+        if getattr(parameter, "_is_flat_param", False)
         or (
-            getattr(parameter, "_fsdp_flattened", False)
+            getattr(parameter, "_fsdp_flattened", False)  # with use_orig_params=True
             and parameter.dim() == 1
-            and any(is_weight(*one) for one in having.get(id(parameter), ()))
+            and any(
+                is_weight(module, attribute) or isinstance(module, nn.Embedding)
+                for module, attribute in having.get(id(parameter), ())
+            )
         )
     ]
     if flat:
