@@ -21,6 +21,7 @@ from osf_torch import (
     Subspace,
     input_subspaces,
     load_subspaces,
+    metadata,
     protect,
     refresh,
     save_subspaces,
@@ -521,7 +522,7 @@ def test_parts_that_make_no_entry_are_refused(tmp_path, parts, match):
 
 
 @pytest.mark.parametrize("seeded", [True, False])
-@pytest.mark.parametrize("field", sorted({*storage.STORED, *storage.FOUND}))
+@pytest.mark.parametrize("field", sorted({*metadata.STORED, *metadata.FOUND}))
 def test_a_missing_or_broken_fact_is_named(tmp_path, field, seeded):
     path, model = saved_file(tmp_path)
     if not seeded:

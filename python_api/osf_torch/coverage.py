@@ -52,10 +52,11 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in named_weights(model).items():
         shape = shape_of(parameter)
-        if parameter.requires_grad and (shape is None or (len(shape) > 1 and math.prod(shape))):
+        if parameter.requires_grad and (shape is None or (len(shape) > 1 and min(shape) > 0)):
             found.setdefault(id(parameter), (name, parameter))
     return dict(found.values())
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    return math.prod(shape_of(parameter) or (0,))
+    shape = shape_of(parameter)
+    return 0 if shape is None else math.prod(shape)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
@@ -45,6 +44,11 @@ def adapter_part(name: str) -> str | None:
     """
     found = ADAPTER.search(name)
     return found[1] if found else None
+
+
+def is_lazy(parameter: torch.Tensor) -> bool:
+    """Whether it is a lazy module's that hasn't run, and has neither shape nor values."""
+    return bool(nn.parameter.is_lazy(parameter))
 
 
 def shape_of(parameter: nn.Parameter) -> tuple[int, ...] | None:

@@ -208,7 +208,7 @@ def _log_extremes(ranks: WantedRanks, selected: Sequence[Selected]) -> None:
             "(1.0 is every direction, 1 is one)",
             listed(full),
         )
-    given = ranks.values() if isinstance(ranks, Mapping) else [ranks]
+    given: list[Any] = list(ranks.values()) if isinstance(ranks, Mapping) else [ranks]
     if len(full) < len(selected) and all(isinstance(r, Integral) and r == 1 for r in given):
         log.warning(
             "osf_torch.refresh: one direction of each weight is protected, since ranks is the int "

@@ -9,9 +9,8 @@ from numbers import Integral, Real
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from osf_torch.kinds import adapter_part, described, is_plain, is_weight, owners, shape_of
+from osf_torch.kinds import adapter_part, described, is_lazy, is_plain, is_weight, owners, shape_of
 from osf_torch.sharding import is_dtensor, sharding_of
 
 Rank = int | float

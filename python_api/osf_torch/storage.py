@@ -5,26 +5,25 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import math
 import os
-import reprlib
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis
-from osf_torch.coverage import left_out, log
+from osf_torch.coverage import left_out
+from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.protected import columns_of
 from osf_torch.scalars import read
 from osf_torch.selection import DTYPES, listed, named_weights, require_matrices, require_values
 from osf_torch.sharding import sharding_of
-from osf_torch.sharing import METHODS, Ranks, whole
+from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
     FACTS,
     Decomposition,
@@ -35,41 +34,7 @@ from osf_torch.subspaces import (
     facts_of,
 )
 
-FORMAT = "osf_torch.subspaces"
-FORMAT_VERSION = "3"
-# Files of format 2 hold no hashes of their factors.
-UNHASHED_VERSION = "2"
 SLAB_BYTES = 64 << 20  # of a weight that are brought to the host at a time for hashing
-PARTS = ("U", "U_low", "S", "V", "V_low", "protected")
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 < value < 1 << 53
-
-
-# What the metadata says of every weight, and beside that of one that a refresh decomposed.
-STORED = {"shape": list, "dtype": str, "sha256": str, "parts": list, "factors_sha256": dict}
-FOUND = {
-    field: float | int if kind is float else kind
-    for field, kind in get_type_hints(Decomposition).items()
-    if field in FACTS and field not in STORED
-}
-ROUNDING = 1e-3  # by which a captured share of 1 may be above it, in bfloat16 bases too
-# What a fact must be beside its type, and in words.
-PLAUSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "shape": (lambda s: len(s) == 2 and all(_is_count(size) for size in s), "two sizes"),
-    "parts": (
-        lambda p: len(p) <= len(PARTS) and all(p.count(part) == 1 for part in p),
-        "each once",
-    ),
-    "factors_sha256": (lambda h: all(isinstance(x, str) for x in h.values()), "hashes by part"),
-    "rank": (_is_count, "an int above 0"),
-    "iterations": (lambda i: type(i) is int and 0 <= i < 1 << 53, "an int from 0"),
-    "method": (METHODS.__contains__, f"one of {', '.join(METHODS)}"),
-    "residual": (lambda r: type(r) is not bool and 0 <= r < math.inf, "finite and at least 0"),
-    "captured": (lambda c: type(c) is not bool and 0 <= c <= 1 + ROUNDING, "from 0 to 1"),
-    "seconds": (lambda s: type(s) is not bool and 0 <= s < math.inf, "finite and at least 0"),
-}
 
 
 def save_subspaces(
@@ -301,7 +266,7 @@ def _read(
             f"can't be read ({error}); save it again"
         ) from error
     with file:
-        seed, described = _described(path, file.metadata() or {})
+        seed, described = described_by(path, file.metadata() or {})
         weights = _weights(model, described, "load_subspaces")
         keys = set(file.keys())
         loaded = {}
@@ -315,76 +280,17 @@ def _read(
             missing = [part for part in facts["parts"] if f"{name}:{part}" not in keys]
             if missing:
                 kept = f"the factors {listed(facts['parts'])} of {name!r}"
-                raise _damaged(path, kept, f"no {listed(missing)}")
-            with torch.device("cpu"):  # another default device would take the place of the values
-                factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
+                raise damaged(path, kept, f"no {listed(missing)}")
+            try:
+                with torch.device("cpu"):  # values would be lost on a default device such as meta
+                    factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
+            except Exception as error:  # of a dtype that torch or safetensors doesn't know
+                raise damaged(path, f"tensors of {name!r}", f"{error!s:.80}") from error
             _require_fit(factors, got, facts.get("rank"), "load_subspaces", f"{name!r} in {path}")
             _require_as_saved(factors, facts.get("factors_sha256"), path, name)
             device = weights[name].device
             loaded[name] = {part: factor.to(device) for part, factor in factors.items()}
     return seed, described, loaded
-
-
-def _described(
-    path: Path, metadata: Mapping[str, str]
-) -> tuple[int | None, dict[str, dict[str, Any]]]:
-    """The seed, and by parameter name what the metadata says of it."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"osf_torch.load_subspaces: expected {path} to be written by save_subspaces, got "
-            f"another safetensors file (metadata format {metadata.get('format')!r:.80})"
-        )
-    version = metadata.get("format_version")
-    if version not in (UNHASHED_VERSION, FORMAT_VERSION):
-        raise ValueError(
-            f"osf_torch.load_subspaces: expected format version {UNHASHED_VERSION} or "
-            f"{FORMAT_VERSION} in {path}, got {version!r:.80}, written by osf-kernels "
-            f"{metadata.get('library_version')!s:.80}; load it with that version, or refresh again"
-        )
-    stored = dict(STORED)
-    if version == UNHASHED_VERSION:
-        del stored["factors_sha256"]
-        log.warning(
-            "osf_torch.load_subspaces: %s is of format 2, without hashes of its factors, so that "
-            "damage to them isn't told; write it anew by save_subspaces",
-            path,
-        )
-    try:
-        seed = int(metadata["seed"]) if "seed" in metadata else None
-    except ValueError:
-        raise _damaged(path, "a whole number as seed", reprlib.repr(metadata["seed"])) from None
-    try:
-        described = json.loads(metadata.get("weights", ""), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # also of nesting, and of too many digits
-        got = f"none ({error!s:.80})"
-        raise _damaged(path, "what it says of the weights as JSON", got) from None
-    if not isinstance(described, dict):
-        raise _damaged(path, "what it says of the weights by name", reprlib.repr(described))
-    for name, facts in described.items():
-        if not isinstance(facts, dict):
-            raise _damaged(path, f"what it says of {name!r} by field", reprlib.repr(facts))
-        if version == UNHASHED_VERSION:
-            facts.pop("factors_sha256", None)
-        refreshed = seed is not None or not FOUND.keys().isdisjoint(facts)
-        for field, kind in (stored | FOUND if refreshed else stored).items():
-            plausible, words = PLAUSIBLE.get(field, (lambda _: True, ""))
-            fits = field in facts and isinstance(facts[field], kind)
-            if not fits or not plausible(facts[field]):
-                words = words if fits else getattr(kind, "__name__", str(kind))
-                got = reprlib.repr(facts[field]) if field in facts else "none"
-                raise _damaged(path, f"{field} ({words}) of {name!r}", got)
-        unknown = [part for part in facts["parts"] if part not in PARTS]
-        if unknown:
-            raise _damaged(path, f"parts of {name!r} out of {listed(PARTS)}", reprlib.repr(unknown))
-    return seed, described
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, which names each thing once."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
 
 
 def _require_as_saved(
@@ -395,18 +301,11 @@ def _require_as_saved(
         return
     for part, factor in factors.items():
         if hashes.get(part) != content_hash(factor):
-            raise _damaged(
+            raise damaged(
                 path,
                 f"{part} of {name!r} as it was saved (SHA-256 {hashes.get(part)!s:.12}…)",
                 "other values",
             )
-
-
-def _damaged(path: Path, expected: str, got: str) -> ValueError:
-    return ValueError(
-        f"osf_torch.load_subspaces: expected {path} to hold {expected}, got {got}; make it anew by "
-        "refresh and save_subspaces"
-    )
 
 
 # --- what fits ---
