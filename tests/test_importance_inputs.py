@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from osf_torch import allocate_ranks, input_subspaces
 from osf_torch.importance import layer_importance
 from tests.small_stack import Residual, Stack, inputs, randomised, stack
 
@@ -196,12 +197,28 @@ def test_batches_of_another_type():
         layer_importance(stack(), ["a sentence"])
 
 
-def test_no_block_around_any_weight():
-    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
-    with pytest.raises(
-        ValueError, match=r"got none around 0\.weight, 2\.weight; pass per='weight'"
-    ):
-        layer_importance(model, [inputs(2, 5, dtype=torch.float32)])
+def test_no_block_around_any_weight(caplog):
+    """Each counts as the average layer, as a head beside blocks does, and that is told."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5))
+    found = layer_importance(model, [inputs(2, 5, dtype=torch.float32)])
+    assert found == {"0.weight": 1.0, "2.weight": 1.0}
+    (line,) = caplog.messages
+    assert "no weight is inside a block" in line
+    assert "0.weight, 2.weight" in line
+    assert 'per="weight" or ranks_by_energy' in line
+    assert allocate_ranks(found, model, trr=0.6) == {"0.weight": 3, "2.weight": 3}
+
+
+def test_parts_that_the_model_does_not_take_name_forward():
+    data = torch.utils.data.TensorDataset(inputs(4, 5), torch.arange(4))
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    model = nn.Sequential(stack())
+    for run in (layer_importance, input_subspaces):
+        with pytest.raises(TypeError, match=r"what the model takes, got a list of 2.*forward="):
+            run(model, loader, progress=False)
+        with pytest.raises(TypeError, match=r"got a mapping of 'y', and.*forward="):
+            run(model, [{"y": inputs(4, 5)}], progress=False)
+        assert run(model, loader, progress=False, forward=lambda model, batch: model(batch[0]))
 
 
 def test_no_similarity_above_zero():

@@ -162,6 +162,42 @@ def test_padding_is_left_out():
     assert torch.equal(found["layer.0.weight"].V.columns, expected["0.weight"].V.columns)
 
 
+class Conv1D(nn.Module):
+    """transformers' layer of GPT-2: y = x W + b, W (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        generator = generator_for("conv1d", inputs, outputs)
+        self.weight = nn.Parameter(randn(inputs, outputs, dtype=torch.float64, generator=generator))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_layer_whose_weight_holds_inputs_by_row_grows_its_u():
+    model = nn.Sequential(Conv1D(10, 6))
+    x = decaying(30, 10, 0.6, "conv1d")
+    previous = refresh(model, 0.3, progress=False)
+    for before in (None, previous):
+        found = input_subspaces(model, [x], energy=0.99, previous=before, progress=False)
+        entry = found["0.weight"]
+        assert share(high(entry.U), x.mT) >= 0.99 - 1e-6
+        if before is None:
+            assert entry.V is None
+        else:
+            assert torch.equal(entry.V.columns, previous["0.weight"].V.columns)
+            assert torch.equal(entry.U.columns[:, :2], previous["0.weight"].U.columns)
+    started = model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    protect(model, found, optimizer=optimizer)
+    model(torch.ones(1, 10, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    moved = model[0].weight.detach() - started
+    size = float(torch.linalg.matrix_norm(moved, 2))
+    assert size > 0.05
+    assert float((x @ moved).norm()) <= math.sqrt(0.01) * size * float(x.norm()) * (1 + 1e-6)
+
+
 def test_more_tokens_than_asked_for_are_drawn():
     """Each token as likely as another: what is kept of ordered inputs is spread over them."""
     model = nn.Sequential(nn.Linear(40, 3, bias=False))
@@ -315,7 +351,7 @@ def test_a_weight_that_no_batch_reaches_is_named():
 
 def test_a_module_that_is_no_linear_is_named():
     model = nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6))
-    with pytest.raises(ValueError, match=r"'0\.weight' to be the weight of an nn\.Linear, got one"):
+    with pytest.raises(ValueError, match=r"'0\.weight' .* an nn\.Linear.*, got one of Embedding"):
         calls(model=model, filter="*weight", batches=[torch.arange(6)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ from osf_torch import (
     Subspace,
     input_subspaces,
     load_subspaces,
+    metadata,
     protect,
     refresh,
     save_subspaces,
@@ -62,7 +64,7 @@ def assert_same_entries(loaded, saved) -> None:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    shapes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=3),
+    shapes=st.lists(st.tuples(st.integers(2, 20), st.integers(2, 20)), min_size=1, max_size=3),
     rho=st.floats(0.05, 1.0),
     keep=st.sampled_from(["smaller", "all"]),
     weight_dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -264,6 +266,106 @@ def test_another_shape_is_refused_even_then(tmp_path):
             load_subspaces(path, other, require_same_weights=same)
 
 
+def test_other_factors_are_refused(tmp_path):
+    """To the last bit, whether the weights are compared or not."""
+    path, model = saved_file(tmp_path)
+    before = path.read_bytes()
+    with safetensors_torch.safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for key, factor in tensors.items():
+        changed = factor.clone()
+        changed.view(-1)[-1] = torch.nextafter(changed.view(-1)[-1], torch.tensor(9e9))
+        name, part = key.rsplit(":", 1)
+        path.write_bytes(before)
+        rewrite(path, {key: changed})
+        match = rf"{part} of '{re.escape(name)}' as it was saved \(SHA-256 \w+…\), got other values"
+        refused(path, model, match)
+        with pytest.raises(ValueError, match=match):
+            load_subspaces(path, model)
+    path.write_bytes(before)
+    restate(path, "0.weight", factors_sha256={})
+    refused(path, model, r"S of '0\.weight' as it was saved \(SHA-256 None…\), got other values")
+
+
+def test_files_of_format_2_load_and_say_that_factors_are_not_hashed(tmp_path, caplog):
+    path, model = saved_file(tmp_path)
+    saved = load_subspaces(path, model)
+    for name in saved:
+        restate(path, name, drop=["factors_sha256"])
+    refused(path, model, r"factors_sha256 \(dict\) of '0\.weight', got none")
+    rewrite(path, format_version="2")
+    assert_same(load_subspaces(path, model), saved)
+    (line,) = caplog.messages
+    assert f"{path} is of format 2, without hashes of its factors" in line
+    assert "write it anew by save_subspaces" in line
+
+
+@pytest.mark.parametrize(
+    ("facts", "match"),
+    [
+        ({"method": "magic"}, r"method \(one of randomized, .*got 'magic'"),
+        ({"residual": -1e-9}, r"residual \(finite and at least 0\)"),
+        ({"residual": float("nan")}, r"residual \(finite .*got nan"),
+        ({"residual": float("inf")}, r"residual \(finite .*got inf"),
+        ({"residual": True}, r"residual \(finite .*got True"),
+        ({"captured": 1.1}, r"captured \(from 0 to 1\) .*got 1\.1"),
+        ({"captured": -0.1}, r"captured \(from 0 to 1\)"),
+        ({"seconds": -1}, r"seconds \(finite and at least 0\)"),
+        ({"iterations": -1}, r"iterations \(an int from 0\) .*got -1"),
+        ({"iterations": True}, r"iterations \(an int from 0\) .*got True"),
+        ({"rank": 0}, r"rank \(an int above 0\) .*got 0"),
+        ({"rank": True}, r"rank \(an int above 0\)"),
+        ({"rank": 10**30}, r"rank \(an int above 0\)"),
+        ({"rank": 5}, r"S of '0\.weight' in .* to be \(5,\)"),
+        ({"converged": 1}, r"converged \(.*got 1"),
+        ({"shape": [16]}, r"shape \(two sizes\)"),
+        ({"shape": [16, "12"]}, r"shape \(two sizes\)"),
+        ({"shape": [16, [12]]}, r"shape \(two sizes\)"),
+        ({"shape": [True, 12]}, r"shape \(two sizes\)"),
+        ({"parts": ["S", "U", "V", "V"]}, r"parts \(each once\)"),
+        ({"parts": ["S"] * 100_000}, r"parts \(each once\)"),
+        ({"factors_sha256": {"S": 3}}, r"factors_sha256 \(hashes by part\)"),
+    ],
+)
+def test_facts_that_no_refresh_gives_are_refused(tmp_path, facts, match):
+    path, model = saved_file(tmp_path)
+    restate(path, "0.weight", **facts)
+    refused(path, model, match)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 50_000])
+@pytest.mark.parametrize("inside", [False, True])
+def test_metadata_that_is_nested_deep_is_refused(tmp_path, depth, inside):
+    path, model = saved_file(tmp_path)
+    nest = '{"a":' * depth + "1" + "}" * depth
+    rewrite(path, weights=f'{{"0.weight": {{"shape": {nest}}}}}' if inside else nest)
+    refused(path, model, r"to hold (what it says of|shape \(list\))")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        '{"0.weight": {"rank": 1' + "0" * 5000 + "}}",
+        '{"0.weight": {}, "0.weight": {}}',
+        '{"0.weight": {"rank": 4, "rank": 5}}',
+        "NaN",
+        '"' + "x" * 100_000 + '"',
+    ],
+)
+def test_metadata_that_says_too_much_is_refused(tmp_path, weights):
+    path, model = saved_file(tmp_path)
+    rewrite(path, weights=weights)
+    with pytest.raises(ValueError, match="to hold what it says of the weights") as caught:
+        load_subspaces(path, model)
+    assert len(str(caught.value)) < 600 + len(str(path))
+
+
+def test_a_seed_of_many_digits_is_refused(tmp_path):
+    path, model = saved_file(tmp_path)
+    rewrite(path, seed="9" * 100_000)
+    refused(path, model, "a whole number as seed")
+
+
 def test_a_model_without_the_parameter_is_refused(tmp_path):
     path, model = saved_file(tmp_path)
     with pytest.raises(ValueError, match=r"got none named 1\.weight"):
@@ -282,7 +384,7 @@ def test_a_model_with_more_parameters_is_fine(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path, model = saved_file(tmp_path)
     rewrite(path, format_version="99", library_version="7.0")
-    with pytest.raises(ValueError, match=r"format version 2 .*got .99., written by osf-k.* 7\.0"):
+    with pytest.raises(ValueError, match=r"version 2 or 3 .*got .99., written by osf-k.* 7\.0"):
         load_subspaces(path, model)
     rewrite(path, format="pt")
     with pytest.raises(ValueError, match=r"written by save_subspaces.*format 'pt'"):
@@ -299,7 +401,7 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatc
     subspaces = load_subspaces(path, model)
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"save_subspaces: .*pip install 'osf-kernels\[sub"):
+    with pytest.raises(ImportError, match=r"save_subspaces: .*pip install safetensors numpy"):
         save_subspaces(path, subspaces, model)
     with pytest.raises(ImportError, match="load_subspaces"):
         load_subspaces(path, model)
@@ -420,7 +522,7 @@ def test_parts_that_make_no_entry_are_refused(tmp_path, parts, match):
 
 
 @pytest.mark.parametrize("seeded", [True, False])
-@pytest.mark.parametrize("field", sorted({*storage.STORED, *storage.FOUND}))
+@pytest.mark.parametrize("field", sorted({*metadata.STORED, *metadata.FOUND}))
 def test_a_missing_or_broken_fact_is_named(tmp_path, field, seeded):
     path, model = saved_file(tmp_path)
     if not seeded:

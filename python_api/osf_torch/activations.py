@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show, progress_bar
 from osf_torch.selection import listed
 
@@ -23,7 +24,7 @@ Forward = Callable[[nn.Module, Any], object]
 class Watcher(Protocol):
     """Hooks on some modules, for as long as it is entered."""
 
-    def watching(self, mask: Mask) -> AbstractContextManager[None]: ...
+    def watching(self, padding: Padding) -> AbstractContextManager[None]: ...
 
 
 def watch(
@@ -36,54 +37,49 @@ def watch(
     max_batches: int | None,
     progress: Show,
     forward: Forward | None,
+    masks: Masks,
 ) -> None:
     """Runs ``model`` on the batches, without gradients, under the watchers' hooks.
 
+    A batch with padding runs twice, the first time for ``Padding`` alone.
+
     Raises:
-        ValueError: no batches, ``max_batches`` below 1.
-        TypeError: a batch that is neither tensor, tuple, list nor mapping, without ``forward``.
+        ValueError: no batches, ``max_batches`` below 1, ``masks`` that don't fit, a model that
+            doesn't run with other values at padded places.
+        TypeError: a batch that is neither tensor, tuple, list nor mapping, or whose parts the
+            model doesn't take, without ``forward``.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"{operator}: expected max_batches to be at least 1, got {max_batches}")
-    mask = Mask()
+    padding = Padding(masks, operator)
     device = next(model.parameters()).device
+    count = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_undisturbed(model))
         for watcher in watchers:
-            stack.enter_context(watcher.watching(mask))
+            stack.enter_context(watcher.watching(padding))
         for batch in _shown(batches, max_batches, title, progress):
+            count += 1
             moved = _moved(batch, device)
-            mask.read(moved)
+            other = padding.probe(moved)
+            failed: Exception | None = None
+            if other is not None:
+                with torch.random.fork_rng(devices=_generators(model)):
+                    try:
+                        _run(model, other, forward, operator)
+                    except Exception as error:  # of the batch itself, or of the values put in
+                        failed = error
+                padding.run()
             _run(model, moved, forward, operator)
-        if not mask.batches:
-            raise ValueError(f"{operator}: expected at least one batch, got none")
-
-
-class Mask:
-    """The real tokens of the batch that is running."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self._mask: Tensor | None = None
-
-    def read(self, batch: object) -> None:
-        self.batches += 1
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        self._mask = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The rows (tokens, d) of activations (..., d) that aren't padding."""
-        rows, mask = x.flatten(0, -2), self._mask
-        if mask is None:
-            return rows
-        if x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()):
-            kept = mask
-        elif x.shape[:-1] == mask.mT.shape:
-            kept = mask.mT
-        else:
-            return rows
-        return rows[kept.flatten().to(x.device)]
+            if failed is not None:
+                raise ValueError(
+                    f"{operator}: expected the model to run with other values at padded places, by "
+                    f"which padding is found, got {type(failed).__name__}: {failed}; pass "
+                    "masks=None to count every token"
+                ) from failed
+    if not count:
+        raise ValueError(f"{operator}: expected at least one batch, got none")
 
 
 def activations(values: Iterable[object]) -> Iterator[Tensor]:
@@ -102,11 +98,10 @@ def activations(values: Iterable[object]) -> Iterator[Tensor]:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, uncompiled; afterwards every flag and the random generators as they were."""
     flags = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     # nn.TransformerEncoder's fast path packs padded batches, and hooks wouldn't see its layers.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.random.fork_rng(devices=_generators(model)))
         if "torch._dynamo" in sys.modules:  # a compiled module would run without our hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -117,6 +112,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             for module, flag in flags:
                 module.training = flag
+
+
+def _generators(model: nn.Module) -> set[torch.device]:
+    """The devices whose generators a forward pass may draw from, beside the host's."""
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
 
 
 def _shown(batches: Iterable[Any], limit: int | None, title: str, show: Show) -> Iterator[Any]:
@@ -145,26 +145,33 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _run(model: nn.Module, batch: Any, forward: Forward | None, operator: str) -> None:
     if forward is not None:
         forward(model, batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
+        return
+    if not isinstance(batch, Tensor | Mapping | tuple | list):
         raise TypeError(
             f"{operator}: expected batches of tensors, tuples, lists or mappings, got "
             f"{type(batch).__name__}; pass forward= with a function of model and batch"
         )
+    try:
+        if isinstance(batch, Tensor):
+            model(batch)
+        elif isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*batch)
+    except TypeError as error:
+        raise TypeError(
+            f"{operator}: expected batches to be what the model takes, got {_parts(batch)}, and "
+            f"from the model: {error}; pass forward= with a function of model and batch, such as "
+            "lambda model, batch: model(batch[0])"
+        ) from error
 
 
-def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """The modules that have a parameter, by its id."""
-    found: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            found.setdefault(id(parameter), []).append(module)
-    return found
+def _parts(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a mapping of {listed([repr(key) for key in batch])}"
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)}"
+    return f"a {type(batch).__name__} of {len(batch)}"
 
 
 def require_reached(missed: Sequence[str], operator: str) -> None:

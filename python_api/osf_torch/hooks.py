@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from osf_torch.activations import owners
+from osf_torch.kinds import owners
 
 Hook = Callable[..., Any]
 ANCHOR = "_osf_guard"  # of a module, in its __dict__

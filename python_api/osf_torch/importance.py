@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osf_torch.activations import Forward, Mask, activations, owners, require_reached, watch
+from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.coverage import log
+from osf_torch.kinds import owners
+from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
@@ -32,6 +35,7 @@ def layer_importance(
     max_batches: int | None = None,
     progress: Show = True,
     forward: Forward | None = None,
+    masks: Masks = "auto",
 ) -> dict[str, float]:
     """I = s / mean(s), s = max(0, token mean of cos(x, y)): what :func:`allocate_ranks` takes.
 
@@ -47,8 +51,7 @@ def layer_importance(
         batches: tensors (``model(batch)``), tuples or lists (``model(*batch)``) or mappings
             (``model(**batch)``), as a data loader gives; moved to the device of the model's first
             parameter. Where a mapping has an ``attention_mask`` (batch, length) that is zero for
-            padding, padding is left out of every activation with a row for each of its tokens:
-            (batch, length, d), (length, batch, d) or (batch·length, d).
+            padding, ``masks`` says what is left out.
         filter: which weights, as in ``refresh``.
         per: what a layer is.
             "block": the transformer layer (residual block) that the weight is in, so that its
@@ -56,7 +59,7 @@ def layer_importance(
             block is a module in an nn.ModuleList or nn.Sequential which is alone there or has a
             sibling of its class, and which returns a tensor of the shape of one that it takes;
             of several around a weight the outermost. A weight outside any of them (a pooler, a
-            head) counts as the average layer, I = 1.
+            head) counts as the average layer, I = 1; where all are outside, that is logged.
             "weight": the weight itself, y = W x without the bias. Where W isn't square the first
             min(m, n) coordinates of x and y are compared, as the authors' code does; the paper is
             silent. On trained encoders these figures are small and of both signs (on all six
@@ -67,6 +70,14 @@ def layer_importance(
             length.
         forward: called as ``forward(model, batch)`` in place of the calls above, with the batch
             moved to the device.
+        masks: from the key of a mask in the batches, zero for padding, to the key of the sequence
+            whose tokens it tells from padding. "auto" takes ``attention_mask`` for ``input_ids``
+            or ``inputs_embeds``, else for the one tensor as long, and ``decoder_attention_mask``
+            for ``decoder_input_ids``; where that can't be told, padding is counted and that is
+            logged. None counts every token. A batch with padding runs twice, first with other
+            values at padded places: activations (batch, length, d), (length, batch, d) or
+            (batch·length, d) that change there and nowhere else are left without padding, and
+            every other one (a decoder's, an image's, pooled ones) is counted in full.
 
     Returns:
         Parameter names as in ``refresh``, in the model's order, to importances that are at least
@@ -74,8 +85,8 @@ def layer_importance(
 
     Raises:
         ValueError: nothing matches, no batches, a weight whose layer was never reached, NaN or
-            Inf in a layer's activations (the first layer that ran with one is named), no block
-            around any of the weights, no similarity above zero.
+            Inf in a layer's activations (the first layer that ran with one is named), no
+            similarity above zero, ``masks`` that don't fit.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
 
     Changes neither the model (hooks are removed and every module's ``training`` is put back, on
@@ -98,6 +109,7 @@ def layer_importance(
         max_batches=max_batches,
         progress=progress,
         forward=forward,
+        masks=masks,
     )
     similarities = _similarities(meters)
     if per == "block":
@@ -120,7 +132,7 @@ class _Meter(ABC):
         self.tokens = 0
 
     @abstractmethod
-    def watching(self, mask: Mask) -> AbstractContextManager[None]:
+    def watching(self, padding: Padding) -> AbstractContextManager[None]:
         """Has every call of the modules added up for as long as it is entered."""
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -138,7 +150,7 @@ class _Block(_Meter):
     """x is the first argument of the output's shape, as it was before the call."""
 
     @contextmanager
-    def watching(self, mask: Mask) -> Iterator[None]:
+    def watching(self, padding: Padding) -> Iterator[None]:
         pending: list[list[Tensor]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +165,7 @@ class _Block(_Meter):
                 return
             x = next((x for x in taken if x.shape == y.shape), None)
             if x is not None:
-                self.add(mask.rows(x), mask.rows(y))
+                self.add(*padding.rows(self, x, y))
 
         (module,) = self.modules
         # Prepended: before hooks of others, which may replace the output.
@@ -172,7 +184,7 @@ class _Product(_Meter):
         self.shape = shape
 
     @contextmanager
-    def watching(self, mask: Mask) -> Iterator[None]:
+    def watching(self, padding: Padding) -> Iterator[None]:
         width = min(self.shape)
 
         def after(module: nn.Module, args: object, kwargs: Any, output: object) -> None:
@@ -183,11 +195,11 @@ class _Product(_Meter):
             if sorted((x.shape[-1], output.shape[-1])) != sorted(self.shape):
                 return
             self.called = True
-            y = mask.rows(output)
+            rows, y = padding.rows(self, x, output)
             bias = getattr(module, "bias", None)
             if isinstance(bias, Tensor):
                 y = y.to(torch.promote_types(y.dtype, torch.float32)) - bias
-            self.add(mask.rows(x)[:, :width], y[:, :width])
+            self.add(rows[:, :width], y[:, :width])
 
         with ExitStack() as stack:
             for module in self.modules:
@@ -215,7 +227,9 @@ def _blocks(model: nn.Module) -> dict[str, _Meter]:
 def _products(model: nn.Module, selected: Sequence[Selected]) -> dict[str, _Meter]:
     """Meters of weights, by parameter name."""
     found = owners(model)
-    return {s.name: _Product(found[id(s.weight)], s.shape) for s in selected}
+    return {
+        s.name: _Product([module for module, _ in found[id(s.weight)]], s.shape) for s in selected
+    }
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -285,11 +299,14 @@ def _normalised(
 ) -> dict[str, float]:
     known = [max(0.0, s) for s in found.values() if s is not None]
     if not known:
-        raise ValueError(
-            f"{OP}: expected a weight inside a block, a module of an nn.ModuleList or "
-            "nn.Sequential that returns the shape it takes, got none around "
-            f"{listed([s.name for s in selected])}; pass per='weight'"
+        log.warning(
+            "%s: no weight is inside a block, a module of an nn.ModuleList or nn.Sequential that "
+            "returns the shape it takes, so that each counts as the average layer, I = 1: %s; "
+            'per="weight" or ranks_by_energy tells them apart',
+            OP,
+            listed([s.name for s in selected]),
         )
+        return dict.fromkeys(found, 1.0)
     mean = math.fsum(known) / len(known)
     if mean == 0.0:
         raise ValueError(

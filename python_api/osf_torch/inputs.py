@@ -5,20 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from osf_kernels import Basis, extend_basis
-from osf_torch.activations import Forward, Mask, activations, owners, require_reached, watch
+from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.coverage import left_out, log_left_out
+from osf_torch.kinds import is_conv1d, is_weight, owners
+from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show, progress_bar
 from osf_torch.protected import columns_of, moved
 from osf_torch.scalars import read
-from osf_torch.selection import Filter, Selected, listed, select
+from osf_torch.selection import Filter, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
 from osf_torch.sharing import Ranks
-from osf_torch.subspaces import Held, Subspace
+from osf_torch.subspaces import Grown, Held, Subspace
 
 OP = "osf_torch.input_subspaces"
 
@@ -36,26 +40,30 @@ def input_subspaces(
     forward: Forward | None = None,
     seed: int = 0,
     group: Group | None = None,
-) -> dict[str, Subspace]:
+    masks: Masks = "auto",
+) -> Grown:
     """V' = [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of each weight.
 
     X (n, tokens) are what W (m, n) of an nn.Linear is multiplied with on the batches. An update
     ΔW that is projected with V' in mode "complement" then moves the outputs for them by
     ‖ΔW X‖_F ≤ √(1 − energy)·‖ΔW‖₂·‖X‖_F at most, whatever the spectrum of W is. Call it at the
     end of a task with some of its inputs, and protect the next task with what it returns; the
-    inputs themselves need not be kept.
+    inputs themselves need not be kept. Of transformers' Conv1D, whose W is (inputs, outputs), it is
+    U that grows, and what is said here of V holds for it.
 
     The ranks follow from the energy. Where V' reaches n columns the weight can't move any more:
     ``energy`` is what trades room for later tasks against what earlier ones forget.
 
     Args:
         model: run in eval mode without gradients; a compiled one runs uncompiled.
-        batches, max_batches, forward: as in :func:`layer_importance`; padding is left out by an
-            ``attention_mask`` in the same way.
+        batches, max_batches, forward, masks: as in :func:`layer_importance`; padding is left out in
+            the same way.
         energy: in (0, 1].
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
             stays as it is. A weight that it lacks starts from no V and has no U.
-        filter: which weights, as in ``refresh``; all of them must belong to nn.Linear modules.
+        filter: which weights, as in ``refresh``; all of them must belong to nn.Linear, Conv1D or
+            nn.MultiheadAttention modules. Of in_proj_weight the inputs are queries, keys and
+            values.
         max_tokens: where a weight's inputs on this rank are more, as many are drawn at random.
             Peak memory is max_tokens·n elements a weight of the activations' dtype, and a few
             matrices (n, tokens of all ranks) in float64 for the one weight that is extended.
@@ -66,14 +74,15 @@ def input_subspaces(
             first sharded weight is sharded over, or this process alone.
 
     Returns:
-        Subspaces by parameter name, in the model's order, on the weights' devices: U of
+        A dict of Subspaces by parameter name, in the model's order, on the weights' devices: U of
         ``previous``, and V (n, r') with the columns of ``previous`` first (a low Basis stays low
-        and loses directions). No S: they are no triplets of the weight. ``protect`` takes them.
+        and loses directions). No S: they are no triplets of the weight. ``protect`` takes them;
+        ``print(_.summary())`` shows them, and what trains without them.
 
     Raises:
         ValueError: energy outside (0, 1]; nothing matches; a name in ``previous`` that ``filter``
             doesn't select, or whose V doesn't fit; no batches; a weight that no batch reached; NaN
-            or Inf in inputs; a module other than nn.Linear; inputs sharded by tensor parallelism.
+            or Inf in inputs; a module of another kind; inputs sharded by tensor parallelism.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
         RuntimeError: another rank of the group failed.
 
@@ -86,6 +95,7 @@ def input_subspaces(
         raise ValueError(f"{OP}: expected energy in (0, 1], got {energy}; 0.95 is usual")
     if max_tokens < 1:
         raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
+    require_seed(seed, "input_subspaces")
     selected = select(model, 1, filter, operator="input_subspaces", sharded=True)
     previous = previous or {}
     _require_selected(previous, selected)
@@ -103,13 +113,18 @@ def input_subspaces(
             max_batches=max_batches,
             progress=progress if sharers.rank == 0 else False,
             forward=forward,
+            masks=masks,
         )
         require_reached([name for name, meter in meters.items() if meter.rows is None], OP)
         _require_finite(meters)
     except Exception as caught:
         error = caught
     sharers.agree(error, device, "input_subspaces")
-    return _extended(selected, meters, previous, energy, sharers, progress)
+    found = _extended(selected, meters, previous, energy, sharers, progress)
+    covered = {id(s.weight) for s in selected}
+    if sharers.rank == 0:
+        return Grown(found, left_out=log_left_out(model, covered, "input_subspaces"))
+    return Grown(found, left_out=left_out(model, covered))
 
 
 def _extended(
@@ -120,7 +135,7 @@ def _extended(
     sharers: Ranks,
     progress: Show,
 ) -> dict[str, Subspace]:
-    costs = [float(s.shape[1]) ** 2 for s in selected]
+    costs = [float(meters[s.name].width) ** 2 for s in selected]
     owner = {i: rank for rank, share in enumerate(sharers.split(costs)) for i in share}
     found = {}
     shown = progress if sharers.rank == 0 else False
@@ -129,8 +144,10 @@ def _extended(
             bar.begin(s.name)
             device = local(s.weight).device
             before = previous.get(s.name, Subspace(None, None))
-            rows = sharers.gather(meters[s.name].taken(device))
-            start = _start(moved(before.V, device), rows)
+            meter = meters[s.name]
+            read, other = (before.U, before.V) if meter.side == "U" else (before.V, before.U)
+            rows = sharers.gather(meter.taken(device))
+            start = _start(moved(read, device), rows)
             grown: Tensor | None = None
             error: Exception | None = None
             if owner[i] == sharers.rank:
@@ -140,8 +157,9 @@ def _extended(
                 except (TypeError, ValueError) as caught:
                     error = type(caught)(f"{OP}: parameter {s.name!r}: {caught}")
             sharers.agree(error, device, "input_subspaces")
-            columns = sharers.columns(owner[i], grown, s.shape[1], start.columns)
-            found[s.name] = Subspace(moved(before.U, device), Basis(columns, start.spans))
+            columns = sharers.columns(owner[i], grown, meter.width, start.columns)
+            held, kept = Basis(columns, start.spans), moved(other, device)
+            found[s.name] = Subspace(held, kept) if meter.side == "U" else Subspace(kept, held)
             bar.advance(1, costs[i])
     return found
 
@@ -156,30 +174,45 @@ def _start(V: Held, rows: Tensor) -> Basis:
 
 
 class _Inputs:
-    """Keeps inputs of the modules that own a weight: all, or as many drawn at random."""
+    """Keeps inputs of the modules that own a weight: all, or as many drawn at random.
+
+    Attributes:
+        side: "V" where W is (outputs, inputs), "U" where it is (inputs, outputs).
+        width: how many inputs there are.
+    """
 
     order = itertools.count()  # of first calls, over all weights: who saw a NaN first
 
     def __init__(
-        self, name: str, width: int, modules: Sequence[nn.Module], limit: int, seed: int
+        self,
+        name: str,
+        shape: tuple[int, int],
+        having: Sequence[tuple[nn.Module, str]],
+        limit: int,
+        seed: int,
     ) -> None:
-        self.name, self.width, self.modules, self.limit = name, width, modules, limit
-        self.generator = torch.Generator().manual_seed(seed)
+        self.name, self.having, self.limit = name, having, limit
+        self.side = "U" if is_conv1d(having[0][0]) else "V"
+        self.width = shape[0] if self.side == "U" else shape[1]
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.rows: Tensor | None = None  # (tokens, n)
-        self.keys = torch.empty(0)  # a random number a row; the smallest stay
+        self.keys = torch.empty(0, device="cpu")  # a random number a row; the smallest stay
         self.first = 0
 
     @contextmanager
-    def watching(self, mask: Mask) -> Iterator[None]:
-        def after(module: nn.Module, args: object, kwargs: Any, output: object) -> None:
-            x = next(iter(activations([args, *kwargs.values()])), None)
-            if x is not None:
-                self.add(mask.rows(local(x)))
+    def watching(self, padding: Padding) -> Iterator[None]:
+        def after(
+            attribute: str, module: nn.Module, args: Sequence[Any], kwargs: Any, output: object
+        ) -> None:
+            for x in _read_by(module, attribute, args, kwargs):
+                self.add(*padding.rows(self, local(x)))
 
         with ExitStack() as stack:
-            for module in self.modules:
+            for module, attribute in self.having:
                 stack.enter_context(
-                    module.register_forward_hook(after, with_kwargs=True, prepend=True)
+                    module.register_forward_hook(
+                        partial(after, attribute), with_kwargs=True, prepend=True
+                    )
                 )
             yield
 
@@ -194,7 +227,7 @@ class _Inputs:
         if self.rows is None:
             self.first = next(self.order)
             self.rows = rows.new_empty(0, self.width)
-        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator)])
+        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator, device="cpu")])
         kept = torch.cat([self.rows, rows.to(self.rows.dtype)])
         if len(kept) > self.limit:
             keys, which = keys.topk(self.limit, largest=False)
@@ -208,20 +241,40 @@ class _Inputs:
         return rows.to(device)
 
 
+def _read_by(
+    module: nn.Module, attribute: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """What a call of ``module`` multiplies with its ``attribute``, each tensor once."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return list(itertools.islice(activations([args, *kwargs.values()]), 1))
+    taken = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+    parts = {"q_proj_weight": ("query",), "k_proj_weight": ("key",), "v_proj_weight": ("value",)}
+    read = [taken[part] for part in parts.get(attribute, ("query", "key", "value"))]
+    return list({id(x): x for x in read}.values())
+
+
 def _meters(
     model: nn.Module, selected: Sequence[Selected], max_tokens: int, seed: int
 ) -> dict[str, _Inputs]:
-    having = owners(model)
+    owned = owners(model)
     meters = {}
     for s in selected:
-        linear = [module for module in having[id(s.weight)] if isinstance(module, nn.Linear)]
-        if not linear:
-            kind = type(having[id(s.weight)][0]).__name__
+        having = owned[id(s.weight)]
+        reading = [
+            (module, attribute) for module, attribute in having if is_weight(module, attribute)
+        ]
+        if not reading:
+            kind = type(having[0][0]).__name__
             raise ValueError(
-                f"{OP}: expected {s.name!r} to be the weight of an nn.Linear, got one of {kind}; "
-                "leave it out by filter="
+                f"{OP}: expected {s.name!r} to be the weight of an nn.Linear, Conv1D or "
+                f"nn.MultiheadAttention, got one of {kind}; leave it out by filter="
             )
-        meters[s.name] = _Inputs(s.name, s.shape[1], linear, max_tokens, seed)
+        if len({is_conv1d(module) for module, _ in reading}) > 1:
+            raise ValueError(
+                f"{OP}: expected {s.name!r} to lie one way, got a weight that an nn.Linear and a "
+                "Conv1D share; leave it out by filter="
+            )
+        meters[s.name] = _Inputs(s.name, s.shape, reading, max_tokens, seed)
     return meters
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from osf_torch.progress import Show, progress_bar
-from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select
+from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select, share_of
 
 Shapes = Mapping[str, tuple[int, int]] | nn.Module
 
@@ -30,9 +30,13 @@ def allocate_ranks(
 ) -> dict[str, int]:
     """r = ρ·min(m, n), ρ = mrr + I·(trr − mrr): ranks for ``refresh`` from layers' importance.
 
-    ρ is held within [mrr, 1] and r, rounded, within [1, min(m, n)]. A layer of average importance,
-    I = 1, gets trr; one above it gets more than trr. Where nothing is clamped and the mean of I is
-    1, as :func:`layer_importance` gives it, the mean of ρ is trr.
+    ρ is held within [mrr, 1] and r, rounded, within [1, min(m, n)]; below ρ = 1 it leaves at least
+    one direction free where there are two. A layer of average importance, I = 1, gets trr; one
+    above it gets more than trr. Where nothing is clamped and the mean of I is 1, as
+    :func:`layer_importance` gives it, the mean of ρ is trr.
+
+    A weight of one row or column gets r = 1, which leaves nothing of it free, and refresh says so.
+    Put a share in its place to pass over it: ``ranks | {"score.weight": 0.5}``.
 
     Args:
         importance: I by parameter name; below zero counts as zero, so that it gets mrr.
@@ -85,7 +89,7 @@ def allocate_ranks(
     for name, value in importance.items():
         short = _short_side(name, known[name])
         share = min(max(mrr + value * (trr - mrr), mrr), 1.0)
-        found[name] = min(max(round(share * short), 1), short)
+        found[name] = max(1, share_of(share, short))
     return found
 
 
@@ -115,7 +119,10 @@ def ranks_by_energy(
 
     Returns:
         Ranks by parameter name as in ``refresh``, in the model's order. A weight of zeros gets
-        its minimum.
+        its minimum. A weight that needs min(m, n) for its energy gets that, which leaves nothing of
+        it free, and refresh says so; ``maximum=0.9`` holds some of each weight back, but for a
+        weight of one row or column: put a share in its place to pass over it,
+        ``ranks | {"score.weight": 0.5}``.
 
     Raises:
         ValueError: energy outside (0, 1], nothing matches, NaN or Inf in a weight (all weights
@@ -139,7 +146,11 @@ def ranks_by_energy(
     ceilings = select(
         model, 1.0 if maximum is None else maximum, filter, operator="ranks_by_energy"
     )
-    limits = {low.name: (low.rank, high.rank) for low, high in zip(floors, ceilings, strict=True)}
+    # A share leaves 0 of a weight of one direction, whose one rank is 1.
+    limits = {
+        low.name: (max(1, low.rank), max(1, high.rank))
+        for low, high in zip(floors, ceilings, strict=True)
+    }
     crossed = [f"{name!r}: {low} > {high}" for name, (low, high) in limits.items() if low > high]
     if crossed:
         raise ValueError(
@@ -173,6 +184,8 @@ def _energy_ranks(batch: Sequence[Selected], energy: float) -> list[int]:
     """
     W = torch.stack([s.weight.detach() for s in batch]).double()  # (batch, m, n)
     m, n = W.shape[-2:]
+    # Squares of float64 entries overflow above 1e154 and vanish below 1e-162.
+    W = W / W.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
     gram = W @ W.mT if m <= n else W.mT @ W
     scale = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None]
     values = torch.linalg.eigvalsh(gram).clamp_min(0.0)  # ascending: σ², smallest first

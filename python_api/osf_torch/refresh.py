@@ -6,7 +6,7 @@ import itertools
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from types import TracebackType
 from typing import Any, Literal
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from osf_kernels import TruncatedSVD, truncated_svd
 from osf_torch.batching import Batch, batches, factors_of, kind_of
+from osf_torch.coverage import left_out, log, log_left_out
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
-from osf_torch.selection import Filter, Selected, listed, select
+from osf_torch.selection import Filter, Selected, listed, require_seed, select
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
-from osf_torch.sharing import Ranks
+from osf_torch.sharing import UNKNOWN, Ranks
 from osf_torch.subspaces import Decomposition, Keep, Subspaces, assemble, smaller
 
 Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
@@ -66,19 +67,26 @@ def refresh(
     Args:
         model: its 2-D parameters of float32, bfloat16, float16 or float64.
         ranks: r as an int, a share ρ in (0, 1] of min(m, n), or either by parameter name or shell
-            pattern of names; an exact name goes first, then the first pattern that matches.
+            pattern of names; an exact name goes first, then the first pattern that matches. Note
+            that 1 is one direction of each weight and 1.0 is all of them. A share below 1 leaves at
+            least one direction free, so that it passes over a weight of one row or column (the
+            head of a reward model). An int or 1.0 that leaves nothing free is done, and logged.
         previous: an earlier refresh of these weights, whose triplets the next one starts from;
             ``method="auto"`` then takes the warm or the deflated method, by what was kept.
         progress: True shows a bar on a terminal, "always" prints lines elsewhere too.
-        filter: which weights; a function of (name, parameter), a pattern of names or several.
-            By default the weights that require grad of nn.Linear modules, and of transformers'
-            Conv1D (GPT-2's layers), whose W is (inputs, outputs). A weight that modules share is
-            decomposed once and goes by its first name; one without elements is passed over.
+        filter: which weights; a function of (name, parameter), a name or pattern of names, or
+            several. A name in full goes before any pattern. By default the weights that require
+            grad of nn.Linear modules, of nn.MultiheadAttention (its in_proj_weight as one matrix)
+            and of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs); not the
+            factors of a LoRA adapter, which aren't the weight that they are added to. A weight that
+            modules share is decomposed once and goes by its first name; one without elements is
+            passed over. What trains and isn't taken is logged, and stands in ``left_out``.
         method: as in truncated_svd.
         tol: relative residual of the triplets that the iterative methods reach, or warn about by
             parameter name.
         complement: whether low bases are computed; None does so where both sides' are smaller
-            than the high ones (square weights: from ρ > .5 on).
+            than the high ones (square weights: from ρ > .5 on). Pass False up to ρ ≈ .6 for
+            ``protect(mode="core")``, where high bases take fewer FLOPs until there.
         keep: "smaller" keeps S and the smaller basis of each side, at most (m² + n²)/2 elements
             a weight: what ``protect`` needs. "all" keeps every factor, (m + n)·r elements, or
             m² + n² where there are low bases: what the next deflated refresh needs.
@@ -101,22 +109,24 @@ def refresh(
             group that the first sharded weight is sharded over, or this process alone.
 
     Returns:
-        Subspaces by parameter name, in the model's order; ``print(_.summary())`` shows them.
+        Subspaces by parameter name, in the model's order; ``print(_.summary())`` shows them, and
+        what trains without them.
         Under ``torch.inference_mode`` too, factors are tensors that autograd takes.
 
     Raises:
-        ValueError: nothing matches (the message lists the model's 2-D parameters), a weight
-            without a rank, a rank or key that doesn't fit, NaN or Inf in a weight (all weights
-            are looked at before the first is decomposed), a ``previous`` that lacks a weight, its
-            shape or its triplets. All name the parameter; no partial result is left.
-        TypeError: a weight of another dtype, an argument of another type.
+        ValueError: nothing matches (the message lists the model's 2-D parameters), a name in full
+            of what is no matrix (3-D experts), flat parameters of FSDP1, a weight without a rank,
+            a rank or key that doesn't fit, NaN or Inf in a weight (all weights are looked at
+            before the first is decomposed), a ``previous`` that lacks a weight, its shape or its
+            triplets. All name the parameter; no partial result is left.
+        TypeError: a weight of another dtype, quantized or sparse, an argument of another type.
         RuntimeError: another rank of the group failed.
 
     Mutates nothing; synchronises once a batch; draws from ``seed`` alone.
     """
-    _require_options(keep, compute_dtype, dtype)
+    _require_options(keep, compute_dtype, dtype, seed)
     workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
-    selected = select(model, ranks, filter, operator="refresh", sharded=True)
+    selected = _with_room(select(model, ranks, filter, operator="refresh", sharded=True))
     if previous is not None:
         _require_fit(previous, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
@@ -125,6 +135,12 @@ def refresh(
     kinds = [
         kind_of(s, complement, compute_dtype, svd) for s, svd in zip(selected, earlier, strict=True)
     ]
+    covered = {id(s.weight) for s in selected}
+    if sharers.rank == 0:
+        _log_extremes(ranks, selected)
+        omitted = log_left_out(model, covered, "refresh")
+    else:
+        omitted = left_out(model, covered)
     limit_bytes = workspace_bytes or FACTOR_BYTES
     shares = [
         list(batches([selected[i] for i in share], [kinds[i] for i in share], limit_bytes))
@@ -167,7 +183,37 @@ def refresh(
                     factors = {part: _kept(factor, stay) for part, factor in factors.items()}
                     found[s.name] = assemble(factors, shape=s.shape, rank=kind.rank, **facts)
                 bar.advance(len(weights), kind.cost * len(weights))
-    return Subspaces({s.name: found[s.name] for s in selected}, seed=seed)
+    return Subspaces({s.name: found[s.name] for s in selected}, seed=seed, left_out=omitted)
+
+
+def _with_room(selected: Sequence[Selected]) -> list[Selected]:
+    """The weights that a share leaves something free of; all of one direction are none."""
+    kept = [s for s in selected if s.rank]
+    if not kept:
+        raise ValueError(
+            "osf_torch.refresh: expected a weight that ranks leaves something free of, got weights "
+            f"of one row or column alone: {listed([s.name for s in selected])}; widen filter=, or "
+            "pass ranks=1 to protect them whole"
+        )
+    return kept
+
+
+def _log_extremes(ranks: WantedRanks, selected: Sequence[Selected]) -> None:
+    """Tells one direction from all of them, which 1 and 1.0 are."""
+    full = [s.name for s in selected if s.rank == min(s.shape)]
+    if full:
+        log.warning(
+            "osf_torch.refresh: nothing of it is left to train, since its rank is min(m, n): %s; a "
+            "share below 1.0 leaves something free, and passes over weights of one row or column "
+            "(1.0 is every direction, 1 is one)",
+            listed(full),
+        )
+    given: list[Any] = list(ranks.values()) if isinstance(ranks, Mapping) else [ranks]
+    if len(full) < len(selected) and all(isinstance(r, Integral) and r == 1 for r in given):
+        log.warning(
+            "osf_torch.refresh: one direction of each weight is protected, since ranks is the int "
+            "1; 1.0 would be every direction, and 0.5 half of them"
+        )
 
 
 def _present(at_once: Iterable[Batch | None]) -> Iterator[tuple[int, Batch]]:
@@ -205,7 +251,8 @@ def _decomposed(
     ]
 
 
-def _require_options(keep: object, compute_dtype: object, dtype: object) -> None:
+def _require_options(keep: object, compute_dtype: object, dtype: object, seed: object) -> None:
+    require_seed(seed, "refresh")
     if keep not in ("smaller", "all"):
         raise ValueError(f'osf_torch.refresh: expected keep to be "smaller" or "all", got {keep!r}')
     if compute_dtype not in (None, torch.float64):
@@ -328,21 +375,25 @@ def _kept(factor: Tensor, device: torch.device | None) -> Tensor:
 
 def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, Any]]:
     """Residual, captured and converged of each as Python numbers, by one synchronisation."""
-    stacked = torch.stack([torch.stack([r.residual, r.captured]).double() for r in results])
-    flags = [r.converged for r in results]
-    known = (
-        torch.stack([flag for flag in flags if flag is not None]).tolist()
-        if any(flag is not None for flag in flags)
-        else []
-    )
-    converged = iter(known)
+    rows = [
+        torch.stack(
+            [
+                r.residual.double(),
+                r.captured.double(),
+                torch.full_like(r.residual, UNKNOWN, dtype=torch.float64)
+                if r.converged is None
+                else torch.as_tensor(r.converged, device=r.residual.device).double(),
+            ]
+        )
+        for r in results
+    ]
     return [
         {
             "residual": residual,
             "captured": captured,
-            "converged": None if flag is None else next(converged),
+            "converged": None if flag == UNKNOWN else bool(flag),
         }
-        for (residual, captured), flag in zip(stacked.tolist(), flags, strict=True)
+        for residual, captured, flag in torch.stack(rows).tolist()
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
+from osf_torch.kinds import adapter_part, described, is_lazy, is_plain, is_weight, owners, shape_of
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
 Rank = int | float
@@ -22,7 +23,10 @@ LISTED = 12  # how many names an error message lists
 
 @dataclass(frozen=True)
 class Selected:
-    """A weight to decompose: its name in ``model.named_parameters()`` and its rank r."""
+    """A weight to decompose: its name in ``model.named_parameters()`` and its rank r.
+
+    A rank of 0 says that the share that was asked for leaves nothing free.
+    """
 
     name: str
     weight: nn.Parameter
@@ -34,16 +38,20 @@ class Selected:
         return m, n
 
 
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+# Modules that stand around a whole model, and what they call it.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+}
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model within torch.compile's, DistributedDataParallel's or DeepSpeed's module."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in WRAPPERS:
-            inner = getattr(model, "module", None)
+        inner = getattr(model, WRAPPERS.get(type(model).__name__, ""), None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -52,19 +60,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by every name they have, less what compiling and wrapping add to it.
 
-    So a model goes by the same names bare, compiled, checkpointed and distributed.
+    So a model goes by the same names bare, compiled, checkpointed and distributed. Where two
+    parameters would go by one name they keep the names that the model gives them.
     """
     resharded(model)
+    full = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    short = {name: ".".join(p for p in name.split(".") if p not in WRAPPED) for name in full}
+    bearers: dict[str, set[int]] = {}
+    for name, parameter in full.items():
+        bearers.setdefault(short[name], set()).add(id(parameter))
     return {
-        ".".join(part for part in name.split(".") if part not in WRAPPED): parameter
-        for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)
+        short[name] if len(bearers[short[name]]) == 1 else name: parameter
+        for name, parameter in full.items()
     }
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], count: int = LISTED) -> str:
     """The first few names, and how many more there are."""
-    rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def select(
@@ -84,73 +98,132 @@ def select(
             f"osf_torch.{operator}: expected model to be an nn.Module, got {type(model).__name__}; "
             "load a state dict into its model first"
         )
+    require_matrices(model, operator)
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in named_weights(model).items():
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
-    matrices = [key for key, p in parameters.items() if p.dim() == 2 and p.numel()]
-    matches = _matcher(model, filter, operator)
-    chosen = [key for key in matrices if any(matches(n, parameters[key]) for n in aliases[key])]
-    if not chosen:
-        found = [_described(aliases[key][0], parameters[key]) for key in matrices]
-        linear = "nn.Linear weights (and Conv1D's) that require grad"
-        wanted = linear if filter is None else f"filter={filter!r}"
-        raise ValueError(
-            f"osf_torch.{operator}: expected {wanted} to match a 2-D parameter of the model, got "
-            f"no match among its {len(found)}: {listed(found) or 'none'}; pass filter= with "
-            "patterns such as '*.weight', or a function of name and parameter"
-        )
+    matches = _matcher(model, aliases, filter, operator)
+    matched = [key for key, p in parameters.items() if any(matches(n, p) for n in aliases[key])]
+    chosen = [key for key in matched if _may_be_taken(parameters[key])]
+    if not chosen or not _named(filter, aliases, matched) <= set(chosen):
+        raise _no_match(model, aliases, parameters, matched, filter, operator)
     wanted_ranks = _ranks(ranks, [aliases[key] for key in chosen], operator)
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
-        _require_decomposable(name, weight, operator, sharded)
+        require_values(name, weight, operator)
+        _require_layout(name, weight, operator, sharded)
         m, n = weight.shape
         selected.append(Selected(name, weight, _resolved(rank, m, n, name, operator)))
     return selected
 
 
-def _described(name: str, parameter: nn.Parameter) -> str:
-    shape = "x".join(map(str, parameter.shape))
-    return f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})"
+def _may_be_taken(parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix with elements, or may be one that isn't there, and is refused."""
+    shape = shape_of(parameter)
+    return shape is None or (len(shape) == 2 and min(shape) > 0)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, and transformers' Conv1D: the same layer, with its weight as (inputs, outputs)."""
-    kinds = type(module).__mro__
-    return isinstance(module, nn.Linear) or any(kind.__name__ == "Conv1D" for kind in kinds)
+def _no_match(
+    model: nn.Module,
+    aliases: Mapping[int, Sequence[str]],
+    parameters: Mapping[int, nn.Parameter],
+    matched: Sequence[int],
+    filter: Filter,
+    operator: str,
+) -> ValueError:
+    having = owners(model)
+    found, factors, unfit = [], [], []
+    for key, parameter in parameters.items():
+        name = aliases[key][0]
+        told = f"{name} ({described(name, parameter, having.get(key, ()))})"
+        if _may_be_taken(parameter):
+            shape = "x".join(map(str, shape_of(parameter) or ("lazy",)))
+            found.append(f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})")
+            if filter is None and parameter.requires_grad and adapter_part(name):
+                factors.append(told)
+        elif key in matched and (filter is not None or parameter.numel()):
+            unfit.append(told)
+    linear = "nn.Linear weights (and Conv1D's and attention's) that require grad"
+    wanted = linear if filter is None else f"filter={filter!r}"
+    text = (
+        f"osf_torch.{operator}: expected {wanted} to match 2-D parameters of the model, got "
+        f"{f'no matrix in {listed(unfit)}' if unfit else 'no match'} among its {len(found)}: "
+        f"{listed(found) or 'none'}"
+    )
+    if factors:
+        return ValueError(
+            f"{text}; what trains are {listed(factors)}, and what these span isn't what the weight "
+            "spans that their product is added to: refresh the model before it gets its adapters "
+            "and train the weights themselves, take PEFT's OSF tuner instead "
+            "(osf_torch.integrations.peft), or pass filter='*' for the factors as they are"
+        )
+    return ValueError(
+        f"{text}; pass filter= with patterns such as '*.weight', or a function of name and "
+        "parameter"
+    )
 
 
 def _matcher(
-    model: nn.Module, filter: Filter, operator: str
+    model: nn.Module, aliases: Mapping[int, Sequence[str]], filter: Filter, operator: str
 ) -> Callable[[str, nn.Parameter], bool]:
     if filter is None:
         weights = {
-            id(module._parameters.get("weight")) for module in model.modules() if is_linear(module)
+            key
+            for key, having in owners(model).items()
+            if any(is_weight(module, attribute) for module, attribute in having)
         }
-        return lambda _, parameter: parameter.requires_grad and id(parameter) in weights
-    if callable(filter):
-        return filter
-    patterns = [filter] if isinstance(filter, str) else filter
-    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
+        return lambda name, parameter: (
+            parameter.requires_grad and id(parameter) in weights and adapter_part(name) is None
+        )
+    if callable(filter):  # asked of matrices alone, so that it may rely on two dimensions
+        return lambda name, parameter: (
+            not is_lazy(parameter)
+            and (parameter.dim() == 2 and parameter.numel() > 0)
+            and filter(name, parameter)
+        )
+    given = [filter] if isinstance(filter, str) else filter
+    if not isinstance(given, Collection) or not all(isinstance(p, str) for p in given):
         raise TypeError(
             f"osf_torch.{operator}: expected filter to be a function of name and parameter, or "
             f"patterns of names, got {filter!r}"
         )
-    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
+    exact, patterns = _exact_and_patterns(given, aliases.values())
+    return lambda name, _: name in exact or any(fnmatchcase(name, p) for p in patterns)
+
+
+def _exact_and_patterns(
+    keys: Iterable[str], names: Iterable[Sequence[str]]
+) -> tuple[set[str], list[str]]:
+    """The keys that are names, which are no patterns even with brackets in them, and the others."""
+    keys = list(keys)
+    exact = set(keys) & {alias for aliases in names for alias in aliases}
+    return exact, [key for key in keys if key not in exact]
+
+
+def _named(
+    filter: Filter, aliases: Mapping[int, Sequence[str]], matched: Iterable[int]
+) -> set[int]:
+    """Those of ``matched`` whose names stand in ``filter`` in full, and not by a pattern."""
+    if filter is None or callable(filter):
+        return set()
+    given = {filter} if isinstance(filter, str) else set(filter)
+    return {key for key in matched if not given.isdisjoint(aliases[key])}
 
 
 def _ranks(ranks: Ranks, names: Sequence[Sequence[str]], operator: str) -> list[Rank]:
     """One rank a weight: by its exact name, else by the first pattern that matches."""
     if not isinstance(ranks, Mapping):
         return [ranks] * len(names)
+    named, patterns = _exact_and_patterns(ranks, names)
     used: set[str] = set()
     found: list[Rank] = []
     missing: list[str] = []
     for aliases in names:
-        exact = [alias for alias in aliases if alias in ranks]
-        fitting = [p for p in ranks if any(fnmatchcase(alias, p) for alias in aliases)]
+        exact = [alias for alias in aliases if alias in named]
+        fitting = [p for p in patterns if any(fnmatchcase(alias, p) for alias in aliases)]
         used.update(exact, fitting)
         if exact or fitting:
             found.append(ranks[(exact or fitting)[0]])
@@ -170,17 +243,77 @@ def _ranks(ranks: Ranks, names: Sequence[Sequence[str]], operator: str) -> list[
     return found
 
 
-def _require_decomposable(name: str, weight: nn.Parameter, operator: str, sharded: bool) -> None:
+def require_matrices(model: nn.Module, operator: str) -> None:
+    """Refuses a model whose weights are held flat, as vectors that no subspace is one of.
+
+    Raises:
+        ValueError: parameters of FSDP1 (``FullyShardedDataParallel``) outside
+            ``summon_full_params``.
+    """
+    having = owners(model)
+    flat = [
+        name
+        for name, parameter in named_weights(model).items()
+        if getattr(parameter, "_is_flat_param", False)
+        or (
+            getattr(parameter, "_fsdp_flattened", False)  # with use_orig_params=True
+            and parameter.dim() == 1
+            and any(
+                is_weight(module, attribute) or isinstance(module, nn.Embedding)
+                for module, attribute in having.get(id(parameter), ())
+            )
+        )
+    ]
+    if flat:
+        raise ValueError(
+            f"osf_torch.{operator}: expected weights to be matrices, got FSDP1's flat parameters, "
+            f"{listed(flat, 3)}; shard by torch.distributed.fsdp.fully_shard (FSDP2), which keeps "
+            "matrices, or call this before FullyShardedDataParallel wraps the model"
+        )
+
+
+def require_values(name: str, weight: nn.Parameter, operator: str) -> None:
+    """Refuses a parameter whose values torch's operators can't read, by its name.
+
+    Raises:
+        ValueError: a meta tensor, or the parameter of a lazy module that hasn't run.
+        TypeError: another dtype than float32, bfloat16, float16 or float64; a sparse tensor; a
+            tensor subclass other than nn.Parameter and DTensor, such as quantized weights.
+    """
+    if is_lazy(weight):
+        raise ValueError(
+            f"osf_torch.{operator}: expected parameter {name!r} to have values, got one of a lazy "
+            "module; run the model on a batch first"
+        )
+    if not is_dtensor(weight) and not is_plain(weight):
+        raise TypeError(
+            f"osf_torch.{operator}: expected parameter {name!r} to be a plain tensor or a DTensor, "
+            f"got {type(weight).__name__}; leave it out by filter=, or dequantize it"
+        )
     if weight.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(
             f"osf_torch.{operator}: expected parameter {name!r} to be one of {known}, got "
             f"{weight.dtype}; leave it out by filter=, or dequantize it"
         )
+    if weight.layout != torch.strided:
+        raise TypeError(
+            f"osf_torch.{operator}: expected parameter {name!r} to be dense, got "
+            f"{weight.layout}; leave it out by filter=, or make it dense"
+        )
     if weight.is_meta:
         raise ValueError(
             f"osf_torch.{operator}: expected parameter {name!r} to have values, got a meta tensor; "
             "load the weights first"
+        )
+
+
+def _require_layout(name: str, weight: nn.Parameter, operator: str, sharded: bool) -> None:
+    if weight.dim() != 2:
+        raise ValueError(
+            f"osf_torch.{operator}: expected parameter {name!r} to be whole, got a part that "
+            "DeepSpeed's ZeRO-3 left; call this before deepspeed.initialize, or within "
+            "deepspeed.zero.GatheredParameters"
         )
     if is_dtensor(weight) and sharded:
         try:
@@ -195,7 +328,10 @@ def _require_decomposable(name: str, weight: nn.Parameter, operator: str, sharde
 
 
 def _resolved(rank: object, m: int, n: int, name: str, operator: str) -> int:
-    """r of an int, or of a share ρ in (0, 1] of the shorter side, at least one."""
+    """r of an int, or of a share ρ in (0, 1] of the shorter side, at least one.
+
+    A share below 1 leaves at least one direction free; of a weight with one alone that is 0.
+    """
     short = min(m, n)
     if isinstance(rank, bool) or not isinstance(rank, Real):
         raise TypeError(
@@ -209,10 +345,25 @@ def _resolved(rank: object, m: int, n: int, name: str, operator: str) -> int:
                 f"osf_torch.{operator}: expected the rank of {name!r} to be a float in (0, 1], got "
                 f"{rank!r}; pass an int for a number of directions"
             )
-        return max(1, round(share * short))
+        return share_of(share, short)
     if not 1 <= int(rank) <= short:
         raise ValueError(
             f"osf_torch.{operator}: expected the rank of {name!r} to be from 1 to min(m, n) = "
             f"{short} of its shape ({m}, {n}), got {rank}; pass a float for a share of it"
         )
     return int(rank)
+
+
+def share_of(share: float, short: int) -> int:
+    """Directions of ``short`` that a share ρ in (0, 1] is: below 1 it leaves one free at least."""
+    return short if share >= 1.0 else min(max(1, round(share * short)), short - 1)
+
+
+def require_seed(seed: object, operator: str) -> None:
+    """Refuses what no torch.Generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"osf_torch.{operator}: expected seed to be an int, got {seed!r}")
+    if not -(1 << 63) <= int(seed) < 1 << 64:
+        raise ValueError(
+            f"osf_torch.{operator}: expected seed to have 64 bits, got {seed}; any int such as 0"
+        )

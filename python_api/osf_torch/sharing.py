@@ -11,7 +11,7 @@ from torch import Tensor
 from osf_torch.sharding import Group, is_dtensor, sharding_of
 
 METHODS = ("randomized", "gram", "warm", "deflated", "exact")
-UNKNOWN = -1.0  # what converged is sent as where no tol was given
+UNKNOWN = -1.0  # what converged of None is among numbers
 
 
 class Ranks:
@@ -126,7 +126,7 @@ class Ranks:
             converged = UNKNOWN if facts["converged"] is None else float(facts["converged"])
             numbers = [facts[key] for key in ("residual", "captured", "iterations", "seconds")]
             numbers += [converged, METHODS.index(facts["method"])]
-            figures.copy_(torch.tensor(numbers, dtype=figures.dtype))
+            figures.copy_(torch.tensor(numbers, dtype=figures.dtype, device="cpu"))
         for t in (figures, *sent.values()):
             dist.broadcast(t, group_src=owner, group=self.group)
         residual, captured, iterations, seconds, flag, method = figures.tolist()

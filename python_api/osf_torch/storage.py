@@ -10,16 +10,18 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis
+from osf_torch.coverage import left_out
+from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.protected import columns_of
 from osf_torch.scalars import read
-from osf_torch.selection import DTYPES, listed, named_weights
+from osf_torch.selection import DTYPES, listed, named_weights, require_matrices, require_values
 from osf_torch.sharding import sharding_of
 from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
@@ -32,17 +34,7 @@ from osf_torch.subspaces import (
     facts_of,
 )
 
-FORMAT = "osf_torch.subspaces"
-FORMAT_VERSION = "2"
 SLAB_BYTES = 64 << 20  # of a weight that are brought to the host at a time for hashing
-PARTS = ("U", "U_low", "S", "V", "V_low", "protected")
-# What the metadata says of every weight, and beside that of one that a refresh decomposed.
-STORED = {"shape": list, "dtype": str, "sha256": str, "parts": list}
-FOUND = {
-    field: float | int if kind is float else kind
-    for field, kind in get_type_hints(Decomposition).items()
-    if field in FACTS and field not in STORED
-}
 
 
 def save_subspaces(
@@ -52,9 +44,10 @@ def save_subspaces(
 
     Every factor kept is a tensor ``NAME:U``, ``NAME:U_low``, ``NAME:S``, ``NAME:V``,
     ``NAME:V_low`` or ``NAME:protected`` of its own dtype. The metadata holds the format's version,
-    the library's and, as JSON, for every weight its shape, dtype, which factors are kept and the
-    SHA-256 of its values; of one that a refresh decomposed also the rank, method, iterations,
-    residual, captured, converged and seconds; of a whole refresh, its Subspaces, also the seed.
+    the library's and, as JSON, for every weight its shape, dtype, which factors are kept, and the
+    SHA-256 of its values and of each factor's; of one that a refresh decomposed also the rank,
+    method, iterations, residual, captured, converged and seconds; of a whole refresh, its
+    Subspaces, also the seed.
 
     Where weights of the model are sharded (DTensor, as by ``fully_shard``), all ranks that share
     them call it, with the same arguments. Weights are gathered one at a time, so that a hash is
@@ -72,8 +65,10 @@ def save_subspaces(
     Raises:
         ImportError: the package safetensors isn't installed.
         FileNotFoundError: there is no such folder.
-        ValueError: the model lacks a parameter, or has it without values (on the meta device) or
-            not as a matrix; a factor doesn't fit the weight, or holds integers, NaN or Inf.
+        ValueError: the model lacks a parameter, or has it without values (on the meta device), not
+            as a matrix or flattened by FSDP1; a factor doesn't fit the weight, or holds integers,
+            NaN or Inf.
+        TypeError: a parameter of another dtype than ``refresh`` takes, quantized or sparse.
         RuntimeError: another rank failed.
 
     Mutates nothing but the file; copies weights and factors to the host.
@@ -103,6 +98,9 @@ def save_subspaces(
         if ranks.rank == 0:
             for part, factor in factors.items():
                 tensors[f"{name}:{part}"] = _apart(factor, storages)
+            described[name]["factors_sha256"] = {
+                part: content_hash(tensors[f"{name}:{part}"]) for part in factors
+            }
     for name, weight in weights.items():
         described[name]["sha256"] = content_hash(weight)
     metadata = {
@@ -141,15 +139,18 @@ def load_subspaces(
 
     Returns:
         What was saved, to the bit: the Subspaces of a refresh, else a dict by parameter name,
-        in which what was an item of a refresh is that again. Such a dict has no seed.
+        in which what was an item of a refresh is that again. Such a dict has no seed. ``left_out``
+        of a refresh is what the model trains beside it now.
 
     Raises:
         ImportError: the package safetensors isn't installed.
         FileNotFoundError: there is no such file.
         ValueError: the file is none of ours, of an unknown format version or damaged (metadata or
-            a factor missing or broken, a factor that doesn't fit the weight's shape and rank, or
-            holds integers, NaN or Inf); the model lacks a parameter, or has it in another shape,
-            with other values or without any. The message names it.
+            a factor missing or broken, a factor that isn't the one that was saved, doesn't fit the
+            weight's shape and rank, or holds integers, NaN or Inf; figures that no refresh gives).
+            Files of format 2 hold no hashes of factors, which is logged. The model lacks a
+            parameter, or has it in another shape, with other values or without any. The message
+            names it.
         RuntimeError: another rank failed.
 
     Mutates nothing; copies weights to the host to hash them.
@@ -161,7 +162,9 @@ def load_subspaces(
     if seed is None:
         return {name: _subspace(factors, described[name]) for name, factors in loaded.items()}
     found = {name: _decomposition(factors, described[name]) for name, factors in loaded.items()}
-    return Subspaces(found, seed=seed)
+    parameters = named_weights(model)
+    omitted = left_out(model, {id(parameters[name]) for name in found})
+    return Subspaces(found, seed=seed, left_out=omitted)
 
 
 @contextmanager
@@ -230,7 +233,7 @@ def _apart(factor: Tensor, storages: set[int]) -> Tensor:
 
 
 def content_hash(weight: Tensor) -> str:
-    """SHA-256 of a matrix's dtype, shape and values in row order, however and wherever it lies.
+    """SHA-256 of a tensor's dtype, shape and values in row order, however and wherever it lies.
 
     Synchronises; copies the weight to the host in slabs of 64 MiB. A sharded one is gathered
     first, which every rank of its mesh must join.
@@ -263,7 +266,7 @@ def _read(
             f"can't be read ({error}); save it again"
         ) from error
     with file:
-        seed, described = _described(path, file.metadata() or {})
+        seed, described = described_by(path, file.metadata() or {})
         weights = _weights(model, described, "load_subspaces")
         keys = set(file.keys())
         loaded = {}
@@ -277,66 +280,39 @@ def _read(
             missing = [part for part in facts["parts"] if f"{name}:{part}" not in keys]
             if missing:
                 kept = f"the factors {listed(facts['parts'])} of {name!r}"
-                raise _damaged(path, kept, f"no {listed(missing)}")
-            factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
+                raise damaged(path, kept, f"no {listed(missing)}")
+            try:
+                with torch.device("cpu"):  # values would be lost on a default device such as meta
+                    factors = {part: file.get_tensor(f"{name}:{part}") for part in facts["parts"]}
+            except Exception as error:  # of a dtype that torch or safetensors doesn't know
+                raise damaged(path, f"tensors of {name!r}", f"{error!s:.80}") from error
             _require_fit(factors, got, facts.get("rank"), "load_subspaces", f"{name!r} in {path}")
+            _require_as_saved(factors, facts.get("factors_sha256"), path, name)
             device = weights[name].device
             loaded[name] = {part: factor.to(device) for part, factor in factors.items()}
     return seed, described, loaded
 
 
-def _described(
-    path: Path, metadata: Mapping[str, str]
-) -> tuple[int | None, dict[str, dict[str, Any]]]:
-    """The seed, and by parameter name what the metadata says of it."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"osf_torch.load_subspaces: expected {path} to be written by save_subspaces, got "
-            f"another safetensors file (metadata format {metadata.get('format')!r})"
-        )
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"osf_torch.load_subspaces: expected format version {FORMAT_VERSION} in {path}, got "
-            f"{version!r}, written by osf-kernels {metadata.get('library_version')}; load it "
-            "with that version, or refresh again"
-        )
-    try:
-        seed = int(metadata["seed"]) if "seed" in metadata else None
-    except ValueError:
-        raise _damaged(path, "a whole number as seed", repr(metadata["seed"])) from None
-    try:
-        described = json.loads(metadata.get("weights", ""))
-    except json.JSONDecodeError as error:
-        raise _damaged(path, "what it says of the weights as JSON", f"none ({error})") from None
-    if not isinstance(described, dict):
-        raise _damaged(path, "what it says of the weights by name", repr(described)[:80])
-    for name, facts in described.items():
-        if not isinstance(facts, dict):
-            raise _damaged(path, f"what it says of {name!r} by field", repr(facts)[:80])
-        refreshed = seed is not None or not FOUND.keys().isdisjoint(facts)
-        for field, kind in (STORED | FOUND if refreshed else STORED).items():
-            if field not in facts or not isinstance(facts[field], kind):
-                expected = f"{field} ({getattr(kind, '__name__', kind)}) of {name!r}"
-                got = repr(facts[field])[:80] if field in facts else "none"
-                raise _damaged(path, expected, got)
-        unknown = [part for part in facts["parts"] if part not in PARTS]
-        if unknown:
-            raise _damaged(path, f"parts of {name!r} out of {listed(PARTS)}", repr(unknown)[:80])
-    return seed, described
-
-
-def _damaged(path: Path, expected: str, got: str) -> ValueError:
-    return ValueError(
-        f"osf_torch.load_subspaces: expected {path} to hold {expected}, got {got}; make it anew by "
-        "refresh and save_subspaces"
-    )
+def _require_as_saved(
+    factors: Mapping[str, Tensor], hashes: Mapping[str, str] | None, path: Path, name: str
+) -> None:
+    """Refuses factors whose values aren't those that were saved; format 2 has no hashes."""
+    if hashes is None:
+        return
+    for part, factor in factors.items():
+        if hashes.get(part) != content_hash(factor):
+            raise damaged(
+                path,
+                f"{part} of {name!r} as it was saved (SHA-256 {hashes.get(part)!s:.12}…)",
+                "other values",
+            )
 
 
 # --- what fits ---
 
 
 def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str, nn.Parameter]:
+    require_matrices(model, operator)
     parameters = named_weights(model)
     names = list(names)
     missing = [name for name in names if name not in parameters]
@@ -346,11 +322,7 @@ def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str,
             f"got none named {listed(missing)}; its first are {listed(list(parameters)[:5])}"
         )
     for name in names:
-        if parameters[name].is_meta:
-            raise ValueError(
-                f"osf_torch.{operator}: expected parameter {name!r} to have values, got a meta "
-                "tensor; load the weights first"
-            )
+        require_values(name, parameters[name], operator)
         if parameters[name].dim() != 2:
             raise ValueError(
                 f"osf_torch.{operator}: expected parameter {name!r} to be a matrix (m, n), got "
@@ -433,5 +405,5 @@ def _safetensors(operator: str, submodule: str = "") -> Any:
     except ImportError as error:
         raise ImportError(
             f"osf_torch.{operator}: expected safetensors to be installed, got {error}; "
-            "pip install 'osf-kernels[subspaces]'"
+            "pip install safetensors numpy"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, TruncatedSVD
+from osf_torch.selection import listed
 
 Keep = Literal["smaller", "all"]
 Held = Tensor | Basis | None
@@ -52,7 +53,8 @@ class Decomposition(Subspace):
         method, iterations: what ran, as in ``osf_kernels.TruncatedSVD``.
         residual: of the triplets, relative to σ₁, as computed: before the bases were rounded.
         captured: share of ‖W‖²_F that they hold.
-        converged: residual ≤ tol; None where no tol was given.
+        converged: whether the residual is at most tol, or where no tol was given within what
+            ``osf_kernels.truncated_svd`` promises; None where that isn't known.
         seconds: of the decomposition, an equal share of its batch's.
     """
 
@@ -107,11 +109,11 @@ def assemble(factors: Mapping[str, Tensor], **facts: Any) -> Decomposition:
             factors["U"],
             S,
             factors["V"],
-            torch.tensor(facts["residual"], dtype=S.dtype),
-            torch.tensor(facts["captured"], dtype=S.dtype),
+            torch.tensor(facts["residual"], dtype=S.dtype, device="cpu"),
+            torch.tensor(facts["captured"], dtype=S.dtype, device="cpu"),
             facts["iterations"],
             facts["method"],
-            None if converged is None else torch.tensor(converged),
+            None if converged is None else torch.tensor(converged, device="cpu"),
             factors.get("U_low"),
             factors.get("V_low"),
         )
@@ -144,11 +146,20 @@ class Subspaces(Mapping[str, Decomposition]):
 
     Attributes:
         seed: what the random sketches were drawn from.
+        left_out: what trained and wasn't covered when these were made or loaded, by parameter
+            name: its shape and what it is. The biases and other vectors aren't among it.
     """
 
-    def __init__(self, decompositions: Mapping[str, Decomposition], *, seed: int) -> None:
+    def __init__(
+        self,
+        decompositions: Mapping[str, Decomposition],
+        *,
+        seed: int,
+        left_out: Mapping[str, str] | None = None,
+    ) -> None:
         self._decompositions = dict(decompositions)
         self.seed = seed
+        self.left_out = dict(left_out or {})
 
     def __getitem__(self, name: str) -> Decomposition:
         return self._decompositions[name]
@@ -165,9 +176,12 @@ class Subspaces(Mapping[str, Decomposition]):
             methods[entry.method] = methods.get(entry.method, 0) + 1
         counts = ", ".join(f"{count} {method}" for method, count in methods.items())
         worst = max((entry.residual for entry in self.values()), default=0.0)
+        rough = sum(entry.converged is False for entry in self.values())
+        approximate = f" ({rough} approximate)" if rough else ""
+        omitted = listed(list(self.left_out), 3)
         return (
-            f"Subspaces({len(self)} weights: {counts or 'none'}; worst residual {worst:.1e}, "
-            f"{self.nbytes / 2**20:.1f} MiB)"
+            f"Subspaces({len(self)} weights: {counts or 'none'}; worst residual {worst:.1e}"
+            f"{approximate}, {self.nbytes / 2**20:.1f} MiB{omitted and f'; left out: {omitted}'})"
         )
 
     @property
@@ -201,10 +215,10 @@ class Subspaces(Mapping[str, Decomposition]):
                 for part, factor in entry.factors().items()
             }
             moved[name] = assemble(factors, **facts_of(entry))
-        return Subspaces(moved, seed=self.seed)
+        return Subspaces(moved, seed=self.seed, left_out=self.left_out)
 
     def summary(self) -> str:
-        """A table, a line a weight and one over all of them."""
+        """A table, a line a weight and one over all of them, then what trains and isn't covered."""
         header = (
             "parameter",
             "shape",
@@ -244,15 +258,60 @@ class Subspaces(Mapping[str, Decomposition]):
                 f"{self.nbytes / 2**20:.1f}",
             )
         )
-        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-        rows = [header, tuple("-" * width for width in widths), *lines]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return "\n".join([*table(header, lines), *omitted_lines(self.left_out)])
+
+
+class Grown(dict[str, Subspace]):
+    """Subspaces by parameter name that inputs made; of ``input_subspaces``.
+
+    Attributes:
+        left_out: as of ``Subspaces``.
+    """
+
+    def __init__(
+        self, subspaces: Mapping[str, Subspace], *, left_out: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(subspaces)
+        self.left_out = dict(left_out or {})
+
+    def __repr__(self) -> str:
+        omitted = listed(list(self.left_out), 3)
+        return f"Grown({len(self)} weights{omitted and f'; left out: {omitted}'})"
+
+    def summary(self) -> str:
+        """A table of what is protected of each side, then what trains and isn't covered."""
+        lines = [(name, _side(entry.U), _side(entry.V)) for name, entry in self.items()]
+        return "\n".join([*table(("parameter", "U", "V"), lines), *omitted_lines(self.left_out)])
+
+
+def _side(basis: Held) -> str:
+    """How many directions of how many are protected, and whether they or the others are held."""
+    if basis is None:
+        return "none"
+    columns, spans = (basis.columns, basis.spans) if isinstance(basis, Basis) else (basis, "high")
+    size, width = columns.shape[-2:]
+    return f"{width if spans == 'high' else size - width} of {size} {spans}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of one width a column, the first column to the left."""
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, tuple("-" * width for width in widths), *lines)
+    ]
+
+
+def omitted_lines(left_out: Mapping[str, str]) -> list[str]:
+    """What trains and isn't covered, for the end of a summary."""
+    if not left_out:
+        return []
+    width = max(map(len, left_out))
+    named = [f"  {name.ljust(width)}  {what}" for name, what in left_out.items()]
+    return [f"left out, and free to move where it trains: {len(left_out)}", *named]
 
 
 FACTS = (
@@ -273,7 +332,8 @@ def facts_of(entry: Decomposition) -> dict[str, Any]:
 
 
 def _ran(entry: Decomposition) -> str:
-    return entry.method + ("" if entry.converged in (None, True) else ", above tol")
+    """The method, and whether what it found misses what was asked of it."""
+    return entry.method + (", approximate" if entry.converged is False else "")
 
 
 def _spans(entry: Decomposition) -> str:

@@ -81,6 +81,28 @@ def one_sided_steps(rank):
     return counted.calls, max(guard.drift().values())
 
 
+def padded_batch(rank):
+    """Padding on the first rank alone."""
+    mask = torch.ones(2, 3, dtype=torch.long)
+    if rank == 0:
+        mask[1, 1:] = 0
+    scale = 0.8 ** torch.arange(12, dtype=torch.float64)
+    x = torch.randn(2, 3, 12, generator=generator_for("pad", rank), dtype=torch.float64) * scale
+    return {"x": x, "attention_mask": mask}
+
+
+def padding_on_one_rank(rank):
+    """Every rank runs the sharded model as often, or the others would wait for it."""
+    found = input_subspaces(
+        sharded(),
+        [padded_batch(rank)],
+        energy=ENERGY,
+        progress=False,
+        forward=lambda model, batch: model(batch["x"]),
+    )
+    return columns(found)
+
+
 def one_bad_rank(rank):
     given = batches(rank)
     if rank == 1:
@@ -92,7 +114,13 @@ def one_bad_rank(rank):
     return ""
 
 
-RUNS = {"whole": whole, "shards": on_shards, "one-sided": one_sided_steps, "bad": one_bad_rank}
+RUNS = {
+    "whole": whole,
+    "shards": on_shards,
+    "one-sided": one_sided_steps,
+    "padded": padding_on_one_rank,
+    "bad": one_bad_rank,
+}
 
 
 def everything(rank):
@@ -135,6 +163,18 @@ def test_steps_with_the_unsharded_side_alone_send_nothing(ranks):
         calls, drift = run["one-sided"]
         assert calls == []
         assert drift <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_padding_on_one_rank_is_left_out(ranks):
+    given = [padded_batch(rank) for rank in range(ranks)]
+    tokens = torch.cat([batch["x"][batch["attention_mask"] != 0] for batch in given])
+    wanted = input_subspaces(mlp(), [tokens], energy=ENERGY, progress=False)
+    for run in results(ranks):
+        for name, V in columns(wanted).items():
+            assert run["padded"][name].shape == V.shape
+            assert overlap(run["padded"][name], V) >= 1 - 1e-9
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 
 from osf_kernels import Basis
 from osf_kernels.testing import overlap
-from osf_torch import protect, refresh
+from osf_torch import input_subspaces, protect, ranks_by_energy, refresh
 from osf_torch.sharing import Ranks
 from tests.distributed.ranks import Collectives, run_ranks
 from tests.helpers import generator_for
@@ -90,6 +91,28 @@ def infinite_refresh(rank, ranks):
     return ""
 
 
+def flat_refresh(rank, ranks):
+    """What FSDP1 makes of weights is refused; what it hasn't wrapped or has put back isn't."""
+    said = []
+    for options in ({"use_orig_params": True}, {"use_orig_params": False}):
+        whole, part = mlp(), mlp()
+        part[1] = FSDP(part[1], device_id=torch.device("cpu"), **options)
+        for model in (FSDP(whole, device_id=torch.device("cpu"), **options), part):
+            for run in (
+                lambda model=model: refresh(model, 0.4, progress=False),
+                lambda model=model: ranks_by_energy(model, 0.5, progress=False),
+                lambda model=model: input_subspaces(model, [torch.ones(1, 20)], progress=False),
+            ):
+                try:
+                    run()
+                    said.append("works")
+                except ValueError as error:
+                    said.append(str(error))
+    model = FSDP(mlp(), device_id=torch.device("cpu"), use_orig_params=True)
+    with FSDP.summon_full_params(model):
+        return said, list(refresh(model, 0.4, progress=False))
+
+
 def next_task(rank, ranks):
     """A task, a deflated refresh on the shards, another task."""
     model = sharded(torch.float64)
@@ -120,6 +143,7 @@ RUNS = {
     "smaller": smaller_refresh,
     "failing": failing_refresh,
     "infinite": infinite_refresh,
+    "flat": flat_refresh,
     "next task": next_task,
 }
 
@@ -196,6 +220,17 @@ def test_no_rank_waits_for_one_that_failed(ranks):
     assert any("expected" in text and "weight" in text for text in failures)
     for text in results(ranks, "infinite"):
         assert "got NaN or Inf: '1.weight' has 1 such entries" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_flat_parameters_of_fsdp1_are_refused_with_what_to_do(ranks):
+    for said, taken in results(ranks, "flat"):
+        assert len(said) == 12
+        for text in said:
+            assert "got FSDP1's flat parameters" in text
+            assert "fully_shard (FSDP2)" in text
+        assert taken == list(refresh(mlp(), 0.4, progress=False))
 
 
 @pytest.mark.slow

@@ -1,0 +1,97 @@
+"""What a parameter is: which modules own it, whether it is a layer's weight, how to call it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+Owners = dict[int, list[tuple[nn.Module, str]]]
+
+# The factors of an adapter, by the names that PEFT, torchtune, LyCORIS and diffusers give them.
+ADAPTER = re.compile(r"(?:^|\.)(lora(?:_layer)?[._](?:embedding_)?(?:[ab]|up|down))(?:\.|$)", re.I)
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def owners(model: nn.Module) -> Owners:
+    """The modules that have a parameter, and as what, by the parameter's id."""
+    found: Owners = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append((module, attribute))
+    return found
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer with its weight as (inputs, outputs)."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+
+
+def is_weight(module: nn.Module, attribute: str) -> bool:
+    """Whether activations are multiplied with it: the matrix of a linear layer or of attention."""
+    if isinstance(module, nn.MultiheadAttention):
+        return attribute in PROJECTIONS
+    return attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def adapter_part(name: str) -> str | None:
+    """ "lora_A" of a LoRA adapter's factor; None of any other parameter.
+
+    What such a factor spans isn't what the weight that it is added to spans.
+    """
+    found = ADAPTER.search(name)
+    return found[1] if found else None
+
+
+def is_lazy(parameter: torch.Tensor) -> bool:
+    """Whether it is a lazy module's that hasn't run, and has neither shape nor values."""
+    return bool(nn.parameter.is_lazy(parameter))
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...] | None:
+    """As the model was written, where ZeRO-3 holds a part; None before a lazy module has run."""
+    if is_lazy(parameter):
+        return None
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def described(name: str, parameter: nn.Parameter, owned: Sequence[tuple[nn.Module, str]]) -> str:
+    """Its shape, and in a few words what it is."""
+    shape = shape_of(parameter)
+    if shape is None:
+        return "no shape yet, a lazy module's"
+    return f"{'x'.join(map(str, shape))}, {_kind(name, shape, owned)}"
+
+
+def _kind(name: str, shape: tuple[int, ...], owned: Sequence[tuple[nn.Module, str]]) -> str:
+    module, attribute = owned[0] if owned else (None, "parameter")
+    part = adapter_part(name)
+    if part is not None:
+        return f"{part} of a LoRA adapter"
+    if isinstance(module, ParametrizationList):
+        return f"{attribute} of a parametrized weight"
+    kind = type(module).__name__
+    if type(module).__module__.startswith("torch.nn."):
+        kind = f"nn.{kind}"
+    whose = kind if attribute == "weight" else f"{attribute} of {kind}"
+    if len(shape) == 3 and min(shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
+        return f"3-D: a batch of matrices (experts), {whose}"
+    if len(shape) != 2:
+        return f"{len(shape)}-D, {whose}"
+    if min(shape) == 1:
+        return f"rho leaves nothing free of one direction, {whose}"
+    return whose
+
+
+def is_plain(parameter: torch.Tensor) -> bool:
+    """Whether torch's own operators see its values: no subclass that stands between."""
+    kind = type(parameter)
+    functions = (nn.Parameter.__torch_function__, torch._C._disabled_torch_function_impl)
+    own_function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return (
+        kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and own_function in (*functions, torch.Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
+    )

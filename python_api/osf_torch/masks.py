@@ -1,0 +1,232 @@
+"""Which rows of an activation are padding: found by running the model, never from a shape alone.
+
+A model is run on the batch as it is, and on the batch with other values at the padded places. Rows
+of padding change, and rows of real tokens don't. Where the rows of an activation change at all the
+padded places of a mask and nowhere else, it holds that mask's tokens, in that layout. What else has
+as many rows (a decoder's tokens, an image's patches, pooled tokens) doesn't, and counts in full. So
+does everything of a model that lets padding reach real tokens: to count padding costs some room, to
+leave out real tokens loses what was to be protected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from osf_torch.coverage import log
+from osf_torch.selection import listed
+
+Masks = Mapping[str, str] | Literal["auto"] | None
+
+# By a mask's key, what the sequence goes by whose tokens it tells from padding.
+USUAL = {
+    "attention_mask": ("input_ids", "inputs_embeds"),
+    "decoder_attention_mask": ("decoder_input_ids", "decoder_inputs_embeds"),
+}
+# What is as long as a sequence without being one.
+BESIDE = ("labels", "token_type_ids", "position_ids", "special_tokens_mask")
+CHANGED = 1e-4  # of a row's norm: above rounding in float32, far below another token
+DIRECTIONS = 4  # that a row is seen by: one alone misses a change once in ten thousand rows
+
+
+class Padding:
+    """The padded rows of the batch that is running; a watcher asks by ``rows``."""
+
+    def __init__(self, masks: Masks, operator: str) -> None:
+        if isinstance(masks, Mapping):
+            fits = all(isinstance(name, str) for pair in masks.items() for name in pair)
+        else:
+            fits = masks is None or masks == "auto"
+        if not fits:
+            raise TypeError(
+                f'{operator}: expected masks to be "auto", None, or a mapping from the key of a '
+                f"mask to that of its sequence, got {masks!r}"
+            )
+        self._masks, self._operator = masks, operator
+        self._told = False
+        self._real: list[Tensor] = []  # (batch, length), True for real tokens
+        self._probing = False
+        self._before: dict[tuple[int, int], list[Tensor]] = {}  # prints of rows while probing
+        self._calls: dict[int, int] = {}
+
+    def probe(self, batch: Any) -> Any | None:
+        """The batch with other values at padded places, to be run first; None where none are."""
+        self._real, self._before = [], {}
+        self._begin(probing=False)
+        if self._masks is None or not isinstance(batch, Mapping):
+            return None
+        other = dict(batch)
+        for key, of in self._pairs(batch):
+            real = batch[key] != 0
+            # Ranks of one model must run it equally often, whatever padding each of them has.
+            if bool(real.all()) and not _distributed():
+                continue
+            self._real.append(real)
+            other[of] = _with_other_padding(batch[of], real)
+        if not self._real:
+            return None
+        self._begin(probing=True)
+        return other
+
+    def run(self) -> None:
+        """The batch itself runs now."""
+        self._begin(probing=False)
+
+    def rows(self, watcher: object, *activations: Tensor) -> tuple[Tensor, ...]:
+        """Of activations (..., d) of one layout the rows (tokens, d) that aren't padding.
+
+        While the probe runs there are none.
+        """
+        rows = tuple(x.flatten(0, -2) for x in activations)
+        if not self._real:
+            return rows
+        call = (id(watcher), self._calls.get(id(watcher), 0))
+        self._calls[id(watcher)] = call[1] + 1
+        prints = [_prints(x) for x in rows]
+        if self._probing:
+            self._before[call] = prints
+            return tuple(x[:0] for x in rows)
+        before = self._before.get(call, [])
+        if [p.shape for p in before] != [p.shape for p in prints]:
+            return rows
+        seen = [_seen(old, new, x) for old, new, x in zip(before, prints, rows, strict=True)]
+        for real in self._real:
+            for layout in (real, real.mT):
+                flat = layout.flatten().to(rows[0].device)
+                if all(_is_of(flat, changed, zero) for changed, zero in seen):
+                    return tuple(x[flat] for x in rows)
+        return rows
+
+    def _begin(self, *, probing: bool) -> None:
+        self._probing, self._calls = probing, {}
+
+    def _pairs(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The keys of masks (batch, length), and of the sequences that they are of."""
+        if isinstance(self._masks, Mapping):
+            for key, of in self._masks.items():
+                self._require(batch, key, of)
+                yield key, of
+            return
+        for key, usual in USUAL.items():
+            if _is_mask(batch.get(key)):
+                known = [name for name in usual if isinstance(batch.get(name), Tensor)]
+                if not known and key == "attention_mask":
+                    known = _sequences(batch, batch[key])
+                if len(known) == 1 and _is_laid(batch[known[0]], batch[key], known[0] in usual):
+                    yield key, known[0]
+                elif bool((batch[key] == 0).any()):
+                    self._tell(key, known)
+
+    def _tell(self, key: str, found: Sequence[str]) -> None:
+        if not self._told:
+            log.warning(
+                "%s: padding is counted like tokens, since it can't be told of which sequence the "
+                "batches' %r is (%s); pass masks={%r: KEY} with the key of its sequence, or "
+                "masks=None to count every token",
+                self._operator,
+                key,
+                f"candidates are {listed([repr(name) for name in found]) or 'none'}",
+                key,
+            )
+        self._told = True
+
+    def _require(self, batch: Mapping[str, Any], key: str, of: str) -> None:
+        if not _is_mask(batch.get(key)) or not isinstance(batch.get(of), Tensor):
+            raise ValueError(
+                f"{self._operator}: expected masks to name a mask (batch, length) of each batch "
+                f"and its sequence, got {key!r} and {of!r} of a batch with "
+                f"{listed([repr(name) for name in batch])}; masks=None counts every token"
+            )
+        if _laid(batch[of], batch[key]) is None:
+            raise ValueError(
+                f"{self._operator}: expected {of!r} to have a token for each of {key!r}, "
+                f"{tuple(batch[key].shape)}, got {tuple(batch[of].shape)}; masks=None counts "
+                "every token"
+            )
+
+
+def _is_mask(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sequences(batch: Mapping[str, Any], mask: Tensor) -> list[str]:
+    """What the mask may be of: there is a value or more of it for each of the mask's."""
+    return [
+        name
+        for name, x in batch.items()
+        if isinstance(x, Tensor)
+        and x.dtype != torch.bool
+        and name not in BESIDE
+        and not name.endswith("mask")
+        and _laid(x, mask) is not None
+    ]
+
+
+def _laid(x: Tensor, real: Tensor) -> Tensor | None:
+    """``real`` as the leading dimensions of ``x`` lie: as it is, transposed or flat."""
+    for laid in (real, real.mT, real.flatten()):
+        if x.shape[: laid.dim()] == laid.shape:
+            return laid
+    return None
+
+
+def _is_laid(x: Tensor, mask: Tensor, usual: bool) -> bool:
+    """Whether it is known how; what goes by a usual name lies as the mask does."""
+    laid = _laid(x, mask)
+    if usual:
+        return laid is mask
+    square = laid is mask and mask.shape[-1] == mask.shape[-2]
+    return laid is not None and not (square and not torch.equal(mask, mask.mT))
+
+
+def _with_other_padding(x: Tensor, real: Tensor) -> Tensor:
+    """A copy with other values where ``real`` is False: numbers, or ids that the batch has."""
+    laid = _laid(x, real)
+    assert laid is not None
+    there, padded = x[laid], x[~laid]
+    if x.is_floating_point():
+        other = (padded == 0).to(x.dtype)
+    else:  # ids of real tokens, since any other may mean something to the model
+        ends = (there[0], there[-1]) if len(there) else (torch.zeros_like(x[0]), x[0] + 1)
+        first, last = (end.flatten()[0] for end in ends)
+        other = torch.where(padded == first, last, first)
+    changed = x.clone()
+    changed[~laid] = other
+    return changed
+
+
+@lru_cache(maxsize=64)
+def _directions(width: int) -> Tensor:
+    """Fixed random directions (width, DIRECTIONS), along which rows that differ differ."""
+    generator = torch.Generator("cpu").manual_seed(width)
+    return torch.randn(width, DIRECTIONS, generator=generator, device="cpu", dtype=torch.float64)
+
+
+def _prints(rows: Tensor) -> Tensor:
+    """(tokens, DIRECTIONS): a few numbers for each row, the same where the row is."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(wide) @ _directions(rows.shape[-1]).to(rows.device, wide)
+
+
+def _seen(before: Tensor, after: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens,) each: the rows that aren't what they were, NaN among them, and those of zeros."""
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=after.dtype)
+    same = ((after - before).abs() <= CHANGED * norms[:, None]).all(-1)
+    return ~same, norms == 0
+
+
+def _is_of(real: Tensor, changed: Tensor, zero: Tensor) -> bool:
+    """Whether rows are those of a mask: all padding changed or is blank, and no token did or is."""
+    if real.shape != changed.shape:
+        return False
+    # Where padding is blank and didn't change, that is told by tokens that aren't blank.
+    told = (changed & ~real).any() | ~(zero & real).any()
+    return bool(~(changed & real).any() & (changed | zero | real).all() & told)

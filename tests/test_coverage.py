@@ -1,0 +1,439 @@
+"""What is trained and not covered is named: by refresh, its log, its errors and its summaries."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from osf_torch import (
+    allocate_ranks,
+    input_subspaces,
+    layer_importance,
+    load_subspaces,
+    protect,
+    ranks_by_energy,
+    refresh,
+    save_subspaces,
+)
+from osf_torch.coverage import left_out, log_left_out
+from osf_torch.selection import named_weights, require_values
+from tests.small_refresh import linear, small_model
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 10, 6))
+        self.down = nn.Parameter(torch.randn(4, 6, 10))
+
+
+class Everything(nn.Module):
+    """A parameter of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 6)
+        self.layer = linear(8, 6)
+        self.experts = Experts()
+        self.image = nn.Conv2d(3, 4, 2)
+        self.normed = weight_norm(nn.Linear(6, 7))
+        self.score = nn.Linear(6, 1)
+        self.place = nn.Parameter(torch.zeros(1, 5, 6))
+        self.frozen = nn.Embedding(9, 6).requires_grad_(False)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.words.weight  # goes by the embedding's name
+
+
+NAMED = {
+    "place": "1x5x6, 3-D, place of Everything",
+    "words.weight": "9x6, nn.Embedding",
+    "experts.up": "4x10x6, 3-D: a batch of matrices (experts), up of Experts",
+    "experts.down": "4x6x10, 3-D: a batch of matrices (experts), down of Experts",
+    "image.weight": "4x3x2x2, 4-D, nn.Conv2d",
+    "normed.parametrizations.weight.original0": "7x1, original0 of a parametrized weight",
+    "normed.parametrizations.weight.original1": "7x6, original1 of a parametrized weight",
+    "score.weight": "1x6, rho leaves nothing free of one direction, nn.Linear",
+}
+
+
+def test_every_trained_matrix_is_named_once():
+    model = Everything()
+    assert left_out(model, {id(model.layer.weight)}) == NAMED
+    assert left_out(model, ()) == NAMED | {"layer.weight": "8x6, nn.Linear"}
+    assert left_out(model, {id(p) for p in model.parameters()}) == {}
+    assert left_out(torch.compile(model, backend="eager"), {id(model.layer.weight)}) == NAMED
+
+
+def test_refresh_logs_and_keeps_what_it_leaves_out(caplog, tmp_path):
+    model = Everything()
+    model.head.weight.requires_grad_(False)
+    named = {name: what for name, what in NAMED.items() if name != "words.weight"}
+    found = refresh(model, 0.5)
+    assert list(found) == ["layer.weight"]
+    (line,) = caplog.messages
+    assert caplog.records[0].name == "osf_torch"
+    assert caplog.records[0].levelno == logging.WARNING
+    # 48 of 48 + 30 + 480 + 48 + 7 + 42 + 6
+    assert "osf_torch.refresh: 7.2 % of the elements of the trained matrices are covered" in line
+    assert "experts.up (4x10x6, 3-D: a batch of matrices (experts), up of Experts)" in line
+    assert "and 1 more; take 2-D ones in by filter=" in line
+    assert found.left_out == named
+    assert found.to("cpu").left_out == named
+    path = tmp_path / "s.safetensors"
+    pytest.importorskip("safetensors", reason="the files are safetensors")
+    save_subspaces(path, found, model)
+    assert load_subspaces(path, model).left_out == named
+    lines = found.summary().splitlines()
+    assert lines[-8] == "left out, and free to move where it trains: 7"
+    for line, (name, what) in zip(lines[-7:], named.items(), strict=True):
+        assert line.split(maxsplit=1) == [name, what]
+    assert "left out: place, experts.up, experts.down and 4 more" in repr(found)
+
+
+def test_nothing_left_out_is_not_mentioned(caplog):
+    found = refresh(small_model(), 4)
+    assert log_left_out(small_model().requires_grad_(False), (), "refresh") == {}
+    assert caplog.messages == []
+    assert "left out" not in found.summary() + repr(found)
+
+
+def test_inputs_name_what_they_leave_out(caplog):
+    model = nn.Sequential(nn.Embedding(9, 6), linear(8, 6))
+    found = input_subspaces(model, [torch.arange(4)], progress=False, energy=0.6)
+    assert found.left_out == {"0.weight": "9x6, nn.Embedding"}
+    assert "input_subspaces: 47 % of the elements" in caplog.messages[0]
+    lines = found.summary().splitlines()
+    width = found["1.weight"].V.columns.shape[1]
+    assert lines[2].split() == ["1.weight", "none", str(width), "of", "6", "high"]
+    assert lines[-1].split() == ["0.weight", "9x6,", "nn.Embedding"]
+    assert "1 weights; left out: 0.weight" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "filter", [["experts.up", "experts.down"], "experts.*", ["layer.weight", "experts.up"]]
+)
+def test_batches_of_matrices_that_are_asked_for_are_refused_by_name(filter):
+    """As the only match, or by a full name beside matrices; not where a pattern takes others."""
+    with pytest.raises(ValueError, match=r"no matrix in experts\.up \(4x10x6, 3-D: a batch of"):
+        refresh(Everything(), 0.5, filter=filter)
+    assert "experts.up" not in refresh(Everything(), 0.5, filter=["layer*", "exp*"])
+
+
+# attention
+
+
+@pytest.mark.parametrize("kdim", [None, 5])
+def test_the_weights_of_attention_are_weights(kdim):
+    model = nn.MultiheadAttention(6, 2, kdim=kdim, vdim=kdim)
+    parts = ["in_proj_weight"] if kdim is None else [f"{p}_proj_weight" for p in "qkv"]
+    found = refresh(model, 0.5)
+    assert list(found) == [*parts, "out_proj.weight"]
+    assert found.left_out == {}
+    x, y = torch.randn(3, 1, 6), torch.randn(4, 1, kdim or 6)
+    read = input_subspaces(
+        model, [(x, y, y)], energy=1.0, filter=parts, progress=False, previous=None
+    )
+    tokens = {"in_proj_weight": (x, y), "q_proj_weight": (x,)}
+    for part in parts:
+        V = read[part].V.columns
+        for seen in tokens.get(part, (y,)):
+            rest = seen.flatten(0, -2) - seen.flatten(0, -2) @ V @ V.mT
+            assert float(rest.norm()) < 1e-5
+        assert V.shape[1] == min(V.shape[0], sum(len(t) for t in tokens.get(part, (y,))))
+
+
+# adapters
+
+
+class Adapted(nn.Module):
+    """As PEFT builds it: a frozen weight and the factors of its update."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, layer.out_features, bias=False)})
+
+
+FACTORS = r"0\.lora_A\.default\.weight \(2x6, lora_A of a LoRA adapter\), 0\.lora_B\.default"
+
+
+def test_factors_of_adapters_are_no_weights(caplog):
+    model = nn.Sequential(Adapted(linear(8, 6)), linear(6, 8))
+    found = refresh(model, 0.5)
+    assert list(found) == ["1.weight"]
+    assert found.left_out == {
+        "0.lora_A.default.weight": "2x6, lora_A of a LoRA adapter",
+        "0.lora_B.default.weight": "8x2, lora_B of a LoRA adapter",
+    }
+    assert "lora_A of a LoRA adapter" in caplog.messages[0]
+    for run in (
+        lambda: refresh(model[:1], 0.5),
+        lambda: ranks_by_energy(model[:1], 0.5),
+        lambda: input_subspaces(model[:1], [], progress=False),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"got no match.*what trains are {FACTORS}.*before it"
+        ):
+            run()
+    taken = refresh(model[:1], 0.5, filter="*lora_*")
+    assert list(taken) == ["0.lora_A.default.weight", "0.lora_B.default.weight"]
+
+
+def test_factors_that_peft_adds():
+    peft = pytest.importorskip("peft", reason="its LoRA")
+    model = nn.Sequential(linear(8, 6), linear(6, 8))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    )
+    found = refresh(adapted, 0.5)
+    assert list(found) == ["base_model.model.1.modules_to_save.default.weight"]
+    assert [what.split()[1] for what in found.left_out.values()] == ["lora_A", "lora_B"]
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("lora_A.default.weight", True),
+        ("layers.0.q.lora_a.weight", True),
+        ("layers.0.q.lora_embedding_B", True),
+        ("block.lora_down.weight", True),
+        ("processor.to_q_lora.down.weight", False),
+        ("attn.lora_layer.up.weight", True),
+        ("lora_model.layers.0.weight", False),
+        ("explora_A.weight", False),
+        ("lora_B_head.weight", False),
+    ],
+)
+def test_names_of_factors(name, factor):
+    model = nn.Module()
+    *path, attribute = name.split(".")
+    inner = model
+    for part in path:
+        inner.add_module(part, nn.Linear(4, 4, bias=False))
+        inner = inner.get_submodule(part)
+    inner.register_parameter(attribute, nn.Parameter(torch.ones(4, 4)))
+    assert ("LoRA" in left_out(model, ())[name]) is factor
+
+
+# what rho leaves free
+
+
+class Scored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.score = linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.score(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("ranks", [0.5, 0.999, {"score.*": 0.9, "*": 0.5}, {"*": 0.01}])
+def test_a_share_below_one_leaves_something_free(ranks, caplog):
+    model = Scored()
+    found = refresh(model, ranks)
+    assert list(found) == ["body.weight"]
+    assert found["body.weight"].rank < 8
+    assert found.left_out == {"score.weight": NAMED["score.weight"].replace("1x6", "1x8")}
+    assert "score.weight (1x8, rho leaves nothing free" in caplog.messages[0]
+    before = model.score.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    protect(model, found, optimizer=optimizer)
+    model(torch.ones(2, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.score.weight, before)
+
+
+def test_weights_of_one_direction_alone_are_refused_for_a_share():
+    with pytest.raises(ValueError, match=r"leaves something free of.*0\.weight; .*pass ranks=1"):
+        refresh(nn.Sequential(nn.Linear(5, 1)), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "full"),
+    [(1.0, "body.weight, score.weight"), (1, "score.weight"), ({"body*": 8, "*": 0.5}, "body.w")],
+)
+def test_what_leaves_nothing_free_is_done_and_told(ranks, full, caplog):
+    found = refresh(Scored(), ranks)
+    assert all(
+        found[name].rank == min(found[name].shape) for name in full.split(", ") if name in found
+    )
+    (line,) = [line for line in caplog.messages if "nothing of it is left to train" in line]
+    assert full in line
+    assert "a share below 1.0 leaves something free" in line
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(1, True), ({"*": 1}, True), (2, False), (0.1, False)])
+def test_the_int_one_is_told_from_the_share_one(ranks, told, caplog):
+    refresh(small_model(), ranks)
+    assert [("ranks is the int 1; 1.0 would be every" in line) for line in caplog.messages] == (
+        [True] if told else []
+    )
+
+
+def test_ranks_from_figures_say_what_they_freeze(caplog):
+    model = Scored()
+    importance = dict.fromkeys(("body.weight", "score.weight"), 1.0)
+    ranks = allocate_ranks(importance, model, trr=0.97)
+    assert ranks == {"body.weight": 7, "score.weight": 1}
+    refresh(model, ranks)
+    assert (
+        "nothing of it is left to train, since its rank is min(m, n): score.weight" in caplog.text
+    )
+    over = refresh(model, ranks | {"score.weight": 0.5})
+    assert list(over) == ["body.weight"]
+    assert ranks_by_energy(model, 0.5, maximum=0.9)["score.weight"] == 1
+    assert ranks_by_energy(model, 1.0, maximum=0.99)["body.weight"] == 7
+
+
+# names
+
+
+class Names(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = linear(6, 6, 0)
+        self.inner = nn.Module()
+        self.inner._checkpoint_wrapped_module = linear(6, 6, 1)
+        self.inner.weight = nn.Parameter(torch.randn(6, 6))
+        self.head = linear(6, 6, 2)
+
+
+def test_names_that_would_collide_are_kept_in_full():
+    model = Names()
+    names = named_weights(model)
+    assert len({id(p) for p in names.values()}) == len(list(model.parameters())) == 4
+    assert names["inner.weight"] is model.inner.weight
+    full = "inner._checkpoint_wrapped_module.weight"
+    assert names[full] is model.inner._checkpoint_wrapped_module.weight
+    found = refresh(model, 0.5, filter="*")
+    assert set(found) == {"weight", "inner.weight", full, "head.weight"}
+
+
+@pytest.mark.parametrize("filter", ["user[0].weight", ["user[0].weight"], ("x*", "user[0].weight")])
+def test_a_name_in_full_goes_before_any_pattern(filter):
+    model = nn.ModuleDict({"user[0]": linear(6, 6, 0), "user0": linear(6, 6, 1)})
+    assert list(refresh(model, 2, filter=filter)) == ["user[0].weight"]
+    ranks = {"user[0].weight": 3, "user*": 2}
+    assert {n: s.rank for n, s in refresh(model, ranks).items()} == {
+        "user[0].weight": 3,
+        "user0.weight": 2,
+    }
+
+
+# values
+
+
+class Quantized(torch.Tensor):
+    """As torchao's training weights: float32 to the eye, codes and a scale within."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"{function} of quantized weights")
+
+
+def quantized_model() -> nn.Sequential:
+    model = nn.Sequential(linear(6, 6, 0), linear(6, 6, 1))
+    model[0].weight = nn.Parameter(Quantized(torch.ones(6, 6, dtype=torch.int8), 0.1))
+    return model
+
+
+class Plain(nn.Parameter):
+    """A subclass in name alone."""
+
+
+def sparse_model() -> nn.Sequential:
+    model = nn.Sequential(linear(6, 6))
+    model[0].weight = nn.Parameter(torch.eye(6).to_sparse())
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(
+    ("made", "kind", "message"),
+    [
+        (quantized_model, TypeError, "got Quantized; leave it out by filter=, or dequantize it"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), ValueError, "lazy module; run the model on a"),
+        (sparse_model, TypeError, r"to be dense, got torch\.sparse_coo"),
+        (
+            lambda: nn.Sequential(nn.Linear(6, 6, device="meta")),
+            ValueError,
+            "got a meta tensor; load the weights first",
+        ),
+    ],
+    ids=["quantized", "lazy", "sparse", "meta"],
+)
+def test_weights_without_plain_values_are_refused_by_name(made, kind, message):
+    model, x = made(), [torch.ones(1, 6)]
+    for run in (
+        lambda: refresh(model, 2),
+        lambda: ranks_by_energy(model, 0.5),
+        lambda: input_subspaces(model, x, progress=False),
+        lambda: layer_importance(model, x, progress=False),
+        lambda: require_values("0.weight", model[0].weight, "x"),
+    ):
+        with pytest.raises(
+            kind, match=rf"osf_torch\..*: expected parameter '0\.weight' .*{message}"
+        ):
+            run()
+
+
+def test_what_is_quantized_may_be_left_out(tmp_path):
+    model = quantized_model()
+    found = refresh(model, 2, filter="1.*")
+    assert found.left_out == {"0.weight": "6x6, nn.Linear"}
+    pytest.importorskip("safetensors", reason="the files are safetensors")
+    saved = {"0.weight": found["1.weight"]}
+    with pytest.raises(
+        TypeError, match=r"save_subspaces: expected parameter '0\.weight'.*Quantized"
+    ):
+        save_subspaces(tmp_path / "s", saved, model)
+    model[1].weight = Plain(model[1].weight.detach())
+    assert list(refresh(model, 2, filter="1.*")) == ["1.weight"]
+
+
+def test_another_default_device_changes_nothing(tmp_path):
+    """meta stands for a GPU: what is made there by mistake has no values."""
+    model, x = nn.Sequential(linear(8, 6)), torch.randn(40, 6)
+    wanted = refresh(model, 2)
+    with torch.device("meta"):
+        found = input_subspaces(model, [x], energy=0.5, max_tokens=8, progress=False)
+        assert ranks_by_energy(model, 0.5)
+        assert layer_importance(model, [x], per="block", progress=False)
+        moved = wanted.to("cpu", torch.float64)
+        if pytest.importorskip("safetensors", reason="the files are safetensors"):
+            save_subspaces(tmp_path / "s", wanted, model)
+            loaded = load_subspaces(tmp_path / "s", model)
+    assert found["0.weight"].V.columns.device.type == "cpu"
+    assert moved["0.weight"].svd.residual.device.type == "cpu"
+    assert torch.equal(loaded["0.weight"].U.columns, wanted["0.weight"].U.columns)
+
+
+@pytest.mark.parametrize(
+    ("seed", "kind", "message"),
+    [
+        ("a", TypeError, "seed to be an int, got 'a'"),
+        (1.5, TypeError, "got 1.5"),
+        (True, TypeError, "got True"),
+        (1 << 70, ValueError, "seed to have 64 bits"),
+    ],
+)
+def test_seeds_that_no_generator_takes(seed, kind, message):
+    model = small_model()
+    with pytest.raises(kind, match=rf"osf_torch\.refresh: expected .*{message}"):
+        refresh(model, 2, seed=seed)
+    with pytest.raises(kind, match=rf"osf_torch\.input_subspaces: expected .*{message}"):
+        input_subspaces(model, [torch.ones(2, 16)], seed=seed, progress=False)
