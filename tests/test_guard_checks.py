@@ -107,6 +107,37 @@ def test_verify_notices_a_weight_that_was_frozen_at_protect():
         guard.verify()
 
 
+def test_verify_names_what_trains_uncovered(caplog):
+    model = nn.ModuleDict(
+        {"a": nn.Linear(18, 18), "b": nn.Linear(18, 18), "e": nn.Embedding(4, 18)}
+    )
+    model["b"].requires_grad_(False)
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer)
+    model["a"](torch.ones(4, 18)).square().mean().backward()
+    optimizer.step()
+    caplog.clear()
+    guard.verify()
+    guard.verify()
+    (record,) = caplog.records
+    assert "e.weight (4x18, nn.Embedding)" in record.getMessage()
+    model["b"].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"train than at protect\(\), got b\.weight \(18x18"):
+        guard.verify()
+    other = torch.optim.SGD(model["b"].parameters(), lr=0.1)
+    protect(model, bases(model, filter="b.weight"), other)
+    guard.verify()
+
+
+def test_weights_without_values_are_refused_by_name():
+    subspaces = bases(mlp("meta"))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(18, 30), nn.Tanh(), nn.Linear(30, 18))
+    for options in ({"optimizer": adamw(model)}, {"restore": False}):
+        with pytest.raises(ValueError, match=r"protect: .* parameter '0\.weight' to have values"):
+            protect(model, subspaces, **options)
+
+
 def test_verify_takes_a_weight_that_a_later_guard_has_taken_over():
     model = mlp("taken")
     subspaces = bases(model)

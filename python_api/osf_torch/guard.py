@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch import checks, measures
 from osf_torch import protected as weights
+from osf_torch.coverage import left_out, log_left_out
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected
 from osf_torch.refresh import refresh
@@ -83,6 +84,10 @@ class Guard:
         self._released: dict[str, float] = {}
         self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
         self._left = self._left_as_it_is()
+        self._uncovered: set[str] = (
+            set()
+        )  # of what trained at protect, known to those who read logs
+        self._told = False
         self._hooks = Hooks(
             self,
             optimizer,
@@ -111,6 +116,7 @@ class Guard:
         for other in list(_ATTACHED):
             other._let_go(set(self._items))
         _ATTACHED.add(self)
+        self._uncovered = set(left_out(self._model, _guarded()))
 
     def _let_go(self, keys: set[int]) -> None:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
@@ -479,8 +485,10 @@ class Guard:
         parameter was replaced since (``load_state_dict(assign=True)``) or frozen at ``protect``
         and trains now without a guard, the optimizer has let it go, hooks were taken off or never
         fired, a step used gradients that weren't projected or were written to afterwards, something
-        else than the guarded optimizer wrote to weights where that isn't undone, or weights moved
-        in the protected span or aren't finite.
+        else than the guarded optimizer wrote to weights where that isn't undone, matrices train
+        that were frozen at ``protect`` and that nothing covers, or weights moved in the protected
+        span or aren't finite. Matrices that trained at ``protect`` uncovered are named in a log
+        line.
 
         With restore=False an optimizer may move the protected part by itself (elementwise steps,
         momentum from before, weight decay). What has moved is then logged, and raises with ``tol``.
@@ -495,8 +503,11 @@ class Guard:
         owned = None if self._optimizer is None else owned_by(self._optimizer)
         checks.require_present(self._model, items, owned)
         checks.require_hooks(items, self._hooks)
-        guarded = {key for guard in _ATTACHED for key in guard._items}
-        checks.require_covered(self._model, self.subspaces, guarded)
+        checks.require_covered(self._model, self.subspaces, _guarded())
+        checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
+        if not self._told:
+            log_left_out(self._model, _guarded(), "Guard.verify")
+            self._told = True
         if self.when == "backward":
             self._judge([item for item in self._ready() if item.has_met()])
         fired = self.projections + self.restorations
@@ -572,6 +583,11 @@ class Guard:
         _ATTACHED.discard(self)
         with torch.no_grad():
             self._settle()
+
+
+def _guarded() -> set[int]:
+    """The ids of the weights that some guard's hooks are on."""
+    return {key for guard in _ATTACHED for key in guard._items}
 
 
 def owned_by(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -63,7 +63,7 @@ class Hooks:
     def attach(self, model: nn.Module, weights: Iterable[Tensor]) -> None:
         having = owners(model)
         for weight in weights:
-            self._modules[id(weight)] = having.get(id(weight), [])
+            self._modules[id(weight)] = [module for module, _ in having.get(id(weight), [])]
             for module in self._modules[id(weight)]:
                 module.__dict__[ANCHOR] = Anchor(self._guard)
             self._hook(weight)

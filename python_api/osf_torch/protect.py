@@ -13,7 +13,7 @@ from osf_torch import measures
 from osf_torch import protected as weights
 from osf_torch.guard import Guard, Restore, owned_by
 from osf_torch.protected import Protected
-from osf_torch.selection import named_weights
+from osf_torch.selection import named_weights, require_matrices, require_values
 from osf_torch.state import is_state, require_state, subspaces_of
 from osf_torch.subspaces import Subspace
 
@@ -23,8 +23,8 @@ When = Literal["auto", "step", "backward"]
 def protect(
     model: nn.Module,
     subspaces: Mapping[str, Subspace] | Mapping[str, Any],
-    *,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
     when: When = "auto",
     restore: Restore = True,
     mode: Mode = "complement",
@@ -83,7 +83,8 @@ def protect(
             another weight, columns that aren't orthonormal, a state that isn't of these weights;
             nothing is attached.
         TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer, or one
-            whose steps can't be hooked.
+            whose steps can't be hooked; a weight without values (meta), in FSDP1's flat parameters
+            or of another kind of tensor (quantized).
 
     What is pinned is the weight as it stands, however rough the bases are: with triplets their S
     and, in as few bits as that takes, what UᵀW and W V have beside S Vᵀ and U S; else the dense
@@ -185,6 +186,7 @@ def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer
 
 
 def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> list[Protected]:
+    require_matrices(model, "protect")
     parameters = named_weights(model)
     items: dict[int, Protected] = {}
     for name, subspace in subspaces.items():
@@ -196,6 +198,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 f"osf_torch.protect: expected subspaces to name parameters of the model, "
                 f"got {name!r}; it has {len(parameters)}, the first are {known}"
             )
+        require_values(name, weight, "protect")
         try:
             W, U, V = weights.shapes_of(weight, subspace)
             plan(W, U, V, mode=mode)
