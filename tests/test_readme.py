@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def test_python_blocks_run_in_order(root, capsys):
@@ -50,6 +51,36 @@ def test_the_sharded_example_runs_on_two_ranks(root, tmp_path):
     leak, drift = re.fullmatch(r"leak (\S+), drift (\S+)\n", done.stdout).groups()
     assert float(leak) <= 1e-6
     assert float(drift) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
+def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    dataset = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 32
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": model, "dataset": dataset}
+    exec(compile(example, "README.md", "exec"), scope)
+    (tmp_path / "out" / "checkpoint-2" / "guard.pt").stat()
+    first = scope["protection"].guard
+    assert max(first.drift().values()) <= 1e-6
+    again = transformers.LlamaForCausalLM(config)
+    trainer = scope["Trainer"](
+        again, scope["arguments"], train_dataset=dataset, callbacks=[scope["Protect"](again)]
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), "the resumed run is the one that was never stopped"
 
 
 def test_links_and_paths_exist(root):
