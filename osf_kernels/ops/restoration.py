@@ -12,20 +12,24 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute
 from osf_kernels.ops._library import register
+from osf_kernels.ops._memory import (
+    require_distinct,
+    require_no_leaf,
+    require_no_meta_among,
+    require_target,
+    require_writable,
+)
 from osf_kernels.ops._validation import (
     DTYPES,
+    BasisLike,
     columns,
     kind_of,
     parts_of,
     require_constant,
-    require_distinct,
     require_lengths,
-    require_no_leaf,
     require_tensor,
-    require_writable,
     shape_check,
 )
-from osf_kernels.ops.projection import BasisLike
 from osf_kernels.plan import Mode
 
 
@@ -119,7 +123,7 @@ def _restore(
     lefts, rights = [], []
     for i, (W, U, V, S, addend) in enumerate(zip(Ws, Us, Vs, Ss, addends, strict=True)):
         name_W, name_U, name_V, name_S, name_H = _names(i, single)
-        require_tensor(op, name_W, W)
+        require_target(op, name_W, W)
         lefts.append(columns(op, name_U, U))
         rights.append(columns(op, name_V, V))
         for name, t in ((name_S, S), (name_H, addend)):
@@ -133,6 +137,7 @@ def _restore(
             )
         require_no_leaf(op, name_W, W)
         require_constant(op, _names(i, single), W, lefts[-1][0], rights[-1][0], S, addend)
+    require_no_meta_among(op, "Ws", Ws)
     _restore_many_(
         list(Ws),
         [U for U, _ in lefts],
@@ -217,8 +222,8 @@ def _impl(
 
 def _fake(Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, kinds: list[str], single: bool) -> None:
     op = "restore_" if single else "restore_many_"
-    for W, U, V, kind in zip(Ws, Us, Vs, kinds, strict=True):
-        shape_check(op, W, U, V, kind)
+    for i, (W, U, V, kind) in enumerate(zip(Ws, Us, Vs, kinds, strict=True)):
+        shape_check(op, W, U, V, kind, names=_names(i, single))
 
 
 _restore_many_ = register(
