@@ -142,6 +142,21 @@ def _coefficients_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any) -> tuple
     return _both(g, U, V), (0, 0)
 
 
+def _check_coefficients(
+    g: Tensor, U: Tensor | None, V: Tensor | None, A: Tensor, B: Tensor
+) -> None:
+    op = "apply_"
+    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    for name, t, shape in wanted:
+        if t.shape != shape:
+            remedy = "take both from coefficients(g, U, V)"
+            raise ValueError(describe(op, name, str(tuple(shape)), tuple(t.shape), remedy))
+        if t.device != g.device:
+            raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
+        if t.dtype != coefficient_dtype(g):
+            raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
+
+
 def _apply__impl(
     g: Tensor,
     U: Tensor | None,
@@ -152,15 +167,7 @@ def _apply__impl(
 ) -> None:
     op = "apply_"
     decided = decide(op, "gUV", g, U, V, kind, "shard")
-    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
-    for name, t, shape in wanted:
-        if t.shape != shape:
-            remedy = "take both from coefficients(g, U, V)"
-            raise ValueError(describe(op, name, str(tuple(shape)), tuple(t.shape), remedy))
-        if t.device != g.device:
-            raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
-        if t.dtype != coefficient_dtype(g):
-            raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
+    _check_coefficients(g, U, V, A, B)
     require_writable(op, "gUVAB", g, U, V, A, B)
     A_, B_ = None if U is None else A, None if V is None else B
     execute([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend])
@@ -168,6 +175,7 @@ def _apply__impl(
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:
     shape_check("apply_", g, U, V, kind, shard=True)
+    _check_coefficients(g, U, V, A, B)
 
 
 def _apply__vmap(

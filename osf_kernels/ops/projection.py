@@ -86,7 +86,7 @@ def project(
         if unobserved(g, U, V) and not _needs_grad(g, U, V):
             return _project_impl(g, U, V, kind)
         return _projected(g, U, V, kind)
-    require_tensor("project", "out", out)
+    require_target("project", "out", out)
     if _needs_grad(g, U, V, out) or has_tangent(g, U, V, out):
         raise ValueError(
             describe(
@@ -269,14 +269,18 @@ def _project_impl(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> T
     return out
 
 
-def _project_out_impl(
-    g: Tensor, U: Tensor | None, V: Tensor | None, kind: str, out: Tensor
-) -> None:
-    decided = decide("project", "gUV", g, U, V, kind)
+def _require_like(out: Tensor, g: Tensor) -> None:
     if meta(out) != meta(g):
         expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
         raise ValueError(describe("project", "out", expected, got))
+
+
+def _project_out_impl(
+    g: Tensor, U: Tensor | None, V: Tensor | None, kind: str, out: Tensor
+) -> None:
+    decided = decide("project", "gUV", g, U, V, kind)
+    _require_like(out, g)
     require_writable("project", ("out", "g", "U", "V"), out, g, U, V)
     execute_one(decided, g, out, U, V)
 
@@ -312,6 +316,7 @@ def _project_fake(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> T
 
 def _project_out_fake(g: Tensor, U: Any, V: Any, kind: str, out: Tensor) -> None:
     shape_check("project", g, U, V, kind)
+    _require_like(out, g)
 
 
 def _project__fake(g: Tensor, U: Any, V: Any, kind: str) -> None:

@@ -222,8 +222,11 @@ def _impl(
 
 def _fake(Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, kinds: list[str], single: bool) -> None:
     op = "restore_" if single else "restore_many_"
-    for i, (W, U, V, kind) in enumerate(zip(Ws, Us, Vs, kinds, strict=True)):
-        shape_check(op, W, U, V, kind, names=_names(i, single))
+    arguments = zip(Ws, Us, Vs, Ss, Hs, kinds, strict=True)
+    for i, (W, U, V, S, H, kind) in enumerate(arguments):
+        names = _names(i, single)
+        shape_check(op, W, U, V, kind, names=names)
+        _check_pinned(op, names, W, U, V, S, H, parts_of(op, kind)[1:])
 
 
 _restore_many_ = register(
