@@ -134,7 +134,10 @@ def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B
     """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
     if step.first == "left":
         core = _mm(_transposed(U, x), x) if A is None else A
-        core = _add(core, _mm(core, V), V.mT, -1.0, core if A is None else None)
+        if A is None and _narrow(core.mT):
+            core = core - _within(V, core.mT).mT
+        else:
+            core = _add(core, _mm(core, V), V.mT, -1.0, core if A is None else None)
         _update(out, x, U, core, step)
     else:
         ready = B is not None
@@ -153,7 +156,7 @@ def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, S: Any, A: Any, B
 
 
 def _narrow(core: Tensor) -> bool:
-    """Whether x V has so few columns that the errors of U Uᵀ (x V) in float32 show.
+    """Whether x V, or xᵀ U, has so few columns that errors of U Uᵀ (x V) in float32 show.
 
     Of many columns they are random, and no larger than those of x V itself; a few, which BLAS
     sums one product after another, erred up to 12 times as much as eager torch.
@@ -178,7 +181,8 @@ def _cancelled(x: Tensor, before: Tensor, core: Tensor) -> bool:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    return norm
 
 
 def _mixed_in_turn(

@@ -118,7 +118,7 @@ def project_(
 
     Mutates g; doesn't synchronise; draws no random numbers.
     """
-    if not isinstance(g, Tensor):
+    if type(g) is not Tensor:
         require_tensor("project_", "g", g)
     U, V, kind = _held("project_", U, V, mode)
     recorded = _needs_grad(g, U, V)
