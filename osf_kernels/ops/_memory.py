@@ -58,7 +58,8 @@ def require_writable(op: str, names: Sequence[str], g: Tensor, *read: Tensor | N
             if t is not None:
                 require_dense(op, name, t)
         raise
-    require_own_memory(op, names[0], g)
+    if not g.is_contiguous() or g.is_inference():  # a call less for a small matrix
+        require_own_memory(op, names[0], g)
 
 
 def require_own_memory(op: str, name: str, g: Tensor) -> None:
