@@ -42,11 +42,16 @@ def bare_low_right_first(g: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Tensor
     return torch.mm(P @ (P.mT @ (g @ Q)), Q.mT, out=out)
 
 
+def bare_low_in_turn(g: Tensor, P: Tensor, Q: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(P @ (P.mT @ g) @ Q, Q.mT, out=out)
+
+
 BARE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "dual": bare_dual,
     "sequential": bare_sequential,
     "low/low, left first": bare_low_left_first,
     "low/low, right first": bare_low_right_first,
+    "low/low in turn": bare_low_in_turn,
 }
 
 

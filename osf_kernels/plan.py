@@ -26,7 +26,18 @@ from typing import Literal
 
 Mode = Literal["complement", "core"]
 Side = Literal["nothing", "everything", "high", "low"]
-Form = Literal["identity", "zero", "left", "right", "dual", "sequential", "mixed", "inner"]
+Form = Literal[
+    "identity",
+    "zero",
+    "left",
+    "right",
+    "dual",
+    "sequential",
+    "mixed",
+    "inner",
+    "mixed in turn",
+    "inner in turn",
+]
 
 MODES: tuple[Mode, ...] = ("complement", "core")
 
@@ -51,6 +62,12 @@ GROUPED_RANK_LIMIT = 160
 # Without a kernel of our own, two updates joined into one cost a copy of their factors and save a
 # read and a write of g: worth it while the joined rank is under this part of the smaller side.
 JOIN_LIMIT = 0.25
+
+# Both sides in turn on all of g, as a person writes the formula, err less for a gradient that lies
+# where both sides hold. It is taken on a CPU where it costs no more than this beside the fewest
+# products: so many FLOPs (3 µs of a core), or this part of them; in float64 always.
+IN_TURN_FLOPS = 3 * 10**5
+IN_TURN_PART = 0.1
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -219,11 +236,12 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         # E g + g F − E g F of wide low bases adds three terms of g's own size: float32 error 2.3
         # times eager's at p = 0.9 m. Beyond half a side g minus the rest is subtracted instead.
         wide = flip and (2 * (x.r or 0) > x.m or 2 * (x.k or 0) > x.n)
+        # On a CPU always: dual erred 2.4 times as much as eager for g where both sides hold it.
         # Without the join, dual's two updates on a CPU are as many passes as sequential's.
         if once:
             candidates = [("dual", "left")]
         elif flip:
-            candidates = [("sequential" if wide else "dual", "left")]
+            candidates = [("sequential" if wide or device == "cpu" else "dual", "left")]
         elif device == "cpu" and not joined:
             candidates = [("sequential", "left")]
         else:
@@ -233,8 +251,12 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         if high_left or high_right:
             candidates = [("mixed", "right" if high_left else "left")]
         else:
-            # Right first on a tie: g V needs no transpose, and in bf16 on a CPU took 0.6 of Uᵀ g.
-            candidates = [("inner", "right"), ("inner", "left")]
+            # On a tie in bf16 right first: g V needs no transpose, and on a CPU took 0.6 of Uᵀ g.
+            # Else left first, as eager torch: errors of Uᵀ g are random along its rows, and V keeps
+            # few of them; right first errs up to 2.7 times as much as eager, left first 1.5.
+            candidates = [("inner", "left"), ("inner", "right")]
+            if x.dtype == "bfloat16":
+                candidates.reverse()
     balance = FLOPS_PER_BYTE
     if device == "cpu":
         in_cache = CPU_CACHE_BYTES.get(x.dtype, CPU_CACHE_BYTES_ELSE)
@@ -245,11 +267,24 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
     best = times.index(min(times))
     form, first = candidates[best]
     flops, moved, passes = costs[best]
+    if device == "cpu" and not once and x.dtype in ("float32", "float64"):
+        in_turn: Form | None = None
+        if form == "inner" and (min(x.r or 0, x.k or 0) < 8 or x.dtype == "float64"):
+            in_turn = "inner in turn"  # of more columns, left first errs no more than 1.5 times
+        elif form == "mixed" and first == "right":
+            in_turn = "mixed in turn"
+        if in_turn is not None:
+            dearer = cost(x, in_turn, first, beta)
+            affordable = max(IN_TURN_FLOPS, IN_TURN_PART * flops)
+            if x.dtype == "float64" or dearer[0] - flops <= affordable:
+                form, first, (flops, moved, passes) = in_turn, "left", dearer
     label = {
         ("inner", 0.0): f"low/low, {first} first",
         ("inner", 1.0): f"core, {first} first",
         ("dual", 0.0): "dual of two low bases",
         ("sequential", 0.0): "g less its sequential complement",
+        ("inner in turn", 0.0): "low/low in turn",
+        ("inner in turn", 1.0): "core in turn",
     }.get((form, beta), f"{form}, {first} first" if form == "mixed" else form)
     return Step(form, first, alpha, beta, flops, moved, passes, _reason(form, beta), label, joined)
 
@@ -262,6 +297,8 @@ def _reason(form: Form, beta: float) -> str:
         "mixed": "the low side goes first and shrinks what the high side works on",
         "inner": "both sides on the smaller block"
         + ("; nothing is subtracted" if beta == 0.0 else ", then one update"),
+        "mixed in turn": "small, or float64: left, then right on all of g errs least",
+        "inner in turn": "small, or float64: left, then right on all of g errs least",
     }[form]
 
 
@@ -280,6 +317,9 @@ def cost(x: Matrix, form: Form, first: str, beta: float) -> tuple[int, int, int]
     elif form == "sequential":
         passes = 6 if beta else 11  # with beta = 0 the rest is kept in a workspace
         flops, small = 4 * m * n * (r + k), 2 * r * n + 2 * m * k
+    elif form.endswith("in turn"):
+        flops, passes = 4 * m * n * (r + k), 4 + read + (form == "mixed in turn")
+        small = 2 * r * n + 2 * m * k
     elif form == "mixed" and first == "left":
         flops, passes, small = 4 * m * n * r + 4 * r * n * k, 2 + read, 5 * r * n + 2 * r * k
     elif form == "mixed":

@@ -88,6 +88,54 @@ def test_in_place_on_an_intermediate_keeps_its_graph():
     assert gradcheck(many, x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.jit
+@pytest.mark.parametrize("mode", ["complement", "core"])
+@pytest.mark.parametrize(("left", "right"), [("high", "low"), ("low", None), (None, "high")])
+def test_in_place_is_differentiable_in_the_bases(mode, left, right):
+    """Though it writes over the g that the bases' derivatives read."""
+    gen = generator_for("in place", mode, left, right)
+    g = randn(6, 5, dtype=torch.float64, generator=gen)
+    U, V = draw_basis(6, 2, left, g.dtype, gen), draw_basis(5, 2, right, g.dtype, gen)
+    leaves = [t for t in differentiable(g, U and U.columns, V and V.columns) if t is not None]
+
+    def arguments(g, *columns):
+        columns = iter(columns)
+        return g * 2, U and Basis(next(columns), left), V and Basis(next(columns), right)
+
+    def single(*inputs):
+        return project_(*arguments(*inputs), mode=mode)
+
+    def many(*inputs):
+        x, *bases = arguments(*inputs)
+        y = x * 3
+        project_many_([x, y], *([basis, basis] for basis in bases), mode=mode)
+        return x + y
+
+    for f in (single, many):
+        assert gradcheck(f, leaves, check_forward_ad=True)
+        assert gradgradcheck(f, leaves)
+    apart = project(*arguments(*leaves), mode=mode)
+    for ours, theirs in zip(
+        torch.autograd.grad(single(*leaves).sin().sum(), leaves),
+        torch.autograd.grad(apart.sin().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.jit
+def test_in_place_on_a_constant_differentiates_the_bases():
+    g = torch.randn(6, 5, dtype=torch.float64)
+    U = torch.linalg.qr(torch.randn(6, 2, dtype=g.dtype))[0]
+
+    def f(U):
+        return project_(g.clone(), U)
+
+    jacobian = torch.func.jacrev(lambda U: project(g, U))(U)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert torch.allclose(transform(f)(U), jacobian, atol=1e-12)
+
+
 def test_vmap():
     gen = generator_for("vmap")
     g = randn(4, 6, 5, dtype=torch.float64, generator=gen)

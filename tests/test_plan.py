@@ -21,7 +21,7 @@ def bases(size: int, protected: int, spans: str, device: str = "meta") -> Basis:
         (0.5, "high", "high", "sequential"),
         (0.5, "low", "high", "mixed, left first"),
         (0.5, "high", "low", "mixed, right first"),
-        (0.8, "low", "low", "low/low, right first"),
+        (0.8, "low", "low", "low/low, left first"),
     ],
 )
 def test_forms_of_the_issue(rho, left, right, label):

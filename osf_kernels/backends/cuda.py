@@ -13,7 +13,6 @@ x and both bases                           coefficients        update
 =========================================  ==================  ===================
 bfloat16                                   bf16                bf16, the coefficient rounded to it
 float16                                    fp16                tf32: a coefficient may exceed 65504
-float32, TF32 allowed by torch             tf32                tf32
 float32, and every mixture of dtypes       tf32x3              tf32x3
 =========================================  ==================  ===================
 
@@ -59,6 +58,8 @@ _DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _ABSENT = (0, 0, 0, 0)
 _COEFFICIENTS = struct.Struct("<26q")
 _UPDATE = struct.Struct("<32q2d")
+# The kernels could round float32 operands to TF32; what is projected is never rounded so.
+_ALLOW_TF32 = False
 
 
 class BuildInfo(TypedDict):
@@ -108,7 +109,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return reason
 
 
-def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None) -> None:
+def coefficients(jobs: Sequence[Coefficients]) -> None:
     """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
 
     One launch for up to 141 jobs of one arithmetic (see the module's table) and, in bf16 and fp16,
@@ -120,7 +121,6 @@ def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each job on one device.
-        allow_tf32: instead of what torch's matmul precision says.
 
     Raises:
         TypeError: another dtype. BackendUnavailableError: no extension. MemoryError: no room for
@@ -128,15 +128,14 @@ def coefficients(jobs: Sequence[Coefficients], *, allow_tf32: bool | None = None
             message names it.
     """
     extension = _extension()
-    allow_tf32 = _tf32_allowed() if allow_tf32 is None else allow_tf32
     for device, mine in _by_device(jobs).items():
         records = pack(mine, Tensor.data_ptr)
         index = _index(device)
         with torch.cuda.device(device):
-            size = extension.coefficients_workspace_bytes(records, index, allow_tf32)
+            size = extension.coefficients_workspace_bytes(records, index, _ALLOW_TF32)
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             stream = torch.cuda.current_stream(device).cuda_stream
-            arguments = records, index, allow_tf32, workspace.data_ptr(), size, stream
+            arguments = records, index, _ALLOW_TF32, workspace.data_ptr(), size, stream
             try:
                 extension.coefficients(*arguments)
             except MemoryError:  # counters are not of torch's pool, which may hold all there is
@@ -157,7 +156,7 @@ def update(jobs: Sequence[Update]) -> None:
     for device, mine in _by_device(jobs).items():
         records = pack(mine, Tensor.data_ptr)
         stream = torch.cuda.current_stream(device).cuda_stream
-        extension.update(records, _index(device), _tf32_allowed(), stream)
+        extension.update(records, _index(device), _ALLOW_TF32, stream)
 
 
 def multiply(As: Sequence[Tensor], Q: Tensor, out: Tensor, *, transpose: bool = False) -> None:
@@ -171,7 +170,7 @@ def multiply(As: Sequence[Tensor], Q: Tensor, out: Tensor, *, transpose: bool = 
         Coefficients(A.mT if transpose else A, None, Q[0 if shared else i], None, out[i])
         for i, A in enumerate(As)
     ]
-    coefficients(jobs, allow_tf32=False)
+    coefficients(jobs)
 
 
 def gram(As: Sequence[Tensor], out: Tensor, *, side: Literal["left", "right"] = "right") -> None:
@@ -181,9 +180,7 @@ def gram(As: Sequence[Tensor], out: Tensor, *, side: Literal["left", "right"] = 
     does half of that.
     """
     sides = [A if side == "right" else A.mT for A in As]
-    coefficients(
-        [Coefficients(X, X, None, out[i], None) for i, X in enumerate(sides)], allow_tf32=False
-    )
+    coefficients([Coefficients(X, X, None, out[i], None) for i, X in enumerate(sides)])
     out.copy_(torch.triu(out) + torch.triu(out, 1).mT)
 
 
@@ -361,10 +358,6 @@ def _by_device(jobs: Iterable[JobT]) -> dict[torch.device, list[JobT]]:
     for job in jobs:
         found.setdefault(job.x.device, []).append(job)
     return found
-
-
-def _tf32_allowed() -> bool:
-    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 def _index(device: torch.device) -> int:

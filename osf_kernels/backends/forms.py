@@ -19,11 +19,13 @@ mixed, left    E g (I − F)                       A | C = A V | A −= C Vᵀ |
 mixed, right   (I − E) g F                       B | C = Uᵀ B | B −= U C | B Vᵀ
 inner, left    E g F                             A | C = A V | A = C Vᵀ | U A
 inner, right   E g F                             B | C = Uᵀ B | B = U C | B Vᵀ
+in turn        (I − E) g F, or E g F             A | g − U A, or U A | B | B Vᵀ  (see below)
 left / right   E g  /  g F                       A | U A   /   B | B Vᵀ
 =============  ================================  ===================================
 
 and the result is beta·g + alpha·X + addend. Sequential with beta = 0 does its steps on a
-workspace and subtracts that from g. Complement and core, high and low bases are
+workspace and subtracts that from g; mixed and inner in turn keep their left side in one, which
+errs least where both sides hold most of g. Complement and core, high and low bases are
 choices of form, alpha and beta (see ``osf_kernels/plan.py``); restoring is the same with an
 offset on the coefficients (S) or a dense addend.
 
@@ -95,6 +97,8 @@ SEQUENCES = {
     "sequential": "CUCU",
     "mixed": "CCUU",
     "inner": "CCUU",
+    "mixed in turn": "CUCU",
+    "inner in turn": "CUCU",
 }
 
 
@@ -160,6 +164,16 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
             torch.sub(x, rest, out=out)
             if addend is not None:
                 out.add_(addend)
+        return
+
+    if form in ("mixed in turn", "inner in turn"):
+        rest = torch.empty_like(x)
+        A, B = new(r, n), new(m, k)
+        yield Coefficients(x, U, None, A, None)
+        outside = (-1.0, 1.0) if form == "mixed in turn" else (1.0, 0.0)
+        yield Update(rest, x, U, A, None, None, *outside)
+        yield Coefficients(rest, None, V, None, B)
+        yield Update(out, x, None, None, B, Vt, step.alpha, step.beta, addend)
         return
 
     two_sided = form in ("dual", "mixed", "inner")

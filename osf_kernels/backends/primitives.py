@@ -14,7 +14,6 @@ May import: torch, ``osf_kernels.backends``, ``osf_kernels.plan`` and below.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -23,38 +22,9 @@ import torch
 from torch import Tensor
 
 from osf_kernels import backends
+from osf_kernels.backends.precision import full_precision as full_precision
 
 Side = Literal["left", "right"]
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Has torch multiply float32 as float32 while factors are computed.
-
-    Where torch's matmul precision is lowered, a GPU or oneDNN on a CPU rounds operands to TF32 or
-    bfloat16: fine for activations, but bases would come out orthonormal to 1e-3. The settings
-    are the process's, so other threads see them for the time of a call. Autocast, which would do
-    the same, is the thread's own.
-    """
-    if torch._C._is_any_autocast_enabled():
-        with torch._C._DisableAutocast(), full_precision():
-            yield
-        return
-    settings = (
-        torch.backends.cuda.matmul,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # set on the module by itself
-    )
-    before = [setting.fp32_precision for setting in settings]
-    if not {"tf32", "bf16"} & set(before):
-        yield
-        return
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
+from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import describe
 
 NAMESPACE = "osf_kernels"
@@ -30,7 +31,7 @@ def register(
     """Defines an operator for every device and returns its callable overload."""
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, _outside_autocast(implementation), "CompositeExplicitAutograd")
+    library.impl(name, _in_full_precision(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=library)
@@ -38,17 +39,14 @@ def register(
     return overload
 
 
-_autocast = torch._C._is_any_autocast_enabled
-
-
-def _outside_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Operators choose what they multiply in; autocast would round their matmuls to 16 bits."""
+def _in_full_precision(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Operators choose what they multiply in, not autocast nor a setting of the process."""
 
     @wraps(implementation)
     def run(*arguments: Any) -> Any:
-        if not _autocast():
+        if not lowered():
             return implementation(*arguments)
-        with torch._C._DisableAutocast():
+        with full_precision():
             return implementation(*arguments)
 
     return run
@@ -67,8 +65,8 @@ def unobserved(*tensors: Tensor | None) -> bool:
 
     The dispatcher takes 4 µs to come back to it. It is needed where something would see the
     operator pass: a compiler, a trace, a profile, torch.func, forward mode, another mode, or a
-    subclass of Tensor; and under autocast, which ``register`` keeps out. That autograd doesn't
-    record the call is the caller's to know.
+    subclass of Tensor; and where float32 products would be rounded, which ``register`` keeps out.
+    That autograd doesn't record the call is the caller's to know.
     """
     if torch.compiler.is_compiling():
         return False
@@ -76,7 +74,7 @@ def unobserved(*tensors: Tensor | None) -> bool:
         if t is not None and type(t) not in _PLAIN:
             return False
     return not (
-        _autocast()
+        lowered()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
         or _function_modes()

@@ -6,8 +6,7 @@ a call that was seen before pays for building the key alone.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +34,7 @@ _KINDS: dict[tuple[str, str, str], str] = {
 }
 _PARTS: dict[str, tuple[Any, str, str]] = {kind: parts for parts, kind in _KINDS.items()}
 
+BasisLike = Tensor | Basis | None
 Meta = tuple[Any, ...]  # (shape, dtype, device) of a tensor
 # Which forms the planner may take: any, those that round once, those of ready coefficients of a
 # shard (whose bases may be wider than what is held of their side), those that pin to S.
@@ -45,12 +45,14 @@ def meta(t: Tensor) -> Meta:
     return t.shape, t.dtype, t.device
 
 
-def columns(op: str, name: str, basis: Tensor | Basis | None) -> tuple[Tensor | None, str]:
+def columns(op: str, name: str, basis: BasisLike) -> tuple[Tensor | None, str]:
     """The columns of a basis argument and what they span."""
-    if isinstance(basis, Basis):
-        return basis.columns, basis.spans
-    if basis is None or isinstance(basis, Tensor):
-        return basis, "high"
+    held, spans = (basis.columns, basis.spans) if isinstance(basis, Basis) else (basis, "high")
+    if held is None:
+        return held, spans
+    if isinstance(held, Tensor):
+        require_dense(op, name, held)
+        return held, spans
     raise TypeError(
         describe(op, name, "a tensor, a Basis or None", type(basis).__name__, "wrap it in a tensor")
     )
@@ -59,6 +61,7 @@ def columns(op: str, name: str, basis: Tensor | Basis | None) -> tuple[Tensor | 
 def require_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(describe(op, name, "a tensor", type(value).__name__))
+    require_dense(op, name, value)
 
 
 def require_dense(op: str, name: str, t: Tensor) -> None:
@@ -178,12 +181,19 @@ def check(
 
 
 def shape_check(
-    op: str, g: Tensor, U: Tensor | None, V: Tensor | None, kind: str, shard: bool = False
+    op: str,
+    g: Tensor,
+    U: Tensor | None,
+    V: Tensor | None,
+    kind: str,
+    *,
+    names: Sequence[str] = "gUV",
+    shard: bool = False,
 ) -> None:
     """The same refusals where shapes may be symbolic: in a fake kernel."""
     parts_of(op, kind)
     u_meta, v_meta = None if U is None else meta(U), None if V is None else meta(V)
-    check(op, "gUV", meta(g), u_meta, v_meta, shard)
+    check(op, names, meta(g), u_meta, v_meta, shard)
 
 
 class Decision(NamedTuple):
@@ -234,44 +244,6 @@ def admit(
     return Decision(x, step, backend, why, direct)
 
 
-def require_writable(op: str, names: Sequence[str], g: Tensor, *read: Tensor | None) -> None:
-    """What is written has memory of its own, apart from what is read beside it.
-
-    ``names`` are those of g and of what is read, in order.
-    """
-    storage = g.untyped_storage().data_ptr()
-    for i, t in enumerate(read, 1):
-        if t is not None and t.untyped_storage().data_ptr() == storage and overlaps(g, t):
-            remedy = "use the in-place operator" if names[i] == "g" else f"clone {names[i]} first"
-            expected = f"apart from {names[i]}"
-            raise ValueError(describe(op, names[0], expected, "overlapping memory", remedy))
-    if not g.is_contiguous() and any(
-        stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True)
-    ):
-        raise ValueError(
-            describe(
-                op,
-                names[0],
-                "a tensor whose elements have memory of their own",
-                f"an expanded one, strides {g.stride()}",
-                "write to .clone()",
-            )
-        )
-
-
-def require_no_leaf(op: str, name: str, g: Tensor) -> None:
-    if g.requires_grad and g.is_leaf and torch.is_grad_enabled():
-        raise ValueError(
-            describe(
-                op,
-                name,
-                "a tensor that may be written in place",
-                "a leaf that requires grad",
-                "use torch.no_grad() or the out-of-place operator",
-            )
-        )
-
-
 def require_constant(op: str, names: Sequence[str], *tensors: Tensor | None) -> None:
     """An operator without derivative takes nothing that is differentiated in either mode."""
     recording = torch.is_grad_enabled()
@@ -284,64 +256,3 @@ def require_constant(op: str, names: Sequence[str], *tensors: Tensor | None) -> 
         if got:
             remedy = f"pass {name}.detach()"
             raise ValueError(describe(op, name, "a tensor without gradient", got, remedy))
-
-
-def _extent(t: Tensor) -> tuple[int, int, int]:
-    """(storage, first byte, one past the last byte)."""
-    size = t.element_size()
-    start = int(t.storage_offset()) * size
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().data_ptr(), start, start + (int(last) + 1) * size
-
-
-def overlaps(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors share memory; views of different columns of one matrix do not."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    (storage_a, start_a, end_a), (storage_b, start_b, end_b) = _extent(a), _extent(b)
-    if storage_a != storage_b or start_a >= end_b or start_b >= end_a:
-        return False
-    if a.stride() == b.stride() and a.dim() >= 2 and a.stride(-1) == 1 and a.stride(-2) > 0:
-        row = a.stride(-2)
-        column_a = (start_a // a.element_size()) % row
-        column_b = (start_b // b.element_size()) % row
-        inside = column_a + a.shape[-1] <= row and column_b + b.shape[-1] <= row
-        apart = column_a + a.shape[-1] <= column_b or column_b + b.shape[-1] <= column_a
-        return not (inside and apart)
-    return True
-
-
-def require_distinct(
-    op: str, name: str, written: Sequence[Tensor], read: Mapping[str, Sequence[Tensor | None]]
-) -> None:
-    """No matrix of a list shares memory with another that is written, nor with what is read.
-
-    Only tensors of one storage are compared, so gradients that are views of one buffer cost a
-    sort, and everything else a dictionary entry.
-    """
-    writers: dict[int, list[int]] = {}
-    for i, g in enumerate(written):
-        if g.numel():
-            writers.setdefault(g.untyped_storage().data_ptr(), []).append(i)
-    for members in writers.values():
-        if len(members) > 1:
-            members.sort(key=lambda i: _extent(written[i])[1])
-            for before, i in itertools.pairwise(members):
-                if overlaps(written[before], written[i]):
-                    first, second = sorted((before, i))
-                    expected = f"apart from {name}[{first}]"
-                    remedy = "pass a tied weight once"
-                    raise ValueError(
-                        describe(op, f"{name}[{second}]", expected, "overlapping memory", remedy)
-                    )
-    for other, tensors in read.items():
-        for j, t in enumerate(tensors):
-            if t is None:
-                continue
-            for i in writers.get(t.untyped_storage().data_ptr(), ()):
-                if overlaps(written[i], t):
-                    expected = f"apart from {other}[{j}]"
-                    remedy = f"clone {other}[{j}] first"
-                    raise ValueError(
-                        describe(op, f"{name}[{i}]", expected, "overlapping memory", remedy)
-                    )

@@ -17,16 +17,15 @@ from osf_kernels.ops._library import (
     require_vmapped,
     transformed,
 )
+from osf_kernels.ops._memory import require_no_leaf, require_target, require_writable
 from osf_kernels.ops._validation import (
+    BasisLike,
     columns,
     kind_of,
     require_constant,
-    require_no_leaf,
     require_tensor,
-    require_writable,
     shape_check,
 )
-from osf_kernels.ops.projection import BasisLike
 from osf_kernels.plan import Mode
 
 
@@ -88,8 +87,9 @@ def apply_(
     Mutates g, not A and B; doesn't synchronise; draws no random numbers; not differentiable.
     """
     op = "apply_"
-    for name, t in (("g", g), ("A", A), ("B", B)):
-        require_tensor(op, name, t)
+    require_target(op, "g", g)
+    require_tensor(op, "A", A)
+    require_tensor(op, "B", B)
     U, u_spans = columns(op, "U", U)
     V, v_spans = columns(op, "V", V)
     require_no_leaf(op, "g", g)
@@ -142,6 +142,21 @@ def _coefficients_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any) -> tuple
     return _both(g, U, V), (0, 0)
 
 
+def _check_coefficients(
+    g: Tensor, U: Tensor | None, V: Tensor | None, A: Tensor, B: Tensor
+) -> None:
+    op = "apply_"
+    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    for name, t, shape in wanted:
+        if t.shape != shape:
+            remedy = "take both from coefficients(g, U, V)"
+            raise ValueError(describe(op, name, str(tuple(shape)), tuple(t.shape), remedy))
+        if t.device != g.device:
+            raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
+        if t.dtype != coefficient_dtype(g):
+            raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
+
+
 def _apply__impl(
     g: Tensor,
     U: Tensor | None,
@@ -152,15 +167,7 @@ def _apply__impl(
 ) -> None:
     op = "apply_"
     decided = decide(op, "gUV", g, U, V, kind, "shard")
-    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
-    for name, t, shape in wanted:
-        if t.shape != shape:
-            remedy = "take both from coefficients(g, U, V)"
-            raise ValueError(describe(op, name, str(tuple(shape)), tuple(t.shape), remedy))
-        if t.device != g.device:
-            raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
-        if t.dtype != coefficient_dtype(g):
-            raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
+    _check_coefficients(g, U, V, A, B)
     require_writable(op, "gUVAB", g, U, V, A, B)
     A_, B_ = None if U is None else A, None if V is None else B
     execute([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend])
@@ -168,6 +175,7 @@ def _apply__impl(
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:
     shape_check("apply_", g, U, V, kind, shard=True)
+    _check_coefficients(g, U, V, A, B)
 
 
 def _apply__vmap(
@@ -204,14 +212,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, for_A: Tensor, for_B: Tensor) -> tuple[Any, ...]:
     """A = Uᵀ g and B = g V are bilinear."""
     g, U, V = ctx.saved_tensors
-    dtype = for_A.dtype
-    for_g, for_U, for_V = torch.zeros_like(g, dtype=dtype), None, None
+    for_g, for_U, for_V = torch.zeros_like(g, dtype=for_A.dtype), None, None
     if U is not None:
-        for_g = for_g + U.to(dtype) @ for_A
-        for_U = (g.to(dtype) @ for_A.mT).sum_to_size(U.shape).to(U.dtype)
+        for_g = for_g + product_of_shared(U, for_A)
+        for_U = product(g, for_A.mT).sum_to_size(U.shape).to(U.dtype)
     if V is not None:
-        for_g = for_g + for_B @ V.to(dtype).mT
-        for_V = (g.to(dtype).mT @ for_B).sum_to_size(V.shape).to(V.dtype)
+        for_g = for_g + product(for_B, V.mT)
+        for_V = product(g.mT, for_B).sum_to_size(V.shape).to(V.dtype)
     return for_g.to(g.dtype), for_U, for_V
 
 
@@ -254,3 +261,16 @@ def _both(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor
     function = _Coefficients.apply if transformed() else _coefficients
     A, B = function(g, U, V)
     return A, B
+
+
+# Derivatives multiply by the operator itself: in full precision, compiled and to any order too.
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 (float64 of float64); b's batch dimensions broadcast to those of a."""
+    return _both(a, None, b)[1]
+
+
+def product_of_shared(a: Tensor, b: Tensor) -> Tensor:
+    """a b likewise; a's batch dimensions broadcast to those of b."""
+    return _both(b, a.mT, None)[0]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from osf_kernels import backends
 from osf_kernels.backends.forms import Problem
-from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, execute_one
 from osf_kernels.ops._library import (
@@ -21,21 +20,28 @@ from osf_kernels.ops._library import (
     transformed,
     unobserved,
 )
+from osf_kernels.ops._memory import (
+    require_distinct,
+    require_no_meta_among,
+    require_own_memory,
+    require_recordable,
+    require_target,
+    require_writable,
+    unwrapped,
+)
 from osf_kernels.ops._validation import (
+    BasisLike,
     columns,
     kind_of,
     meta,
     parts_of,
-    require_distinct,
     require_lengths,
-    require_no_leaf,
     require_tensor,
-    require_writable,
     shape_check,
 )
+from osf_kernels.ops.halves import product, product_of_shared
 from osf_kernels.plan import Mode, Plan
 
-BasisLike = Tensor | Basis | None
 _FLIPPED = {"high": "low", "low": "high"}
 
 
@@ -80,7 +86,7 @@ def project(
         if unobserved(g, U, V) and not _needs_grad(g, U, V):
             return _project_impl(g, U, V, kind)
         return _projected(g, U, V, kind)
-    require_tensor("project", "out", out)
+    require_target("project", "out", out)
     if _needs_grad(g, U, V, out) or has_tangent(g, U, V, out):
         raise ValueError(
             describe(
@@ -112,14 +118,17 @@ def project_(
 
     Mutates g; doesn't synchronise; draws no random numbers.
     """
-    require_tensor("project_", "g", g)
+    if type(g) is not Tensor:
+        require_tensor("project_", "g", g)
     U, V, kind = _held("project_", U, V, mode)
     recorded = _needs_grad(g, U, V)
     if unobserved(g, U, V) and not recorded:
         _project__impl(g, U, V, kind)
-    elif recorded or transformed():
-        require_no_leaf("project_", "g", g)
-        g.copy_(_projected(g, U, V, kind))
+        return g
+    require_target("project_", "g", g)
+    if recorded or transformed():
+        require_recordable("project_", "gUV", g, U, V)
+        g.copy_(_projected(_kept(g, U, V), U, V, kind))
     else:
         _project_(g, U, V, kind)
     return g
@@ -151,19 +160,20 @@ def project_many_(
     op = "project_many_"
     require_lengths(op, grads=grads, Us=Us, Vs=Vs)
     for i, g in enumerate(grads):
-        require_tensor(op, f"grads[{i}]", g)
+        require_target(op, f"grads[{i}]", g)
+    require_no_meta_among(op, "grads", grads)
     lefts = [columns(op, f"Us[{i}]", U) for i, U in enumerate(Us)]
     rights = [columns(op, f"Vs[{i}]", V) for i, V in enumerate(Vs)]
     held_U, held_V = [U for U, _ in lefts], [V for V, _ in rights]
     kinds = [kind_of(op, mode, u, v) for (_, u), (_, v) in zip(lefts, rights, strict=True)]
-    wrapped = transformed()
-    if wrapped or _needs_grad(*grads, *held_U, *held_V):
-        for i, g in enumerate(grads):
-            require_no_leaf(op, f"grads[{i}]", g)
-            if not wrapped:  # what a transform wraps has no memory to look at
-                require_writable(op, (f"grads[{i}]",), g)
+    if transformed() or _needs_grad(*grads, *held_U, *held_V):
+        for i, (g, U, V) in enumerate(zip(grads, held_U, held_V, strict=True)):
+            require_recordable(op, _names(i), g, U, V)
+        if not torch.compiler.is_compiling():
+            written, Us, Vs = ([*map(unwrapped, side)] for side in (grads, held_U, held_V))
+            require_distinct(op, "grads", written, {"Us": Us, "Vs": Vs})
         arguments = zip(grads, held_U, held_V, kinds, strict=True)
-        results = [_projected(g, U, V, kind) for g, U, V, kind in arguments]
+        results = [_projected(_kept(g, U, V), U, V, kind) for g, U, V, kind in arguments]
         for g, result in zip(grads, results, strict=True):
             g.copy_(result)
         return
@@ -210,6 +220,10 @@ def plan(
     return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
 
 
+def _names(i: int) -> tuple[str, str, str]:
+    return f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]"
+
+
 def _as_list(basis: Any, many: bool, count: int) -> list[Any]:
     if not many:
         return [basis]
@@ -240,6 +254,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _kept(g: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
+    """g as the derivatives in the bases read it, once g itself is written over."""
+    return g.clone() if transformed() or _needs_grad(U, V) else g
+
+
 # --- torch.library -------------------------------------------------------------------------
 
 
@@ -250,14 +269,18 @@ def _project_impl(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> T
     return out
 
 
-def _project_out_impl(
-    g: Tensor, U: Tensor | None, V: Tensor | None, kind: str, out: Tensor
-) -> None:
-    decided = decide("project", "gUV", g, U, V, kind)
+def _require_like(out: Tensor, g: Tensor) -> None:
     if meta(out) != meta(g):
         expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
         raise ValueError(describe("project", "out", expected, got))
+
+
+def _project_out_impl(
+    g: Tensor, U: Tensor | None, V: Tensor | None, kind: str, out: Tensor
+) -> None:
+    decided = decide("project", "gUV", g, U, V, kind)
+    _require_like(out, g)
     require_writable("project", ("out", "g", "U", "V"), out, g, U, V)
     execute_one(decided, g, out, U, V)
 
@@ -277,9 +300,9 @@ def _project_many__impl(
     op = "project_many_"
     problems, names = [], []
     for i, (g, U, V, kind) in enumerate(zip(grads, Us, Vs, kinds, strict=True)):
-        arguments = (f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]")
+        arguments = _names(i)
         decided = decide(op, arguments, g, U, V, kind)
-        require_writable(op, arguments, g, U, V)
+        require_own_memory(op, arguments[0], g)
         problems.append(Problem(g, g, U, V, decided.step))
         names.append(decided.backend)
     require_distinct(op, "grads", grads, {"Us": Us, "Vs": Vs})
@@ -293,6 +316,7 @@ def _project_fake(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> T
 
 def _project_out_fake(g: Tensor, U: Any, V: Any, kind: str, out: Tensor) -> None:
     shape_check("project", g, U, V, kind)
+    _require_like(out, g)
 
 
 def _project__fake(g: Tensor, U: Any, V: Any, kind: str) -> None:
@@ -300,8 +324,8 @@ def _project__fake(g: Tensor, U: Any, V: Any, kind: str) -> None:
 
 
 def _project_many__fake(grads: Any, Us: Any, Vs: Any, kinds: list[str]) -> None:
-    for g, U, V, kind in zip(grads, Us, Vs, kinds, strict=True):
-        shape_check("project_many_", g, U, V, kind)
+    for i, (g, U, V, kind) in enumerate(zip(grads, Us, Vs, kinds, strict=True)):
+        shape_check("project_many_", g, U, V, kind, names=_names(i))
 
 
 def _project_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[Tensor, int]:
@@ -405,17 +429,14 @@ def _one_side(mode: str, u_spans: str, v_spans: str) -> str:
 
 
 def _basis_gradient(grad: Tensor, h: Tensor, U: Tensor, spans: str) -> Tensor:
-    dtype = torch.promote_types(grad.dtype, U.dtype)
-    grad, h, columns_ = grad.to(dtype), h.to(dtype), U.to(dtype)
-    value = grad @ (h.mT @ columns_) + h @ (grad.mT @ columns_)
+    value = product(grad, product(h.mT, U)) + product(h, product(grad.mT, U))
     value = value if spans == "low" else -value
     return value.sum_to_size(U.shape).to(U.dtype)
 
 
 def _basis_tangent(dU: Tensor, h: Tensor, U: Tensor, spans: str) -> Tensor:
-    dtype = torch.promote_types(h.dtype, U.dtype)
-    dU, h, columns_ = dU.to(dtype), h.to(dtype), U.to(dtype)
-    value = dU @ (columns_.mT @ h) + columns_ @ (dU.mT @ h)
+    value = product_of_shared(dU, product_of_shared(U.mT, h))
+    value = value + product_of_shared(U, product_of_shared(dU.mT, h))
     return value if spans == "low" else -value
 
 

@@ -12,20 +12,24 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute
 from osf_kernels.ops._library import register
+from osf_kernels.ops._memory import (
+    require_distinct,
+    require_no_leaf,
+    require_no_meta_among,
+    require_target,
+    require_writable,
+)
 from osf_kernels.ops._validation import (
     DTYPES,
+    BasisLike,
     columns,
     kind_of,
     parts_of,
     require_constant,
-    require_distinct,
     require_lengths,
-    require_no_leaf,
     require_tensor,
-    require_writable,
     shape_check,
 )
-from osf_kernels.ops.projection import BasisLike
 from osf_kernels.plan import Mode
 
 # What W_ref has beside its triplets: (UᵀW_ref − S Vᵀ, W_ref V − U S), in mode "core" the single
@@ -141,7 +145,7 @@ def _restore(
     arguments = zip(Ws, Us, Vs, Ss, residuals, addends, strict=True)
     for i, (W, U, V, S, residual, addend) in enumerate(arguments):
         name_W, name_U, name_V, name_S, name_H, name_R = _names(i, single)
-        require_tensor(op, name_W, W)
+        require_target(op, name_W, W)
         lefts.append(columns(op, name_U, U))
         rights.append(columns(op, name_V, V))
         for name, t in ((name_S, S), (name_H, addend)):
@@ -162,6 +166,7 @@ def _restore(
         names = (*_names(i, single), name_R)
         held = (lefts[-1][0], rights[-1][0])
         require_constant(op, names, W, *held, S, addend, rest_A, rest_B)
+    require_no_meta_among(op, "Ws", Ws)
     _restore_many_(
         list(Ws),
         [U for U, _ in lefts],
@@ -281,8 +286,11 @@ def _fake(
     Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, As: Any, Bs: Any, kinds: list[str], single: bool
 ) -> None:
     op = "restore_" if single else "restore_many_"
-    for W, U, V, kind in zip(Ws, Us, Vs, kinds, strict=True):
-        shape_check(op, W, U, V, kind)
+    arguments = zip(Ws, Us, Vs, Ss, Hs, As, Bs, kinds, strict=True)
+    for i, (W, U, V, S, H, A, B, kind) in enumerate(arguments):
+        names = _names(i, single)
+        shape_check(op, W, U, V, kind, names=names)
+        _check_pinned(op, names, W, U, V, S, H, (A, B), kind)
 
 
 _restore_many_ = register(

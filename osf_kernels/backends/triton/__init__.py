@@ -79,8 +79,8 @@ def coefficients(
         jobs: bfloat16, float16 or float32 matrices of any strides, each on one device.
         variant: "one_pass" or "two_pass" instead of the pinned rule.
         config: tile config instead of the pinned one.
-        float32_precision: "tf32x3", "tf32" or "ieee" for float32 operands. Default: "tf32" where
-            torch's matmul precision permits it, else "tf32x3" (on AMD "ieee", native there).
+        float32_precision: "tf32x3", "tf32" or "ieee" for float32 operands. Default: "tf32x3", on
+            AMD "ieee", which is native there; what torch's matmuls may do changes nothing.
 
     Raises:
         TypeError: a float64 (or other) dtype. ValueError: an option that cannot be honoured.

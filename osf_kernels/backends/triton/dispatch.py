@@ -224,9 +224,9 @@ def _bucket(job: Coefficients | Update, matrix: Tensor, *ranks: int) -> tuple[ob
 
 
 def _float32_precision(asked: str | None) -> str:
-    if asked is None:
-        permitted = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        asked = "tf32" if permitted else "tf32x3"
+    asked = (
+        asked or "tf32x3"
+    )  # plain TF32 only for who names it, whatever the process lets torch do
     if asked not in _PRECISIONS:
         raise ValueError(
             "osf_kernels.backends.triton: expected float32_precision to be one of "
