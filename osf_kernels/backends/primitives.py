@@ -131,7 +131,7 @@ def power_products(
         Z (b, m, (steps + 1)·l) and G (b, n, steps·l) of the working dtype, in any order of strides.
     """
     width = Q.shape[-1]
-    factors = torch.tensor(scales, dtype=Q.dtype).to(Q.device, non_blocking=True)
+    factors = torch.tensor(scales, dtype=Q.dtype, device="cpu").to(Q.device, non_blocking=True)
     Z = empty_product(As, Q, width=(steps + 1) * width)
     G = empty_product(As, Q, width=steps * width, transpose=True)
     Zs, Gs = Z.split(width, -1), G.split(width, -1)

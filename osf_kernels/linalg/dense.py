@@ -11,13 +11,16 @@ from torch import Tensor
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free
-from osf_kernels.linalg.residual import residual_of
+from osf_kernels.linalg import spread
+from osf_kernels.linalg.residual import DEFAULT_TOL, residual_of
 from osf_kernels.linalg.small import column_norms, polished
 
-# Above this share of σ₁ singular values from a Gram matrix in the dtype of A leave residuals of up
-# to 500 eps (512², half of them at the limit), LAPACK's ratio of a few; the polish takes back what
-# their vectors lose. Below it float64 takes 2 to 3 times the time, and LAPACK's SVD of a float64 A.
-GRAM_LIMIT = 1e-2
+# What a Gram matrix's rounding, eps of its largest eigenvalue, is of the singular values' own,
+# 2 σ_r σ₁ eps, below which it tells no less apart than an SVD of A.
+GRAM_COARSE = 4.0
+# Eigenvalues farther apart than so many eps of the largest mix by less than .06 (the eigensolver's
+# divide and conquer leaves up to 4 eps between two), all of them by some 1e-3 of a direction.
+EDGE_REACH = 64.0
 
 
 def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
@@ -38,9 +41,10 @@ def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
 def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Factors:
     """Eigenvectors V of AᵀA, and U = A V / σ; of AAᵀ where A is wide.
 
-    A Gram matrix squares the condition number, so ``ok`` is False where σ_r < 1e-2 σ₁, and ``safe``
-    has it and its eigenvectors in float64 and orthonormalizes A V by Householder QR; of a float64
-    A, for which nothing is wider, it is LAPACK's SVD.
+    A Gram matrix squares the condition number. ``ok`` is False where that leaves a residual above
+    what LAPACK's SVD of A has, or may have lost a leading direction; ``safe`` has the Gram matrix
+    and its eigenvectors in float64 and orthonormalizes A V by Householder QR; of a float64 A, for
+    which nothing is wider, it is LAPACK's SVD.
     """
     if safe and As[0].dtype == torch.float64:
         return exact(As, rank, complement)
@@ -49,16 +53,50 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
         return gram([A.mT for A in As], rank, complement, safe=safe).swapped()
     if safe:
         return _gram_in_double(As, rank, complement)
-    # The upper triangle's transpose is the lower one, in the order that LAPACK copies it to.
-    _, W = torch.linalg.eigh(primitives.gram(As, upper=True).mT, UPLO="L")
-    V = W[..., n - rank :]  # ascending, as they come: what is returned is copied once, at the end
-    AV = primitives.multiply(As, V)
+    G = primitives.gram(As)
+    lowered = spread.lower(G)
+    values, W = torch.linalg.eigh(G)  # ascending: what is returned is copied once, at the end
+    del G
+    wide = min(n, rank + spread.EDGE)
+    B = primitives.multiply(As, W[..., n - wide :])
+    ok = _fine(As)
+    if lowered is not None:
+        # What was set is the largest, unless a space found less of a cluster than there is.
+        ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.count == 0)
+        ok = ok & spread.couple(list(As), W, B, lowered)
+    ok = ok & _edge_solved(values, W, B, rank)
+    V, AV = W[..., n - rank :], B[..., wide - rank :]
     S = column_norms(AV)
-    ok = S[..., 0] > GRAM_LIMIT * S[..., -1]
     U = polished(AV / S.unsqueeze(-2))
     residual = residual_of(As, U, S, V)
+    ok = ok & (residual <= DEFAULT_TOL * torch.finfo(S.dtype).eps)
     V_low = W[..., : n - rank] if complement else None
     return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
+
+
+def _edge_solved(values: Tensor, W: Tensor, B: Tensor, rank: int) -> Tensor:
+    """Solves for the eigenvectors about the last wanted one again, in place, where a float32 Gram
+    matrix may have mixed them across it.
+
+    Returns:
+        (b,) whether all that it may have mixed was within reach.
+    """
+    n, eps = W.shape[-1], torch.finfo(W.dtype).eps
+    squares = B.square().sum(-2)  # ascending, the last of all
+    last = squares[:, -rank]
+    # Rounding of the Gram matrix against that of A itself.
+    coarse = values[:, -1] > GRAM_COARSE * (last * squares[:, -1]).sqrt()
+    if rank == n or not bool(coarse.any()):
+        return torch.ones_like(coarse)
+    start, stop = n - B.shape[-1], min(n, n - rank + spread.EDGE)
+    reach = EDGE_REACH * eps * values[:, -1]
+    ok = torch.ones_like(coarse)
+    if start > 0:
+        ok = ok & (squares[:, -rank] - squares[:, 0] >= reach)
+    if stop < n:
+        ok = ok & (squares[:, stop - n] - squares[:, -rank - 1] >= reach)
+    spread.rotate(W, B, start, stop)
+    return ok | ~coarse
 
 
 def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:

@@ -25,6 +25,7 @@ from osf_kernels.linalg.inputs import (
     entries_of,
     require_finite_starts,
 )
+from osf_kernels.linalg.residual import limit
 from osf_kernels.linalg.result import TruncatedSVD
 
 # What a group may take beside its results where no cap is given. On a CPU a few matrices at a time
@@ -148,16 +149,18 @@ def _decomposed(entries: Sequence[Entry], options: Options) -> list[TruncatedSVD
     if options.method != "auto":
         return ordered
     # An earlier result that no longer fits is dropped.
-    limit = WARM_LIMIT if options.tol is None else options.tol
+    fits = WARM_LIMIT if options.tol is None else options.tol
     stale = [
         i
         for i, result in enumerate(ordered)
-        if result.method in ("warm", "deflated") and not float(result.residual) <= limit
+        if result.method in ("warm", "deflated")
+        and (not float(result.residual) <= fits or _lacking(result, options))
     ]
     if stale:
         anew = _decomposed([entries[i]._replace(warm=None) for i in stale], options)
         for i, result in zip(stale, anew, strict=True):
-            if float(result.residual) < float(ordered[i].residual):
+            closer = float(result.residual) < float(ordered[i].residual)
+            if closer or _lacking(ordered[i], options):
                 ordered[i] = result
     return ordered
 
@@ -319,11 +322,15 @@ def _results(
     method: str, entries: Sequence[Entry], factors: Factors, options: Options
 ) -> list[TruncatedSVD]:
     residual, tol = factors.residual, options.tol
-    norms = torch.tensor([entry.norm for entry in entries], dtype=torch.float64)
+    norms = torch.tensor([entry.norm for entry in entries], dtype=torch.float64, device="cpu")
     norms = norms.to(residual.device, non_blocking=True)
     held = factors.S.double().square().sum(-1) / norms.square()
     captured = torch.where(norms == 0, 1, held.clamp_max(1)).to(factors.S.dtype)  # of 0 all is held
-    converged = None if tol is None else residual <= tol
+    converged = residual <= limit(tol, factors.S.dtype)
+    if method == "exact" and tol is None:
+        converged = residual.isfinite()
+    if factors.leading is not None:
+        converged = converged & factors.leading
     fields = {
         "U": factors.U,
         "S": factors.S,
@@ -378,7 +385,7 @@ def _empty(entry: Entry, options: Options) -> TruncatedSVD:
         zero + (entry.norm == 0),
         0,
         "exact",
-        None if options.tol is None else zero <= options.tol,
+        zero == 0,
         *(low if options.complement else (None, None)),
     )
 
@@ -402,7 +409,7 @@ def _stacked(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> Truncated
 
 def _remedy(results: Sequence[TruncatedSVD], options: Options) -> str:
     """What a caller may change about results that missed the tolerance."""
-    missed = {r.method for r in results if r.converged is not None and not bool(r.converged)}
+    missed = {r.method for r in results if not _converged(r)}
     if missed <= {"exact"}:
         return "no method comes closer in this dtype; raise tol, or pass float64"
     if missed <= {"exact", "gram"}:
@@ -414,14 +421,27 @@ def _remedy(results: Sequence[TruncatedSVD], options: Options) -> str:
     return 'take method="gram" or "exact", or raise tol'
 
 
+def _converged(result: TruncatedSVD) -> bool:
+    return result.converged is None or bool(result.converged)
+
+
+def _lacking(result: TruncatedSVD, options: Options) -> bool:
+    """Whether triplets are right that aren't the leading ones."""
+    right = float(result.residual) <= limit(options.tol, result.S.dtype)
+    return right and not _converged(result)
+
+
 def _unconverged(
     entries: Sequence[Entry], results: Sequence[TruncatedSVD], options: Options
 ) -> list[str]:
+    if options.tol is None:  # no more was asked for than the results say
+        return []
     missed = [
-        f"{entry.name} has {float(result.residual):.1e} after {result.iterations} iterations of "
-        f'"{result.method}"'
+        f"{entry.name} has {float(result.residual):.1e} "
+        + ("but lacks leading triplets " if _lacking(result, options) else "")
+        + f'after {result.iterations} iterations of "{result.method}"'
         for entry, result in zip(entries, results, strict=True)
-        if result.converged is not None and not bool(result.converged)
+        if not _converged(result)
     ]
     if not missed:
         return []

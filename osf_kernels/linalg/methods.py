@@ -18,9 +18,16 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg import dense
 from osf_kernels.linalg.auto import Method
 from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.krylov import KrylovSpace, subspace_iteration
+from osf_kernels.linalg.krylov import (
+    PROBE_BLOCK,
+    PROBE_STEPS,
+    KrylovSpace,
+    beyond,
+    larger,
+    subspace_iteration,
+)
 from osf_kernels.linalg.powers import MOST_STEPS, from_powers
-from osf_kernels.linalg.residual import confirmed
+from osf_kernels.linalg.residual import confirmed, limit
 from osf_kernels.linalg.result import TruncatedSVD
 
 # A Krylov space of three times the rank in some twelve blocks: on σᵢ = i^-½ at n = 2048 it holds
@@ -134,7 +141,7 @@ def randomized(group: Group, safe: bool) -> Factors:
     if not _takes_krylov(group):
         block = _width(group)
         generator = group.generator(block)
-        return subspace_iteration(
+        found = subspace_iteration(
             group.As,
             _sketch(group, group.shape[1], block, generator),
             group.rank,
@@ -143,6 +150,7 @@ def randomized(group: Group, safe: bool) -> Factors:
             safe=safe,
             generator=generator,
         )
+        return _led(group, found, safe)
     generator = group.generator(block)
     noise = _sketch(group, group.shape[0], block, generator)
 
@@ -156,7 +164,21 @@ def randomized(group: Group, safe: bool) -> Factors:
         return grown(group)
     found = from_powers(group.As, noise, group.norms, group.rank, steps=steps)
     late = torch.nonzero(~found.ok).flatten()
+    found = _led(group, found, safe)
     return merged(found, late, grown(group.of(late))) if len(late) else found
+
+
+def _led(group: Group, factors: Factors, safe: bool) -> Factors:
+    """The factors, those whose residual is small enough looked at for whether they are leading."""
+    n, r = factors.V.shape[-2:]
+    met = torch.nonzero(factors.ok & (factors.residual <= limit(group.tol, group.dtype))).flatten()
+    if not len(met) or r == min(group.shape):  # synchronizes
+        return factors
+    As = [group.As[i] for i in met.tolist()]
+    _, Z = beyond(As, factors.V[met], safe=safe)
+    leading = torch.ones_like(factors.ok)
+    leading[met] = ~larger(Z, factors._replace(S=factors.S[met], residual=factors.residual[met]))
+    return factors._replace(leading=leading)
 
 
 def warm(group: Group, safe: bool) -> Factors:
@@ -168,10 +190,14 @@ def warm(group: Group, safe: bool) -> Factors:
     first = subspace_iteration(
         group.As, start, group.rank, tol=group.tol, niter=1, safe=safe, generator=generator
     )
+    first = _led(group, first, safe)
     if group.tol is None or group.niter == 1:
         return first
+    late = first.residual > group.tol
+    if first.leading is not None:
+        late = late | ~first.leading
     # From a start that isn't finite nothing is to be had.
-    late = torch.nonzero((first.residual > group.tol) & first.residual.isfinite()).flatten()
+    late = torch.nonzero(late & first.residual.isfinite()).flatten()
     start = first.V[late]
     if not len(late):
         return first
@@ -217,19 +243,26 @@ def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
     iterations = list(factors.iterations)
     for i, other in zip(indices.tolist(), others.iterations, strict=True):
         iterations[i] = other
+    if factors.leading is not None or others.leading is not None:
+        swapped["leading"] = put(_leading(factors), _leading(others))
     return factors._replace(iterations=iterations, **swapped)
+
+
+def _leading(factors: Factors) -> Tensor:
+    return torch.ones_like(factors.ok) if factors.leading is None else factors.leading
 
 
 def _grown(
     group: Group, start: Tensor, width: int, safe: bool, generator: torch.Generator
 ) -> Factors:
-    """A Krylov space of ``width`` from ``start``; with tol it grows until residuals meet it."""
+    """A Krylov space of ``width`` from ``start``; with tol it grows until residuals meet it and
+    nothing larger is found beside it."""
     block = start.shape[-1]
     space = KrylovSpace(group.As, start, safe=safe, generator=generator)
     space.grow(width)
     factors = space.factors(group.rank)
     if group.tol is None:
-        return factors
+        return _led(group, factors, safe)
     most = min(group.shape)
     if group.niter is not None:
         most = max(width, min(most, group.niter * block))
@@ -238,13 +271,18 @@ def _grown(
     most = max(most, width)
     waiting = torch.arange(len(group.As), device=start.device)
     postponed: list[int] = []
+    lacking: list[int] = []
     factors = current = confirmed(group.As, factors, group.tol)
-    while space.width < most:
-        late = torch.nonzero(~(current.residual <= group.tol)).flatten()
-        if not len(late):
+    while True:
+        missed = current.residual <= group.tol
+        late = torch.nonzero(~missed).flatten()
+        if space.width < group.shape[1] and bool(missed.any()):  # else it has all there is
+            # Beside the others too: a batch costs what one does.
+            _, Z = space.beside()
+            lacking += waiting[missed & larger(Z, current)].tolist()
+        if not len(late) or space.width >= most:
             break
-        blocks = max(space.iterations + 1, math.ceil(space.iterations * GROWTH))
-        grown = min(most, blocks * block)
+        grown = min(most, _next_width(space))
         fitting = int(group.workspace_bytes // _krylov_bytes(group, grown, block))
         postponed += waiting[late[max(1, fitting) :]].tolist()
         late = late[: max(1, fitting)]
@@ -256,12 +294,51 @@ def _grown(
             [group.As[i] for i in waiting.tolist()], space.factors(group.rank), group.tol
         )
         factors = merged(factors, waiting, current)
+    del space, current
+
+    def of(indices: list[int]) -> tuple[Tensor, Group, Tensor]:
+        at = torch.tensor(indices, device=start.device)
+        return at, group.of(at), start if len(start) == 1 else start[at]
+
+    for i in lacking:  # each alone, so that none depends on which others share the call
+        at, one, begun = of([i])
+        factors = merged(factors, at, _completed(one, begun, width, most, safe, generator))
     if postponed:
-        at = torch.tensor(postponed, device=start.device)
-        starts = start if len(start) == 1 else start[at]
-        rest = _grown(group.of(at), starts, width, safe, generator)
-        factors = merged(factors, at, rest)
+        at, rest, begun = of(postponed)
+        factors = merged(factors, at, _grown(rest, begun, width, safe, generator))
     return factors
+
+
+def _completed(
+    group: Group, start: Tensor, width: int, most: int, safe: bool, generator: torch.Generator
+) -> Factors:
+    """Triplets of one matrix in a Krylov space that takes in what is found beside it."""
+    assert group.tol is not None
+    space = KrylovSpace(group.As, start, safe=safe, generator=generator)
+    space.grow(width)
+    while True:
+        factors = confirmed(group.As, space.factors(group.rank), group.tol)
+        if bool(factors.residual > group.tol):
+            grown = _next_width(space)
+            if grown > most:
+                grown = most if most == group.shape[1] else space.width
+            if grown == space.width:
+                return factors
+            space.grow(grown)
+        elif space.width == group.shape[1]:
+            return factors
+        else:
+            Q, Z = space.beside()
+            more = larger(Z, factors)
+            if not bool(more) or space.width + Q.shape[-1] > most:
+                return factors._replace(leading=~more)
+            space.join(Q, Z)
+
+
+def _next_width(space: KrylovSpace) -> int:
+    """Of a space that grows by a share, in whole blocks."""
+    blocks = math.ceil(space.width * GROWTH / space.block) - math.ceil(space.width / space.block)
+    return space.width + max(1, blocks) * space.block
 
 
 def _takes_krylov(group: Group) -> bool:
@@ -291,7 +368,8 @@ def _krylov_bytes(group: Group, width: int, block: int) -> int:
     item = group.dtype.itemsize
     # The space, once more while it grows, blocks on their way and triplets as they are replaced; Z,
     # its Gram matrix, the eigenvectors of that and the work of finding them in float64.
-    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank)
+    probe = 3 * PROBE_BLOCK * PROBE_STEPS
+    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank + probe)
     return space + 8 * (max(m, n) * (width + group.rank) + 6 * width * width)
 
 

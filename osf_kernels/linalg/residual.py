@@ -29,6 +29,10 @@ SURELY_MET = 1 / 3
 # Below this, in eps, what float64 finds of an iterative method's residual is rounding as well, up
 # to 50 eps of it, which the expressions that are zero but for rounding don't see.
 NEAR_ROUNDING = 128.0
+# In eps: what a result may have that is called as right as an SVD's where no tolerance is given.
+# Of float32 torch.linalg.svd it is 6 (one value far above the rest) to 15 (σᵢ = i^-½, n = 2048), 30
+# on flat spectra.
+DEFAULT_TOL = 56.0
 # What float64 finds of it on random and on trained weights is 2 to 10 eps.
 ROUNDING = 8.0
 
@@ -52,6 +56,11 @@ def confirmed(As: Sequence[Tensor], factors: Factors, tol: float | None) -> Fact
     measured = residual_of(chosen, *triplets, steps=CONFIRMING_STEPS)
     worse = torch.maximum(measured, factors.residual[at])
     return factors._replace(residual=factors.residual.index_copy(0, at, worse))
+
+
+def limit(tol: float | None, dtype: torch.dtype) -> float:
+    """Up to which residual a result is called right."""
+    return DEFAULT_TOL * torch.finfo(dtype).eps if tol is None else tol
 
 
 def residual_of(
