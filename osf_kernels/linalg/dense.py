@@ -15,6 +15,9 @@ from osf_kernels.linalg import spread
 from osf_kernels.linalg.residual import DEFAULT_TOL, residual_of
 from osf_kernels.linalg.small import column_norms, polished
 
+# Below this share of the largest eigenvalue rounding leaves eigenvectors of which A V isn't nearly
+# orthogonal, and U is not after one polishing step.
+GRAM_LIMIT = 1e-4
 # What a Gram matrix's rounding, eps of its largest eigenvalue, is of the singular values' own,
 # 2 σ_r σ₁ eps, below which it tells no less apart than an SVD of A.
 GRAM_COARSE = 4.0
@@ -69,6 +72,7 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     S = column_norms(AV)
     U = polished(AV / S.unsqueeze(-2))
     residual = residual_of(As, U, S, V)
+    ok = ok & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
     ok = ok & (residual <= DEFAULT_TOL * torch.finfo(S.dtype).eps)
     V_low = W[..., : n - rank] if complement else None
     return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
@@ -140,9 +144,11 @@ def deflated(
         rank: of the new result, at most min(m, n).
 
     Returns:
-        Factors with both low bases.
+        Factors with both low bases. The residual is infinite where the earlier ones aren't
+        orthonormal to rounding, for which no product of them is.
     """
     U, S, V = high
+    orthonormal = _orthonormal(U, low[0]) & _orthonormal(V, low[1])
     P, Q = low
     core = P.mT @ primitives.multiply(As, Q)  # (b, m − r, n − r)
     finite = core.isfinite().all(-1).all(-1)  # else LAPACK would raise
@@ -152,8 +158,20 @@ def deflated(
     U, U_low = _merged(U, P @ left, order, rank)
     V, V_low = _merged(V, Q @ right_h.mT, order, rank)
     S = merged[..., :rank]
-    residual = torch.where(finite, residual_of(As, U, S, V), math.inf)
+    residual = torch.where(finite & orthonormal, residual_of(As, U, S, V), math.inf)
     return Factors(U, S, V, residual, [1] * len(As), _fine(As), U_low, V_low)
+
+
+def _orthonormal(high: Tensor, low: Tensor) -> Tensor:
+    """(b,) whether [high, low] is an orthogonal matrix to rounding, by a few products with it: the
+    elements of QᵀQ − I may be 30 eps, as LAPACK's ratio of 30 allows."""
+    r, m = high.shape[-1], high.shape[-2]
+    generator = torch.Generator(high.device).manual_seed(m)
+    X = torch.randn(m, 4, dtype=high.dtype, device=high.device, generator=generator)
+    Y = high @ X[:r] + low @ X[r:]
+    defect = torch.cat([high.mT @ Y, low.mT @ Y], -2) - X
+    allowed = 30 * torch.finfo(high.dtype).eps * m**0.5
+    return defect.norm(dim=(-2, -1)) <= allowed * X.norm()
 
 
 def _merged(old: Tensor, new: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:

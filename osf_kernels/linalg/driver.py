@@ -23,6 +23,8 @@ from osf_kernels.linalg.inputs import (
     can_deflate,
     check_options,
     entries_of,
+    is_exact_enough,
+    refuse_starts,
     require_finite_starts,
 )
 from osf_kernels.linalg.residual import limit
@@ -126,7 +128,7 @@ def _method(entry: Entry, options: Options) -> Method:
         entry.rank,
         device=entry.A.device.type,
         batch=options.batch,
-        warm=entry.warm is not None,
+        warm=is_exact_enough(entry),
         deflatable=can_deflate(entry),
     )
 
@@ -256,9 +258,12 @@ def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[Tru
         for part in broken.split(max(1, int(group.workspace_bytes // max(1, each)))):
             again = methods.run(method, group.of(part), safe=True)
             factors = methods.merged(factors, part, again)
-    if method in ("warm", "deflated") and not bool(factors.residual.isfinite().all()):
+    finite = factors.residual.isfinite()
+    if method in ("warm", "deflated") and not bool(finite.all()):
         # To look before would take a tenth of the time of either.
         require_finite_starts(entries)
+        if options.method == "deflated":
+            refuse_starts([e for e, fine in zip(entries, finite.tolist(), strict=True) if not fine])
     return _results(method, entries, _finished(factors, options.complement), options)
 
 
