@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends import primitives
+from osf_kernels.linalg import spread
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free
-from osf_kernels.linalg import spread
 from osf_kernels.linalg.residual import DEFAULT_TOL, residual_of
 from osf_kernels.linalg.small import column_norms, polished
 
@@ -28,12 +28,16 @@ EDGE_REACH = 64.0
 
 def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
     """torch.linalg.svd, in the working dtype, one matrix after another."""
-    parts = []
-    for A in As:
-        A = A.to(primitives.working_dtype(A.dtype))
-        U, S, Vh = torch.linalg.svd(A, full_matrices=complement)
-        parts.append((U, S, Vh.mT))
-    U, S, V = (torch.stack(side) for side in zip(*parts, strict=True))
+    (m, n), b, like = As[0].shape, len(As), As[0]
+    small, dtype = min(m, n), primitives.working_dtype(like.dtype)
+    U = like.new_empty(b, m, m if complement else small, dtype=dtype)
+    S = like.new_empty(b, small, dtype=dtype)
+    V = like.new_empty(b, n, n if complement else small, dtype=dtype)
+    for A, *found in zip(As, U, S, V, strict=True):
+        u, s, vh = torch.linalg.svd(A.to(dtype), full_matrices=complement)
+        for x, y in zip(found, (u, s, vh.mT), strict=True):
+            x.copy_(y)
+        del u, s, vh, y
     U_low, V_low = U[..., rank:], V[..., rank:]
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
     residual = residual_of(As, U, S, V)
@@ -104,12 +108,14 @@ def _edge_solved(values: Tensor, W: Tensor, B: Tensor, rank: int) -> Tensor:
 
 
 def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
-    n = As[0].shape[1]
-    X = torch.stack([A.double() for A in As])
-    _, W = torch.linalg.eigh(X.mT @ X)
-    V = W.flip(-1)
+    m, n = As[0].shape
+    X = As[0].new_empty(len(As), m, n, dtype=torch.float64)
+    for x, A in zip(X, As, strict=True):
+        x.copy_(A)
+    V = torch.linalg.eigh(X.mT @ X)[1].flip(-1)
     # σ below 1e-8 σ₁ are noise in the eigenvalues; their columns of A V, in float64, aren't.
     Y = X @ V[..., :rank]
+    del X
     order = Y.norm(dim=-2).argsort(dim=-1, descending=True)
     V[..., :rank] = V[..., :rank].gather(-1, order.unsqueeze(-2).expand(-1, n, -1))
     Y = Y.gather(-1, order.unsqueeze(-2).expand_as(Y))

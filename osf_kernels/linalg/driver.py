@@ -26,6 +26,7 @@ from osf_kernels.linalg.inputs import (
     is_exact_enough,
     refuse_starts,
     require_finite_starts,
+    times_power,
 )
 from osf_kernels.linalg.residual import limit
 from osf_kernels.linalg.result import TruncatedSVD
@@ -34,7 +35,7 @@ from osf_kernels.linalg.result import TruncatedSVD
 # stay in cache, and a large one alone has what a Krylov space of a fourth of its columns takes; a
 # GPU wants as many as there is room for.
 CPU_WORKSPACE_BYTES = 1 << 28
-CPU_WORKSPACE_OF_ONE = 16  # times the bytes of the matrix
+CPU_WORKSPACE_OF_ONE = 24  # times the bytes of the matrix
 GPU_WORKSPACE_SHARE = 0.5
 
 TENSOR_FIELDS = ("U", "S", "V", "residual", "captured", "converged", "U_low", "V_low")
@@ -198,7 +199,7 @@ def _group(entries: Sequence[Entry], As: Sequence[Tensor], options: Options) -> 
         tol=options.tol,
         niter=options.niter,
         oversample=options.oversample,
-        warm=[entry.warm for entry in entries],
+        warm=[entry.start() for entry in entries],
         generator=lambda width: options.seed.generator(n, width, device),
         workspace_bytes=_workspace_bytes(A, options),
     )
@@ -225,10 +226,11 @@ def _fitting(method: Method, entries: Sequence[Entry], options: Options) -> int:
     """
     group = _group(entries, [entry.A for entry in entries], options)
     each, safely = (methods.workspace_bytes(method, group, safe=safe) for safe in (False, True))
+    held = methods.held_bytes(method, group)
     if any(entry.exponent for entry in entries):  # which are copied
         copy = entries[0].A.numel() * group.dtype.itemsize
-        each, safely = each + copy, safely + copy
-    most = max(each, safely)
+        each, held = each + copy, held + copy
+    most = max(each, held + safely)
     if most > group.workspace_bytes and options.max_workspace_bytes is not None:
         raise ValueError(
             describe(
@@ -239,7 +241,10 @@ def _fitting(method: Method, entries: Sequence[Entry], options: Options) -> int:
                 "raise it, or lower rank or oversample",
             )
         )
-    return max(1, min(len(entries), int(group.workspace_bytes // max(1, each))))
+    fitting = min(
+        group.workspace_bytes // max(1, each), (group.workspace_bytes - safely) // max(1, held)
+    )
+    return max(1, min(len(entries), int(fitting)))
 
 
 def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[TruncatedSVD]:
@@ -255,7 +260,8 @@ def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[Tru
     broken = torch.nonzero(~factors.ok).flatten()  # synchronizes
     if len(broken):
         each = methods.workspace_bytes(method, group, safe=True)
-        for part in broken.split(max(1, int(group.workspace_bytes // max(1, each)))):
+        room = group.workspace_bytes - len(entries) * methods.held_bytes(method, group)
+        for part in broken.split(max(1, int(room // max(1, each)))):
             again = methods.run(method, group.of(part), safe=True)
             factors = methods.merged(factors, part, again)
     finite = factors.residual.isfinite()
@@ -361,9 +367,7 @@ def _results(
 
 
 def _scaled_back(entry: Entry, S: Tensor) -> Tensor:
-    # Two factors, since one of them could itself overflow.
-    half = entry.exponent // 2
-    S = S * 2.0**half * 2.0 ** (entry.exponent - half)
+    S = times_power(S, entry.exponent)
     if entry.exponent > 0 and not bool(S.isfinite().all()):
         expected = f"small enough for its singular values to fit {S.dtype}"
         raise ValueError(describe(OP, entry.name, expected, "larger", "scale it down"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -40,9 +41,20 @@ class Entry(NamedTuple):
         if not self.exponent:
             return self.A
         dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32
-        # In two factors, since one of them could itself overflow.
-        half = -self.exponent // 2
-        return self.A.to(dtype) * 2.0**half * 2.0 ** (-self.exponent - half)
+        return times_power(self.A.to(dtype), -self.exponent)
+
+    def start(self) -> WarmStart:
+        """The warm start of that matrix."""
+        if not self.exponent or not isinstance(self.warm, TruncatedSVD):
+            return self.warm
+        S = self.warm.S.to(working_dtype(self.A.dtype))
+        return replace(self.warm, S=times_power(S, -self.exponent))
+
+
+def times_power(X: Tensor, exponent: int) -> Tensor:
+    """X · 2**exponent, in two factors, since one of them could itself overflow."""
+    half = exponent // 2
+    return X * 2.0**half * 2.0 ** (exponent - half)
 
 
 def entries_of(
@@ -133,9 +145,7 @@ def check_options(
                     )
                 )
             if method == "deflated" and not can_deflate(entry):
-                raise ValueError(
-                    describe(OP, f"warm_start of {entry.name}", *_undeflatable(entry))
-                )
+                raise ValueError(describe(OP, f"warm_start of {entry.name}", *_undeflatable(entry)))
 
 
 def can_deflate(entry: Entry) -> bool:
@@ -152,7 +162,9 @@ def is_exact_enough(entry: Entry) -> bool:
     if entry.warm is None:
         return False
     work = working_dtype(entry.A.dtype)
-    factors = [entry.warm] if isinstance(entry.warm, Tensor) else list(_factors(entry.warm).values())
+    factors = (
+        [entry.warm] if isinstance(entry.warm, Tensor) else list(_factors(entry.warm).values())
+    )
     return all(torch.promote_types(factor.dtype, work) == factor.dtype for factor in factors)
 
 

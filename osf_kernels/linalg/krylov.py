@@ -19,6 +19,7 @@ from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free, with_unit_diagonal
 from osf_kernels.linalg.residual import (
     confirmed,
+    largest_eigenvalue,
     residual_in,
     residual_of,
     residual_through,
@@ -222,7 +223,8 @@ def larger(Z: Tensor, factors: Factors) -> Tensor:
     Where it is, the triplets aren't the leading ones: Q and V together have more large ones.
     """
     S = factors.S
-    norm = torch.linalg.matrix_norm(torch.nan_to_num(Z.double()), ord=2)
+    Z = Z.double()
+    norm = largest_eigenvalue(Z.mT @ Z).sqrt()
     error = factors.residual.double() + PROBE_ROUNDING * torch.finfo(S.dtype).eps
     return norm > S[:, -1].double() + error * S[:, 0].double()
 

@@ -27,8 +27,9 @@ from osf_kernels.linalg.krylov import (
     subspace_iteration,
 )
 from osf_kernels.linalg.powers import MOST_STEPS, from_powers
-from osf_kernels.linalg.residual import confirmed, limit
+from osf_kernels.linalg.residual import PROBES, confirmed, limit
 from osf_kernels.linalg.result import TruncatedSVD
+from osf_kernels.linalg.spread import EDGE
 
 # A Krylov space of three times the rank in some twelve blocks: on σᵢ = i^-½ at n = 2048 it holds
 # .9999 of the leading subspace, in less time than fewer wider blocks take to .999.
@@ -104,32 +105,77 @@ def run(method: Method, group: Group, safe: bool) -> Factors:
 
 
 def workspace_bytes(method: Method, group: Group, *, safe: bool = False) -> int:
-    """An upper estimate of what a method allocates for one matrix beside its results."""
+    """An upper estimate of what a method, and what finishes its results, allocates for one matrix
+    beside them."""
+    return _bytes(method, group, _working_bytes(method, group, safe=safe))
+
+
+def _bytes(method: Method, group: Group, working: int) -> int:
     m, n = group.shape
-    small, r = min(m, n), group.rank
+    item, r = group.dtype.itemsize, group.rank
+    finished = item * (m + n) * (r + 1)
+    if group.complement:  # low bases, and what they are made in
+        finished += item * sum(k * (k - r) + k * r + r * k for k in (m, n))
+    return _copied_bytes(group) + max(working, _factors_bytes(method, group) + finished)
+
+
+def held_bytes(method: Method, group: Group) -> int:
+    """What of that stays while some of a group are decomposed once more, in the safe way."""
+    return _copied_bytes(group) + _factors_bytes(method, group)
+
+
+def _copied_bytes(group: Group) -> int:
+    """Of the matrix in the dtype that is computed in."""
+    m, n = group.shape
     item = group.dtype.itemsize
-    copy = 0 if group.As[0].element_size() == item else m * n * item
-    results = 2 * (m + n) * r * item
+    return 0 if group.As[0].element_size() == item else m * n * item
+
+
+def _factors_bytes(method: Method, group: Group) -> int:
+    """Of what a method returns for one matrix, and of what that is a part of."""
+    m, n = group.shape
+    item, r, small = group.dtype.itemsize, group.rank, min(m, n)
+    if method == "exact":
+        return item * (m * m + n * n if group.complement else (m + n) * small)
+    if method == "deflated":
+        return item * 2 * (m * m + n * n)
+    whole = small * small if method == "gram" and group.complement else 0
+    return item * ((m + n) * (r + 1) + whole)
+
+
+def _working_bytes(method: Method, group: Group, *, safe: bool) -> int:
+    m, n = group.shape
+    small, large, r = min(m, n), max(m, n), group.rank
+    item = group.dtype.itemsize
+    # Triplets, and the probes that their residual is measured by.
+    results = item * (m + n) * (r + 1 + 8 * PROBES)
     if method == "randomized":
-        block, width = _krylov_plan(group)
-        krylov = _krylov_bytes(group, width, block)
-        taken = krylov if _takes_krylov(group) else _subspace_bytes(group, _width(group))
-        return copy + results + taken
+        if _takes_krylov(group):
+            block, width = _krylov_plan(group)
+            return results + _krylov_bytes(group, width, block, safe)
+        return results + _subspace_bytes(group, _width(group))
     if method == "warm":
         width = _warm_width(group)
         grown = 0
         if group.tol is not None and group.niter != 1:
-            grown = _krylov_bytes(group, 2 * width, width)
+            grown = _krylov_bytes(group, 2 * width, width, safe)
             if 2 * width > small:
-                grown = workspace_bytes("gram", group, safe=True)
-        return copy + 2 * results + max(grown, _subspace_bytes(group, width))
-    if method == "gram":
+                plain = replace(group, complement=False)
+                grown = max(_working_bytes("gram", plain, safe=s) for s in (False, True))
+        return 2 * results + max(grown, _subspace_bytes(group, width))
+    if method == "gram" and not (safe and group.dtype == torch.float64):
+        # The Gram matrix, its eigenvectors, LAPACK's two; or the eigenvectors and products.
         if safe:
-            return copy + 2 * results + 8 * (m * n + 4 * small * small + 4 * m * r)
-        return copy + results + 3 * small * small * item
+            products = 2 * small * small + r * (6 * large + small + r)
+            return results + 8 * (m * n + max(5 * small * small, products))
+        wide = min(small, r + EDGE)
+        products = 2 * small * small + large * (2 * wide + 2 * r) + r * r
+        return results + item * max(5 * small * small, products)
     if method == "deflated":
-        return copy + results + 2 * item * ((m - r) * n + m * (m - r) + n * (n - r))
-    return copy + results + 3 * m * n * item + (item * (m * m + n * n) if group.complement else 0)
+        core = (m - r) * (n - r) + (m - r) ** 2 + (n - r) ** 2
+        starts = (m + n) * r + m * (m - r) + n * (n - r)
+        return results + item * (starts + m * n + 2 * core + 3 * (m * m + n * n))
+    return results + 2 * _factors_bytes("exact", group) + item * (m * n + 6 * small * small + large)
 
 
 def randomized(group: Group, safe: bool) -> Factors:
@@ -229,12 +275,12 @@ def _deflated(group: Group) -> Factors:
 
 
 def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
-    """``factors`` with those of some of its matrices replaced."""
+    """``factors``, in place, with those of some of its matrices replaced."""
 
     def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
         if old is None or new is None:
             return None
-        return old.index_copy(0, indices, new)
+        return old.index_copy_(0, indices, new)
 
     swapped: dict[str, Any] = {
         name: put(getattr(factors, name), getattr(others, name))
@@ -266,7 +312,7 @@ def _grown(
     most = min(group.shape)
     if group.niter is not None:
         most = max(width, min(most, group.niter * block))
-    while most > width and _krylov_bytes(group, most, block) > group.workspace_bytes:
+    while most > width and _krylov_bytes(group, most, block, safe) > group.workspace_bytes:
         most = (most - 1) // block * block
     most = max(most, width)
     waiting = torch.arange(len(group.As), device=start.device)
@@ -283,7 +329,7 @@ def _grown(
         if not len(late) or space.width >= most:
             break
         grown = min(most, _next_width(space))
-        fitting = int(group.workspace_bytes // _krylov_bytes(group, grown, block))
+        fitting = int(group.workspace_bytes // _krylov_bytes(group, grown, block, safe))
         postponed += waiting[late[max(1, fitting) :]].tolist()
         late = late[: max(1, fitting)]
         if len(late) < len(waiting):
@@ -322,7 +368,8 @@ def _completed(
             grown = _next_width(space)
             if grown > most:
                 grown = most if most == group.shape[1] else space.width
-            if grown == space.width:
+            needed = _krylov_bytes(group, grown, space.block, safe)
+            if grown == space.width or needed > group.workspace_bytes:
                 return factors
             space.grow(grown)
         elif space.width == group.shape[1]:
@@ -330,7 +377,9 @@ def _completed(
         else:
             Q, Z = space.beside()
             more = larger(Z, factors)
-            if not bool(more) or space.width + Q.shape[-1] > most:
+            joined = space.width + Q.shape[-1]
+            needed = _krylov_bytes(group, joined, space.block + PROBE_BLOCK, safe)
+            if not bool(more) or joined > most or needed > group.workspace_bytes:
                 return factors._replace(leading=~more)
             space.join(Q, Z)
 
@@ -342,9 +391,12 @@ def _next_width(space: KrylovSpace) -> int:
 
 
 def _takes_krylov(group: Group) -> bool:
-    """Whether the space of one matrix fits the workspace."""
+    """Whether all that the space of one matrix takes, in the safe way too, fits the workspace."""
     block, width = _krylov_plan(group)
-    return _krylov_bytes(group, width, block) <= group.workspace_bytes
+    m, n = group.shape
+    results = group.dtype.itemsize * (m + n) * (group.rank + 1 + 8 * PROBES)
+    safely = _bytes("randomized", group, results + _krylov_bytes(group, width, block, True))
+    return held_bytes("randomized", group) + safely <= group.workspace_bytes
 
 
 def _krylov_plan(group: Group) -> tuple[int, int]:
@@ -363,20 +415,30 @@ def _krylov_plan(group: Group) -> tuple[int, int]:
     return min(block, small), min(width, small)
 
 
-def _krylov_bytes(group: Group, width: int, block: int) -> int:
+def _krylov_bytes(group: Group, width: int, block: int, safe: bool = False) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
     # The space, once more while it grows, blocks on their way and triplets as they are replaced; Z,
-    # its Gram matrix, the eigenvectors of that and the work of finding them in float64.
-    probe = 3 * PROBE_BLOCK * PROBE_STEPS
-    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank + probe)
+    # its Gram matrix, the eigenvectors of that and the work of finding them in float64. An SVD of Z
+    # copies it, and has left vectors.
+    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank) + _probe_bytes(group)
+    if safe or group.dtype == torch.float64:
+        return space + 8 * (max(m, n) * (3 * width + group.rank) + 10 * width * width)
     return space + 8 * (max(m, n) * (width + group.rank) + 6 * width * width)
 
 
 def _subspace_bytes(group: Group, width: int) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
-    return item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
+    block = item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
+    return block + _probe_bytes(group)
+
+
+def _probe_bytes(group: Group) -> int:
+    """Of what is looked for beside a space."""
+    m, n = group.shape
+    columns = PROBE_BLOCK * (PROBE_STEPS + 4)
+    return (group.dtype.itemsize * (m + n) + 8 * max(m, n)) * columns
 
 
 def _width(group: Group) -> int:

@@ -125,7 +125,7 @@ def residual_through(outer: Tensor, inner: Tensor | None, S: Tensor) -> Tensor:
 
 def residual_from_gram(G: Tensor, S: Tensor) -> Tensor:
     """The same of an R that is known by G = RᵀR (b, r, r), in float64."""
-    squares = _largest_eigenvalue(G)
+    squares = largest_eigenvalue(G)
     return torch.hypot(_relative(squares.sqrt().to(S.dtype), S), rounding(S))
 
 
@@ -150,10 +150,10 @@ def _norm(
     for _ in range(steps):
         X = torch.linalg.qr(transposed(apply(torch.linalg.qr(X)[0])))[0]
     Y = apply(X).double()
-    return _largest_eigenvalue(Y.mT @ Y).sqrt().to(S.dtype)
+    return largest_eigenvalue(Y.mT @ Y).sqrt().to(S.dtype)
 
 
-def _largest_eigenvalue(G: Tensor) -> Tensor:
+def largest_eigenvalue(G: Tensor) -> Tensor:
     """Of Gram matrices (b, k, k); infinite of one that isn't finite."""
     finite = G.isfinite().all(-1).all(-1)
     G = torch.nan_to_num(G)  # eigvalsh raises for what a breakdown leaves
