@@ -120,6 +120,7 @@ def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factor
     V[..., :rank] = V[..., :rank].gather(-1, order.unsqueeze(-2).expand(-1, n, -1))
     Y = Y.gather(-1, order.unsqueeze(-2).expand_as(Y))
     U, R = torch.linalg.qr(Y)
+    del Y
     S = R.diagonal(dim1=-2, dim2=-1)
     U = U * torch.where(S < 0, -1.0, 1.0).unsqueeze(-2)
     S, order = S.abs().sort(dim=-1, descending=True)

@@ -35,7 +35,7 @@ from osf_kernels.linalg.result import TruncatedSVD
 # stay in cache, and a large one alone has what a Krylov space of a fourth of its columns takes; a
 # GPU wants as many as there is room for.
 CPU_WORKSPACE_BYTES = 1 << 28
-CPU_WORKSPACE_OF_ONE = 24  # times the bytes of the matrix
+CPU_WORKSPACE_OF_ONE = 26  # times the bytes of the matrix
 GPU_WORKSPACE_SHARE = 0.5
 
 TENSOR_FIELDS = ("U", "S", "V", "residual", "captured", "converged", "U_low", "V_low")

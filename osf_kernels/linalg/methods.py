@@ -147,8 +147,7 @@ def _working_bytes(method: Method, group: Group, *, safe: bool) -> int:
     m, n = group.shape
     small, large, r = min(m, n), max(m, n), group.rank
     item = group.dtype.itemsize
-    # Triplets, and the probes that their residual is measured by.
-    results = item * (m + n) * (r + 1 + 8 * PROBES)
+    results = item * (m + n) * (r + 1) + _looks_bytes(group)
     if method == "randomized":
         if _takes_krylov(group):
             block, width = _krylov_plan(group)
@@ -164,18 +163,19 @@ def _working_bytes(method: Method, group: Group, *, safe: bool) -> int:
                 grown = max(_working_bytes("gram", plain, safe=s) for s in (False, True))
         return 2 * results + max(grown, _subspace_bytes(group, width))
     if method == "gram" and not (safe and group.dtype == torch.float64):
-        # The Gram matrix, its eigenvectors, LAPACK's two; or the eigenvectors and products.
+        # The Gram matrix, its eigenvectors and twice as much that finds them; or the eigenvectors
+        # and products.
         if safe:
-            products = 2 * small * small + r * (6 * large + small + r)
-            return results + 8 * (m * n + max(5 * small * small, products))
+            products = small * small + r * (4 * large + small + 2 * r)
+            return results + 8 * (m * n + max(4 * small * small, products))
         wide = min(small, r + EDGE)
         products = 2 * small * small + large * (2 * wide + 2 * r) + r * r
-        return results + item * max(5 * small * small, products)
+        return results + item * max(4 * small * small, products)
     if method == "deflated":
         core = (m - r) * (n - r) + (m - r) ** 2 + (n - r) ** 2
         starts = (m + n) * r + m * (m - r) + n * (n - r)
         return results + item * (starts + m * n + 2 * core + 3 * (m * m + n * n))
-    return results + 2 * _factors_bytes("exact", group) + item * (m * n + 6 * small * small + large)
+    return results + 2 * _factors_bytes("exact", group) + item * (m * n + small * small + 8 * large)
 
 
 def randomized(group: Group, safe: bool) -> Factors:
@@ -216,7 +216,7 @@ def randomized(group: Group, safe: bool) -> Factors:
 
 def _led(group: Group, factors: Factors, safe: bool) -> Factors:
     """The factors, those whose residual is small enough looked at for whether they are leading."""
-    n, r = factors.V.shape[-2:]
+    r = factors.S.shape[-1]
     met = torch.nonzero(factors.ok & (factors.residual <= limit(group.tol, group.dtype))).flatten()
     if not len(met) or r == min(group.shape):  # synchronizes
         return factors
@@ -244,14 +244,17 @@ def warm(group: Group, safe: bool) -> Factors:
         late = late | ~first.leading
     # From a start that isn't finite nothing is to be had.
     late = torch.nonzero(late & first.residual.isfinite()).flatten()
-    start = first.V[late]
     if not len(late):
         return first
     rest = replace(group.of(late), niter=None if group.niter is None else group.niter - 1)
-    if 2 * start.shape[-1] > min(group.shape):
+    m, n = group.shape
+    if 2 * first.V.shape[-1] > min(m, n):
         more = _gram(replace(rest, complement=False), safe)
+    elif m < n:  # a space of min(m, n) columns is then the whole one
+        turned = replace(rest, As=[A.mT for A in rest.As])
+        more = _grown(turned, first.U[late], 2 * first.U.shape[-1], safe, generator).swapped()
     else:
-        more = _grown(rest, start, 2 * start.shape[-1], safe, generator)
+        more = _grown(rest, first.V[late], 2 * first.V.shape[-1], safe, generator)
     return merged(first, late, more._replace(iterations=[i + 1 for i in more.iterations]))
 
 
@@ -275,12 +278,13 @@ def _deflated(group: Group) -> Factors:
 
 
 def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
-    """``factors``, in place, with those of some of its matrices replaced."""
+    """``factors`` with those of some of its matrices replaced, its bases in place."""
 
     def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
         if old is None or new is None:
             return None
-        return old.index_copy_(0, indices, new)
+        large = old.dim() == 3
+        return old.index_copy_(0, indices, new) if large else old.index_copy(0, indices, new)
 
     swapped: dict[str, Any] = {
         name: put(getattr(factors, name), getattr(others, name))
@@ -394,7 +398,7 @@ def _takes_krylov(group: Group) -> bool:
     """Whether all that the space of one matrix takes, in the safe way too, fits the workspace."""
     block, width = _krylov_plan(group)
     m, n = group.shape
-    results = group.dtype.itemsize * (m + n) * (group.rank + 1 + 8 * PROBES)
+    results = group.dtype.itemsize * (m + n) * (group.rank + 1) + _looks_bytes(group)
     safely = _bytes("randomized", group, results + _krylov_bytes(group, width, block, True))
     return held_bytes("randomized", group) + safely <= group.workspace_bytes
 
@@ -421,7 +425,7 @@ def _krylov_bytes(group: Group, width: int, block: int, safe: bool = False) -> i
     # The space, once more while it grows, blocks on their way and triplets as they are replaced; Z,
     # its Gram matrix, the eigenvectors of that and the work of finding them in float64. An SVD of Z
     # copies it, and has left vectors.
-    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank) + _probe_bytes(group)
+    space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank)
     if safe or group.dtype == torch.float64:
         return space + 8 * (max(m, n) * (3 * width + group.rank) + 10 * width * width)
     return space + 8 * (max(m, n) * (width + group.rank) + 6 * width * width)
@@ -430,15 +434,14 @@ def _krylov_bytes(group: Group, width: int, block: int, safe: bool = False) -> i
 def _subspace_bytes(group: Group, width: int) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
-    block = item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
-    return block + _probe_bytes(group)
+    return item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
 
 
-def _probe_bytes(group: Group) -> int:
-    """Of what is looked for beside a space."""
+def _looks_bytes(group: Group) -> int:
+    """Of the probes that a residual is measured by, or of what is looked for beside triplets."""
     m, n = group.shape
-    columns = PROBE_BLOCK * (PROBE_STEPS + 4)
-    return (group.dtype.itemsize * (m + n) + 8 * max(m, n)) * columns
+    item, columns = group.dtype.itemsize, PROBE_BLOCK * (PROBE_STEPS + 2)
+    return max(item * (m + n) * 8 * PROBES, (item * (m + n) + 8 * max(m, n)) * columns)
 
 
 def _width(group: Group) -> int:

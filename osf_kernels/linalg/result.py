@@ -34,11 +34,11 @@ class TruncatedSVD:
         iterations: of the method's steps, each a product with A and one with Aᵀ; beside them are
             the one that makes a sketch and those that measure the residual. 1 for direct methods.
         method: "randomized", "gram", "warm", "deflated" or "exact": what ran.
-        converged: (...) boolean: these are the leading triplets, to ``tol``. The residual is at most
-            that, and where a method may have missed some, nothing larger was found beside them.
-            Without a ``tol`` it is 56 eps, some ten times what torch.linalg.svd's own is in that
-            dtype; "exact", which is that, always meets it. None in results of earlier versions that
-            were made without a ``tol``.
+        converged: (...) boolean: these are the leading triplets, to ``tol``. The residual is at
+            most that, and where a method may have missed some, nothing larger was found beside
+            them. Without a ``tol`` it is 56 eps, four to nine times what torch.linalg.svd's own is
+            in that dtype; "exact", which is that, always meets it. None in results of earlier
+            versions that were made without a ``tol``.
         U_low: (..., m, m − r) orthonormal, orthogonal to U; None unless complement=True.
         V_low: (..., n, n − r) likewise of V.
     """

@@ -97,8 +97,8 @@ def truncated_svd(
         generator: on A's device; the default one where None. One number is drawn from it where
             a method draws a sketch, none otherwise.
         max_workspace_bytes: the most that is allocated at a time beside the results, LAPACK's own
-            work not counted; default 256 MiB on a CPU, or 24 times a matrix larger than a
-            24th of that, and half of the free memory on a GPU. Groups that don't fit are taken
+            work not counted; default 256 MiB on a CPU, or 26 times a matrix larger than a
+            26th of that, and half of the free memory on a GPU. Groups that don't fit are taken
             in parts, with one warning; a single matrix that doesn't is refused.
 
     Returns:
