@@ -12,7 +12,7 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg import spread
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free
-from osf_kernels.linalg.residual import DEFAULT_TOL, residual_of
+from osf_kernels.linalg.residual import limit, residual_of
 from osf_kernels.linalg.small import column_norms, polished
 
 # Below this share of the largest eigenvalue rounding leaves eigenvectors of which A V isn't nearly
@@ -77,7 +77,7 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     U = polished(AV / S.unsqueeze(-2))
     residual = residual_of(As, U, S, V)
     ok = ok & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
-    ok = ok & (residual <= DEFAULT_TOL * torch.finfo(S.dtype).eps)
+    ok = ok & (residual <= limit(None, S.dtype, n))
     V_low = W[..., : n - rank] if complement else None
     return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
 

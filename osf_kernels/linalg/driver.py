@@ -337,8 +337,9 @@ def _results(
     norms = norms.to(residual.device, non_blocking=True)
     held = factors.S.double().square().sum(-1) / norms.square()
     captured = torch.where(norms == 0, 1, held.clamp_max(1)).to(factors.S.dtype)  # of 0 all is held
-    converged = residual <= limit(tol, factors.S.dtype)
-    if method == "exact" and tol is None:
+    converged = residual <= limit(tol, factors.S.dtype, min(entries[0].A.shape))
+    if method in ("exact", "gram") and tol is None:
+        # A Gram matrix whose residual is above that was given up for float64, or for LAPACK's SVD.
         converged = residual.isfinite()
     if factors.leading is not None:
         converged = converged & factors.leading
@@ -436,7 +437,7 @@ def _converged(result: TruncatedSVD) -> bool:
 
 def _lacking(result: TruncatedSVD, options: Options) -> bool:
     """Whether triplets are right that aren't the leading ones."""
-    right = float(result.residual) <= limit(options.tol, result.S.dtype)
+    right = float(result.residual) <= limit(options.tol, result.S.dtype, min(result.shape))
     return right and not _converged(result)
 
 

@@ -216,9 +216,10 @@ def randomized(group: Group, safe: bool) -> Factors:
 
 def _led(group: Group, factors: Factors, safe: bool) -> Factors:
     """The factors, those whose residual is small enough looked at for whether they are leading."""
-    r = factors.S.shape[-1]
-    met = torch.nonzero(factors.ok & (factors.residual <= limit(group.tol, group.dtype))).flatten()
-    if not len(met) or r == min(group.shape):  # synchronizes
+    r, small = factors.S.shape[-1], min(group.shape)
+    right = limit(group.tol, group.dtype, small)
+    met = torch.nonzero(factors.ok & (factors.residual <= right)).flatten()
+    if not len(met) or r == small:  # synchronizes
         return factors
     As = [group.As[i] for i in met.tolist()]
     _, Z = beyond(As, factors.V[met], safe=safe)

@@ -29,10 +29,11 @@ SURELY_MET = 1 / 3
 # Below this, in eps, what float64 finds of an iterative method's residual is rounding as well, up
 # to 50 eps of it, which the expressions that are zero but for rounding don't see.
 NEAR_ROUNDING = 128.0
-# In eps: what a result may have that is called as right as an SVD's where no tolerance is given.
-# Of float32 torch.linalg.svd it is 6 (one value far above the rest) to 15 (σᵢ = i^-½, n = 2048), 30
-# on flat spectra.
-DEFAULT_TOL = 56.0
+# In eps·√min(m, n): what a result may have that is called as right as an SVD's where no tolerance
+# is given. torch.linalg.svd has .28 of it where one value stands far above the rest (n = 160, 512),
+# .3 to .6 on power laws, 1.2 on flat spectra. Nothing is called wrong below LEAST_TOL eps.
+DEFAULT_TOL = 2.5
+LEAST_TOL = 10.0
 # What float64 finds of it on random and on trained weights is 2 to 10 eps.
 ROUNDING = 8.0
 
@@ -58,9 +59,11 @@ def confirmed(As: Sequence[Tensor], factors: Factors, tol: float | None) -> Fact
     return factors._replace(residual=factors.residual.index_copy(0, at, worse))
 
 
-def limit(tol: float | None, dtype: torch.dtype) -> float:
-    """Up to which residual a result is called right."""
-    return DEFAULT_TOL * torch.finfo(dtype).eps if tol is None else tol
+def limit(tol: float | None, dtype: torch.dtype, size: int) -> float:
+    """Up to which residual a result of a matrix of min(m, n) = size is called right."""
+    if tol is not None:
+        return tol
+    return max(LEAST_TOL, DEFAULT_TOL * math.sqrt(size)) * torch.finfo(dtype).eps
 
 
 def residual_of(

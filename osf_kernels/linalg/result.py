@@ -36,9 +36,10 @@ class TruncatedSVD:
         method: "randomized", "gram", "warm", "deflated" or "exact": what ran.
         converged: (...) boolean: these are the leading triplets, to ``tol``. The residual is at
             most that, and where a method may have missed some, nothing larger was found beside
-            them. Without a ``tol`` it is 56 eps, four to nine times what torch.linalg.svd's own is
-            in that dtype; "exact", which is that, always meets it. None in results of earlier
-            versions that were made without a ``tol``.
+            them. Without a ``tol`` it is 2.5·√min(m, n) eps, at least 10 eps, up to nine times what
+            torch.linalg.svd has in that dtype; "exact", which is that, and "gram", which takes it
+            or float64 where it is above that, always converge. None in results of earlier versions
+            that were made without a ``tol``.
         U_low: (..., m, m − r) orthonormal, orthogonal to U; None unless complement=True.
         V_low: (..., n, n − r) likewise of V.
     """
