@@ -69,7 +69,7 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     ok = _fine(As)
     if lowered is not None:
         # What was set is the largest, unless a space found less of a cluster than there is.
-        ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.count == 0)
+        ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.number == 0)
         ok = ok & spread.couple(list(As), W, B, lowered)
     ok = ok & _edge_solved(values, W, B, rank)
     V, AV = W[..., n - rank :], B[..., wide - rank :]
@@ -178,7 +178,8 @@ def _orthonormal(high: Tensor, low: Tensor) -> Tensor:
     Y = high @ X[:r] + low @ X[r:]
     defect = torch.cat([high.mT @ Y, low.mT @ Y], -2) - X
     allowed = 30 * torch.finfo(high.dtype).eps * m**0.5
-    return defect.norm(dim=(-2, -1)) <= allowed * X.norm()
+    fits: Tensor = defect.norm(dim=(-2, -1)) <= allowed * X.norm()
+    return fits
 
 
 def _merged(old: Tensor, new: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,12 @@ FIRST_ORDER = 1e-3
 class Lowered(NamedTuple):
     """How many of the largest eigenvalues of each Gram matrix were set to ``value``, both (b,)."""
 
-    count: Tensor
+    number: Tensor
     value: Tensor
 
     @property
     def most(self) -> int:
-        return int(self.count.max())
+        return int(self.number.max())
 
 
 def lower(G: Tensor) -> Lowered | None:
@@ -107,7 +107,7 @@ def couple(A: list[Tensor], W: Tensor, B: Tensor, lowered: Lowered) -> Tensor:
     # C_ji = w_jᵀ AᵀA v_i
     C = others.mT @ primitives.multiply(A, lead, transpose=True)
     gap = squares[:, None, :] - rest[:, : n - k, None]
-    mine = torch.arange(k, 0, -1, device=W.device) <= lowered.count[:, None, None]
+    mine = torch.arange(k, 0, -1, device=W.device) <= lowered.number[:, None, None]
     ok = ((C.abs() <= FIRST_ORDER * gap) | ~mine).all(-1).all(-1)
     theta = torch.where(mine & ok[:, None, None], C / gap, 0)
     turned = top + others @ theta
