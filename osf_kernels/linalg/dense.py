@@ -70,7 +70,7 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     if lowered is not None:
         # What was set is the largest, unless a space found less of a cluster than there is.
         ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.number == 0)
-        ok = ok & spread.couple(list(As), W, B, lowered)
+        ok = ok & spread.couple(list(As), W, B, lowered, first=0 if complement else n - wide)
     ok = ok & _edge_solved(values, W, B, rank)
     V, AV = W[..., n - rank :], B[..., wide - rank :]
     S = column_norms(AV)

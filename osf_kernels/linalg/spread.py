@@ -23,7 +23,7 @@ STEEP = 4.0
 # Below it a Gram matrix in float64 takes no longer than a Krylov space beside one in float32.
 SIZE = 256
 BLOCK = 16
-STEPS = 4
+STEPS = 3
 # What is set, relative to the largest eigenvalue left: far enough above it not to mix with it.
 SET_TO = 1.5
 # Columns on each side of the last wanted one that are solved for again.
@@ -55,7 +55,8 @@ def lower(G: Tensor) -> Lowered | None:
     if n < SIZE:
         return None
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
-    steep = n * G.square().sum((-2, -1)) > STEEP * trace.square()
+    norm = torch.linalg.vector_norm(G, dim=(-2, -1))
+    steep = n * norm.square() > STEEP * trace.square()
     if not bool(steep.any()):  # synchronizes
         return None
     generator = torch.Generator(G.device).manual_seed(n)
@@ -78,21 +79,22 @@ def lower(G: Tensor) -> Lowered | None:
     value = SET_TO * gained
     if not bool((count > 0).any()):
         return None
-    Q = torch.where(torch.arange(BLOCK, device=G.device) < count[:, None, None], Q, 0)
-    GQ = G @ Q
+    chosen = torch.arange(BLOCK, device=G.device) < count[:, None, None]
+    Q, GQ = torch.where(chosen, Q, 0), torch.where(chosen, GQ, 0)
     M = Q.mT @ GQ
     M.diagonal(dim1=-2, dim2=-1).sub_(torch.where(count > 0, value, 0).unsqueeze(-1))
     X = GQ - Q @ (Q.mT @ GQ) + 0.5 * (Q @ M)
-    G.baddbmm_(Q, X.mT, alpha=-1).baddbmm_(X, Q.mT, alpha=-1)
+    G.baddbmm_(torch.cat([Q, X], -1), torch.cat([X, Q], -1).mT, alpha=-1)
     return Lowered(count, value)
 
 
-def couple(A: list[Tensor], W: Tensor, B: Tensor, lowered: Lowered) -> Tensor:
+def couple(A: list[Tensor], W: Tensor, B: Tensor, lowered: Lowered, *, first: int = 0) -> Tensor:
     """Takes back what lowering left between the eigenvectors it set and the others.
 
     Args:
         W: (b, n, n) eigenvectors, ascending; rotated in place.
         B: (b, m, t) A times the last t of them; rotated with them.
+        first: the others from which on are wanted.
 
     Returns:
         (b,) whether a rotation of the first order was enough.
@@ -111,7 +113,7 @@ def couple(A: list[Tensor], W: Tensor, B: Tensor, lowered: Lowered) -> Tensor:
     ok = ((C.abs() <= FIRST_ORDER * gap) | ~mine).all(-1).all(-1)
     theta = torch.where(mine & ok[:, None, None], C / gap, 0)
     turned = top + others @ theta
-    others.baddbmm_(top.clone(), theta.mT, alpha=-1)
+    others[..., first:].baddbmm_(top.clone(), theta[:, first:].mT, alpha=-1)
     top.copy_(turned)
     B[..., : t - k].baddbmm_(lead, theta[:, n - t :].mT, alpha=-1)
     B[..., t - k :] = primitives.multiply(A, turned)

@@ -123,7 +123,8 @@ def truncated_svd(
         TypeError: A holds no tensors or others than the dtypes above.
         ValueError: rank beyond min(m, n), NaN or Inf in A (before any solver runs, with the count
             in each matrix) or in a warm start, a generator on another device, a warm start whose
-            factors don't fit A or each other, or aren't exact enough for "deflated"; a singular value that overflows the result's dtype.
+            factors don't fit A or each other, or aren't exact enough for "deflated"; a singular
+            value that overflows the result's dtype.
 
     Synchronizes, a few times a group. Doesn't take part in autograd, and runs as it is where
     torch.compile meets it. Nothing is returned, and nothing written, unless every matrix was
