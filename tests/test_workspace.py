@@ -90,7 +90,7 @@ def test_matrices_that_wait_for_room_get_what_they_would_alone() -> None:
     options = {"method": "randomized", "tol": 1e-5, "oversample": 8}
     roomy = truncated_svd(As, 8, **options, generator=torch.Generator().manual_seed(0))
     tight = truncated_svd(
-        As, 8, **options, generator=torch.Generator().manual_seed(0), max_workspace_bytes=1_100_000
+        As, 8, **options, generator=torch.Generator().manual_seed(0), max_workspace_bytes=2_000_000
     )
     for a, b in zip(roomy, tight, strict=True):
         assert bool(b.converged)
@@ -101,7 +101,7 @@ def test_matrices_that_wait_for_room_get_what_they_would_alone() -> None:
 def test_groups_in_parts_are_said_in_one_warning() -> None:
     As = [*matrices(8, 60, 60), *matrices(8, 64, 56)]
     with pytest.warns(RuntimeWarning) as record:
-        truncated_svd(As, 4, method="gram", max_workspace_bytes=200_000)
+        truncated_svd(As, 4, method="gram", max_workspace_bytes=230_000)
     assert len(record) == 1
     assert "60 × 60" in str(record[0].message)
     assert "64 × 56" in str(record[0].message)

@@ -101,7 +101,7 @@ def power_products(
         Z (b, m, (steps + 1)·l) and G (b, n, steps·l) of the working dtype, in any order of strides.
     """
     width = Q.shape[-1]
-    factors = torch.tensor(scales, dtype=Q.dtype).to(Q.device, non_blocking=True)
+    factors = torch.tensor(scales, dtype=Q.dtype, device="cpu").to(Q.device, non_blocking=True)
     Z = empty_product(As, Q, width=(steps + 1) * width)
     G = empty_product(As, Q, width=steps * width, transpose=True)
     Zs, Gs = Z.split(width, -1), G.split(width, -1)
@@ -216,7 +216,7 @@ def _gram(X: Tensor, out: Tensor, *, upper: bool) -> None:
             continue
         out[b:, a:b] = out[a:b, b:].mT
         block = out[a:b, a:b]
-        block.copy_(torch.triu(block) + torch.triu(block, 1).mT)
+        block.copy_((block + block.mT) / 2)  # a sum that is the same in either order
 
 
 def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,25 +9,35 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends import primitives
+from osf_kernels.linalg import spread
 from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free
-from osf_kernels.linalg.residual import residual_of
+from osf_kernels.linalg.residual import limit, residual_of
 from osf_kernels.linalg.small import column_norms, polished
 
-# Above this share of σ₁ singular values from a Gram matrix in the dtype of A leave residuals of up
-# to 500 eps (512², half of them at the limit), LAPACK's ratio of a few; the polish takes back what
-# their vectors lose. Below it float64 takes 2 to 3 times the time, and LAPACK's SVD of a float64 A.
-GRAM_LIMIT = 1e-2
+# Below this share of the largest eigenvalue rounding leaves eigenvectors of which A V isn't nearly
+# orthogonal, and U is not after one polishing step.
+GRAM_LIMIT = 1e-4
+# What a Gram matrix's rounding, eps of its largest eigenvalue, is of the singular values' own,
+# 2 σ_r σ₁ eps, below which it tells no less apart than an SVD of A.
+GRAM_COARSE = 4.0
+# Eigenvalues farther apart than so many eps of the largest mix by less than .06 (the eigensolver's
+# divide and conquer leaves up to 4 eps between two), all of them by some 1e-3 of a direction.
+EDGE_REACH = 64.0
 
 
 def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
     """torch.linalg.svd, in the working dtype, one matrix after another."""
-    parts = []
-    for A in As:
-        A = A.to(primitives.working_dtype(A.dtype))
-        U, S, Vh = torch.linalg.svd(A, full_matrices=complement)
-        parts.append((U, S, Vh.mT))
-    U, S, V = (torch.stack(side) for side in zip(*parts, strict=True))
+    (m, n), b, like = As[0].shape, len(As), As[0]
+    small, dtype = min(m, n), primitives.working_dtype(like.dtype)
+    U = like.new_empty(b, m, m if complement else small, dtype=dtype)
+    S = like.new_empty(b, small, dtype=dtype)
+    V = like.new_empty(b, n, n if complement else small, dtype=dtype)
+    for A, *found in zip(As, U, S, V, strict=True):
+        u, s, vh = torch.linalg.svd(A.to(dtype), full_matrices=complement)
+        for x, y in zip(found, (u, s, vh.mT), strict=True):
+            x.copy_(y)
+        del u, s, vh, y
     U_low, V_low = U[..., rank:], V[..., rank:]
     U, S, V = U[..., :rank], S[..., :rank], V[..., :rank]
     residual = residual_of(As, U, S, V)
@@ -38,9 +48,10 @@ def exact(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
 def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Factors:
     """Eigenvectors V of AᵀA, and U = A V / σ; of AAᵀ where A is wide.
 
-    A Gram matrix squares the condition number, so ``ok`` is False where σ_r < 1e-2 σ₁, and ``safe``
-    has it and its eigenvectors in float64 and orthonormalizes A V by Householder QR; of a float64
-    A, for which nothing is wider, it is LAPACK's SVD.
+    A Gram matrix squares the condition number. ``ok`` is False where that leaves a residual above
+    what LAPACK's SVD of A has, or may have lost a leading direction; ``safe`` has the Gram matrix
+    and its eigenvectors in float64 and orthonormalizes A V by Householder QR; of a float64 A, for
+    which nothing is wider, it is LAPACK's SVD.
     """
     if safe and As[0].dtype == torch.float64:
         return exact(As, rank, complement)
@@ -49,29 +60,67 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
         return gram([A.mT for A in As], rank, complement, safe=safe).swapped()
     if safe:
         return _gram_in_double(As, rank, complement)
-    # The upper triangle's transpose is the lower one, in the order that LAPACK copies it to.
-    _, W = torch.linalg.eigh(primitives.gram(As, upper=True).mT, UPLO="L")
-    V = W[..., n - rank :]  # ascending, as they come: what is returned is copied once, at the end
-    AV = primitives.multiply(As, V)
+    G = primitives.gram(As)
+    lowered = spread.lower(G)
+    values, W = torch.linalg.eigh(G)  # ascending: what is returned is copied once, at the end
+    del G
+    wide = min(n, rank + spread.EDGE)
+    B = primitives.multiply(As, W[..., n - wide :])
+    ok = _fine(As)
+    if lowered is not None:
+        # What was set is the largest, unless a space found less of a cluster than there is.
+        ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.number == 0)
+        ok = ok & spread.couple(list(As), W, B, lowered, first=0 if complement else n - wide)
+    ok = ok & _edge_solved(values, W, B, rank)
+    V, AV = W[..., n - rank :], B[..., wide - rank :]
     S = column_norms(AV)
-    ok = S[..., 0] > GRAM_LIMIT * S[..., -1]
     U = polished(AV / S.unsqueeze(-2))
     residual = residual_of(As, U, S, V)
+    ok = ok & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
+    ok = ok & (residual <= limit(None, S.dtype, n))
     V_low = W[..., : n - rank] if complement else None
     return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
 
 
+def _edge_solved(values: Tensor, W: Tensor, B: Tensor, rank: int) -> Tensor:
+    """Solves for the eigenvectors about the last wanted one again, in place, where a float32 Gram
+    matrix may have mixed them across it.
+
+    Returns:
+        (b,) whether all that it may have mixed was within reach.
+    """
+    n, eps = W.shape[-1], torch.finfo(W.dtype).eps
+    squares = B.square().sum(-2)  # ascending, the last of all
+    last = squares[:, -rank]
+    # Rounding of the Gram matrix against that of A itself.
+    coarse = values[:, -1] > GRAM_COARSE * (last * squares[:, -1]).sqrt()
+    if rank == n or not bool(coarse.any()):
+        return torch.ones_like(coarse)
+    start, stop = n - B.shape[-1], min(n, n - rank + spread.EDGE)
+    reach = EDGE_REACH * eps * values[:, -1]
+    ok = torch.ones_like(coarse)
+    if start > 0:
+        ok = ok & (squares[:, -rank] - squares[:, 0] >= reach)
+    if stop < n:
+        ok = ok & (squares[:, stop - n] - squares[:, -rank - 1] >= reach)
+    spread.rotate(W, B, start, stop)
+    return ok | ~coarse
+
+
 def _gram_in_double(As: Sequence[Tensor], rank: int, complement: bool) -> Factors:
-    n = As[0].shape[1]
-    X = torch.stack([A.double() for A in As])
-    _, W = torch.linalg.eigh(X.mT @ X)
-    V = W.flip(-1)
+    m, n = As[0].shape
+    X = As[0].new_empty(len(As), m, n, dtype=torch.float64)
+    for x, A in zip(X, As, strict=True):
+        x.copy_(A)
+    V = torch.linalg.eigh(X.mT @ X)[1].flip(-1)
     # σ below 1e-8 σ₁ are noise in the eigenvalues; their columns of A V, in float64, aren't.
     Y = X @ V[..., :rank]
+    del X
     order = Y.norm(dim=-2).argsort(dim=-1, descending=True)
     V[..., :rank] = V[..., :rank].gather(-1, order.unsqueeze(-2).expand(-1, n, -1))
     Y = Y.gather(-1, order.unsqueeze(-2).expand_as(Y))
     U, R = torch.linalg.qr(Y)
+    del Y
     S = R.diagonal(dim1=-2, dim2=-1)
     U = U * torch.where(S < 0, -1.0, 1.0).unsqueeze(-2)
     S, order = S.abs().sort(dim=-1, descending=True)
@@ -102,9 +151,11 @@ def deflated(
         rank: of the new result, at most min(m, n).
 
     Returns:
-        Factors with both low bases.
+        Factors with both low bases. The residual is infinite where the earlier ones aren't
+        orthonormal to rounding, for which no product of them is.
     """
     U, S, V = high
+    orthonormal = _orthonormal(U, low[0]) & _orthonormal(V, low[1])
     P, Q = low
     core = P.mT @ primitives.multiply(As, Q)  # (b, m − r, n − r)
     finite = core.isfinite().all(-1).all(-1)  # else LAPACK would raise
@@ -114,8 +165,21 @@ def deflated(
     U, U_low = _merged(U, P @ left, order, rank)
     V, V_low = _merged(V, Q @ right_h.mT, order, rank)
     S = merged[..., :rank]
-    residual = torch.where(finite, residual_of(As, U, S, V), math.inf)
+    residual = torch.where(finite & orthonormal, residual_of(As, U, S, V), math.inf)
     return Factors(U, S, V, residual, [1] * len(As), _fine(As), U_low, V_low)
+
+
+def _orthonormal(high: Tensor, low: Tensor) -> Tensor:
+    """(b,) whether [high, low] is an orthogonal matrix to rounding, by a few products with it: the
+    elements of QᵀQ − I may be 30 eps, as LAPACK's ratio of 30 allows."""
+    r, m = high.shape[-1], high.shape[-2]
+    generator = torch.Generator(high.device).manual_seed(m)
+    X = torch.randn(m, 4, dtype=high.dtype, device=high.device, generator=generator)
+    Y = high @ X[:r] + low @ X[r:]
+    defect = torch.cat([high.mT @ Y, low.mT @ Y], -2) - X
+    allowed = 30 * torch.finfo(high.dtype).eps * m**0.5
+    fits: Tensor = defect.norm(dim=(-2, -1)) <= allowed * X.norm()
+    return fits
 
 
 def _merged(old: Tensor, new: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:

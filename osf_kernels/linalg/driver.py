@@ -23,15 +23,19 @@ from osf_kernels.linalg.inputs import (
     can_deflate,
     check_options,
     entries_of,
+    is_exact_enough,
+    refuse_starts,
     require_finite_starts,
+    times_power,
 )
+from osf_kernels.linalg.residual import limit
 from osf_kernels.linalg.result import TruncatedSVD
 
 # What a group may take beside its results where no cap is given. On a CPU a few matrices at a time
 # stay in cache, and a large one alone has what a Krylov space of a fourth of its columns takes; a
 # GPU wants as many as there is room for.
 CPU_WORKSPACE_BYTES = 1 << 28
-CPU_WORKSPACE_OF_ONE = 16  # times the bytes of the matrix
+CPU_WORKSPACE_OF_ONE = 26  # times the bytes of the matrix
 GPU_WORKSPACE_SHARE = 0.5
 
 TENSOR_FIELDS = ("U", "S", "V", "residual", "captured", "converged", "U_low", "V_low")
@@ -125,7 +129,7 @@ def _method(entry: Entry, options: Options) -> Method:
         entry.rank,
         device=entry.A.device.type,
         batch=options.batch,
-        warm=entry.warm is not None,
+        warm=is_exact_enough(entry),
         deflatable=can_deflate(entry),
     )
 
@@ -148,16 +152,18 @@ def _decomposed(entries: Sequence[Entry], options: Options) -> list[TruncatedSVD
     if options.method != "auto":
         return ordered
     # An earlier result that no longer fits is dropped.
-    limit = WARM_LIMIT if options.tol is None else options.tol
+    fits = WARM_LIMIT if options.tol is None else options.tol
     stale = [
         i
         for i, result in enumerate(ordered)
-        if result.method in ("warm", "deflated") and not float(result.residual) <= limit
+        if result.method in ("warm", "deflated")
+        and (not float(result.residual) <= fits or _lacking(result, options))
     ]
     if stale:
         anew = _decomposed([entries[i]._replace(warm=None) for i in stale], options)
         for i, result in zip(stale, anew, strict=True):
-            if float(result.residual) < float(ordered[i].residual):
+            closer = float(result.residual) < float(ordered[i].residual)
+            if closer or _lacking(ordered[i], options):
                 ordered[i] = result
     return ordered
 
@@ -193,7 +199,7 @@ def _group(entries: Sequence[Entry], As: Sequence[Tensor], options: Options) -> 
         tol=options.tol,
         niter=options.niter,
         oversample=options.oversample,
-        warm=[entry.warm for entry in entries],
+        warm=[entry.start() for entry in entries],
         generator=lambda width: options.seed.generator(n, width, device),
         workspace_bytes=_workspace_bytes(A, options),
     )
@@ -220,10 +226,11 @@ def _fitting(method: Method, entries: Sequence[Entry], options: Options) -> int:
     """
     group = _group(entries, [entry.A for entry in entries], options)
     each, safely = (methods.workspace_bytes(method, group, safe=safe) for safe in (False, True))
+    held = methods.held_bytes(method, group)
     if any(entry.exponent for entry in entries):  # which are copied
         copy = entries[0].A.numel() * group.dtype.itemsize
-        each, safely = each + copy, safely + copy
-    most = max(each, safely)
+        each, held = each + copy, held + copy
+    most = max(each, held + safely)
     if most > group.workspace_bytes and options.max_workspace_bytes is not None:
         raise ValueError(
             describe(
@@ -234,7 +241,10 @@ def _fitting(method: Method, entries: Sequence[Entry], options: Options) -> int:
                 "raise it, or lower rank or oversample",
             )
         )
-    return max(1, min(len(entries), int(group.workspace_bytes // max(1, each))))
+    fitting = min(
+        group.workspace_bytes // max(1, each), (group.workspace_bytes - safely) // max(1, held)
+    )
+    return max(1, min(len(entries), int(fitting)))
 
 
 def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[TruncatedSVD]:
@@ -250,12 +260,16 @@ def _run(method: Method, entries: Sequence[Entry], options: Options) -> list[Tru
     broken = torch.nonzero(~factors.ok).flatten()  # synchronizes
     if len(broken):
         each = methods.workspace_bytes(method, group, safe=True)
-        for part in broken.split(max(1, int(group.workspace_bytes // max(1, each)))):
+        room = group.workspace_bytes - len(entries) * methods.held_bytes(method, group)
+        for part in broken.split(max(1, int(room // max(1, each)))):
             again = methods.run(method, group.of(part), safe=True)
             factors = methods.merged(factors, part, again)
-    if method in ("warm", "deflated") and not bool(factors.residual.isfinite().all()):
+    finite = factors.residual.isfinite()
+    if method in ("warm", "deflated") and not bool(finite.all()):
         # To look before would take a tenth of the time of either.
         require_finite_starts(entries)
+        if options.method == "deflated":
+            refuse_starts([e for e, fine in zip(entries, finite.tolist(), strict=True) if not fine])
     return _results(method, entries, _finished(factors, options.complement), options)
 
 
@@ -319,11 +333,16 @@ def _results(
     method: str, entries: Sequence[Entry], factors: Factors, options: Options
 ) -> list[TruncatedSVD]:
     residual, tol = factors.residual, options.tol
-    norms = torch.tensor([entry.norm for entry in entries], dtype=torch.float64)
+    norms = torch.tensor([entry.norm for entry in entries], dtype=torch.float64, device="cpu")
     norms = norms.to(residual.device, non_blocking=True)
     held = factors.S.double().square().sum(-1) / norms.square()
     captured = torch.where(norms == 0, 1, held.clamp_max(1)).to(factors.S.dtype)  # of 0 all is held
-    converged = None if tol is None else residual <= tol
+    converged = residual <= limit(tol, factors.S.dtype, min(entries[0].A.shape))
+    if method in ("exact", "gram") and tol is None:
+        # A Gram matrix whose residual is above that was given up for float64, or for LAPACK's SVD.
+        converged = residual.isfinite()
+    if factors.leading is not None:
+        converged = converged & factors.leading
     fields = {
         "U": factors.U,
         "S": factors.S,
@@ -349,9 +368,7 @@ def _results(
 
 
 def _scaled_back(entry: Entry, S: Tensor) -> Tensor:
-    # Two factors, since one of them could itself overflow.
-    half = entry.exponent // 2
-    S = S * 2.0**half * 2.0 ** (entry.exponent - half)
+    S = times_power(S, entry.exponent)
     if entry.exponent > 0 and not bool(S.isfinite().all()):
         expected = f"small enough for its singular values to fit {S.dtype}"
         raise ValueError(describe(OP, entry.name, expected, "larger", "scale it down"))
@@ -378,7 +395,7 @@ def _empty(entry: Entry, options: Options) -> TruncatedSVD:
         zero + (entry.norm == 0),
         0,
         "exact",
-        None if options.tol is None else zero <= options.tol,
+        zero == 0,
         *(low if options.complement else (None, None)),
     )
 
@@ -402,7 +419,7 @@ def _stacked(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> Truncated
 
 def _remedy(results: Sequence[TruncatedSVD], options: Options) -> str:
     """What a caller may change about results that missed the tolerance."""
-    missed = {r.method for r in results if r.converged is not None and not bool(r.converged)}
+    missed = {r.method for r in results if not _converged(r)}
     if missed <= {"exact"}:
         return "no method comes closer in this dtype; raise tol, or pass float64"
     if missed <= {"exact", "gram"}:
@@ -414,14 +431,27 @@ def _remedy(results: Sequence[TruncatedSVD], options: Options) -> str:
     return 'take method="gram" or "exact", or raise tol'
 
 
+def _converged(result: TruncatedSVD) -> bool:
+    return result.converged is None or bool(result.converged)
+
+
+def _lacking(result: TruncatedSVD, options: Options) -> bool:
+    """Whether triplets are right that aren't the leading ones."""
+    right = float(result.residual) <= limit(options.tol, result.S.dtype, min(result.shape))
+    return right and not _converged(result)
+
+
 def _unconverged(
     entries: Sequence[Entry], results: Sequence[TruncatedSVD], options: Options
 ) -> list[str]:
+    if options.tol is None:  # no more was asked for than the results say
+        return []
     missed = [
-        f"{entry.name} has {float(result.residual):.1e} after {result.iterations} iterations of "
-        f'"{result.method}"'
+        f"{entry.name} has {float(result.residual):.1e} "
+        + ("but lacks leading triplets " if _lacking(result, options) else "")
+        + f'after {result.iterations} iterations of "{result.method}"'
         for entry, result in zip(entries, results, strict=True)
-        if result.converged is not None and not bool(result.converged)
+        if not _converged(result)
     ]
     if not missed:
         return []

@@ -12,7 +12,8 @@ class Factors(NamedTuple):
 
     ``residual`` (b,) is relative to σ₁; ``iterations`` has one number for each matrix; ``ok`` (b,)
     is False where a fast factorization broke down and the method wants to run in its safe way. Low
-    bases are there where they cost nothing.
+    bases are there where they cost nothing. ``leading`` (b,) is False where A was found to have a
+    larger singular value than the last of these beside them; None where the method has them all.
     """
 
     U: Tensor
@@ -23,6 +24,7 @@ class Factors(NamedTuple):
     ok: Tensor
     U_low: Tensor | None = None
     V_low: Tensor | None = None
+    leading: Tensor | None = None
 
     def swapped(self) -> Factors:
         """The factors of Aᵀ."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
+from osf_kernels.backends.primitives import working_dtype
 from osf_kernels.errors import describe
 from osf_kernels.linalg.auto import Method
 from osf_kernels.linalg.result import TruncatedSVD
@@ -39,9 +41,20 @@ class Entry(NamedTuple):
         if not self.exponent:
             return self.A
         dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32
-        # In two factors, since one of them could itself overflow.
-        half = -self.exponent // 2
-        return self.A.to(dtype) * 2.0**half * 2.0 ** (-self.exponent - half)
+        return times_power(self.A.to(dtype), -self.exponent)
+
+    def start(self) -> WarmStart:
+        """The warm start of that matrix."""
+        if not self.exponent or not isinstance(self.warm, TruncatedSVD):
+            return self.warm
+        S = self.warm.S.to(working_dtype(self.A.dtype))
+        return replace(self.warm, S=times_power(S, -self.exponent))
+
+
+def times_power(X: Tensor, exponent: int) -> Tensor:
+    """X · 2**exponent, in two factors, since one of them could itself overflow."""
+    half = exponent // 2
+    return X * 2.0**half * 2.0 ** (exponent - half)
 
 
 def entries_of(
@@ -132,21 +145,39 @@ def check_options(
                     )
                 )
             if method == "deflated" and not can_deflate(entry):
-                raise ValueError(
-                    describe(
-                        OP,
-                        f"warm_start of {entry.name}",
-                        'a TruncatedSVD with low bases with method="deflated"',
-                        "one without",
-                        "have the earlier result made with complement=True",
-                    )
-                )
+                raise ValueError(describe(OP, f"warm_start of {entry.name}", *_undeflatable(entry)))
 
 
 def can_deflate(entry: Entry) -> bool:
-    """Whether the warm start holds the whole split: triplets and both low bases."""
+    """Whether the warm start holds the whole split, triplets and both low bases, as exactly as the
+    result is to be."""
     warm = entry.warm
-    return isinstance(warm, TruncatedSVD) and warm.U_low is not None and warm.V_low is not None
+    whole = isinstance(warm, TruncatedSVD) and warm.U_low is not None and warm.V_low is not None
+    return whole and is_exact_enough(entry)
+
+
+def is_exact_enough(entry: Entry) -> bool:
+    """Whether the warm start's factors are of the dtype that is computed in, or a wider one: what
+    narrower ones were rounded by would limit the result."""
+    if entry.warm is None:
+        return False
+    work = working_dtype(entry.A.dtype)
+    factors = (
+        [entry.warm] if isinstance(entry.warm, Tensor) else list(_factors(entry.warm).values())
+    )
+    return all(torch.promote_types(factor.dtype, work) == factor.dtype for factor in factors)
+
+
+def _undeflatable(entry: Entry) -> tuple[str, str, str]:
+    """(expected, got, remedy) of a start that method="deflated" can't take."""
+    expected = 'a TruncatedSVD with low bases with method="deflated"'
+    warm = entry.warm
+    if isinstance(warm, Tensor) or warm is None or warm.U_low is None or warm.V_low is None:
+        return expected, "one without", "have the earlier result made with complement=True"
+    work = working_dtype(entry.A.dtype)
+    dtypes = {str(factor.dtype): None for factor in _factors(warm).values()}
+    remedy = "make the earlier result in that dtype, or take another method"
+    return f"{expected}, of {work}", ", ".join(dtypes), remedy
 
 
 def _matrices(A: Tensor | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
@@ -255,30 +286,32 @@ def _unbatched(warm: TruncatedSVD | Tensor, A: Tensor) -> list[WarmStart]:
 
 
 def _check_warm(name: str, A: Tensor, warm: WarmStart) -> None:
+    """Raises ValueError or TypeError for a start that isn't one of a matrix like A."""
     if warm is None:
         return
+    place = f"warm_start of {name}"
     m, n = A.shape
     V = warm if isinstance(warm, Tensor) else warm.V
     if V.dim() != 2 or V.shape[0] != n or V.shape[1] > n:
-        raise ValueError(
-            describe(
-                OP,
-                f"warm_start of {name}",
-                f"columns V (n, k) with n = {n}",
-                tuple(V.shape),
-                "pass Vh.mT if it holds rows",
-            )
-        )
-    if isinstance(warm, TruncatedSVD) and warm.U.shape[0] != m:
-        raise ValueError(
-            describe(OP, f"warm_start of {name}", f"a result of a {m} × {n} matrix", warm.shape)
-        )
-    if V.device != A.device:
-        raise ValueError(
-            describe(OP, f"warm_start of {name}", f"on {A.device}", V.device, "move it there")
-        )
-    if V.dtype not in DTYPES:
-        raise TypeError(describe(OP, f"warm_start of {name}", "of a real dtype", V.dtype))
+        expected = f"columns V (n, k) with n = {n}"
+        remedy = "pass Vh.mT if it holds rows"
+        raise ValueError(describe(OP, place, expected, tuple(V.shape), remedy))
+    factors = {"V": warm} if isinstance(warm, Tensor) else _factors(warm)
+    if isinstance(warm, TruncatedSVD):
+        if warm.U.dim() != 2 or warm.U.shape[0] != m:
+            raise ValueError(describe(OP, place, f"a result of a {m} × {n} matrix", warm.shape))
+        r = V.shape[1]
+        fitting = {"U": (m, r), "S": (r,), "V": (n, r), "U_low": (m, m - r), "V_low": (n, n - r)}
+        for field, factor in factors.items():
+            if factor.shape != fitting[field]:
+                expected = f"{field} {fitting[field]}, as its V {(n, r)} asks for"
+                raise ValueError(describe(OP, place, expected, tuple(factor.shape)))
+    for factor in factors.values():
+        if factor.device != A.device or factor.is_meta:
+            remedy = "move it there"
+            raise ValueError(describe(OP, place, f"on {A.device}", factor.device, remedy))
+        if factor.dtype not in DTYPES or factor.layout is not torch.strided:
+            raise TypeError(describe(OP, place, "of a real dtype, dense", factor.dtype))
 
 
 def require_finite_starts(entries: Sequence[Entry]) -> None:
@@ -289,15 +322,24 @@ def require_finite_starts(entries: Sequence[Entry]) -> None:
         if isinstance(start, Tensor):
             given.append((name, start))
         elif start is not None:
-            given += [(name, factor) for factor in _factors(start)]
+            given += [(name, factor) for factor in _factors(start).values()]
     if given:
         places, tensors = zip(*given, strict=True)
         _finite_norms(places, tensors, "warm_start", "leave it out, or make it anew")
 
 
-def _factors(start: TruncatedSVD) -> list[Tensor]:
-    found = (start.U, start.S, start.V, start.U_low, start.V_low)
-    return [factor.detach() for factor in found if factor is not None]
+def refuse_starts(entries: Sequence[Entry]) -> NoReturn:
+    """Raises ValueError for starts that method="deflated" found not to be orthonormal."""
+    names = ", ".join(entry.name for entry in entries)
+    expected = "orthonormal to rounding, U with U_low and V with V_low"
+    remedy = "make the earlier result anew, or take another method"
+    raise ValueError(describe(OP, f"warm_start of {names}", expected, "less", remedy))
+
+
+def _factors(start: TruncatedSVD) -> dict[str, Tensor]:
+    fields = ("U", "S", "V", "U_low", "V_low")
+    given = {field: getattr(start, field) for field in fields}
+    return {field: factor.detach() for field, factor in given.items() if factor is not None}
 
 
 def _finite_norms(

@@ -19,6 +19,7 @@ from osf_kernels.linalg.factors import Factors
 from osf_kernels.linalg.orthonormal import looks_are_free, with_unit_diagonal
 from osf_kernels.linalg.residual import (
     confirmed,
+    largest_eigenvalue,
     residual_in,
     residual_of,
     residual_through,
@@ -42,6 +43,13 @@ NEARLY_ORTHOGONAL = 0.5
 # Up to so many columns one product with all of the last block takes no longer than three with the
 # eight probes of its residual (2048², two cores: 32 columns 2.1 to 3.2 ms, the three 4.2).
 WHOLE_BLOCK = 48
+# Columns and blocks of the space that is looked for larger singular values in beside another: of
+# 512 columns it finds one value of 1 beside forty of .9 and forty of .8, and in one further round
+# all that two such clusters have.
+PROBE_BLOCK = 8
+PROBE_STEPS = 4
+# Rounding of its norm and of the values it is compared with, in eps of σ₁.
+PROBE_ROUNDING = 32.0
 
 
 class KrylovSpace:
@@ -155,11 +163,70 @@ class KrylovSpace:
 
         return residual_in(apply, transposed, S)
 
+    def beside(self) -> tuple[Tensor, Tensor]:
+        """(Q, A Q) of :func:`beyond` this space."""
+        return beyond(self._As, self._V, safe=self._safe)
+
+    def join(self, Q: Tensor, Z: Tensor) -> None:
+        """Takes orthonormal columns Q that :func:`beyond` found, and Z = A Q, into the space, which
+        then grows by the block that both of them end in."""
+        keep, last = self.width - self.block, min(PROBE_BLOCK, Q.shape[-1])
+        kept, ends = (..., slice(None, keep)), (..., slice(keep, None))
+        new, newest = (..., slice(None, -last)), (..., slice(-last, None))
+        self._V = torch.cat([self._V[kept], Q[new], self._V[ends], Q[newest]], -1)
+        self._Z = torch.cat([self._Z[kept], Z[new], self._Z[ends], Z[newest]], -1)
+        self.block += last
+        self.width = self._V.shape[-1]
+        self.iterations += math.ceil(Q.shape[-1] / last)
+        self._powers, self._paired = None, False
+
     def keep(self, indices: Tensor) -> None:
         """Goes on with some of the group."""
         self._As = [self._As[i] for i in indices.tolist()]
         self._V, self._Z, self._ok = self._V[indices], self._Z[indices], self._ok[indices]
         self._powers = None if self._powers is None else self._powers[indices]
+
+
+def beyond(As: Sequence[Tensor], V: Tensor, *, safe: bool) -> tuple[Tensor, Tensor]:
+    """(Q, A Q): a small block Krylov space of A(I − VVᵀ), orthonormal and orthogonal to V.
+
+    A space from any start holds of equal singular values as many vectors as its block has columns,
+    and of a close cluster at first no more; what lies below converges before the others are met.
+    They are large in A on what is orthogonal to the space, and met from columns drawn there.
+
+    Args:
+        V: (b, n, w) orthonormal columns, w < n.
+    """
+    (m, n), w = As[0].shape, V.shape[-1]
+    stop = min(n, w + PROBE_STEPS * PROBE_BLOCK)
+    # Always the same columns beside a space of one width: the caller's generator is for sketches.
+    generator = torch.Generator(V.device).manual_seed(w)
+    Y = torch.randn(1, n, PROBE_BLOCK, dtype=V.dtype, device=V.device, generator=generator)
+    Y = Y.expand(len(V), -1, -1)
+    basis, Z = V.new_empty(len(V), n, stop), V.new_empty(len(V), m, stop - w)
+    basis[..., :w] = V
+    for begin in range(w, stop, PROBE_BLOCK):
+        end = min(begin + PROBE_BLOCK, stop)
+        Y = Y[..., : end - begin]
+        Q = orthonormal_against(Y, basis[..., :begin], safe=safe, generator=generator).Q
+        basis[..., begin:end] = Q
+        AQ = primitives.multiply(As, Q)
+        Z[..., begin - w : end - w] = AQ
+        Y = primitives.multiply(As, AQ, transpose=True)
+    return basis[..., w:], Z
+
+
+def larger(Z: Tensor, factors: Factors) -> Tensor:
+    """(b,) whether ‖Z‖₂, Z = A Q of Q beside the triplets, is above the least of their singular
+    values by more than they may be wrong by, or by rounding.
+
+    Where it is, the triplets aren't the leading ones: Q and V together have more large ones.
+    """
+    S = factors.S
+    Z = Z.double()
+    norm = largest_eigenvalue(Z.mT @ Z).sqrt()
+    error = factors.residual.double() + PROBE_ROUNDING * torch.finfo(S.dtype).eps
+    return norm > S[:, -1].double() + error * S[:, 0].double()
 
 
 def conditioned(Z: Tensor) -> Tensor:

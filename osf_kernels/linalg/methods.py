@@ -18,10 +18,18 @@ from osf_kernels.backends import primitives
 from osf_kernels.linalg import dense
 from osf_kernels.linalg.auto import Method
 from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.krylov import KrylovSpace, subspace_iteration
+from osf_kernels.linalg.krylov import (
+    PROBE_BLOCK,
+    PROBE_STEPS,
+    KrylovSpace,
+    beyond,
+    larger,
+    subspace_iteration,
+)
 from osf_kernels.linalg.powers import MOST_STEPS, from_powers
-from osf_kernels.linalg.residual import confirmed
+from osf_kernels.linalg.residual import PROBES, confirmed, limit
 from osf_kernels.linalg.result import TruncatedSVD
+from osf_kernels.linalg.spread import EDGE
 
 # A Krylov space of three times the rank in some twelve blocks: on σᵢ = i^-½ at n = 2048 it holds
 # .9999 of the leading subspace, in less time than fewer wider blocks take to .999.
@@ -97,32 +105,77 @@ def run(method: Method, group: Group, safe: bool) -> Factors:
 
 
 def workspace_bytes(method: Method, group: Group, *, safe: bool = False) -> int:
-    """An upper estimate of what a method allocates for one matrix beside its results."""
+    """An upper estimate of what a method, and what finishes its results, allocates for one matrix
+    beside them."""
+    return _bytes(method, group, _working_bytes(method, group, safe=safe))
+
+
+def _bytes(method: Method, group: Group, working: int) -> int:
     m, n = group.shape
-    small, r = min(m, n), group.rank
+    item, r = group.dtype.itemsize, group.rank
+    finished = item * (m + n) * (r + 1)
+    if group.complement:  # low bases, and what they are made in
+        finished += item * sum(k * (k - r) + k * r + r * k for k in (m, n))
+    return _copied_bytes(group) + max(working, _factors_bytes(method, group) + finished)
+
+
+def held_bytes(method: Method, group: Group) -> int:
+    """What of that stays while some of a group are decomposed once more, in the safe way."""
+    return _copied_bytes(group) + _factors_bytes(method, group)
+
+
+def _copied_bytes(group: Group) -> int:
+    """Of the matrix in the dtype that is computed in."""
+    m, n = group.shape
     item = group.dtype.itemsize
-    copy = 0 if group.As[0].element_size() == item else m * n * item
-    results = 2 * (m + n) * r * item
+    return 0 if group.As[0].element_size() == item else m * n * item
+
+
+def _factors_bytes(method: Method, group: Group) -> int:
+    """Of what a method returns for one matrix, and of what that is a part of."""
+    m, n = group.shape
+    item, r, small = group.dtype.itemsize, group.rank, min(m, n)
+    if method == "exact":
+        return item * (m * m + n * n if group.complement else (m + n) * small)
+    if method == "deflated":
+        return item * 2 * (m * m + n * n)
+    whole = small * small if method == "gram" and group.complement else 0
+    return item * ((m + n) * (r + 1) + whole)
+
+
+def _working_bytes(method: Method, group: Group, *, safe: bool) -> int:
+    m, n = group.shape
+    small, large, r = min(m, n), max(m, n), group.rank
+    item = group.dtype.itemsize
+    results = item * (m + n) * (r + 1) + _looks_bytes(group)
     if method == "randomized":
-        block, width = _krylov_plan(group)
-        krylov = _krylov_bytes(group, width, block)
-        taken = krylov if _takes_krylov(group) else _subspace_bytes(group, _width(group))
-        return copy + results + taken
+        if _takes_krylov(group):
+            block, width = _krylov_plan(group)
+            return results + _krylov_bytes(group, width, block, safe)
+        return results + _subspace_bytes(group, _width(group))
     if method == "warm":
         width = _warm_width(group)
         grown = 0
         if group.tol is not None and group.niter != 1:
-            grown = _krylov_bytes(group, 2 * width, width)
+            grown = _krylov_bytes(group, 2 * width, width, safe)
             if 2 * width > small:
-                grown = workspace_bytes("gram", group, safe=True)
-        return copy + 2 * results + max(grown, _subspace_bytes(group, width))
-    if method == "gram":
+                plain = replace(group, complement=False)
+                grown = max(_working_bytes("gram", plain, safe=s) for s in (False, True))
+        return 2 * results + max(grown, _subspace_bytes(group, width))
+    if method == "gram" and not (safe and group.dtype == torch.float64):
+        # The Gram matrix, its eigenvectors and twice as much that finds them; or the eigenvectors
+        # and products.
         if safe:
-            return copy + 2 * results + 8 * (m * n + 4 * small * small + 4 * m * r)
-        return copy + results + 3 * small * small * item
+            products = small * small + r * (4 * large + small + 2 * r)
+            return results + 8 * (m * n + max(4 * small * small, products))
+        wide = min(small, r + EDGE)
+        products = 2 * small * small + large * (2 * wide + 2 * r) + r * r
+        return results + item * max(4 * small * small, products)
     if method == "deflated":
-        return copy + results + 2 * item * ((m - r) * n + m * (m - r) + n * (n - r))
-    return copy + results + 3 * m * n * item + (item * (m * m + n * n) if group.complement else 0)
+        core = (m - r) * (n - r) + (m - r) ** 2 + (n - r) ** 2
+        starts = (m + n) * r + m * (m - r) + n * (n - r)
+        return results + item * (starts + m * n + 2 * core + 3 * (m * m + n * n))
+    return results + 2 * _factors_bytes("exact", group) + item * (m * n + small * small + 8 * large)
 
 
 def randomized(group: Group, safe: bool) -> Factors:
@@ -134,7 +187,7 @@ def randomized(group: Group, safe: bool) -> Factors:
     if not _takes_krylov(group):
         block = _width(group)
         generator = group.generator(block)
-        return subspace_iteration(
+        found = subspace_iteration(
             group.As,
             _sketch(group, group.shape[1], block, generator),
             group.rank,
@@ -143,6 +196,7 @@ def randomized(group: Group, safe: bool) -> Factors:
             safe=safe,
             generator=generator,
         )
+        return _led(group, found, safe)
     generator = group.generator(block)
     noise = _sketch(group, group.shape[0], block, generator)
 
@@ -156,7 +210,22 @@ def randomized(group: Group, safe: bool) -> Factors:
         return grown(group)
     found = from_powers(group.As, noise, group.norms, group.rank, steps=steps)
     late = torch.nonzero(~found.ok).flatten()
+    found = _led(group, found, safe)
     return merged(found, late, grown(group.of(late))) if len(late) else found
+
+
+def _led(group: Group, factors: Factors, safe: bool) -> Factors:
+    """The factors, those whose residual is small enough looked at for whether they are leading."""
+    r, small = factors.S.shape[-1], min(group.shape)
+    right = limit(group.tol, group.dtype, small)
+    met = torch.nonzero(factors.ok & (factors.residual <= right)).flatten()
+    if not len(met) or r == small:  # synchronizes
+        return factors
+    As = [group.As[i] for i in met.tolist()]
+    _, Z = beyond(As, factors.V[met], safe=safe)
+    leading = torch.ones_like(factors.ok)
+    leading[met] = ~larger(Z, factors._replace(S=factors.S[met], residual=factors.residual[met]))
+    return factors._replace(leading=leading)
 
 
 def warm(group: Group, safe: bool) -> Factors:
@@ -168,18 +237,25 @@ def warm(group: Group, safe: bool) -> Factors:
     first = subspace_iteration(
         group.As, start, group.rank, tol=group.tol, niter=1, safe=safe, generator=generator
     )
+    first = _led(group, first, safe)
     if group.tol is None or group.niter == 1:
         return first
+    late = first.residual > group.tol
+    if first.leading is not None:
+        late = late | ~first.leading
     # From a start that isn't finite nothing is to be had.
-    late = torch.nonzero((first.residual > group.tol) & first.residual.isfinite()).flatten()
-    start = first.V[late]
+    late = torch.nonzero(late & first.residual.isfinite()).flatten()
     if not len(late):
         return first
     rest = replace(group.of(late), niter=None if group.niter is None else group.niter - 1)
-    if 2 * start.shape[-1] > min(group.shape):
+    m, n = group.shape
+    if 2 * first.V.shape[-1] > min(m, n):
         more = _gram(replace(rest, complement=False), safe)
+    elif m < n:  # a space of min(m, n) columns is then the whole one
+        turned = replace(rest, As=[A.mT for A in rest.As])
+        more = _grown(turned, first.U[late], 2 * first.U.shape[-1], safe, generator).swapped()
     else:
-        more = _grown(rest, start, 2 * start.shape[-1], safe, generator)
+        more = _grown(rest, first.V[late], 2 * first.V.shape[-1], safe, generator)
     return merged(first, late, more._replace(iterations=[i + 1 for i in more.iterations]))
 
 
@@ -203,12 +279,13 @@ def _deflated(group: Group) -> Factors:
 
 
 def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
-    """``factors`` with those of some of its matrices replaced."""
+    """``factors`` with those of some of its matrices replaced, its bases in place."""
 
     def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
         if old is None or new is None:
             return None
-        return old.index_copy(0, indices, new)
+        large = old.dim() == 3
+        return old.index_copy_(0, indices, new) if large else old.index_copy(0, indices, new)
 
     swapped: dict[str, Any] = {
         name: put(getattr(factors, name), getattr(others, name))
@@ -217,35 +294,47 @@ def merged(factors: Factors, indices: Tensor, others: Factors) -> Factors:
     iterations = list(factors.iterations)
     for i, other in zip(indices.tolist(), others.iterations, strict=True):
         iterations[i] = other
+    if factors.leading is not None or others.leading is not None:
+        swapped["leading"] = put(_leading(factors), _leading(others))
     return factors._replace(iterations=iterations, **swapped)
+
+
+def _leading(factors: Factors) -> Tensor:
+    return torch.ones_like(factors.ok) if factors.leading is None else factors.leading
 
 
 def _grown(
     group: Group, start: Tensor, width: int, safe: bool, generator: torch.Generator
 ) -> Factors:
-    """A Krylov space of ``width`` from ``start``; with tol it grows until residuals meet it."""
+    """A Krylov space of ``width`` from ``start``; with tol it grows until residuals meet it and
+    nothing larger is found beside it."""
     block = start.shape[-1]
     space = KrylovSpace(group.As, start, safe=safe, generator=generator)
     space.grow(width)
     factors = space.factors(group.rank)
     if group.tol is None:
-        return factors
+        return _led(group, factors, safe)
     most = min(group.shape)
     if group.niter is not None:
         most = max(width, min(most, group.niter * block))
-    while most > width and _krylov_bytes(group, most, block) > group.workspace_bytes:
+    while most > width and _krylov_bytes(group, most, block, safe) > group.workspace_bytes:
         most = (most - 1) // block * block
     most = max(most, width)
     waiting = torch.arange(len(group.As), device=start.device)
     postponed: list[int] = []
+    lacking: list[int] = []
     factors = current = confirmed(group.As, factors, group.tol)
-    while space.width < most:
-        late = torch.nonzero(~(current.residual <= group.tol)).flatten()
-        if not len(late):
+    while True:
+        missed = current.residual <= group.tol
+        late = torch.nonzero(~missed).flatten()
+        if space.width < group.shape[1] and bool(missed.any()):  # else it has all there is
+            # Beside the others too: a batch costs what one does.
+            _, Z = space.beside()
+            lacking += waiting[missed & larger(Z, current)].tolist()
+        if not len(late) or space.width >= most:
             break
-        blocks = max(space.iterations + 1, math.ceil(space.iterations * GROWTH))
-        grown = min(most, blocks * block)
-        fitting = int(group.workspace_bytes // _krylov_bytes(group, grown, block))
+        grown = min(most, _next_width(space))
+        fitting = int(group.workspace_bytes // _krylov_bytes(group, grown, block, safe))
         postponed += waiting[late[max(1, fitting) :]].tolist()
         late = late[: max(1, fitting)]
         if len(late) < len(waiting):
@@ -256,18 +345,63 @@ def _grown(
             [group.As[i] for i in waiting.tolist()], space.factors(group.rank), group.tol
         )
         factors = merged(factors, waiting, current)
+    del space, current
+
+    def of(indices: list[int]) -> tuple[Tensor, Group, Tensor]:
+        at = torch.tensor(indices, device=start.device)
+        return at, group.of(at), start if len(start) == 1 else start[at]
+
+    for i in lacking:  # each alone, so that none depends on which others share the call
+        at, one, begun = of([i])
+        factors = merged(factors, at, _completed(one, begun, width, most, safe, generator))
     if postponed:
-        at = torch.tensor(postponed, device=start.device)
-        starts = start if len(start) == 1 else start[at]
-        rest = _grown(group.of(at), starts, width, safe, generator)
-        factors = merged(factors, at, rest)
+        at, rest, begun = of(postponed)
+        factors = merged(factors, at, _grown(rest, begun, width, safe, generator))
     return factors
 
 
+def _completed(
+    group: Group, start: Tensor, width: int, most: int, safe: bool, generator: torch.Generator
+) -> Factors:
+    """Triplets of one matrix in a Krylov space that takes in what is found beside it."""
+    assert group.tol is not None
+    space = KrylovSpace(group.As, start, safe=safe, generator=generator)
+    space.grow(width)
+    while True:
+        factors = confirmed(group.As, space.factors(group.rank), group.tol)
+        if bool(factors.residual > group.tol):
+            grown = _next_width(space)
+            if grown > most:
+                grown = most if most == group.shape[1] else space.width
+            needed = _krylov_bytes(group, grown, space.block, safe)
+            if grown == space.width or needed > group.workspace_bytes:
+                return factors
+            space.grow(grown)
+        elif space.width == group.shape[1]:
+            return factors
+        else:
+            Q, Z = space.beside()
+            more = larger(Z, factors)
+            joined = space.width + Q.shape[-1]
+            needed = _krylov_bytes(group, joined, space.block + PROBE_BLOCK, safe)
+            if not bool(more) or joined > most or needed > group.workspace_bytes:
+                return factors._replace(leading=~more)
+            space.join(Q, Z)
+
+
+def _next_width(space: KrylovSpace) -> int:
+    """Of a space that grows by a share, in whole blocks."""
+    blocks = math.ceil(space.width * GROWTH / space.block) - math.ceil(space.width / space.block)
+    return space.width + max(1, blocks) * space.block
+
+
 def _takes_krylov(group: Group) -> bool:
-    """Whether the space of one matrix fits the workspace."""
+    """Whether all that the space of one matrix takes, in the safe way too, fits the workspace."""
     block, width = _krylov_plan(group)
-    return _krylov_bytes(group, width, block) <= group.workspace_bytes
+    m, n = group.shape
+    results = group.dtype.itemsize * (m + n) * (group.rank + 1) + _looks_bytes(group)
+    safely = _bytes("randomized", group, results + _krylov_bytes(group, width, block, True))
+    return held_bytes("randomized", group) + safely <= group.workspace_bytes
 
 
 def _krylov_plan(group: Group) -> tuple[int, int]:
@@ -286,12 +420,15 @@ def _krylov_plan(group: Group) -> tuple[int, int]:
     return min(block, small), min(width, small)
 
 
-def _krylov_bytes(group: Group, width: int, block: int) -> int:
+def _krylov_bytes(group: Group, width: int, block: int, safe: bool = False) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
     # The space, once more while it grows, blocks on their way and triplets as they are replaced; Z,
-    # its Gram matrix, the eigenvectors of that and the work of finding them in float64.
+    # its Gram matrix, the eigenvectors of that and the work of finding them in float64. An SVD of Z
+    # copies it, and has left vectors.
     space = item * (m + n) * (2 * width + 4 * block + 2 * group.rank)
+    if safe or group.dtype == torch.float64:
+        return space + 8 * (max(m, n) * (3 * width + group.rank) + 10 * width * width)
     return space + 8 * (max(m, n) * (width + group.rank) + 6 * width * width)
 
 
@@ -299,6 +436,13 @@ def _subspace_bytes(group: Group, width: int) -> int:
     m, n = group.shape
     item = group.dtype.itemsize
     return item * (m + n) * 3 * width + 8 * n * width + 8 * 3 * width * width
+
+
+def _looks_bytes(group: Group) -> int:
+    """Of the probes that a residual is measured by, or of what is looked for beside triplets."""
+    m, n = group.shape
+    item, columns = group.dtype.itemsize, PROBE_BLOCK * (PROBE_STEPS + 2)
+    return max(item * (m + n) * 8 * PROBES, (item * (m + n) + 8 * max(m, n)) * columns)
 
 
 def _width(group: Group) -> int:

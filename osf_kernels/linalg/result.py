@@ -34,7 +34,12 @@ class TruncatedSVD:
         iterations: of the method's steps, each a product with A and one with Aᵀ; beside them are
             the one that makes a sketch and those that measure the residual. 1 for direct methods.
         method: "randomized", "gram", "warm", "deflated" or "exact": what ran.
-        converged: (...) boolean, residual ≤ tol; None where no tol was given.
+        converged: (...) boolean: these are the leading triplets, to ``tol``. The residual is at
+            most that, and where a method may have missed some, nothing larger was found beside
+            them. Without a ``tol`` it is 2.5·√min(m, n) eps, at least 10 eps, up to nine times what
+            torch.linalg.svd has in that dtype; "exact", which is that, and "gram", which takes it
+            or float64 where it is above that, always converge. None in results of earlier versions
+            that were made without a ``tol``.
         U_low: (..., m, m − r) orthonormal, orthogonal to U; None unless complement=True.
         V_low: (..., n, n − r) likewise of V.
     """
@@ -64,7 +69,9 @@ class TruncatedSVD:
         size = "x".join(map(str, self.shape))
         worst = f"{float(self.residual.max()):.1e}" if self.residual.numel() else "none"
         low = "" if self.U_low is None else ", with low bases"
-        return f"TruncatedSVD({size}, rank {self.rank}, {self.method}, residual {worst}{low})"
+        wrong = self.converged is not None and not bool(self.converged.all())
+        said = f"residual {worst}" + (", not converged" if wrong else "")
+        return f"TruncatedSVD({size}, rank {self.rank}, {self.method}, {said}{low})"
 
     def unbind(self) -> list[TruncatedSVD]:
         """The results of a batch's matrices, one after another; views."""

@@ -1,0 +1,131 @@
+"""Gram matrices of a steep spectrum: taken down to where float32 eigenvectors tell more apart.
+
+An eigensolver is wrong by a few eps of the largest eigenvalue, in eigenvectors by that over the gap
+to the next. Where a few eigenvalues stand far above the others, they are found first, by a Krylov
+space, and set to a value just above the rest: the same eigenvectors, of a matrix whose largest
+eigenvalue is smaller. Beside them only the columns around the last wanted one, whose gaps are the
+least, are solved for again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends import primitives
+from osf_kernels.linalg.krylov import KrylovSpace
+
+# n Σλ² / (Σλ)², which is 1 of equal eigenvalues and 2 of a square matrix of noise: below this the
+# largest is too small a multiple of the others for a lower one to be worth what it takes to find.
+STEEP = 4.0
+# Below it a Gram matrix in float64 takes no longer than a Krylov space beside one in float32.
+SIZE = 256
+BLOCK = 16
+STEPS = 3
+# What is set, relative to the largest eigenvalue left: far enough above it not to mix with it.
+SET_TO = 1.5
+# Columns on each side of the last wanted one that are solved for again.
+EDGE = 64
+# Couplings up to this are taken back by a rotation of the first order, which leaves their square.
+FIRST_ORDER = 1e-3
+
+
+class Lowered(NamedTuple):
+    """How many of the largest eigenvalues of each Gram matrix were set to ``value``, both (b,)."""
+
+    number: Tensor
+    value: Tensor
+
+    @property
+    def most(self) -> int:
+        return int(self.number.max())
+
+
+def lower(G: Tensor) -> Lowered | None:
+    """Sets the largest eigenvalues of Gram matrices (b, n, n), in place, to one above the rest.
+
+    With Q a basis that a Krylov space found, M = QᵀGQ and F = GQ − QM, G is
+    QMQᵀ + QFᵀ + FQᵀ + PGP, P = I − QQᵀ. What is left is τQQᵀ + PGP: its eigenvectors are those
+    of G but for F / gap, and F² / gap in the rest, which must be rounding there. None where no
+    matrix gains by it.
+    """
+    n = G.shape[-1]
+    if n < SIZE:
+        return None
+    trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
+    norm = torch.linalg.vector_norm(G, dim=(-2, -1))
+    steep = n * norm.square() > STEEP * trace.square()
+    if not bool(steep.any()):  # synchronizes
+        return None
+    generator = torch.Generator(G.device).manual_seed(n)
+    noise = torch.randn(1, n, BLOCK, dtype=G.dtype, device=G.device, generator=generator)
+    space = KrylovSpace(G.unbind(), noise, safe=False, generator=generator)
+    space.grow(BLOCK * STEPS)
+    found = space.factors(BLOCK + 1)
+    Q = found.V[..., :BLOCK]
+    GQ = G @ Q
+    values = (Q * GQ).sum(-2)
+    F = GQ - Q * values.unsqueeze(-2)
+    errors = F.square().sum(-2).cummax(-1).values
+    below = torch.cat([values[:, 1:], found.S[:, BLOCK:]], -1)
+    gap = values - below
+    info = torch.finfo(G.dtype)
+    fits = (gap > 0.05 * values) & (errors < info.eps * below * gap)
+    count = torch.where(fits, torch.arange(1, BLOCK + 1, device=G.device), 0).amax(-1)
+    gained = below.gather(-1, (count - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    count = torch.where(steep & found.ok & (gained < 0.5 * values[:, 0]), count, 0)
+    value = SET_TO * gained
+    if not bool((count > 0).any()):
+        return None
+    chosen = torch.arange(BLOCK, device=G.device) < count[:, None, None]
+    Q, GQ = torch.where(chosen, Q, 0), torch.where(chosen, GQ, 0)
+    M = Q.mT @ GQ
+    M.diagonal(dim1=-2, dim2=-1).sub_(torch.where(count > 0, value, 0).unsqueeze(-1))
+    X = GQ - Q @ (Q.mT @ GQ) + 0.5 * (Q @ M)
+    G.baddbmm_(torch.cat([Q, X], -1), torch.cat([X, Q], -1).mT, alpha=-1)
+    return Lowered(count, value)
+
+
+def couple(A: list[Tensor], W: Tensor, B: Tensor, lowered: Lowered, *, first: int = 0) -> Tensor:
+    """Takes back what lowering left between the eigenvectors it set and the others.
+
+    Args:
+        W: (b, n, n) eigenvectors, ascending; rotated in place.
+        B: (b, m, t) A times the last t of them; rotated with them.
+        first: the others from which on are wanted.
+
+    Returns:
+        (b,) whether a rotation of the first order was enough.
+    """
+    n, t, k = W.shape[-1], B.shape[-1], lowered.most
+    rotate(W, B, n - k, n)
+    top, others = W[..., n - k :], W[..., : n - k]
+    lead = B[..., t - k :].clone()
+    squares = lead.square().sum(-2)  # ascending
+    rest = torch.zeros_like(W[:, 0])
+    rest[:, n - t :] = B.square().sum(-2)
+    # C_ji = w_jᵀ AᵀA v_i
+    C = others.mT @ primitives.multiply(A, lead, transpose=True)
+    gap = squares[:, None, :] - rest[:, : n - k, None]
+    mine = torch.arange(k, 0, -1, device=W.device) <= lowered.number[:, None, None]
+    ok = ((C.abs() <= FIRST_ORDER * gap) | ~mine).all(-1).all(-1)
+    theta = torch.where(mine & ok[:, None, None], C / gap, 0)
+    turned = top + others @ theta
+    others[..., first:].baddbmm_(top.clone(), theta[:, first:].mT, alpha=-1)
+    top.copy_(turned)
+    B[..., : t - k].baddbmm_(lead, theta[:, n - t :].mT, alpha=-1)
+    B[..., t - k :] = primitives.multiply(A, turned)
+    return ok
+
+
+def rotate(W: Tensor, B: Tensor, start: int, stop: int) -> None:
+    """A Rayleigh–Ritz step of A in the span of W's columns from start to stop, in place; B, A times
+    the last columns of W, goes with them."""
+    shift = W.shape[-1] - B.shape[-1]
+    V, AV = W[..., start:stop], B[..., start - shift : stop - shift]
+    X = AV.double()
+    turn = torch.linalg.eigh(torch.nan_to_num(X.mT @ X))[1].to(W.dtype)
+    V.copy_(V @ turn)
+    AV.copy_(AV @ turn)
