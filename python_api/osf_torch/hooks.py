@@ -54,7 +54,7 @@ class Hooks:
     ) -> None:
         self._guard, self._optimizer = guard, optimizer
         self._accumulated = None if accumulated is None else _weakly(accumulated)
-        self._steps = before, after
+        self.before, self.after = before, after
         self._of_weights: dict[int, Any] = {}
         self._bodies: dict[int, int] = {}  # of weights when they were hooked
         self._of_steps: list[Any] = []
@@ -69,19 +69,13 @@ class Hooks:
             self._hook(weight)
         if self._optimizer is not None:
             # Held by the optimizer, in a cycle that the collector sees.
-            before, after = (torch.compiler.disable(hook) for hook in self._steps)
+            before, after = (torch.compiler.disable(hook) for hook in (self.before, self.after))
             self._of_steps = [
                 self._optimizer.register_step_pre_hook(before),
                 self._optimizer.register_step_post_hook(after),
             ]
         else:
-            before, after = (_weakly(hook) for hook in self._steps)
-            self._of_steps = [
-                register_optimizer_step_pre_hook(before),
-                register_optimizer_step_post_hook(after),
-            ]
-            for handle in self._of_steps:
-                weakref.finalize(self._guard, handle.remove)
+            _watch(self)
 
     def _hook(self, weight: Tensor) -> None:
         """Puts the weight's hook on, before those of others: an optimizer that steps in another one
@@ -120,6 +114,8 @@ class Hooks:
     @property
     def are_on(self) -> bool:
         """Whether steps are still hooked."""
+        if self in _WATCHING:
+            return True
         tables = [handle.hooks_dict_ref() for handle in self._of_steps]
         return bool(tables) and all(
             table is not None and handle.id in table
@@ -144,6 +140,34 @@ class Hooks:
         for handle in self._of_steps:
             handle.remove()
         self._of_steps = []
+        _WATCHING.discard(self)
+
+
+# Hooks of guards that watch every optimizer. torch iterates over the table of its global hooks while
+# they run, so that two stay in it for good: one that went with its guard would go at any moment.
+_WATCHING: weakref.WeakSet[Hooks] = weakref.WeakSet()
+_REGISTERED: list[Any] = []
+
+
+def _watch(hooks: Hooks) -> None:
+    if not _REGISTERED:
+        _REGISTERED.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_any)))
+        _REGISTERED.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_any)))
+    _WATCHING.add(hooks)
+
+
+def _before_any(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    changed = None
+    for hooks in list(_WATCHING):
+        found = hooks.before(optimizer, args, kwargs)
+        if found is not None:
+            changed = args, kwargs = found
+    return changed
+
+
+def _after_any(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for hooks in list(_WATCHING):
+        hooks.after(optimizer, args, kwargs)
 
 
 def _weakly(method: Hook) -> Hook:
