@@ -12,6 +12,7 @@ PINS := .ci/venv.sh .ci/constraints.txt .ci/requirements.txt .ci/requirements-no
 READY := $(VENV)/.ready-$(shell cat $(PINS) | cksum | cut -d' ' -f1)
 PEER_PINS := .ci/requirements-peers.txt
 PEERS := $(VENV)/.peers-$(shell cat $(PEER_PINS) .ci/constraints.txt | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
 CXX_FILES = $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
@@ -31,24 +32,33 @@ $(PEERS): $(READY) $(PEER_PINS)
 	@sh .ci/venv.sh peers $(VENV)
 	@touch $@
 
-build: $(BUILT)  ## Install the package in place, with the CUDA extension where nvcc is found
-$(BUILT): $(READY) setup.py pyproject.toml osf_kernels/env.py $(CUDA_FILES)
-	@# pip hides what a build prints: the first command shows it, the second finds it done.
-	@echo "== build: osf-kernels in place, with the CUDA extension where nvcc is found"
-	@$(BIN)/python setup.py --quiet build_ext --inplace
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+# What runs on the CPU needs no extension, so it doesn't wait for nvcc.
+$(INSTALLED): $(READY) setup.py pyproject.toml osf_kernels/env.py
+	@echo "== install: osf-kernels in place"
+	@OSF_CUDA=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(BUILT)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
+build: $(BUILT)  ## Install the package in place, with the CUDA extension where nvcc is found
+$(BUILT): $(INSTALLED) $(CUDA_FILES)
+	@echo "== build: the CUDA extension where nvcc is found, $(words $(filter %.cu %.cpp,$(CUDA_FILES))) files: some minutes on two cores (OSF_CUDA=0: none)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: $(INSTALLED)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
+	@echo "== demo: one to four minutes on two cores"
 	@$(BIN)/python -m bench.demo
 
 # Two workers of one thread each: two-thread torch in both takes ten times as long. A file's tests
 # share processes and builds, so that they stay together.
-test: $(BUILT) $(PEERS)  ## Run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-quick: $(BUILT)  ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+test: $(BUILT) $(PEERS)  ## Run the whole test suite
+	@echo "== test: the whole suite, 10 to 25 minutes on two cores"
+	$(PYTEST)
+
+quick: $(BUILT)  ## Run the tests that take seconds each
+	@echo "== quick: the tests that take seconds each, 3 to 8 minutes on two cores"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)  ## Check style, types and formatting, Python and C++
 	$(BIN)/ruff check .
@@ -61,7 +71,7 @@ format: $(READY)  ## Format Python and C++ in place
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-bench: $(BUILT)  ## Measure on the CPU against peers, write the committed CSVs and pictures
+bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CSVs and pictures
 	@# One that misses a figure fails, and those after it run all the same.
 	@failed=; \
 	run() { echo "$(BIN)/python -m $$*"; $(BIN)/python -m "$$@" || failed="$$failed $$1 $$2;"; }; \
@@ -73,7 +83,7 @@ bench: $(BUILT)  ## Measure on the CPU against peers, write the committed CSVs a
 	run bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed see above" >&2; exit 1; fi
 
-continual: $(BUILT)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too
+continual: $(INSTALLED)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too
 	@$(BIN)/python -m bench continual $(if $(ANEW),--anew)
 
 static: $(BUILT)  ## Inspect the machine code of every kernel, no GPU: registers, tensor cores, occupancy

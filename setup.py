@@ -14,8 +14,10 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +28,6 @@ from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "osf_kernels._cuda"
@@ -136,6 +137,21 @@ def find_ninja() -> str | None:
             if packaged.is_file():
                 return str(packaged.resolve())
     return shutil.which("ninja")
+
+
+def torch_without_cuda() -> str | None:
+    """The installed torch's version where that build has no CUDA; None where it has, or none is.
+
+    pip hides the installed packages from an isolated build, but not the folders they lie in.
+    `torch/version.py` is run by its path: it imports nothing of torch.
+    """
+    spec = importlib.util.find_spec("torch")
+    found = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    for package in (*found, *(Path(folder) / "torch" for folder in site.getsitepackages())):
+        if (package / "version.py").is_file():
+            about = runpy.run_path(str(package / "version.py"))
+            return None if about["cuda"] else str(about["__version__"])
+    return None
 
 
 def find_toolkit() -> Toolkit | str:
@@ -329,12 +345,19 @@ def compile_extension(toolkit: Toolkit, sources: Sequence[str], folder: Path) ->
 # --- setuptools -----------------------------------------------------------------------------
 
 
-def extensions(wanted: str) -> list[Extension]:
-    """The CUDA extension, or nothing and one line why; OSF_CUDA=1 turns the line into an error."""
+def extensions(wanted: str, *, by_name: bool = False) -> list[Extension]:
+    """The CUDA extension, or nothing and one line why; OSF_CUDA=1 turns the line into an error.
+
+    A torch without CUDA has no tensor to hand to the extension, so an install leaves it out.
+    `by_name`: the command line names `build_ext` itself, which compiles for any torch.
+    """
     if wanted == "0":
         return []
     sources = cuda_sources()
     found = find_toolkit() if sources else "csrc/ holds no sources, there is nothing to build"
+    unasked = isinstance(found, Toolkit) and wanted == "auto" and not by_name
+    if unasked and (version := torch_without_cuda()):
+        found = f"torch {version} is a build without CUDA; OSF_CUDA=1 compiles it all the same"
     if isinstance(found, Toolkit):
         return [Extension(EXTENSION, sources=sources, depends=cuda_headers())]
     if wanted == "1":
@@ -357,13 +380,6 @@ class BuildCuda(build_ext):
         shutil.copyfile(built, target)
 
 
-class SourceDist(sdist):
-    """An sdist holds csrc/ wherever it was made, with or without a CUDA toolkit."""
-
-    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        super().make_release_tree(base_dir, sorted({*files, *cuda_sources(), *cuda_headers()}))
-
-
 def main() -> None:
     compiles = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
     try:
@@ -375,8 +391,10 @@ def main() -> None:
             ],
             package_dir={"osf_torch": "python_api/osf_torch"},
             package_data={"osf_kernels": ["py.typed"], "osf_torch": ["py.typed"]},
-            ext_modules=extensions(wanted) if compiles.intersection(sys.argv) else [],
-            cmdclass={"build_ext": BuildCuda, "sdist": SourceDist},
+            ext_modules=extensions(wanted, by_name="build_ext" in sys.argv)
+            if compiles.intersection(sys.argv)
+            else [],
+            cmdclass={"build_ext": BuildCuda},
         )
     except (BuildError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -272,6 +272,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.steps, arguments.seeds = min(arguments.steps or QUICK_STEPS, QUICK_STEPS), 1
         arguments.lr = arguments.lr or 1e-3
     from bench import continual_show as show  # rich: only where something is drawn
+    from bench.bar import bar_on
 
     setting = setting_of(arguments)
     if arguments.ranks is not None:
@@ -291,7 +292,7 @@ def run(arguments: argparse.Namespace) -> int:
     runs: dict[str, list[Run]] = {name: [] for name in methods}
     tried: dict[str, dict[float, float]] = {}
     costs: dict[str, Cost] = {}
-    with show.bar_on(console) as progress:
+    with bar_on(console) as progress:
         reading = progress.add_task("reading", total=None)
 
         def say_reading(text: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import continual_tasks, report
@@ -67,16 +66,6 @@ def console_of() -> Console:
     console = Console()
     # A log has no width of its own; keep the table's rows whole.
     return console if console.is_terminal else Console(width=170)
-
-
-def bar_on(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console)
 
 
 def say(console: Console, text: str) -> None:

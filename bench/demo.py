@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 import osf_kernels
 from bench import contenders, corpus, minilm, report
+from bench.bar import bar_on
 from bench.check import UNIT_ROUNDOFF
 from bench.contenders import COMPILED, HAND, NAIVE, OURS
 from bench.timing import Clock, Timed, interleave, percentile
@@ -305,13 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"text:  {corpus.SOURCE} ({len(pairs)} pairs of consecutive sentences)\n"
         f"on:    {report.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with bar_on(console) as progress:
         total = 2 + 2 * arguments.steps + arguments.rounds + 2
         task = progress.add_task("reading sentences", total=total)
 

@@ -47,7 +47,8 @@ def table(found: dict[float, list[Run]]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from bench.continual_show import bar_on, console_of, describe, say
+    from bench.bar import bar_on
+    from bench.continual_show import console_of, describe, say
 
     mrrs, trr = arguments.mrr, arguments.trr
     if not mrrs or not all(0 <= mrr <= trr <= 1 for mrr in mrrs):

@@ -58,6 +58,7 @@ def draw(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
     names = [name for name in COLOURS if name in present] + sorted(present - set(COLOURS))
     height = 0.8 / len(names)
     figure, axes = plt.subplots(figsize=(8.0, 0.8 + 0.85 * len(cases)), layout="constrained")
+    labelled: set[str] = set()
     for offset, name in enumerate(names):
         for position, contenders in enumerate(cases.values()):
             if name not in contenders:
@@ -71,8 +72,9 @@ def draw(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
                 color=COLOURS.get(name, "#6b9e78"),
                 xerr=[[max(0.0, median - low)], [max(0.0, high - median)]],
                 error_kw={"elinewidth": 0.8, "capsize": 2},
-                label=name if position == 0 else None,
+                label="_" if name in labelled else name,
             )
+            labelled.add(name)
             axes.annotate(
                 f"{median:.1f}",
                 (max(median, high), y),
@@ -86,8 +88,8 @@ def draw(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("times faster than the formula as written in eager torch")
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, frameon=False, fontsize=8, loc="lower right")
+    # Below the axes: which corner of them has no bar depends on the rows.
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=len(names))
     first = rows[0]
     machine = first["gpu"] or f"{first['cpu']}, {first['threads']} threads"
     axes.set_title(f"{machine}; torch {first['torch']}; {first['date']}", fontsize=8, loc="left")

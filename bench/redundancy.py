@@ -180,7 +180,8 @@ def sentence(rows: Sequence[Row]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from bench.continual_show import bar_on, console_of
+    from bench.bar import bar_on
+    from bench.continual_show import console_of
 
     console = console_of()
     with bar_on(console) as progress:

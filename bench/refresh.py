@@ -297,8 +297,8 @@ def case_table(rows: Sequence[RefreshRow]) -> str:
 
 
 def comparisons(rows: Sequence[RefreshRow]) -> list[str]:
-    """Of every case: is ours dominated by svd_lowrank, what of its missing overlap is left in the
-    time that it takes (by the best of ours that is no slower), and is linalg.svd faster."""
+    """Of every case: is ours slower or less accurate than svd_lowrank, how accurate is the best of
+    ours that takes no longer than that one, and is linalg.svd faster."""
     found = []
     for case in dict.fromkeys(row.case for row in rows):
         mine = [row for row in rows if row.case == case and row.median_ms is not None]
@@ -310,7 +310,9 @@ def comparisons(rows: Sequence[RefreshRow]) -> list[str]:
         assert auto.median_ms is not None
         assert peer.missing_overlap is not None
         assert auto.missing_overlap is not None
-        dominated = auto.median_ms > peer.median_ms and auto.missing_overlap > peer.missing_overlap
+        slower = auto.median_ms > peer.median_ms
+        worse = auto.missing_overlap > peer.missing_overlap
+        judged = f"{'' if slower else 'no '}slower and {'' if worse else 'no '}less accurate"
         in_time = [
             row
             for row in mine
@@ -321,11 +323,14 @@ def comparisons(rows: Sequence[RefreshRow]) -> list[str]:
             gone = "none of ours is as fast"
         else:
             share = best.missing_overlap / peer.missing_overlap if peer.missing_overlap else 1.0
-            gone = f"{best.contender} leaves {share:.2f} of its missing overlap in its time"
+            gone = (
+                f"of ours that take no longer than it, {best.contender} is the most accurate, with "
+                f"{share:.2f} of its 1 - overlap"
+            )
         found.append(
-            f"{case}: against {LOWRANK_2} ours is "
-            + ("SLOWER AND LESS ACCURATE" if dominated else "not dominated")
-            + f"; {gone}"
+            f"{case}: ours is {judged.upper() if slower and worse else judged} than {LOWRANK_2} "
+            f"({auto.median_ms:.3g} to {peer.median_ms:.3g} ms, 1 - overlap "
+            f"{auto.missing_overlap:.1e} to {peer.missing_overlap:.1e}); {gone}"
             + ("; SLOWER THAN linalg.svd" if (auto.times_svd or 1.0) < 1.0 else "")
         )
     return found

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -303,12 +304,24 @@ def case_table(rows: Sequence[Row]) -> str:
     return "\n".join([*facts, table(header, lines), *notes])
 
 
+LOG_SECONDS = 10.0  # between two lines of progress in a log
+
+
 def progress() -> Callable[[str], None]:
-    """One line rewritten in place on a terminal's stderr; silent elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda _: None
+    """What is being done, on stderr: one line rewritten in place on a terminal; elsewhere, as in a
+    log, a line at the start and then at most one every ``LOG_SECONDS``."""
+    if sys.stderr.isatty():
 
-    def say(text: str) -> None:
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        def rewrite(text: str) -> None:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
-    return say
+        return rewrite
+    due = 0.0
+
+    def log(text: str) -> None:
+        nonlocal due
+        if text and time.monotonic() >= due:
+            print(text, file=sys.stderr, flush=True)
+            due = time.monotonic() + LOG_SECONDS
+
+    return log

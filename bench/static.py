@@ -246,7 +246,9 @@ def inspect(arguments: argparse.Namespace, step: Step) -> list[Row]:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table and writes the rows; 1 where some code has a fault."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+    from bench.bar import Bar
 
     columns = (
         BarColumn(),
@@ -254,7 +256,7 @@ def run(arguments: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Bar(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
 
         def step(what: str, done: int, total: int | None) -> None:

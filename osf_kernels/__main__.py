@@ -1,4 +1,4 @@
-"""``python -m osf_kernels info [--json]``: what this installation can run, and why not more."""
+"""``python -m osf_kernels info [--json]`` or ``--version``: what this can run and why not more."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 
 from osf_kernels import info
+from osf_kernels._version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m osf_kernels")
+    parser.add_argument("--version", action="version", version=f"osf-kernels {__version__}")
     commands = parser.add_subparsers(dest="command")
     about = "versions, devices, backends and environment variables"
     command = commands.add_parser("info", help=about, description=about)

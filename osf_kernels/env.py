@@ -77,7 +77,7 @@ VARIABLES: Mapping[str, Variable] = {
             "OSF_CUDA",
             "auto",
             _choice("auto", "0", "1"),
-            "compile the CUDA extension: where nvcc is found, never, or else fail",
+            "compile the CUDA extension: where nvcc and a torch with CUDA are, never, or else fail",
             read="at build",
         ),
         _variable(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +87,27 @@ def test_plot_draws_a_picture(tmp_path: Path) -> None:
         plot.draw(rows[1:], tmp_path / "none.png")
 
 
+def test_the_legend_names_every_contender_once_and_lies_outside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib draws the picture")
+    where = dict.fromkeys(report.ENVIRONMENT_FIELDS, "x") | {"gpu": ""}
+    first = [row(contenders.NAIVE, "8", "7", "9"), row(contenders.OURS, "2", "1.6", "4")]
+    second = [*first, row(contenders.HAND, "4", "3", "5")]
+    rows = [r | where for r in first] + [r | where | {"case": "d"} for r in second]
+    kept: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    plot.draw(rows, tmp_path / "picture.png")
+    monkeypatch.undo()
+    (figure,) = kept
+    (axes,), (legend,) = figure.axes, figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    pyplot.close(figure)
+    assert sorted(texts) == sorted([contenders.HAND, contenders.OURS])
+    assert axes.get_legend() is None
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
 @pytest.mark.parametrize("spans", ["high", "low"])
 def test_overhead_compares_like_with_like(spans: str) -> None:
     form, calls = overhead.calls(spans, torch.Generator().manual_seed(1))
@@ -92,6 +116,52 @@ def test_overhead_compares_like_with_like(spans: str) -> None:
     assert isinstance(results["project"], Tensor)
     torch.testing.assert_close(results["project"], results["bare"], atol=1e-5, rtol=0)
     torch.testing.assert_close(results["project_"], results["bare, in place"], atol=1e-5, rtol=0)
+
+
+# progress
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def test_progress_in_a_log_is_a_line_at_first_and_then_by_the_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=False))
+    say = report.progress()
+    for text, later in (("a", 0.0), ("b", 9.0), ("", 2.0), ("c", 0.0), ("d", 1.0), ("", 99.0)):
+        now[0] += later
+        say(text)
+    assert stream.getvalue() == "a\nc\n"
+
+
+def test_progress_on_a_terminal_is_one_line_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
+    say = report.progress()
+    for text in ("a", "b", ""):
+        say(text)
+    assert stream.getvalue() == "\r\033[Ka\r\033[Kb\r\033[K"
+
+
+def test_a_bar_without_a_terminal_says_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = pytest.importorskip("rich.console", reason="rich draws the bar")
+    from bench.bar import bar_on
+
+    monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=False))
+    for terminal in (False, True):
+        with bar_on(console.Console(file=io.StringIO(), force_terminal=terminal)) as progress:
+            task = progress.add_task("reading", total=2)
+            progress.update(task, description=f"step on a terminal: {terminal}", advance=1)
+            assert progress.tasks[0].completed == 1
+    assert stream.getvalue() == "step on a terminal: False\n"
 
 
 # files and command line
@@ -227,8 +297,8 @@ def test_make_bench_goes_on_after_a_miss_and_fails_at_the_end(root: Path, tmp_pa
     python.parent.mkdir()
     python.write_text('#!/bin/sh\ncase "$*" in *protect*) exit 1 ;; esac\n')
     python.chmod(0o755)
-    command = ["make", "bench", f"VENV={tmp_path}", "-o", str(tmp_path / ".built")]
-    (tmp_path / ".built").touch()
+    command = ["make", "bench", f"VENV={tmp_path}", "-o", str(tmp_path / ".installed")]
+    (tmp_path / ".installed").touch()
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -245,15 +245,22 @@ def row(contender: str, median_ms: float | None, missing: float, **changes: obje
     return RefreshRow(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_comparisons_say_what_is_gone_and_what_is_dominated() -> None:
+def test_comparisons_say_who_is_slower_and_who_is_less_accurate() -> None:
     peer = row(f"{LOWRANK} niter=2", 10.0, 0.2)
     slower = row(OURS, 12.0, 0.01)
     as_fast = row(f"{OURS} randomized niter=3", 9.0, 0.05)
     (line,) = refresh.comparisons([slower, as_fast, peer])
-    assert "not dominated" in line
-    assert "randomized niter=3 leaves 0.25 of its missing overlap" in line
+    assert line == (
+        f"c: ours is slower and no less accurate than {LOWRANK} niter=2 (12 to 10 ms, 1 - overlap "
+        f"1.0e-02 to 2.0e-01); of ours that take no longer than it, {OURS} randomized niter=3 is "
+        "the most accurate, with 0.25 of its 1 - overlap"
+    )
+    (line,) = refresh.comparisons([row(OURS, 8.0, 0.3), peer])
+    assert "ours is no slower and less accurate than" in line
+    assert line.endswith("with 1.50 of its 1 - overlap")
     (line,) = refresh.comparisons([row(OURS, 12.0, 0.3), peer])
-    assert "SLOWER AND LESS ACCURATE; none of ours is as fast" in line
+    assert "ours is SLOWER AND LESS ACCURATE than" in line
+    assert line.endswith("; none of ours is as fast")
     assert "SLOWER THAN" not in line
     (line,) = refresh.comparisons([row(OURS, 12.0, 0.0, times_svd=0.9), peer])
     assert line.endswith("SLOWER THAN linalg.svd")
@@ -431,7 +438,7 @@ def test_quick_runs_write_rows_tables_and_a_picture(
     text = capsys.readouterr().out
     assert "steep, 48x48, rho=0.8, cold" in text
     assert "x linalg.svd" in text
-    assert "against svd_lowrank niter=2" in text
+    assert "than svd_lowrank niter=2 (" in text
     stored = report.read_csv(path)
     assert tuple(stored[0]) == report.columns(RefreshRow)
     assert {r["task"] for r in stored} == {"cold", "complement", "warm", "deflated"}

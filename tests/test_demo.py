@@ -232,7 +232,9 @@ def test_batches_drop_columns_of_padding_only() -> None:
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_a_run_projects_every_gradient_and_restore_pins(restore: bool) -> None:
+def test_a_run_projects_every_gradient_and_restore_pins(
+    restore: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     model = small_encoder()
     before = {name: p.detach().clone() for name, p in training.matrices(model).items()}
     todo = small_batches(4)
@@ -240,6 +242,7 @@ def test_a_run_projects_every_gradient_and_restore_pins(restore: bool) -> None:
     bases = found.triplets
     raw = training.raw_gradients(model, todo[0])
     run = training.train(model, found.subspaces, todo, restore=restore)
+    assert caplog.messages == [], "the drift is in the table, not in a warning above it"
     assert len(run.losses) == 4
     assert set(run.projected) == set(run.change) == set(before)
     for name, g in run.projected.items():

@@ -102,6 +102,13 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "info" in out
 
 
+def test_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"osf-kernels {osf_kernels.__version__}\n"
+
+
 @pytest.mark.parametrize("arguments", [["inform"], ["info", "--yaml"], ["info", "extra"]])
 def test_bad_arguments_are_refused_with_usage(
     capsys: pytest.CaptureFixture[str], arguments: list[str]

@@ -17,9 +17,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import osf_kernels
 from osf_kernels import env
+
+# Of the root, what README's commands need or point to.
+ROOT_FILES = ("Makefile", "README.md", "CHANGELOG.md", ".clang-format")
 
 
 def load_setup(root: Path) -> ModuleType:
@@ -50,9 +54,9 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(__file__).resolve().parent.parent
     copy = tmp_path_factory.mktemp("source")
     built = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for name in ("osf_kernels", "python_api", "csrc", "tests", "bench"):
+    for name in ("osf_kernels", "python_api", "csrc", "tests", "bench", ".ci"):
         shutil.copytree(root / name, copy / name, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*ROOT_FILES, "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(root / name, copy / name)
     return copy
 
@@ -114,27 +118,48 @@ def test_metadata_asks_for_torch_alone(metadata: Message) -> None:
     assert extras == {"triton", "subspaces", "test", "bench", "demo", "lint", "dev"}
 
 
-def test_sdist_holds_csrc_without_a_toolkit(source_tree: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "--formats=zip", "-d", str(tmp_path)],
-        cwd=source_tree,
-        env=clean_environment(OSF_CUDA="0"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_the_extra_for_development_serves_make_test(metadata: Message, root: Path) -> None:
+    """Its options name plugins: `-n` is of xdist, `timeout` of pytest-timeout."""
+    of_tests = [
+        r
+        for r in metadata.get_all("Requires-Dist", [])
+        if "extra == 'test'" in r or 'extra == "test"' in r
+    ]
+    named = {re.split(r"[ ;>=]", r)[0] for r in of_tests}
+    assert "-n $(WORKERS)" in (root / "Makefile").read_text()
+    assert {"pytest", "pytest-xdist", "pytest-timeout", "pytest-benchmark"} <= named
+
+
+def test_sdist_holds_what_readmes_commands_need(source_tree: Path, tmp_path: Path) -> None:
+    (source_tree / "osf_kernels" / "_cuda.so").touch()
+    try:
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "sdist", "--formats=zip", "-d", str(tmp_path)],
+            cwd=source_tree,
+            env=clean_environment(OSF_CUDA="0"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        (source_tree / "osf_kernels" / "_cuda.so").unlink()
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.iterdir()
     with zipfile.ZipFile(archive) as opened:
         held = {name.partition("/")[2] for name in opened.namelist()}
-    code = {
+    folders = ("osf_kernels", "python_api", "csrc", "tests", "bench", ".ci")
+    files = {
         path.relative_to(source_tree).as_posix()
-        for path in (source_tree / "csrc").rglob("*")
-        if path.suffix in {".cu", ".cuh", ".cpp", ".h", ".hpp"}
+        for folder in folders
+        for path in (source_tree / folder).rglob("*")
+        if path.is_file()
     }
-    assert code
-    assert code | {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= held
+    needed = {"csrc/api.h", "bench/gpu_session.sh", "tests/cuda/test_gpu.py", ".ci/venv.sh"}
+    assert needed <= files
+    generated = {name for name in files if ".egg-info/" in name or "__pycache__" in name}
+    assert files - generated | {*ROOT_FILES, "setup.py", "pyproject.toml", "LICENSE"} <= held
+    assert [name for name in held if re.search(r"\.(so|o|pyc)$", name)] == []
 
 
 def test_setup_runs_where_torch_cannot_be_imported(source_tree: Path) -> None:
@@ -206,6 +231,83 @@ def test_one_fails_with_what_was_looked_for(build: ModuleType, without_nvcc: Pat
 def test_zero_does_not_look(build: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert build.extensions("0") == []
     assert capsys.readouterr().out == ""
+
+
+def pretend_torch(folder: Path, cuda: str | None) -> None:
+    """A torch that can be read but not imported, in a folder of installed packages."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("raise RuntimeError('imported')")
+    about = f"__version__ = '2.13.0+pretended'\ncuda = {cuda!r}\nhip = None\n"
+    (folder / "torch" / "version.py").write_text(about)
+
+
+@pytest.fixture
+def with_toolkit(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as if nvcc, pybind11 and Python.h were here, and no torch."""
+    monkeypatch.setattr(build, "find_toolkit", lambda: build.Toolkit("nvcc", "13.0", ()))
+    monkeypatch.setattr(build.site, "getsitepackages", list)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    return build
+
+
+@pytest.mark.parametrize("isolated", [False, True], ids=["on the path", "isolated build"])
+def test_an_install_leaves_the_extension_out_of_a_torch_without_cuda(
+    with_toolkit: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    isolated: bool,
+) -> None:
+    pretend_torch(tmp_path, cuda=None)
+    if isolated:
+        monkeypatch.setattr(with_toolkit.site, "getsitepackages", lambda: [str(tmp_path)])
+    else:
+        monkeypatch.delitem(sys.modules, "torch")
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert with_toolkit.extensions("auto") == []
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "without the CUDA extension: torch 2.13.0+pretended is a build without CUDA" in line
+    assert "OSF_CUDA=1" in line
+    for asked in (
+        with_toolkit.extensions("1"),
+        with_toolkit.extensions("auto", by_name=True),
+    ):
+        assert [extension.name for extension in asked] == ["osf_kernels._cuda"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("cuda", ["13.0", "no torch"])
+def test_an_install_builds_for_a_torch_with_cuda_and_before_torch_is_there(
+    with_toolkit: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: str
+) -> None:
+    if cuda != "no torch":
+        pretend_torch(tmp_path, cuda)
+    monkeypatch.setattr(with_toolkit.site, "getsitepackages", lambda: [str(tmp_path)])
+    assert with_toolkit.torch_without_cuda() is None
+    assert [e.name for e in with_toolkit.extensions("auto")] == ["osf_kernels._cuda"]
+
+
+def test_torchs_build_is_read_as_torch_says_it(build: ModuleType) -> None:
+    expected = None if torch.version.cuda else torch.__version__
+    assert build.torch_without_cuda() == expected
+
+
+@pytest.mark.parametrize(("command", "named"), [("build_ext", True), ("bdist_wheel", False)])
+def test_only_build_ext_by_name_compiles_for_any_torch(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, command: str, named: bool
+) -> None:
+    """`make build` names it, for the tests of csrc/ on a machine without a GPU; pip doesn't."""
+    seen: list[bool] = []
+
+    def extensions(wanted: str, *, by_name: bool) -> list[object]:
+        seen.append(by_name)
+        return []
+
+    monkeypatch.setattr(build, "extensions", extensions)
+    monkeypatch.setattr(build, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
+    build.main()
+    assert seen == [named]
 
 
 @pytest.mark.parametrize("wanted", ["auto", "1"])

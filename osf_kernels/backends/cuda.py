@@ -73,6 +73,8 @@ def _load() -> ModuleType | str:
     try:
         return importlib.import_module("osf_kernels._cuda")
     except ModuleNotFoundError:
+        if torch.version.cuda is None:
+            return f"the CUDA extension was not built: torch {torch.__version__} has no CUDA"
         return "the CUDA extension was not built (OSF_CUDA=1 pip install says what is missing)"
     except Exception as error:
         return f"the CUDA extension cannot be loaded: {type(error).__name__}: {error}"

@@ -46,6 +46,21 @@ def test_without_the_extension_the_reason_is_kept() -> None:
         cuda.coefficients([Coefficients(x, None, None, None, None)])
 
 
+@pytest.mark.usefixtures("absent")
+@pytest.mark.parametrize(
+    ("cuda_of_torch", "why"),
+    [
+        (None, f"not built: torch {torch.__version__} has no CUDA"),
+        ("13.0", "OSF_CUDA=1 pip install"),
+    ],
+)
+def test_why_it_was_not_built_turns_on_torch(
+    monkeypatch: pytest.MonkeyPatch, cuda_of_torch: str | None, why: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda_of_torch)
+    assert why in str(cuda.unavailable_reason())
+
+
 def test_an_extension_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> object:
         raise ImportError("undefined symbol: nothing")
