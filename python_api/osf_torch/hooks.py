@@ -143,8 +143,8 @@ class Hooks:
         _WATCHING.discard(self)
 
 
-# Hooks of guards that watch every optimizer. torch iterates over the table of its global hooks while
-# they run, so that two stay in it for good: one that went with its guard would go at any moment.
+# Hooks of guards that watch every optimizer. torch iterates over the table of its global hooks
+# while they run, so that two stay in it for good: one that went with its guard might go then.
 _WATCHING: weakref.WeakSet[Hooks] = weakref.WeakSet()
 _REGISTERED: list[Any] = []
 
