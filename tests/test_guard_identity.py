@@ -171,6 +171,21 @@ def test_a_guard_goes_with_its_model_and_not_before(when, known):
     assert [one() for one in alive] == [None, None]
 
 
+def test_two_guards_of_one_module_are_both_held():
+    model = nn.ParameterDict({name: torch.randn(12, 8) for name in "ab"})
+    guards = []
+    for name in "ab":
+        subspaces = refresh(model, 0.4, filter=name, progress=False)
+        guards.append(weakref.ref(protect(model, subspaces, restore=False)))
+    gc.collect()
+    (model["a"] * model["b"]).sum().backward()
+    assert [guard().projections for guard in guards] == [1, 1]
+    for guard in guards:
+        guard().remove()
+    gc.collect()
+    assert [guard() for guard in guards] == [None, None]
+
+
 @pytest.mark.parametrize("when", ["step", "backward"])
 def test_copies_and_files_of_a_guarded_model_have_no_guard(when):
     model = mlp("copied")

@@ -84,10 +84,8 @@ class Guard:
         self._released: dict[str, float] = {}
         self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
         self._left = self._left_as_it_is()
-        self._uncovered: set[str] = (
-            set()
-        )  # of what trained at protect, known to those who read logs
-        self._told = False
+        self._uncovered: set[str] = set()  # what trained at protect and no guard was on
+        self._told = False  # of it, by verify
         self._hooks = Hooks(
             self,
             optimizer,

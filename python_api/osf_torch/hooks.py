@@ -26,10 +26,10 @@ ANCHOR = "_osf_guard"  # of a module, in its __dict__
 
 
 class Anchor:
-    """Holds a guard for a module; copies and pickles of the module hold none."""
+    """Holds guards for a module; copies and pickles of the module hold none."""
 
-    def __init__(self, guard: object) -> None:
-        self.guard = guard
+    def __init__(self) -> None:
+        self.guards: list[object] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, ()
@@ -65,7 +65,9 @@ class Hooks:
         for weight in weights:
             self._modules[id(weight)] = [module for module, _ in having.get(id(weight), [])]
             for module in self._modules[id(weight)]:
-                module.__dict__[ANCHOR] = Anchor(self._guard)
+                if not isinstance(module.__dict__.get(ANCHOR), Anchor):
+                    module.__dict__[ANCHOR] = Anchor()
+                module.__dict__[ANCHOR].guards.append(self._guard)
             self._hook(weight)
         if self._optimizer is not None:
             # Held by the optimizer, in a cycle that the collector sees.
@@ -129,9 +131,9 @@ class Hooks:
             handle.remove()
         for module in self._modules.pop(key, []):
             anchor = module.__dict__.get(ANCHOR)
-            if isinstance(anchor, Anchor) and anchor.guard is self._guard:
-                others = any(module in modules for modules in self._modules.values())
-                if not others:
+            if isinstance(anchor, Anchor) and self._guard in anchor.guards:
+                anchor.guards.remove(self._guard)  # one of as many as it has weights there
+                if not anchor.guards:
                     del module.__dict__[ANCHOR]
 
     def remove(self) -> None:
