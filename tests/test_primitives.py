@@ -80,7 +80,7 @@ def test_multiply_twice_is_two_products(
         Y, Z = primitives.multiply_twice(As, Q, out=whole[..., width:])
         again = primitives.multiply(As, Q, out=whole[..., :width])
         plain, plainer = primitives.multiply_twice(As, Q)
-        # A BLAS picks a kernel by strides and alignment too (cuBLAS, and MKL on an EPYC), and another
+        # A BLAS picks a kernel by strides and alignment too (cuBLAS; MKL on an EPYC), and another
         # kernel sums in another order.
         by_blas = select_products(Q.device, dtype) == "torch"
     assert Y.data_ptr() == whole[..., width:].data_ptr()
