@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -92,42 +91,6 @@ def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Excepti
                     "model protect it again"
                 )
     return error
-
-
-def require_renewable(items: Collection[Protected], subspaces: Mapping[str, Subspace]) -> None:
-    """Refuses what ``refresh`` can't decompose, or would put something else in the place of."""
-    batched = [item.name for item in items if item.weight.dim() != 2]
-    if batched:
-        raise ValueError(
-            f"osf_torch.Guard.next_task: expected 2-D weights, got batched ones: {listed(batched)};"
-            " refresh takes matrices: give such weights a guard of their own, and protect them "
-            "again with bases of yours"
-        )
-    other = [item.name for item in items if subspaces[item.name].S is None]
-    if other:
-        raise ValueError(
-            "osf_torch.Guard.next_task: expected subspaces with S, triplets of the weights, got "
-            f"others for {listed(other)}; triplets of as many directions would take their place. "
-            "Extend them by input_subspaces(..., previous=guard.subspaces), or call refresh, and "
-            "protect the model with what you choose"
-        )
-
-
-def widened(rank: int, short: int, widen: object) -> int:
-    """The rank and ``widen`` more directions, or a share of ``short``; at most ``short``."""
-    if isinstance(widen, bool) or not isinstance(widen, Real):
-        raise TypeError(
-            "osf_torch.Guard.next_task: expected widen to be an int or a float in [0, 1], got "
-            f"{widen!r}"
-        )
-    count = isinstance(widen, Integral)
-    if not 0 <= float(widen) <= (math.inf if count else 1):
-        raise ValueError(
-            "osf_torch.Guard.next_task: expected widen to be an int of at least 0 or a float in "
-            f"[0, 1], got {widen!r}; pass ranks for smaller ones"
-        )
-    more = float(widen) if count else round(float(widen) * short) or float(widen) > 0
-    return max(1, int(min(short, rank + more)))
 
 
 # --- Guard.verify ---

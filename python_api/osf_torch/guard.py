@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import Mode
-from osf_torch import checks, measures
+from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
 from osf_torch.coverage import left_out, log_left_out
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected
-from osf_torch.refresh import refresh
 from osf_torch.selection import Rank, Ranks
 from osf_torch.sharding import step_left_out
 from osf_torch.state import read_state, state_of
@@ -380,32 +379,17 @@ class Guard:
                 aren't triplets, such as those of ``input_subspaces``. The protection is as it was.
             TypeError: widen is neither int nor float.
         """
-        if ranks is not None and widen is not None:
-            raise ValueError(
-                "osf_torch.Guard.next_task: expected ranks or widen, got both; ranks says the new "
-                "ranks, widen how much the present ones grow"
-            )
-        checks.require_renewable(self._items.values(), self.subspaces)
-        chosen = self._widened(widen) if ranks is None else ranks
+        protects = self.restores is not False and self.mode == "complement"
+        items = list(self._items.values())
+        chosen = renewal.ranks_of(items, self.subspaces, ranks, widen)
         self._settle()
-        if self.restores and self.mode == "complement" and isinstance(self.subspaces, Subspaces):
-            # Not a warm start from the triplets alone: pinned as they are, W maps their span to
-            # itself, and iterating from it never finds what outgrew it.
-            kept = [self.subspaces[item.name].svd for item in self._items.values()]
-            if all(svd is not None and svd.U_low is not None for svd in kept):
-                deflated = {"previous": self.subspaces, "keep": "all", "complement": True}
-                options = deflated | options
-        keys = set(self._items)
-        found = refresh(
-            self._model, chosen, filter=lambda _, parameter: id(parameter) in keys, **options
+        found, renewed = renewal.renewed(
+            self._model, items, self.subspaces, chosen, deflate=protects, options=options
         )
-        by_name = {item.name: item for item in self._items.values()}
-        items = [Protected(name, by_name[name].weight, s) for name, s in found.items()]
-        measures.pin(items, self.mode, bool(self.restores))
-        self._released = {
-            item.name: measures.released(by_name[item.name], item, self.mode) for item in items
-        }
-        self._items = {id(item.weight): item for item in items}
+        measures.pin(renewed, self.mode, bool(self.restores))
+        pairs = zip(items, renewed, strict=True)
+        self._released = {old.name: measures.released(old, new, self.mode) for old, new in pairs}
+        self._items = {id(item.weight): item for item in renewed}
         self.subspaces = found
         self._begin()
         return found
@@ -415,14 +399,6 @@ class Guard:
         self._leaks, self._raw, self._missed, self._excess = {}, {}, set(), {}
         self._written = set()
         self._left = self._left_as_it_is()
-
-    def _widened(self, widen: Rank | None) -> dict[str, Rank]:
-        ranks: dict[str, Rank] = {}
-        for item in self._items.values():
-            rank = measures.rank_of(self.subspaces[item.name], item.weight.shape)
-            more = 0 if widen is None else widen
-            ranks[item.name] = checks.widened(rank, min(item.weight.shape), more)
-        return ranks
 
     # --- what a user asks ---
 
