@@ -179,7 +179,10 @@ def cases():
         "project_many_": ([g, h], [U, None], [None, V], ["complement:high:high"] * 2),
         "coefficients": (leaf, U, V),
         "apply_": (g, U, V, U.mT @ g, g @ V, "complement:high:high"),
-        "restore_many_": ([g], [U], [V], [torch.ones(2)], [None], ["core:high:high"], True),
+        "restore_many_": (
+            *([g], [U], [V], [torch.ones(2)], [None], [None], [torch.ones(2, 2)]),
+            *(["core:high:high"], True),
+        ),
     }
 
 

@@ -380,6 +380,12 @@ def test_what_protect_refuses_of_a_state():
         (state | {"format": 9}, {"optimizer": optimizer}, r"protect: expected a state with format"),
         (state, {}, "optimizer to be given with restore=True"),
         ({k: v for k, v in state.items() if k != "mode"}, {"optimizer": optimizer}, "without mode"),
+        (
+            state,
+            {"optimizer": optimizer, "mode": "core"},
+            "mode to be left out with a guard's stat",
+        ),
+        (state, {"optimizer": optimizer, "restore": False}, "restore to be left out"),
     ):
         with pytest.raises(ValueError, match=text):
             protect(model, given, **options)

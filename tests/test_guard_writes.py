@@ -214,6 +214,8 @@ NOISES = {
     "through data": lambda p: p.grad.data.add_(torch.randn_like(p)),
     "small": lambda p: p.grad.data.add_(torch.randn_like(p), alpha=1e-2 * float(p.grad.norm())),
     "another one": lambda p: setattr(p, "grad", torch.randn_like(p)),
+    "signs": lambda p: p.grad.data[::2].neg_(),
+    "places": lambda p: p.grad.data.copy_(p.grad.roll(1, 0)),
 }
 
 
@@ -301,6 +303,83 @@ def test_an_optimizer_in_the_backward_pass_uses_projected_gradients(first, set_t
     assert moved() <= LIMIT
     assert guard.projections == 10
     guard.verify()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+def test_verify_is_content_with_rounding_and_with_no_more(ratio, dtype):
+    model = mlp("rounding", ratio).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    guard = protect(model, bases(model, ratio), optimizer=optimizer)
+    train(model, optimizer, 60)
+    guard.verify()
+    beyond = {torch.bfloat16: 0.02, torch.float16: 3e-3, torch.float32: 1e-4}[dtype]
+    with torch.no_grad():
+        model[0].weight.mul_(1 - beyond)
+    with pytest.raises(RuntimeError, match=r"protected part of '0\.weight' to be where it was"):
+        guard.verify()
+
+
+def test_weights_that_are_put_back_are_no_error_where_nothing_is_pinned():
+    model = mlp("put back")
+    optimizer = sgd(model)
+    guard = protect(model, bases(model), optimizer=optimizer, restore=False)
+    train(model, optimizer, 1)
+    for _ in range(2):
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1)
+        model.load_state_dict(kept)
+        guard.verify()
+        train(model, optimizer, 1)
+    guard.verify()
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)
+    train(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match=r"something else since the last one in 0\.weight;"):
+        guard.verify()
+
+
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("then", ["step", "verify", "load"])
+def test_bases_that_something_writes_to_are_refused(then, restore):
+    """They are the caller's tensors, and a distributed checkpoint loads into those of a state."""
+    model = mlp("bases")
+    optimizer = sgd(model)
+    guard = protect(model, bases(model), optimizer=optimizer, restore=restore)
+    train(model, optimizer, 1)
+    state = guard.state_dict()
+    U = state["weights"]["0.weight"]["U"]
+    good = U.clone()
+    U.copy_(torch.linalg.qr(torch.randn_like(U))[0])
+    weights = [p.detach().clone() for p in model.parameters()]
+    if then == "load" and restore:  # without a part that was pinned there is little to compare with
+        with pytest.raises(ValueError, match="a state of the weights that the model has"):
+            guard.load_state_dict(state)
+    call = guard.verify if then == "verify" else optimizer.step
+    with pytest.raises(RuntimeError, match=r"to be as they were given, got ones .* of 0\.weight"):
+        call()
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    U.copy_(good)
+    guard.load_state_dict(state)
+    train(model, optimizer, 1)
+    guard.verify()
+
+
+def test_protecting_and_judging_within_autocast():
+    model = mlp("autocast").float()
+    optimizer = sgd(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        guard = protect(model, bases(model), optimizer=optimizer, restore=False)
+        optimizer.register_step_pre_hook(
+            lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) and None
+        )
+        train(model, optimizer, 2)
+        guard.verify(tol=1e-5)
+        guard.next_task(progress=False)
+        train(model, optimizer, 1)
+    guard.verify(tol=1e-5)
 
 
 def test_what_restore_false_leaves_is_logged_and_refused_by_tol(caplog):

@@ -65,7 +65,8 @@ def require_tensor(op: str, name: str, value: object) -> None:
 
 
 def require_dense(op: str, name: str, t: Tensor) -> None:
-    if t.layout != torch.strided:
+    # Dynamo has no layouts in a backward pass that it traces.
+    if not torch.compiler.is_compiling() and t.layout != torch.strided:
         raise TypeError(describe(op, name, "a dense tensor", t.layout, f"pass {name}.to_dense()"))
 
 

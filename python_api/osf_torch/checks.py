@@ -40,6 +40,34 @@ def require_as_left(changed: Iterable[Protected], mode: Mode) -> None:
         _require_drift(item, mode, measures.drift_limit(item, mode))
 
 
+def moved_by_others(changed: Iterable[Protected], mode: Mode) -> set[str]:
+    """The names of those that something else wrote to and whose protected part isn't where it was,
+    where nothing is pinned; weights that were put back are no error."""
+    found = set()
+    for item in changed:
+        if not is_measurable(item) or measures.drift(item, mode) > measures.drift_limit(item, mode):
+            found.add(item.name)
+    return found
+
+
+def is_measurable(item: Protected) -> bool:
+    """Whether this rank holds the weight, and something to compare it with."""
+    return item.held.sketch is not None and not zero3_shape(item.weight)
+
+
+def require_bases(items: Iterable[Protected]) -> None:
+    """Refuses bases and pinned parts that something has written to: they are the tensors that were
+    given, and those of ``Guard.state_dict``."""
+    names = [item.name for item in items if not item.is_held_as_taken()]
+    if names:
+        raise RuntimeError(
+            "osf_torch.Guard: expected the tensors that say what is protected to be as they were "
+            f"given, got ones that something has written to, of {listed(names)}; after "
+            "torch.distributed.checkpoint has loaded into Guard.state_dict() give that to "
+            "Guard.load_state_dict, or protect the model again"
+        )
+
+
 def require_own(changed: Iterable[Protected], mode: Mode) -> None:
     """Refuses weights that were replaced: restoring would mix two of them."""
     for item in changed:

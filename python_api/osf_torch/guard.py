@@ -148,11 +148,12 @@ class Guard:
         """Projects the gradients there are, or lets the step's closure project those it makes."""
         if not self._owned(optimizer):
             return None
+        checks.require_bases(self._items.values())
         changed = self._left.changed()
         if self.restores:
             checks.require_as_left(changed, self.mode)
         else:
-            self._written |= {item.name for item in changed}
+            self._written |= checks.moved_by_others(changed, self.mode)
         self._stepping, self._skipped = [], False
         keywords = dict(kwargs or {})
         closure = args[1] if len(args) > 1 else keywords.get("closure")
@@ -235,14 +236,13 @@ class Guard:
                 item.follow()
             if self._record:
                 self._raw |= {item.name: self._share(item) for item in items}
-            raw = [] if self.restores else measures.gradient_norms(items)
+            raw = [] if self.restores else [measures.imprint(item) for item in items]
             weights.project_and_restore_all_(items, moved, self.mode)
         except (TypeError, ValueError) as error:
             raise checks.refused(error, [*items, *moved], self.mode) from None
         if not self.restores:
-            kept = measures.gradient_norms(items)
-            for item, before, after in zip(items, raw, kept, strict=True):
-                item.raw, item.kept = before, after
+            for item, before in zip(items, raw, strict=True):
+                item.raw, item.kept = before, measures.imprint(item)
         if moved:
             self._moved = {}
             self.restorations += 1
@@ -476,6 +476,7 @@ class Guard:
             checks.require_same_model(self._model, model)
         owned = None if self._optimizer is None else owned_by(self._optimizer)
         checks.require_present(self._model, items, owned)
+        checks.require_bases(items)
         checks.require_hooks(items, self._hooks)
         checks.require_covered(self._model, self.subspaces, _guarded())
         checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
@@ -492,10 +493,10 @@ class Guard:
             checks.require_in_place(items, self.mode, tol)
             checks.require_guarded_writes(self._left.noticed(), restored=True)
             return
-        written = {item.name for item in self._left.settled()} | self._written
+        written = checks.moved_by_others(self._left.settled(), self.mode) | self._written
         if self._optimizer is not None:
             checks.require_guarded_writes([i for i in items if i.name in written], restored=False)
-        measurable = [item for item in items if item.held.sketch is not None]
+        measurable = [item for item in items if checks.is_measurable(item)]
         if tol is not None:
             checks.require_in_place(measurable, self.mode, tol)
         else:
@@ -532,7 +533,7 @@ class Guard:
         """
         items = list(self._items.values())
         held, subspaces = read_state(state, items, self.when, self.restores, self.mode)
-        before = [item.held for item in items]
+        before = [dict(vars(item)) for item in items]
         moved = state.get("moved", ())
         try:
             for item in items:
@@ -540,7 +541,7 @@ class Guard:
             checks.require_state_of_weights(items, moved, self.mode)
         except Exception:
             for item, earlier in zip(items, before, strict=True):
-                item.take(earlier)
+                vars(item).update(earlier)
             raise
         self.subspaces = subspaces
         self._moved = {key: item for key, item in self._items.items() if item.name in moved}

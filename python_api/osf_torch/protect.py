@@ -123,6 +123,16 @@ def protect(
         state = subspaces
         require_state(state, "protect")
         settings: Any = state
+        for name, given, default in (
+            ("when", when, "auto"),
+            ("restore", restore, True),
+            ("mode", mode, "complement"),
+        ):
+            if given not in (default, settings[name]):
+                raise ValueError(
+                    f"osf_torch.protect: expected {name} to be left out with a guard's state, or "
+                    f"as it is there, {settings[name]!r}, got {given!r}; the state says it"
+                )
         when, restore, mode = settings["when"], settings["restore"], settings["mode"]
         subspaces = subspaces_of(state)
         _require_optimizer(optimizer, when, restore)

@@ -76,17 +76,16 @@ class Protected:
         sharding: how it lies, None where it is whole.
         held: what is protected of ``view``: this rank's slice of the sharded side, the other side
             whole.
-        raw, kept: ‖g‖ and ‖P(g)‖ of what this rank held of the gradient that was projected last,
-            where nothing is pinned; on its device.
+        raw, kept: ``measures.imprint`` of the gradient that was projected last, before and after,
+            where nothing is pinned.
     """
 
     def __init__(self, name: str, weight: nn.Parameter, subspace: Subspace) -> None:
         self.name, self.weight = name, weight
         self.sharding: Sharding | None = sharding_of(weight)
-        self.held = self._held(subspace)
+        self.take(self._held(subspace))
         self.raw: Tensor | None = None
         self.kept: Tensor | None = None
-        self._epoch = next(_epochs)
 
     @property
     def group(self) -> Group | None:
@@ -107,6 +106,16 @@ class Protected:
         """Holds something else from now on; what was projected with it before, isn't."""
         self.held, self._epoch = held, next(_epochs)
         self.raw = self.kept = None
+        self._versions = self._held_versions()
+
+    def is_held_as_taken(self) -> bool:
+        """Whether nothing is known to have written to what is held: the caller has the tensors."""
+        return self._versions == self._held_versions()
+
+    def _held_versions(self) -> list[int]:
+        parts = [getattr(self.held, field.name) for field in fields(self.held)]
+        tensors = [part.columns if isinstance(part, Basis) else part for part in parts]
+        return [t._version for t in tensors if t is not None and not t.is_inference()]
 
     def follow(self) -> None:
         """Brings what is held to the device that the weight was moved to since."""
@@ -114,6 +123,7 @@ class Protected:
         columns = columns_of(self.held.V if self.held.U is None else self.held.U)
         if columns.device != device:
             self.held = self.held.to(device)
+            self._versions = self._held_versions()
 
     @property
     def is_transposed(self) -> bool:
@@ -122,7 +132,7 @@ class Protected:
 
     def _held(self, s: Subspace) -> Pinned:
         device = local(self.weight).device
-        U, V = moved(s.U, device), moved(s.V, device)
+        U, V = (moved(_constant(basis), device) for basis in (s.U, s.V))
         for side, basis in (("U", U), ("V", V)):
             _require_orthonormal(side, basis)
         S = None if s.S is None else s.S.to(device)
@@ -182,7 +192,7 @@ def _require_orthonormal(side: str, basis: Held) -> None:
         return
     columns = columns_of(basis)
     itemsize = columns.element_size()
-    columns = columns.float() if itemsize == 2 else columns
+    columns = columns.double()  # which autocast leaves alone
     gram = whole(columns.mT @ columns)
     off = float(
         (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max()
@@ -192,6 +202,14 @@ def _require_orthonormal(side: str, basis: Held) -> None:
             f"expected {side} to have orthonormal columns, got {side}'{side} off from I by "
             f"{off:.1e}; pass them through osf_kernels.orthonormalize first"
         )
+
+
+def _constant(basis: Held) -> Held:
+    """A basis that autograd doesn't follow: the tensor itself where it doesn't anyway."""
+    if basis is None or not columns_of(basis).requires_grad:
+        return basis
+    columns = columns_of(basis).detach()
+    return Basis(columns, basis.spans) if isinstance(basis, Basis) else columns
 
 
 def zero3_shape(weight: Tensor) -> tuple[int, ...] | None:

@@ -293,11 +293,14 @@ def _device(offload: object) -> torch.device | None:
             f"{type(offload).__name__}"
         )
     try:
-        return torch.device(offload)
+        device = torch.device(offload)
     except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":
         raise ValueError(
             f'osf_torch.refresh: expected offload to name a device, such as "cpu", got {offload!r}'
-        ) from None
+        )
+    return device
 
 
 def _require_finite(selected: Sequence[Selected]) -> None:
