@@ -70,16 +70,26 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
     if lowered is not None:
         # What was set is the largest, unless a space found less of a cluster than there is.
         ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.number == 0)
-        ok = ok & spread.couple(list(As), W, B, lowered, first=0 if complement else n - wide)
+        spread.rotate(W, B, n - lowered.most, n)
     ok = ok & _edge_solved(values, W, B, rank)
-    V, AV = W[..., n - rank :], B[..., wide - rank :]
-    S = column_norms(AV)
-    U = polished(AV / S.unsqueeze(-2))
-    residual = residual_of(As, U, S, V)
-    ok = ok & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
-    ok = ok & (residual <= limit(None, S.dtype, n))
+    V = W[..., n - rank :]
+    U, S, residual = _triplets(As, V, B[..., wide - rank :])
+    fine = residual <= limit(None, S.dtype, n)
+    if lowered is not None and not bool((fine | ~ok).all()):
+        # Rounding of what was set, by products with A itself: where the rank reaches far down.
+        ok = ok & spread.couple(list(As), W, B, lowered, first=0 if complement else n - wide)
+        U, S, residual = _triplets(As, V, B[..., wide - rank :])
+        fine = residual <= limit(None, S.dtype, n)
+    ok = ok & fine & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
     V_low = W[..., : n - rank] if complement else None
     return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
+
+
+def _triplets(As: Sequence[Tensor], V: Tensor, AV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and the residual that belong to V."""
+    S = column_norms(AV)
+    U = polished(AV / S.unsqueeze(-2))
+    return U, S, residual_of(As, U, S, V)
 
 
 def _edge_solved(values: Tensor, W: Tensor, B: Tensor, rank: int) -> Tensor:

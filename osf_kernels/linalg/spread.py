@@ -23,13 +23,15 @@ STEEP = 4.0
 # Below it a Gram matrix in float64 takes no longer than a Krylov space beside one in float32.
 SIZE = 256
 BLOCK = 16
-STEPS = 3
+STEPS = 5
+# ‖G q − λ q‖ of what is set, in eps of the largest: what rounding of G leaves of it.
+FOUND_TO = 16.0
+# Couplings up to this are taken back by a rotation of the first order, which leaves their square.
+FIRST_ORDER = 1e-3
 # What is set, relative to the largest eigenvalue left: far enough above it not to mix with it.
 SET_TO = 1.5
 # Columns on each side of the last wanted one that are solved for again.
 EDGE = 64
-# Couplings up to this are taken back by a rotation of the first order, which leaves their square.
-FIRST_ORDER = 1e-3
 
 
 class Lowered(NamedTuple):
@@ -48,8 +50,8 @@ def lower(G: Tensor) -> Lowered | None:
 
     With Q a basis that a Krylov space found, M = QᵀGQ and F = GQ − QM, G is
     QMQᵀ + QFᵀ + FQᵀ + PGP, P = I − QQᵀ. What is left is τQQᵀ + PGP: its eigenvectors are those
-    of G but for F / gap, and F² / gap in the rest, which must be rounding there. None where no
-    matrix gains by it.
+    of G but for F / gap, where F is rounding; those that were set come out in any order, and
+    ``rotate`` tells them apart. None where no matrix gains by it.
     """
     n = G.shape[-1]
     if n < SIZE:
@@ -68,11 +70,11 @@ def lower(G: Tensor) -> Lowered | None:
     GQ = G @ Q
     values = (Q * GQ).sum(-2)
     F = GQ - Q * values.unsqueeze(-2)
-    errors = F.square().sum(-2).cummax(-1).values
+    errors = F.square().sum(-2).sqrt().cummax(-1).values
     below = torch.cat([values[:, 1:], found.S[:, BLOCK:]], -1)
     gap = values - below
-    info = torch.finfo(G.dtype)
-    fits = (gap > 0.05 * values) & (errors < info.eps * below * gap)
+    rounding = FOUND_TO * torch.finfo(G.dtype).eps * values[:, :1]
+    fits = (gap > 0.05 * values) & (errors < rounding)
     count = torch.where(fits, torch.arange(1, BLOCK + 1, device=G.device), 0).amax(-1)
     gained = below.gather(-1, (count - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
     count = torch.where(steep & found.ok & (gained < 0.5 * values[:, 0]), count, 0)
@@ -100,7 +102,6 @@ def couple(A: list[Tensor], W: Tensor, B: Tensor, lowered: Lowered, *, first: in
         (b,) whether a rotation of the first order was enough.
     """
     n, t, k = W.shape[-1], B.shape[-1], lowered.most
-    rotate(W, B, n - k, n)
     top, others = W[..., n - k :], W[..., : n - k]
     lead = B[..., t - k :].clone()
     squares = lead.square().sum(-2)  # ascending

@@ -293,14 +293,11 @@ def _device(offload: object) -> torch.device | None:
             f"{type(offload).__name__}"
         )
     try:
-        device = torch.device(offload)
+        return torch.device(offload)
     except RuntimeError:
-        device = torch.device("meta")
-    if device.type == "meta":
         raise ValueError(
             f'osf_torch.refresh: expected offload to name a device, such as "cpu", got {offload!r}'
-        )
-    return device
+        ) from None
 
 
 def _require_finite(selected: Sequence[Selected]) -> None:
