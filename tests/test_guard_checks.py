@@ -254,14 +254,15 @@ def test_a_sparse_gradient_is_refused_by_name(when):
         step()
 
 
-def test_a_model_that_was_converted_is_refused_by_name():
-    model = mlp("converted")
-    optimizer = adamw(model)
-    protect(model, bases(model), optimizer=optimizer)
-    model[2].double()
-    model[0](torch.ones(4, 18)).square().mean().backward()
-    model[2].weight.grad = torch.ones_like(model[2].weight)
-    before = copied(model)
-    with pytest.raises(TypeError, match=r"parameter '2\.weight': .* protect it again"):
-        optimizer.step()
-    assert same(model, before)
+@pytest.mark.parametrize("ratio", [0.4, 0.7])
+@pytest.mark.parametrize(("start", "then"), [("float", "double"), ("double", "float")])
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_model_may_be_converted_to_another_precision(start, then, ratio, restore):
+    model = getattr(mlp("converted"), start)()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = protect(model, bases(model, ratio), optimizer=optimizer, restore=restore)
+    train(model, optimizer, 2)
+    getattr(model, then)()
+    train(model, optimizer, 2)
+    guard.verify()
+    assert max(guard.drift().values()) <= 1e-6

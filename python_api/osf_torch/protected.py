@@ -118,11 +118,16 @@ class Protected:
         return [t._version for t in tensors if t is not None and not t.is_inference()]
 
     def follow(self) -> None:
-        """Brings what is held to the device that the weight was moved to since."""
-        device = local(self.weight).device
+        """Brings what is held to the device that the weight was moved to since, and bases to double
+        precision where it was converted to that, or back."""
+        weight = local(self.weight)
         columns = columns_of(self.held.V if self.held.U is None else self.held.U)
-        if columns.device != device:
-            self.held = self.held.to(device)
+        if columns.device != weight.device:
+            self.held = self.held.to(weight.device)
+            self._versions = self._held_versions()
+        if (columns.dtype == torch.float64) != (weight.dtype == torch.float64):
+            U, V = (_in_dtype(basis, weight.dtype) for basis in (self.held.U, self.held.V))
+            self.held = replace(self.held, U=U, V=V)
             self._versions = self._held_versions()
 
     @property
@@ -202,6 +207,14 @@ def _require_orthonormal(side: str, basis: Held) -> None:
             f"expected {side} to have orthonormal columns, got {side}'{side} off from I by "
             f"{off:.1e}; pass them through osf_kernels.orthonormalize first"
         )
+
+
+def _in_dtype(basis: Held, dtype: torch.dtype) -> Held:
+    """A basis in float64 for a float64 weight, else in float32."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if isinstance(basis, Basis):
+        return Basis(basis.columns.to(wide), basis.spans)
+    return None if basis is None else basis.to(wide)
 
 
 def _constant(basis: Held) -> Held:
