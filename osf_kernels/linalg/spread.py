@@ -17,9 +17,9 @@ from torch import Tensor
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.krylov import KrylovSpace
 
-# n Σλ² / (Σλ)², which is 1 of equal eigenvalues and 2 of a square matrix of noise: below this the
+# n Σλ² / (Σλ)², 1 of equal eigenvalues, 2 of a square matrix of noise, 2 to 5 of MiniLM: below this the
 # largest is too small a multiple of the others for a lower one to be worth what it takes to find.
-STEEP = 4.0
+STEEP = 8.0
 # Below it a Gram matrix in float64 takes no longer than a Krylov space beside one in float32.
 SIZE = 256
 BLOCK = 16
