@@ -81,6 +81,7 @@ bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CS
 	for peer in peft mini_trainer galore stiefel; do \
 	    run bench.integrations_$$peer --csv bench/results/integrations_$${peer}_cpu.csv; done; \
 	run bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png; \
+	run bench refresh --suite figures --no-curve --csv bench/results/refresh_figures_cpu.csv; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed see above" >&2; exit 1; fi
 
 continual: $(INSTALLED)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too

@@ -179,6 +179,7 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "overhead_cpu.csv": report.Row,
         "projection_cpu.csv": report.Row,
         "refresh_cpu.csv": refresh.RefreshRow,
+        "refresh_figures_cpu.csv": refresh.RefreshRow,
         "refresh_auto_cpu.csv": refresh_auto.AutoRow,
         "protect_cpu.csv": protection.Row,
         "continual.csv": continual_rows.Row,

@@ -17,8 +17,8 @@ from torch import Tensor
 from osf_kernels.backends import primitives
 from osf_kernels.linalg.krylov import KrylovSpace
 
-# n Σλ² / (Σλ)², 1 of equal eigenvalues, 2 of a square matrix of noise, 2 to 5 of MiniLM: below this the
-# largest is too small a multiple of the others for a lower one to be worth what it takes to find.
+# n Σλ² / (Σλ)², 1 of equal eigenvalues, 2 of a square matrix of noise, 2 to 5 of MiniLM's weights:
+# below this the largest is too small a multiple of the others for a lower one to be worth finding.
 STEEP = 8.0
 # Below it a Gram matrix in float64 takes no longer than a Krylov space beside one in float32.
 SIZE = 256
