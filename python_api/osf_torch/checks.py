@@ -45,7 +45,10 @@ def moved_by_others(changed: Iterable[Protected], mode: Mode) -> set[str]:
     where nothing is pinned; weights that were put back are no error."""
     found = set()
     for item in changed:
-        if not is_measurable(item) or measures.drift(item, mode) > measures.drift_limit(item, mode):
+        still = is_measurable(item) and (
+            measures.drift(item, mode) <= measures.drift_limit(item, mode)  # NaN is at no place
+        )
+        if not still:
             found.add(item.name)
     return found
 

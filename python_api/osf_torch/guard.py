@@ -268,8 +268,8 @@ class Guard:
     def _note_leaks(self, items: Sequence[Protected]) -> None:
         if self._record:
             for item in items:
-                raw = self._raw.setdefault(item.name, self._share(item))
-                self._leaks[item.name] = Leak(raw, self._share(item))
+                applied = self._share(item)
+                self._leaks[item.name] = Leak(self._raw.setdefault(item.name, applied), applied)
 
     def _share(self, item: Protected) -> float:
         assert item.weight.grad is not None

@@ -21,7 +21,7 @@ from osf_torch.protected import (
     summed_coefficients,
     zero3_shape,
 )
-from osf_torch.sharding import sum_over
+from osf_torch.sharding import Group, sum_over
 from osf_torch.subspaces import Held, Subspace
 
 # How far S Vᵀ may be from UᵀW, or U S from W V, relative to S, on the side where they are closer:
@@ -63,9 +63,10 @@ def sketched(item: Protected, x: Tensor, mode: Mode) -> Tensor:
     Omega = _probes(x)
     inside = _within(item.held.V, Omega, everything=mode == "core")
     if mode == "core":
-        return _within_rows(item, x @ inside, everything=True)
+        return _within(item.held.U, x @ inside, everything=True, group=item.group)
     both = x @ torch.cat([inside, Omega - inside], -1)
-    return both[..., :PROBES] + _within_rows(item, both[..., PROBES:], everything=False)
+    across = _within(item.held.U, both[..., PROBES:], everything=False, group=item.group)
+    return both[..., :PROBES] + across
 
 
 def leaking(item: Protected, mode: Mode) -> Tensor | None:
@@ -110,25 +111,21 @@ def _probes(x: Tensor) -> Tensor:
     return torch.randn(size, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
 
 
-def _within(basis: Held, y: Tensor, *, everything: bool) -> Tensor:
+def _within(basis: Held, y: Tensor, *, everything: bool, group: Group | None = None) -> Tensor:
     """The part of y (n, c) in the span that a basis protects; a missing one protects all of it in
-    mode "core" and nothing in mode "complement"."""
+    mode "core" and nothing in mode "complement".
+
+    Args:
+        group: of the ranks that hold the other rows of the basis and of y.
+    """
     if basis is None:
         return y if everything else torch.zeros_like(y)
     columns = columns_of(basis).to(y.dtype)
-    part = columns @ (columns.mT @ y)
-    return part if is_high(basis) else y - part
-
-
-def _within_rows(item: Protected, y: Tensor, *, everything: bool) -> Tensor:
-    """The same of the left basis, whose rows may be sharded."""
-    U = item.held.U
-    if U is None or item.group is None:
-        return _within(U, y, everything=everything)
-    columns = columns_of(U).to(y.dtype)
-    (inner,) = sum_over(item.group, [columns.mT @ y])
+    inner = columns.mT @ y
+    if group is not None:
+        (inner,) = sum_over(group, [inner])
     part = columns @ inner
-    return part if is_high(U) else y - part
+    return part if is_high(basis) else y - part
 
 
 def norm(item: Protected, x: Tensor) -> float:

@@ -276,12 +276,6 @@ def columns_of(basis: Held) -> Tensor:
 # --- lists ---
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """‖x‖_F of each, of at least float32, by one call for tensors of one dtype and device."""
-    dtype = torch.float32 if tensors[0].element_size() == 2 else None
-    return torch.stack(list(torch._foreach_norm(list(tensors), 2, dtype)))
-
-
 def summed_coefficients(
     items: Sequence[Protected], xs: Sequence[Tensor], bases: Sequence[tuple[Held, Held]]
 ) -> list[tuple[Tensor, Tensor]]:

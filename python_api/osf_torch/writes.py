@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from osf_torch.protected import Protected, norms
+from osf_torch.protected import Protected
 from osf_torch.sharding import local, sum_over
 
 
@@ -115,4 +115,7 @@ class _Group:
 
 
 def _norms(items: Sequence[Protected]) -> Tensor:
-    return norms([local(item.weight.detach()) for item in items])
+    """‖W‖_F of what this rank holds of each, of at least float32, in one call."""
+    held = [local(item.weight.detach()) for item in items]
+    dtype = torch.float32 if held[0].element_size() == 2 else None
+    return torch.stack(list(torch._foreach_norm(held, 2, dtype)))
