@@ -62,7 +62,9 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
         return _gram_in_double(As, rank, complement)
     G = primitives.gram(As)
     lowered = spread.lower(G)
-    values, W = torch.linalg.eigh(G)  # ascending: what is returned is copied once, at the end
+    # Ascending: what is returned is copied once, at the end. LAPACK works on columns, of which the
+    # transpose of what is symmetric takes no strided copy.
+    values, W = torch.linalg.eigh(G.mT)
     del G
     wide = min(n, rank + spread.EDGE)
     B = primitives.multiply(As, W[..., n - wide :])
@@ -71,25 +73,16 @@ def gram(As: Sequence[Tensor], rank: int, complement: bool, *, safe: bool) -> Fa
         # What was set is the largest, unless a space found less of a cluster than there is.
         ok = (values[:, -1] <= 1.01 * lowered.value) | (lowered.number == 0)
         spread.rotate(W, B, n - lowered.most, n)
+        spread.couple(As, W, B, lowered, first=0 if complement else n - wide)
     ok = ok & _edge_solved(values, W, B, rank)
-    V = W[..., n - rank :]
-    U, S, residual = _triplets(As, V, B[..., wide - rank :])
-    fine = residual <= limit(None, S.dtype, n)
-    if lowered is not None and not bool((fine | ~ok).all()):
-        # Rounding of what was set, by products with A itself: where the rank reaches far down.
-        ok = ok & spread.couple(list(As), W, B, lowered, first=0 if complement else n - wide)
-        U, S, residual = _triplets(As, V, B[..., wide - rank :])
-        fine = residual <= limit(None, S.dtype, n)
-    ok = ok & fine & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
-    V_low = W[..., : n - rank] if complement else None
-    return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
-
-
-def _triplets(As: Sequence[Tensor], V: Tensor, AV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and the residual that belong to V."""
+    V, AV = W[..., n - rank :], B[..., wide - rank :]
     S = column_norms(AV)
     U = polished(AV / S.unsqueeze(-2))
-    return U, S, residual_of(As, U, S, V)
+    residual = residual_of(As, U, S, V, AV=AV)
+    ok = ok & (residual <= limit(None, S.dtype, n))
+    ok = ok & (S[..., 0].square() > GRAM_LIMIT * values[..., -1])
+    V_low = W[..., : n - rank] if complement else None
+    return Factors(U.flip(-1), S.flip(-1), V.flip(-1), residual, [1] * len(As), ok, None, V_low)
 
 
 def _edge_solved(values: Tensor, W: Tensor, B: Tensor, rank: int) -> Tensor:
