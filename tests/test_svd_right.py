@@ -104,8 +104,8 @@ def test_a_steep_gram_matrix_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("p", [0.5, 1.0])
 def test_eigenvalues_far_above_the_others_are_found_in_every_matrix(p: float) -> None:
-    """Where rounding in the first one kept all of them from being lowered, one matrix in ten to thirty
-    went the way in float64, which takes three times as long."""
+    """Where rounding in the first one kept all from being lowered, one matrix in ten to thirty went
+    the way in float64, which takes three times as long."""
     sigma = torch.arange(1, 401).double() ** -p
     for seed in range(40):
         A, _, _ = matrix_with_spectrum(400, 400, sigma, generator=generator_for("found", seed))
