@@ -10,6 +10,7 @@ from torch import nn
 
 from osf_kernels import truncated_svd
 from osf_torch import Subspace, protect, refresh
+from tests.helpers import generator_for
 from tests.small_guard import adamw, drawn, train
 
 
@@ -163,6 +164,44 @@ def test_verify_notices_another_optimizer_where_nothing_is_pinned():
         RuntimeError, match=r"got something else since the last one in 0\.weight, 2"
     ):
         guard.verify()
+
+
+def outgrown(scale, dtype, lr, steps):
+    """A guard of a weight that began ``scale`` times as large as the others."""
+    model = nn.Sequential(nn.Linear(96, 160), nn.Tanh(), nn.Linear(160, 96))
+    model = drawn(model, "outgrown").to(dtype)
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    guard = protect(model, bases(model, 0.5), optimizer=optimizer)
+    generator = generator_for("outgrown")
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, 96, generator=generator).to(dtype)
+        model(x).square().mean().backward()
+        optimizer.step()
+    return guard
+
+
+@pytest.mark.parametrize(("scale", "lr"), [(1e-3, 3e-2), (1e-4, 1e-2)])
+def test_verify_takes_the_rounding_of_a_weight_that_has_outgrown_its_protected_part(
+    scale, lr, caplog
+):
+    outgrown(scale, torch.float32, lr, 60).verify()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-4])
+def test_verify_tells_what_sixteen_bits_hold_no_more(scale, caplog):
+    guard = outgrown(scale, torch.bfloat16, 1e-2, 60)
+    guard.verify()
+    (record,) = caplog.records
+    assert "which rounding of the weight explains" in record.getMessage()
+    with pytest.raises(RuntimeError, match="expected the protected part"):
+        guard.verify(tol=1e-2)
+    caplog.clear()
+    outgrown(1.0, torch.bfloat16, 1e-3, 20).verify()
+    assert not caplog.records
 
 
 def test_verify_tells_a_nan_from_a_drift():

@@ -239,18 +239,29 @@ def require_guarded_writes(items: Iterable[Protected], *, restored: bool) -> Non
         )
 
 
-def require_in_place(items: Iterable[Protected], mode: Mode, tol: float | None) -> None:
-    """Refuses weights whose protected part has moved."""
+def require_in_place(items: Sequence[Protected], mode: Mode, tol: float | None) -> None:
+    """Refuses weights whose protected part has moved; logs those that can't hold it any more."""
+    drifts = {}
     for item in items:
-        drift = _finite_drift(item, mode)
+        drift = drifts[item.name] = _finite_drift(item, mode)
         limit = tol if tol is not None else measures.drift_limit(item, mode)
         if not drift <= limit:
             raise RuntimeError(
                 f"osf_torch.Guard.verify: expected the protected part of {item.name!r} to be where "
-                f"it was to {limit:.0e}, got a drift of {drift:.1e}; something writes to the "
+                f"it was to {limit:.2e}, got a drift of {drift:.2e}; something writes to the "
                 "weight outside of the optimizer's step: call Guard.restore() after it, or protect "
                 "again where it replaced the weight"
             )
+    lost = {name: drift for name, drift in drifts.items() if drift > measures.TOLD_DRIFT}
+    if tol is None and lost:
+        worst = max(lost, key=lost.__getitem__)
+        log.warning(
+            "osf_torch.Guard.verify: the protected part of %d of %d weights is off by more than "
+            "%.0e, most in %r by %.1e of itself, which rounding of the weight explains: the weight "
+            "has grown until its dtype holds no more of a part that is so much smaller; train in "
+            "float32, or pass tol= to refuse it",
+            *(len(lost), len(drifts), measures.TOLD_DRIFT, worst, lost[worst]),
+        )
 
 
 def log_drift(items: Sequence[Protected], mode: Mode) -> None:
