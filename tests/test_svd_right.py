@@ -102,6 +102,17 @@ def test_a_steep_gram_matrix_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -
     assert float(unmended.residual) > 2 * float(by_lapack(A, 200).residual)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_few_large_values_stay_in_float32(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer are set than a block finds: those between them and the wanted ones are coupled too."""
+    monkeypatch.setattr(dense, "_gram_in_double", None)
+    sigma = torch.linspace(1, 0.1, 400, dtype=torch.float64)
+    sigma[:count] = 30
+    A, _, _ = matrix_with_spectrum(400, 400, sigma, generator=generator_for("spikes", count))
+    for rank in (50, 200):
+        assert_as_right(A, truncated_svd(A, rank, method="gram"))
+
+
 @pytest.mark.parametrize("p", [0.5, 1.0])
 def test_eigenvalues_far_above_the_others_are_found_in_every_matrix(p: float) -> None:
     """Where rounding in the first one kept all from being lowered, one matrix in ten to thirty went

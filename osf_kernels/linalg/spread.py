@@ -3,8 +3,9 @@
 An eigensolver is wrong by a few eps of the largest eigenvalue, in eigenvectors by that over the gap
 to the next. Where a few eigenvalues stand far above the others, they are found first, by Lanczos
 steps, and set to a value just above the rest: the same eigenvectors, of a matrix whose largest
-eigenvalue is smaller. Beside them only the columns around the last wanted one, whose gaps are the
-least, are solved for again.
+eigenvalue is smaller. What that leaves between those that were set and the others is taken back by
+products with A. Beside them only the columns around the last wanted one, whose gaps are the least,
+are solved for again.
 """
 
 from __future__ import annotations
@@ -126,22 +127,22 @@ def couple(A: Sequence[Tensor], W: Tensor, B: Tensor, lowered: Lowered, *, first
     """
     # All that might have been set: BLAS takes six times as long for ten columns as for sixteen.
     n, t, k = W.shape[-1], B.shape[-1], BLOCK
-    top, others = W[..., n - k :], W[..., : n - k]
-    lead = B[..., t - k :].clone()
-    squares = lead.square().sum(-2)  # ascending
-    rest = torch.zeros_like(W[:, 0])
-    rest[:, n - t :] = B.square().sum(-2)
+    top = W[..., n - k :]
+    lead, before = B[..., t - k :].clone(), top.clone()
+    squares = torch.zeros_like(W[:, 0])  # ascending
+    squares[:, n - t :] = B.square().sum(-2)
+    was_set = torch.arange(n, 0, -1, device=W.device) <= lowered.number[:, None]
+    pairs = ~was_set[:, :, None] & was_set[:, None, n - k :]
     # C_ji = w_jᵀ AᵀA v_i
-    C = others.mT @ primitives.multiply(A, lead, transpose=True)
-    gap = squares[:, None, :] - rest[:, : n - k, None]
-    mine = torch.arange(k, 0, -1, device=W.device) <= lowered.number[:, None, None]
-    small = ((C.abs() <= FIRST_ORDER * gap) | ~mine).all(-1).all(-1)
-    theta = torch.where(mine & small[:, None, None], C / gap, 0)
-    turned = top + others @ theta
-    others[..., first:].baddbmm_(top.clone(), theta[:, first:].mT, alpha=-1)
-    top.copy_(turned)
-    B[..., : t - k].baddbmm_(lead, theta[:, n - t :].mT, alpha=-1)
-    B[..., t - k :] = primitives.multiply(A, turned)
+    C = W.mT @ primitives.multiply(A, lead, transpose=True)
+    gap = squares[:, None, n - k :] - squares[:, :, None]
+    small = ((C.abs() <= FIRST_ORDER * gap) | ~pairs).all(-1).all(-1)
+    theta = torch.where(pairs & small[:, None, None], C / gap, 0)
+    turn = W @ theta
+    W[..., first:].baddbmm_(before, theta[:, first:].mT, alpha=-1)
+    B.baddbmm_(lead, theta[:, n - t :].mT, alpha=-1)
+    top.add_(turn)
+    B[..., t - k :] = primitives.multiply(A, top)
 
 
 def rotate(W: Tensor, B: Tensor, start: int, stop: int) -> None:
