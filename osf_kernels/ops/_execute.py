@@ -40,7 +40,7 @@ def execute_one(
 ) -> None:
     """One projection; straight into torch where nothing has to be converted or unbatched."""
     if decided.direct:
-        torch_backend.FORMS[decided.step.form](g, out, U, V, decided.step, None, None, None)
+        torch_backend.run_one(decided.step, g, out, U, V)
     else:
         execute([Problem(g, out, U, V, decided.step)], [decided.backend])
 
