@@ -211,12 +211,6 @@ def steps(problem: Problem, dtype: torch.dtype, new: New) -> Iterator[Coefficien
     yield Update(out, x, *left, *right, step.alpha, step.beta, addend)
 
 
-def subtract(coefficient: Tensor | None, rest: Tensor | None) -> None:
-    """What is pinned beside S, which may be held in fewer bits than the coefficient."""
-    if coefficient is not None and rest is not None:
-        coefficient.sub_(rest)
-
-
 def plus(out: Matrix, x: Matrix, y: Matrix) -> Update:
     """out = x + y; out may be either."""
     return Update(out, x, None, None, None, None, 1.0, 1.0, y)

@@ -150,6 +150,7 @@ class ListProgram:
                     places[name] = Operand.like(t, WORKSPACE + 1 + len(self._beyond))
                     self._beyond.append(t.data_ptr() % ALIGNMENT)
             problems.append(problem._replace(**places, out=places["x"]))
+        self._problems = problems  # without tensors of the caller's that a call brings
         self._program = Program(problems, self._kernels, self._limit)
 
 

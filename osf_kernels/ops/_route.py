@@ -13,11 +13,9 @@ import osf_kernels.backends.torch as torch_backend
 from osf_kernels import backends
 from osf_kernels.backends import grouped
 from osf_kernels.backends.forms import Coefficients, Problem
-from osf_kernels.backends.grouped import ListProgram
+from osf_kernels.backends.grouped import ListProgram, Ready
 from osf_kernels.backends.operands import Lie
 from osf_kernels.ops._validation import Choice, Decision, admit, check
-
-Ready = Sequence[tuple[Tensor | None, Tensor | None]]  # coefficients A and B of each matrix
 
 
 def decide(
@@ -46,7 +44,7 @@ def execute_one(
     """One projection; straight into torch where nothing has to be converted or unbatched."""
     step, backend = decided.step, decided.backend
     if decided.direct:
-        torch_backend.FORMS[step.form](g, out, U, V, step, None, None, None)
+        torch_backend.run_one(step, g, out, U, V)
     elif backend == "torch":
         torch_backend.run(unbatch(Problem(g, out, U, V, step), backend))
     else:
@@ -71,7 +69,7 @@ class Route:
     """What a list of problems runs on its backends: made once, run with other matrices each time.
 
     Args:
-        problems: one a matrix, in place; of ``x``, and of A and B where coefficients are given, the
+        problems: one a matrix, in place; of x, and of A and B where coefficients are given, the
             layouts alone count.
         names: the backend of each.
         limit: bytes of workspace on grouped backends.
@@ -87,32 +85,51 @@ class Route:
         for i, (problem, name) in enumerate(zip(problems, names, strict=True)):
             device = problem.x.device
             members.setdefault((name, device), []).append(i)
-        self._problems = list(problems)
-        self._parts: list[tuple[list[int], ListProgram | None]] = []
-        for (name, _), mine in members.items():
-            program = None
-            if name != "torch":
-                chosen = [problems[i] for i in mine]
-                program = ListProgram(chosen, backends.module(name), limit)
-            self._parts.append((mine, program))
+        self._parts = [
+            (mine, _program([problems[i] for i in mine], name, limit))
+            for (name, _), mine in members.items()
+        ]
 
     @property
     def workspace_bytes(self) -> int:
-        return max((p.workspace_bytes for _, p in self._parts if p is not None), default=0)
+        programs = [program for _, program in self._parts]
+        return max((p.workspace_bytes for p in programs if isinstance(p, ListProgram)), default=0)
 
-    def run(self, xs: Sequence[Tensor], ready: Ready | None = None) -> None:
+    def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
         """Each problem with its matrix of ``xs``, and with ready coefficients where given."""
+        if len(self._parts) == 1:
+            self._parts[0][1].run(xs, ready)
+            return
         for mine, program in self._parts:
             chosen = [xs[i] for i in mine]
-            pairs = None if ready is None else [ready[i] for i in mine]
-            if program is not None:
-                program.run(chosen, pairs)
-                continue
-            for i, x in zip(mine, chosen, strict=True):
-                A, B = (None, None) if ready is None else ready[i]
-                torch_backend.run(
-                    unbatch(self._problems[i]._replace(x=x, out=x, A=A, B=B), "torch")
-                )
+            program.run(chosen, None if ready is None else [ready[i] for i in mine])
+
+
+def _program(
+    problems: Sequence[Problem], name: str, limit: int
+) -> ListProgram | torch_backend.Program | _Unrolled:
+    if name != "torch":
+        return ListProgram(problems, backends.module(name), limit)
+    if any(problem.x.dim() > 3 for problem in problems):
+        return _Unrolled(problems)
+    return torch_backend.Program([_broadcast(problem) for problem in problems])
+
+
+def _broadcast(problem: Problem) -> Problem:
+    """With as many batch dimensions of the bases as x has."""
+    return unbatch(problem, "torch")[0]
+
+
+class _Unrolled:
+    """Problems of several batch dimensions, of which torch multiplies one."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self._problems = [p._replace(x=None, out=None, A=None, B=None) for p in problems]
+
+    def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
+        for i, (x, problem) in enumerate(zip(xs, self._problems, strict=True)):
+            A, B = (None, None) if ready is None else ready[i]
+            torch_backend.run(unbatch(problem._replace(x=x, out=x, A=A, B=B), "torch"))
 
 
 Item = TypeVar("Item", Problem, Coefficients)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
+from osf_kernels.backends.grouped import Ready
 from osf_kernels.backends.precision import full_precision
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import observed
@@ -24,7 +25,7 @@ from osf_kernels.ops._memory import (
 )
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
-from osf_kernels.ops._route import Ready, Route, decide, unbatch
+from osf_kernels.ops._route import Route, decide, unbatch
 from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
@@ -300,7 +301,7 @@ class Prepared:
         key: object,
         decided: Callable[[], Sequence[Decision]],
         xs: Sequence[Tensor],
-        ready: Ready | None = None,
+        ready: Sequence[Ready] | None = None,
     ) -> Route:
         route = self._routes.get(key)
         if route is None:
@@ -319,7 +320,7 @@ class Prepared:
         self,
         route: Route,
         xs: Sequence[Tensor],
-        ready: Ready | None = None,
+        ready: Sequence[Ready] | None = None,
     ) -> None:
         with full_precision():
             route.run(xs, ready)
@@ -365,7 +366,7 @@ class Prepared:
         names: Names,
         weights: Sequence[Tensor],
         pins: Sequence[Pin],
-        ready: Ready | None,
+        ready: Sequence[Ready] | None,
     ) -> Route:
         problems, backend_names = [], []
         pairs = ready or [(None, None)] * len(weights)
@@ -408,7 +409,7 @@ class Prepared:
                 backends.module(name).coefficients(mine)
         return found
 
-    def _ready(self, op: str, coefficients: CoefficientList) -> Ready:
+    def _ready(self, op: str, coefficients: CoefficientList) -> list[Ready]:
         if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
             expected = f"those of {len(self)} matrices"
             remedy = "take them from coefficients(xs) of this prepared list"
