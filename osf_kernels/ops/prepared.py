@@ -12,16 +12,20 @@ from torch import Tensor
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
 from osf_kernels.backends.grouped import Ready
-from osf_kernels.backends.precision import full_precision
+from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import observed
 from osf_kernels.ops._memory import (
+    Range,
+    are_apart,
+    ranges,
     require_distinct,
     require_no_leaf,
     require_no_meta_among,
     require_own_memory,
     require_target,
     require_writable,
+    span,
 )
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
@@ -128,10 +132,10 @@ class Prepared:
         choice: Choice = "shard" if sharded else "any"
         self._decisions = self._decided(names, like, choice)
         self._held = [t for t in (*self._Us, *self._Vs) if t is not None]
-        self._stamp = _stamp(self._held)
-        self._admitted: dict[str, list[Any]] = {}
+        self._counted = [t for t in self._held if not t.is_inference()]
+        self._admitted: dict[str, _Admitted] = {}
         self._routes: dict[object, Route] = {}
-        self._pinned: _Pinned | None = None
+        self._renew()
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -229,30 +233,40 @@ class Prepared:
             got, remedy = "one of sharded matrices", "use coefficients and apply_"
             raise ValueError(describe(op, "the list", "of whole matrices", got, remedy))
 
-    def _admit(self, names: Names, xs: Sequence[Tensor], *, written: bool = True) -> bool:
-        """Refuses matrices that differ from those that were prepared; whether some lie elsewhere
-        than those of the last call did."""
-        if _stamp(self._held) != self._stamp:
-            self._renew(names, xs)
+    def _admit(
+        self,
+        names: Names,
+        xs: Sequence[Tensor],
+        read: Sequence[Range] | None = None,
+        *,
+        written: bool = True,
+    ) -> bool:
+        """Refuses matrices that differ from those that were prepared; whether all was looked at,
+        since more than addresses differed from the last call or memory may overlap.
+
+        ``read`` are the ranges of memory that are read, those of the bases where it is None.
+        """
+        if _stamp(self._held, self._counted) != self._stamp:
+            self._renew()
         try:
-            found: list[Any] = [
-                (type(x), x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.is_inference())
-                for x in xs
+            lies: list[Any] = [
+                (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
             ]
+            addresses = [x.data_ptr() for x in xs]
             recorded = torch.is_grad_enabled() and True in [x.requires_grad for x in xs]
-        except (
-            AttributeError,
-            RuntimeError,
-            NotImplementedError,
-        ):  # no tensor, or none with memory
-            found, recorded = [], False
+        except (AttributeError, RuntimeError, NotImplementedError):  # no tensor with memory
+            lies, addresses, recorded = [], [], True
         known = self._admitted.get(names.op)
-        if found and not recorded and found == known:
-            return False
+        if known is not None and not recorded and lies == known.lies:
+            if addresses == known.addresses:
+                return False
+            if not written or are_apart(addresses, known.sizes, read or self._read):
+                known.addresses = addresses
+                return False
         self._judge(names, xs, written)
-        if known is not None and [x[3] for x in known] != [x[3] for x in found]:
+        if known is not None and [x[2] for x in known.lies] != [x[2] for x in lies]:
             self._routes.clear()  # other strides
-        self._admitted[names.op] = found
+        self._admitted[names.op] = _Admitted(lies, addresses, [span(x) for x in xs])
         return True
 
     def _judge(self, names: Names, xs: Sequence[Tensor], written: bool) -> None:
@@ -276,12 +290,13 @@ class Prepared:
         if written:
             require_apart(names, xs, Us=self._Us, Vs=self._Vs)
 
-    def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
+    def _renew(self) -> None:
         """Something was written to a basis, or it was given other memory."""
         self._routes.clear()
         self._admitted.clear()
-        self._pinned = None
-        self._stamp = _stamp(self._held)
+        self._pinned: _Pinned | None = None
+        self._read = ranges(self._held)
+        self._stamp = _stamp(self._held, self._counted)
 
     # --- what runs ---
 
@@ -322,6 +337,9 @@ class Prepared:
         xs: Sequence[Tensor],
         ready: Sequence[Ready] | None = None,
     ) -> None:
+        if not lowered():
+            route.run(xs, ready)
+            return
         with full_precision():
             route.run(xs, ready)
 
@@ -341,9 +359,10 @@ class Prepared:
         coefficients: CoefficientList | None = None,
     ) -> None:
         """``restore_`` as the operator that ``names`` says."""
-        moved = self._admit(names, weights)
         ids, pinned = identities(S, residual, protected), self._pinned
-        if moved or pinned is None or not pinned.holds(ids):
+        if pinned is not None and not pinned.holds(ids):
+            pinned = self._pinned = None
+        if self._admit(names, weights, None if pinned is None else pinned.read) or pinned is None:
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             require_pins(names, weights, self._Us, self._Vs, self._kinds, pins)
             if pins:
@@ -352,7 +371,7 @@ class Prepared:
                 require_apart(names, weights, S=S, protected=protected, **rests)
             for key in ("restore", "restore from coefficients"):
                 self._routes.pop(key, None)
-            pinned = self._pinned = _Pinned(ids, pins)
+            pinned = self._pinned = _Pinned(ids, pins, self._held)
         ready = None if coefficients is None else self._ready(names.op, coefficients)
         key = "restore" if ready is None else "restore from coefficients"
         route = self._routes.get(key)
@@ -420,21 +439,32 @@ class Prepared:
         ]
 
 
+class _Admitted:
+    """The matrices of the last call that was accepted, without the tensors."""
+
+    def __init__(self, lies: list[Any], addresses: list[int], sizes: list[int]) -> None:
+        self.lies, self.addresses, self.sizes = lies, addresses, sizes
+
+
 class _Pinned:
     """The pins of the last call, and whether others are the very same tensors."""
 
-    def __init__(self, ids: list[int], pins: list[Pin]) -> None:
+    def __init__(self, ids: list[int], pins: list[Pin], bases: Sequence[Tensor]) -> None:
         self.ids, self.pins = ids, pins
         self._held = [t for pin in pins for t in pin if t is not None]
-        self._stamp = _stamp(self._held)
+        self._counted = [t for t in self._held if not t.is_inference()]
+        self._stamp = _stamp(self._held, self._counted)
+        self.read = ranges([*bases, *self._held])
 
     def holds(self, ids: list[int]) -> bool:
-        return ids == self.ids and _stamp(self._held) == self._stamp
+        return ids == self.ids and _stamp(self._held, self._counted) == self._stamp
 
 
-def _stamp(tensors: Sequence[Tensor]) -> list[object]:
-    """Where tensors lie and how often they were written to."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+def _stamp(tensors: Sequence[Tensor], counted: Sequence[Tensor]) -> list[int]:
+    """Where tensors lie, and how often those were written to of which torch counts it."""
+    stamp = [t.data_ptr() for t in tensors]
+    stamp += [t._version for t in counted]
+    return stamp
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
