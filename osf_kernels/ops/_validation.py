@@ -18,6 +18,7 @@ from osf_kernels.backends import select
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import has_tangent
+from osf_kernels.ops._names import Names
 from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -76,6 +77,27 @@ def kind_of(op: str, mode: str, u_spans: str, v_spans: str) -> str:
     if kind is None:
         raise ValueError(describe(op, "mode", '"complement" or "core"', repr(mode)))
     return kind
+
+
+def held(
+    names: Names, Us: Sequence[BasisLike], Vs: Sequence[BasisLike], mode: str
+) -> tuple[list[Tensor | None], list[Tensor | None], list[str]]:
+    """The columns of a list's bases, and a word of mode and spans a matrix."""
+    lefts: list[Tensor | None] = []
+    rights: list[Tensor | None] = []
+    kinds = []
+    for i, (left, right) in enumerate(zip(Us, Vs, strict=True)):
+        spans = []
+        for side, basis, columns_of_side in ((1, left, lefts), (2, right, rights)):
+            if basis is None or (type(basis) is Tensor and basis.layout is torch.strided):
+                columns_of_side.append(basis)
+                spans.append("high")
+            else:
+                found, span = columns(names.op, names.entry(i)[side], basis)
+                columns_of_side.append(found)
+                spans.append(span)
+        kinds.append(kind_of(names.op, mode, *spans))
+    return lefts, rights, kinds
 
 
 def parts_of(op: str, kind: str) -> tuple[Mode, str, str]:

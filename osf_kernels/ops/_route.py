@@ -1,4 +1,4 @@
-"""From validated tensors to problems on their backends."""
+"""From validated tensors to what runs: a decision a matrix, and the route of a list."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import osf_kernels.backends.torch as torch_backend
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.ops._validation import Choice, Decision, admit, check
+
+Ready = Sequence[tuple[Tensor | None, Tensor | None]]  # coefficients A and B of each matrix
 
 
 def decide(
@@ -28,8 +30,7 @@ def decide(
     u_meta = None if U is None else (U.shape, U.dtype, U.device)
     v_meta = None if V is None else (V.shape, V.dtype, V.device)
     try:
-        request = backends.requested()
-        return admit(op, g_meta, u_meta, v_meta, kind, request, choice)
+        return admit(op, g_meta, u_meta, v_meta, kind, backends.requested(), choice)
     except (TypeError, ValueError):
         check(op, names, g_meta, u_meta, v_meta, choice == "shard")
         raise
@@ -42,18 +43,33 @@ def execute_one(
     if decided.direct:
         torch_backend.FORMS[decided.step.form](g, out, U, V, decided.step, None, None, None)
     else:
-        execute([Problem(g, out, U, V, decided.step)], [decided.backend])
+        backends.run(
+            parts := unbatch(Problem(g, out, U, V, decided.step), decided.backend),
+            [decided.backend] * len(parts),
+        )
 
 
-def execute(problems: Sequence[Problem], names: Sequence[str]) -> None:
-    """Runs problems of any batch shape, each on the backend of that name."""
-    flat: list[Problem] = []
-    flat_names: list[str] = []
-    for problem, name in zip(problems, names, strict=True):
-        parts = unbatch(problem, name)
-        flat += parts
-        flat_names += [name] * len(parts)
-    backends.run(flat, flat_names)
+class Route:
+    """What a list of problems runs on its backends: made once, run with other matrices each time.
+
+    Args:
+        problems: one a matrix, in place; ``x`` says only how the matrices to come lie.
+        names: the backend of each.
+    """
+
+    def __init__(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
+        self._problems, self._names = list(problems), list(names)
+
+    def run(self, xs: Sequence[Tensor], ready: Ready | None = None) -> None:
+        """Each problem with its matrix of ``xs``, and with ready coefficients where given."""
+        flat: list[Problem] = []
+        names: list[str] = []
+        for i, (x, problem, name) in enumerate(zip(xs, self._problems, self._names, strict=True)):
+            A, B = (None, None) if ready is None else ready[i]
+            parts = unbatch(problem._replace(x=x, out=x, A=A, B=B), name)
+            flat += parts
+            names += [name] * len(parts)
+        backends.run(flat, names)
 
 
 Item = TypeVar("Item", Problem, Coefficients)

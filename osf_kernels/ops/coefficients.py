@@ -10,7 +10,6 @@ from torch import Tensor
 from osf_kernels import backends
 from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
 from osf_kernels.errors import describe
-from osf_kernels.ops._execute import decide, execute, unbatch
 from osf_kernels.ops._library import (
     aligned,
     register,
@@ -18,6 +17,7 @@ from osf_kernels.ops._library import (
     transformed,
 )
 from osf_kernels.ops._memory import require_no_leaf, require_target, require_writable
+from osf_kernels.ops._route import Route, decide, unbatch
 from osf_kernels.ops._validation import (
     BasisLike,
     columns,
@@ -26,6 +26,7 @@ from osf_kernels.ops._validation import (
     require_tensor,
     shape_check,
 )
+from osf_kernels.ops.prepared import coefficient_shapes
 from osf_kernels.plan import Mode
 
 
@@ -103,15 +104,6 @@ def apply_(
 _KIND = kind_of("coefficients", "complement", "high", "high")  # coefficients are of columns as held
 
 
-def coefficient_shapes(
-    g: Tensor, U: Tensor | None, V: Tensor | None
-) -> tuple[torch.Size, torch.Size]:
-    r = 0 if U is None else U.shape[-1]
-    k = 0 if V is None else V.shape[-1]
-    batch = tuple(g.shape[:-2])
-    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
-
-
 def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = coefficient_dtype(g)
     shape_A, shape_B = coefficient_shapes(g, U, V)
@@ -170,7 +162,7 @@ def _apply__impl(
     _check_coefficients(g, U, V, A, B)
     require_writable(op, "gUVAB", g, U, V, A, B)
     A_, B_ = None if U is None else A, None if V is None else B
-    execute([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend])
+    Route([Problem(g, g, U, V, decided.step)], [decided.backend]).run([g], [(A_, B_)])
 
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:
