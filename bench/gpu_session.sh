@@ -44,7 +44,7 @@ limit=550
 box_build=120
 names=(environment first_kernel launches configs whole_model restoring ncu tests captures refresh
   compile sanitizer)
-declare -A box=([environment]=15 [first_kernel]=25 [launches]=60 [configs]=60 [whole_model]=45
+declare -A box=([environment]=15 [first_kernel]=30 [launches]=60 [configs]=60 [whole_model]=45
   [restoring]=25 [ncu]=30 [tests]=150 [captures]=20 [refresh]=40 [compile]=35 [sanitizer]=35)
 # Of these bench/gpu/ holds a module each.
 measured=(first_kernel launches configs whole_model restoring captures)

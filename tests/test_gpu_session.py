@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import osf_kernels
 from bench import report
@@ -51,7 +49,7 @@ def test_dry_run_runs_every_part_and_writes_nothing(root: Path, tmp_path: Path) 
     done = session(root, "--dry-run", str(tmp_path), python=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
-        "540 s of 550 s",
+        "545 s of 550 s",
         "4096x4096 bf16 r=128: 1 matrices on cuda",
         *(f"== {part}" for part in PARTS),
         "tests/triton/test_gpu.py",
@@ -132,13 +130,13 @@ def test_without_a_gpu_there_is_no_session(root: Path, tmp_path: Path) -> None:
 
 NVCC = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$(dirname "$0")/calls"
-case "$*" in *FAILS*) exit 1 ;; esac
+case "$*" in *broken.cu*) exit 1 ;; esac
 while [ $# -gt 1 ]; do [ "$1" = -o ] && touch "$2"; shift; done
 """
 
 
 def build(
-    root: Path, folder: Path, *arguments: str, setup: str
+    root: Path, folder: Path, *arguments: str, setup: str, extra: str = "inst/update_bf16.cu"
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """build.sh over a copy of csrc with a stand-in compiler, whose calls are returned too."""
     tree = folder / "tree"
@@ -146,6 +144,7 @@ def build(
     (tree / "osf_kernels").mkdir()
     shutil.copy(root / "bench" / "gpu" / "build.sh", tree / "bench" / "gpu")
     shutil.copytree(root / "csrc", tree / "csrc")
+    (tree / "csrc" / extra).touch()
     (tree / "setup.py").write_text(setup)
     nvcc = folder / "nvcc"
     nvcc.write_text(NVCC)
@@ -196,10 +195,10 @@ def test_plain_build_skips_setup_py(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_that_fails_leaves_no_extension(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "FAILS").mkdir()
-    done, calls = build(root, tmp_path / "FAILS", "9.0", setup=REFUSED)
-    assert calls
-    assert done.returncode != 0 or not FAILS_IN_PATH
+    done, calls = build(root, tmp_path, "9.0", setup=REFUSED, extra="inst/broken.cu")
+    assert any("broken.cu" in call for call in calls)
+    assert done.returncode != 0
+    assert list((tmp_path / "tree" / "osf_kernels").iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("90",), ("--plain",), ("9.0", "8.0")])
@@ -210,3 +209,142 @@ def test_build_refuses_bad_arguments(
     assert done.returncode == 2
     assert "usage:" in done.stderr
     assert calls == []
+
+
+# the parts
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return report.read_csv(path)
+
+
+def part(tmp_path: Path, name: str = "part", rounds: int = 1) -> Part:
+    return Part(name, CPU, tmp_path / "rows.csv", rounds, tiny=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_run_on_tiny_matrices(root: Path, tmp_path: Path, name: str) -> None:
+    """Triton's kernels by its interpreter: that nothing crashes and results are right, no more."""
+    out = tmp_path / "rows.csv"
+    paths = os.pathsep.join((str(root), str(root / "python_api")))
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.gpu.{name}", "--dry-run", "--out", str(out)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(out)
+    assert rows
+    for row in rows:
+        assert (row["part"], row["device"], row["status"]) == (name, "cpu", "ok"), row
+        assert float(row["error"]) <= float(row["error_bound"])
+        assert row["gpu"] == ""
+
+
+def test_a_backend_that_is_missing_is_a_failure(tmp_path: Path) -> None:
+    """Here Triton has neither a GPU nor its interpreter: its row says so, and others go on."""
+    if osf_kernels.backends.unavailable_reason("triton", CPU) is None:
+        pytest.skip("Triton's interpreter is on in this process")
+    out = tmp_path / "rows.csv"
+    assert measure.main("first_kernel", first_kernel.run, 1, ["--dry-run", "--out", str(out)]) == 1
+    ours, *others = rows_of(out)
+    assert ours["contender"] == "triton"
+    assert ours["status"].startswith("failed: BackendUnavailableError")
+    assert ours["device_ms"] == ""
+    assert [row["status"] for row in others] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("run", [whole_model.run, restoring.run, captures.run])
+def test_wrong_results_get_no_speed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: object
+) -> None:
+    """A prepared list that leaves matrices as they are is caught before it is timed."""
+    for method in ("project_", "restore_"):
+        monkeypatch.setattr(osf_kernels.Prepared, method, lambda self, xs, **pins: None)
+    chosen = part(tmp_path)
+    if run is captures.run:  # compared with an eager call, which must be right
+        monkeypatch.undo()
+        monkeypatch.setattr(captures, "captured", lambda call, device: lambda: None)
+    run(chosen)  # type: ignore[operator]
+    ours = [row for row in rows_of(tmp_path / "rows.csv") if row["contender"] == "prepared"]
+    assert ours
+    for row in ours:
+        assert row["status"].startswith("wrong: error"), row
+        assert row["device_ms"] == row["host_hit_ms"] == row["host_miss_ms"] == ""
+    assert chosen.failed == len(ours)
+
+
+@pytest.mark.parametrize("module", [launches, configs])
+def test_kernels_that_write_nothing_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: object
+) -> None:
+    """What the contender before wrote isn't taken for the work of the next."""
+    monkeypatch.setattr(module.triton, "coefficients", lambda jobs, **options: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(module.triton, "update", lambda jobs, **options: None)  # type: ignore[attr-defined]
+    module.run(part(tmp_path))  # type: ignore[attr-defined]
+    rows = rows_of(tmp_path / "rows.csv")
+    ours = [row for row in rows if not row["contender"].startswith("torch")]
+    alone = [row for row in ours if not row["case"].startswith("projection")]
+    assert alone
+    assert all(row["status"].startswith("wrong: error inf") for row in alone)
+    torchs = [row for row in rows if row["contender"].startswith("torch")]
+    assert all(row["status"] == "ok" for row in torchs)
+
+
+def test_results_that_differ_from_call_to_call_are_wrong(tmp_path: Path) -> None:
+    calls = iter((1.0, 1.0 + 2.0**-6))
+    row = Measurement()
+    chosen = part(tmp_path)
+    right = chosen.gate(row, lambda: [torch.full((2,), next(calls))], lambda results: 0.0, 1.0)
+    assert not right
+    assert row.status == "wrong: two runs differ in their bits"
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
+    """Also that of a contender that raises, after which the next one has its turn."""
+    chosen = part(tmp_path)
+    with chosen.writing(chosen.row("case", BF16, 4, "first")):
+        raise RuntimeError("out of resource: shared memory")
+    (row,) = rows_of(tmp_path / "rows.csv")
+    assert row["status"] == "failed: RuntimeError: out of resource: shared memory"
+    with chosen.writing(chosen.row("case", BF16, 4, "second")):
+        pass
+    assert [row["status"] for row in rows_of(tmp_path / "rows.csv")][1:] == ["ok"]
+    with pytest.raises(KeyboardInterrupt), chosen.writing(chosen.row("case", BF16, 4, "third")):
+        raise KeyboardInterrupt
+    assert chosen.failed == 1
+
+
+def test_gradients_lie_at_new_addresses_each_time() -> None:
+    like = [torch.randn(5, 7), torch.randn(40, 8)]
+    moving = whole_model.Moving(like, 3)
+    seen: set[tuple[int, int]] = set()
+    for _ in range(3):
+        first, second = views = moving.next()
+        assert [view.shape for view in views] == [g.shape for g in like]
+        places = {(i, view.data_ptr()) for i, view in enumerate(views)}
+        assert not places & seen
+        seen |= places
+        assert second.data_ptr() >= first.data_ptr() + first.numel() * first.element_size()
+
+
+def test_padded_rows_keep_their_values() -> None:
+    columns = torch.randn(6, 5)
+    padded = launches.led(columns, 8)
+    assert padded.stride() == (8, 1)
+    assert torch.equal(padded, columns)
+
+
+def test_no_part_measures_on_a_missing_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        measure.main("first_kernel", first_kernel.run, 1, ["--out", str(tmp_path / "rows.csv")])
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

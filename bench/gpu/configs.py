@@ -40,7 +40,8 @@ TWO_PASSES = (
 
 
 def words(config: Update | TwoPass) -> str:
-    return " ".join(f"{name}={value}" for name, value in config._asdict().items())
+    """As the pinned table writes it."""
+    return f"{type(config).__name__}({', '.join(map(str, config))})"
 
 
 def run(part: Part) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ import osf_kernels
 from bench import check, contenders
 from bench.gpu.matrix import draw, led, projected, worst
 from bench.gpu.measure import Part, Results, main
+from bench.models import Rank, Shape
+from bench.problem import draw as draw_problem
 
 BF16 = torch.bfloat16
 
@@ -24,7 +27,7 @@ BF16 = torch.bfloat16
 def run(part: Part) -> None:
     restore(part, *((64, 32, 2) if part.tiny else (4096, 2048, 4)))
     for leading in (13, 16) if part.tiny else (819, 824):
-        project(part, 64 if part.tiny else 4096, 13 if part.tiny else 819, leading)
+        project(part, 64 if part.tiny else 4096, leading)
 
 
 def restore(part: Part, size: int, rank: int, count: int) -> None:
@@ -77,13 +80,15 @@ def restore(part: Part, size: int, rank: int, count: int) -> None:
                 part.time(row, call, prepare, head_start_ms=5.0)
 
 
-def project(part: Part, size: int, width: int, leading: int) -> None:
-    """The projection onto ``width`` free directions a side."""
-    pristine, P, Q = draw(size, size, width, BF16, part.device)
-    P, Q = led(P, leading), led(Q, leading)
+def project(part: Part, size: int, leading: int) -> None:
+    """The projection at ρ = .8 by low bases, beside the formula by the high ones."""
+    problem = draw_problem([Shape(size, size)], Rank(0.8), BF16, part.device, "low")
+    ((left, right),) = problem.held
+    P, Q = led(left.columns, leading), led(right.columns, leading)
+    (U,), (V,), (pristine,), grads = problem.high_U, problem.high_V, problem.pristine, problem.grads
     P64, Q64 = P.double(), Q.double()
-    truth = P64 @ (P64.mT @ pristine.double() @ Q64) @ Q64.mT
-    grads = [pristine.clone()]
+    by_low = P64 @ (P64.mT @ pristine.double() @ Q64) @ Q64.mT
+    by_high = projected(pristine, U, V)
     low = [osf_kernels.Basis(P, spans="low")], [osf_kernels.Basis(Q, spans="low")]
     prepared = osf_kernels.prepare(grads, *low)
     print(prepared, flush=True)
@@ -97,24 +102,32 @@ def project(part: Part, size: int, width: int, leading: int) -> None:
         return grads
 
     def by_hand() -> Results:
-        grads[0].copy_(torch.mm(P @ (P.mT @ grads[0] @ Q), Q.mT))
-        return grads
+        return [torch.mm(P @ (P.mT @ grads[0] @ Q), Q.mT, out=grads[0])]
 
-    def prepare() -> None:
-        reset(grads, [pristine])
+    def naive() -> Results:
+        return [contenders.naive(grads[0], U, V)]
 
-    for name, call in (
-        ("prepared", ours),
-        ("project_many_", unprepared),
-        (contenders.HAND, by_hand),
+    for name, call, truth in (
+        ("prepared", ours, by_low),
+        ("project_many_", unprepared, by_low),
+        ("low bases by hand", by_hand, by_low),
+        (contenders.NAIVE, naive, by_high),
     ):
-        row = part.row(f"low bases {size}x{size} rows of {leading}", BF16, size - width, name)
+        row = part.row(f"rho=0.8 {size}x{size} rows of {leading}", BF16, U.shape[1], name)
         bound = check.bound(BF16)
         with part.writing(row):
             if part.gate(
-                row, call, lambda results: worst(results, [truth], pristine), bound, prepare
+                row,
+                call,
+                partial(error, truth=truth, scale=pristine),
+                bound,
+                problem.restore,
             ):
-                part.time(row, call, prepare)
+                part.time(row, call, problem.restore)
+
+
+def error(results: Results, truth: Tensor, scale: Tensor) -> float:
+    return worst(results, [truth], scale)
 
 
 def reset(tensors: Sequence[Tensor], pristine: Sequence[Tensor]) -> None:
