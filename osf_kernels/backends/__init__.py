@@ -147,16 +147,6 @@ def select_products(device: Device, dtype: DType) -> str:
     return "triton"
 
 
-def run(problems: Sequence[forms.Problem], names: Sequence[str]) -> None:
-    """Runs each problem on its backend, all of one backend in the fewest launches."""
-    for name in dict.fromkeys(names):
-        mine = [problem for problem, wanted in zip(problems, names, strict=True) if wanted == name]
-        if name == "torch":
-            module(name).run(mine)
-        else:
-            forms.run(mine, module(name))
-
-
 def summary(entries: Sequence[tuple[Matrix, Step, str, str]], mode: Mode, device: str) -> Plan:
     """The Plan of a list of matrices that were decided one by one."""
     launches = 0

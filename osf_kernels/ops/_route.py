@@ -6,11 +6,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
 from osf_kernels import backends
+from osf_kernels.backends import grouped
 from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.backends.grouped import ListProgram
+from osf_kernels.backends.operands import Lie
 from osf_kernels.ops._validation import Choice, Decision, admit, check
 
 Ready = Sequence[tuple[Tensor | None, Tensor | None]]  # coefficients A and B of each matrix
@@ -40,36 +44,75 @@ def execute_one(
     decided: Decision, g: Tensor, out: Tensor, U: Tensor | None, V: Tensor | None
 ) -> None:
     """One projection; straight into torch where nothing has to be converted or unbatched."""
+    step, backend = decided.step, decided.backend
     if decided.direct:
-        torch_backend.FORMS[decided.step.form](g, out, U, V, decided.step, None, None, None)
+        torch_backend.FORMS[step.form](g, out, U, V, step, None, None, None)
+    elif backend == "torch":
+        torch_backend.run(unbatch(Problem(g, out, U, V, step), backend))
     else:
-        backends.run(
-            parts := unbatch(Problem(g, out, U, V, decided.step), decided.backend),
-            [decided.backend] * len(parts),
+        in_place = out is g
+        if g.dim() > 2:
+            U, V = (t if t is None else t.expand(*g.shape[:-2], *t.shape[-2:]) for t in (U, V))
+        tensors = [t for t in (g, None if in_place else out, U, V) if t is not None]
+        program = grouped.single(
+            backends.module(backend),
+            g.device,
+            step,
+            Lie.of(g),
+            None if in_place else Lie.of(out),
+            None if U is None else Lie.of(U),
+            None if V is None else Lie.of(V),
         )
+        program.run([t.data_ptr() for t in tensors])
+        torch.autograd.graph.increment_version(out)
 
 
 class Route:
     """What a list of problems runs on its backends: made once, run with other matrices each time.
 
     Args:
-        problems: one a matrix, in place; ``x`` says only how the matrices to come lie.
+        problems: one a matrix, in place; of ``x``, and of A and B where coefficients are given, the
+            layouts alone count.
         names: the backend of each.
+        limit: bytes of workspace on grouped backends.
     """
 
-    def __init__(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
-        self._problems, self._names = list(problems), list(names)
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        names: Sequence[str],
+        limit: int = grouped.WORKSPACE_BYTES,
+    ) -> None:
+        members: dict[tuple[str, torch.device], list[int]] = {}
+        for i, (problem, name) in enumerate(zip(problems, names, strict=True)):
+            device = problem.x.device
+            members.setdefault((name, device), []).append(i)
+        self._problems = list(problems)
+        self._parts: list[tuple[list[int], ListProgram | None]] = []
+        for (name, _), mine in members.items():
+            program = None
+            if name != "torch":
+                chosen = [problems[i] for i in mine]
+                program = ListProgram(chosen, backends.module(name), limit)
+            self._parts.append((mine, program))
+
+    @property
+    def workspace_bytes(self) -> int:
+        return max((p.workspace_bytes for _, p in self._parts if p is not None), default=0)
 
     def run(self, xs: Sequence[Tensor], ready: Ready | None = None) -> None:
         """Each problem with its matrix of ``xs``, and with ready coefficients where given."""
-        flat: list[Problem] = []
-        names: list[str] = []
-        for i, (x, problem, name) in enumerate(zip(xs, self._problems, self._names, strict=True)):
-            A, B = (None, None) if ready is None else ready[i]
-            parts = unbatch(problem._replace(x=x, out=x, A=A, B=B), name)
-            flat += parts
-            names += [name] * len(parts)
-        backends.run(flat, names)
+        for mine, program in self._parts:
+            chosen = [xs[i] for i in mine]
+            pairs = None if ready is None else [ready[i] for i in mine]
+            if program is not None:
+                program.run(chosen, pairs)
+                continue
+            for i, x in zip(mine, chosen, strict=True):
+                A, B = (None, None) if ready is None else ready[i]
+                torch_backend.run(
+                    unbatch(self._problems[i]._replace(x=x, out=x, A=A, B=B), "torch")
+                )
 
 
 Item = TypeVar("Item", Problem, Coefficients)

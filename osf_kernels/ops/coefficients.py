@@ -162,7 +162,7 @@ def _apply__impl(
     _check_coefficients(g, U, V, A, B)
     require_writable(op, "gUVAB", g, U, V, A, B)
     A_, B_ = None if U is None else A, None if V is None else B
-    Route([Problem(g, g, U, V, decided.step)], [decided.backend]).run([g], [(A_, B_)])
+    Route([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend]).run([g], [(A_, B_)])
 
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:

@@ -24,7 +24,7 @@ from osf_kernels.ops._memory import (
 )
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
-from osf_kernels.ops._route import Route, decide, unbatch
+from osf_kernels.ops._route import Ready, Route, decide, unbatch
 from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
@@ -218,7 +218,8 @@ class Prepared:
         names = Names("Prepared.apply_", "xs")
         self._admit(names, xs)
         ready = self._ready(names.op, coefficients)
-        self._run(self._route("apply", lambda: self._decided(names, xs, "shard"), xs), xs, ready)
+        route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
+        self._run(route, xs, ready)
 
     # --- what a call checks ---
 
@@ -295,14 +296,21 @@ class Prepared:
         return decisions
 
     def _route(
-        self, key: object, decided: Callable[[], Sequence[Decision]], xs: Sequence[Tensor]
+        self,
+        key: object,
+        decided: Callable[[], Sequence[Decision]],
+        xs: Sequence[Tensor],
+        ready: Ready | None = None,
     ) -> Route:
         route = self._routes.get(key)
         if route is None:
             decisions = decided()
+            pairs = ready or [(None, None)] * len(xs)
             problems = [
-                Problem(x, x, U, V, decision.step)
-                for x, U, V, decision in zip(xs, self._Us, self._Vs, decisions, strict=True)
+                Problem(x, x, U, V, decision.step, A=A, B=B)
+                for x, U, V, decision, (A, B) in zip(
+                    xs, self._Us, self._Vs, decisions, pairs, strict=True
+                )
             ]
             route = self._routes[key] = Route(problems, [d.backend for d in decisions])
         return route
@@ -311,7 +319,7 @@ class Prepared:
         self,
         route: Route,
         xs: Sequence[Tensor],
-        ready: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+        ready: Ready | None = None,
     ) -> None:
         with full_precision():
             route.run(xs, ready)
@@ -341,28 +349,38 @@ class Prepared:
                 S, protected, first, second = map(list, zip(*pins, strict=True))
                 rests = {"residual": first, "second of residual": second}
                 require_apart(names, weights, S=S, protected=protected, **rests)
-            self._routes.pop("restore", None)
+            for key in ("restore", "restore from coefficients"):
+                self._routes.pop(key, None)
             pinned = self._pinned = _Pinned(ids, pins)
         ready = None if coefficients is None else self._ready(names.op, coefficients)
-        route = self._routes.get("restore")
+        key = "restore" if ready is None else "restore from coefficients"
+        route = self._routes.get(key)
         if route is None:
-            route = self._routes["restore"] = self._restoring(names, weights, pinned.pins)
+            route = self._restoring(names, weights, pinned.pins, ready)
+            self._routes[key] = route
         self._run(route, weights, ready)
 
-    def _restoring(self, names: Names, weights: Sequence[Tensor], pins: Sequence[Pin]) -> Route:
+    def _restoring(
+        self,
+        names: Names,
+        weights: Sequence[Tensor],
+        pins: Sequence[Pin],
+        ready: Ready | None,
+    ) -> Route:
         problems, backend_names = [], []
-        lists = zip(weights, self._Us, self._Vs, self._kinds, pins, strict=True)
-        for i, (W, U, V, kind, pin) in enumerate(lists):
+        pairs = ready or [(None, None)] * len(weights)
+        lists = zip(weights, self._Us, self._Vs, self._kinds, pins, pairs, strict=True)
+        for i, (W, U, V, kind, pin, (A, B)) in enumerate(lists):
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
                 choice = "pinned"
-            elif self._sharded:
+            elif ready is not None:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
-            problems.append(Problem(W, W, U, V, decision.step, **pin.operands(W.dtype)))
+            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin.operands(W.dtype)))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
 
@@ -390,9 +408,7 @@ class Prepared:
                 backends.module(name).coefficients(mine)
         return found
 
-    def _ready(
-        self, op: str, coefficients: CoefficientList
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _ready(self, op: str, coefficients: CoefficientList) -> Ready:
         if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
             expected = f"those of {len(self)} matrices"
             remedy = "take them from coefficients(xs) of this prepared list"
