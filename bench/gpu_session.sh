@@ -49,7 +49,7 @@ declare -A box=([environment]=15 [first_kernel]=30 [launches]=60 [configs]=60 [w
 # Of these bench/gpu/ holds a module each.
 measured=(first_kernel launches configs whole_model restoring captures)
 
-compile_case=(--model 4096x4096 --rank 128 --dtype bf16 --rounds 15)
+compile_case=(--model 4096x4096 --rank 128 --dtype bf16 --backend auto,cuda --rounds 15)
 
 summary="$out/summary.txt"
 log="$out/session.log"

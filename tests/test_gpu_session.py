@@ -46,6 +46,7 @@ def session(root: Path, *arguments: str, python: str) -> subprocess.CompletedPro
 
 @pytest.mark.slow
 def test_dry_run_runs_every_part_and_writes_nothing(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
     done = session(root, "--dry-run", str(tmp_path), python=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
@@ -226,6 +227,7 @@ def part(tmp_path: Path, name: str = "part", rounds: int = 1) -> Part:
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_run_on_tiny_matrices(root: Path, tmp_path: Path, name: str) -> None:
     """Triton's kernels by its interpreter: that nothing crashes and results are right, no more."""
+    pytest.importorskip("triton")
     out = tmp_path / "rows.csv"
     paths = os.pathsep.join((str(root), str(root / "python_api")))
     done = subprocess.run(

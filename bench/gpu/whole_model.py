@@ -66,6 +66,11 @@ def run(part: Part) -> None:
         prepared.project_(grads)
         return grads
 
+    def in_halves(grads: Sequence[Tensor]) -> Results:
+        """As sharded training calls it, where A is summed over the shards in between."""
+        prepared.apply_(grads, prepared.coefficients(grads))
+        return grads
+
     def unprepared(grads: Sequence[Tensor]) -> Results:
         osf_kernels.project_many_(grads, Us, Vs)
         return grads
@@ -76,6 +81,7 @@ def run(part: Part) -> None:
 
     for name, contender in (
         ("prepared", ours),
+        ("prepared, in halves", in_halves),
         ("project_many_", unprepared),
         (contenders.HAND, loop(contenders.hand_ordered_)),
         (contenders.NAIVE, loop(contenders.naive)),
