@@ -20,7 +20,7 @@ from torch.cuda import is_available as is_cuda_available
 from osf_kernels import env
 from osf_kernels.backends import forms
 from osf_kernels.errors import BackendUnavailableError, describe
-from osf_kernels.plan import GROUPED_RANK_LIMIT, Matrix, Mode, Plan, Step
+from osf_kernels.plan import GROUPED_RANK_LIMIT, Matrix, Mode, Plan, Step, coefficient_bytes
 
 NAMES = ("torch", "triton", "cuda")
 
@@ -147,17 +147,28 @@ def select_products(device: Device, dtype: DType) -> str:
     return "triton"
 
 
-def summary(entries: Sequence[tuple[Matrix, Step, str, str]], mode: Mode, device: str) -> Plan:
-    """The Plan of a list of matrices that were decided one by one."""
-    launches = 0
-    for name in NAMES:
-        mine = [step.form for _, step, backend, _ in entries if backend == name]
-        launches += sum(map(forms.library_calls, mine)) if name == "torch" else forms.launches(mine)
+def summary(
+    entries: Sequence[tuple[Matrix, Step, str, str]],
+    mode: Mode,
+    device: str,
+    grouped: tuple[int, int],
+    notes: Sequence[str] = (),
+) -> Plan:
+    """The Plan of a list of matrices that were decided one by one.
+
+    ``grouped`` are the calls and the bytes of workspace of the programs of grouped backends.
+    """
+    calls, workspace = grouped
+    for x, step, name, _ in entries:
+        if name == "torch":
+            calls += forms.library_calls(step.form)
+            workspace = max(workspace, coefficient_bytes(x, step))
     return Plan(
         form=_joined(step.label for _, step, _, _ in entries) or "nothing to do",
         flops=sum(step.flops for _, step, _, _ in entries),
         bytes=sum(step.bytes for _, step, _, _ in entries),
-        launches=launches,
+        launches=calls,
+        workspace_bytes=workspace,
         backend=_joined(backend for _, _, backend, _ in entries) or "none",
         why="; ".join(
             dict.fromkeys(f"{step.why} ({name}: {why})" for _, step, name, why in entries)
@@ -166,6 +177,7 @@ def summary(entries: Sequence[tuple[Matrix, Step, str, str]], mode: Mode, device
         mode=mode,
         device=device,
         matrices=tuple((x, step, backend) for x, step, backend, _ in entries),
+        notes=tuple(notes),
     )
 
 

@@ -35,13 +35,15 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends import cuda_factor
-from osf_kernels.backends.forms import Coefficients, Job, Matrix, Update
+from osf_kernels.backends.forms import Coefficients, Job, Update
 from osf_kernels.backends.operands import Placed
 from osf_kernels.errors import BackendUnavailableError, describe
+from osf_kernels.plan import Matrix
 
 __all__ = [
     "build_info",
     "cholesky_inverse",
+    "coefficient_reads",
     "coefficients",
     "compiled",
     "gram",
@@ -51,6 +53,7 @@ __all__ = [
     "multiply",
     "pack",
     "parts_bytes",
+    "spare_bytes",
     "unavailable_reason",
     "update",
 ]
@@ -111,6 +114,12 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
         return f"needs compute capability 8.0 or later, {device} has {_version(capability)}"
     reason: str | None = extension.unsupported(_index(device))
     return reason
+
+
+def coefficient_reads(x: Matrix) -> int:
+    """How often x is read for both coefficients: once for each block of ranks."""
+    half = x.dtype == x.basis_dtype != "float32"
+    return -(-max(x.r or 0, x.k or 0, 1) // (128 if half else 64))
 
 
 def coefficients(jobs: Sequence[Coefficients]) -> None:
@@ -360,6 +369,11 @@ def parts_bytes(job: Coefficients) -> int:
     return 4 * elements
 
 
+def spare_bytes(device: torch.device) -> int:
+    """``grouped.Kernels.spare_bytes``: a job has the parts it has, whatever runs beside it."""
+    return 0
+
+
 @functools.lru_cache(maxsize=64)
 def _processors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -436,7 +450,7 @@ def _update_words(job: Update, address: Address) -> list[int]:
     ]
 
 
-def _matrix(name: str, tensor: Matrix | None, address: Address) -> tuple[int, int, int, int]:
+def _matrix(name: str, tensor: Any, address: Address) -> tuple[int, int, int, int]:
     if tensor is None:
         return _ABSENT
     dtype = _DTYPES.get(tensor.dtype)

@@ -59,6 +59,9 @@ class Kernels(Protocol):
     def parts_bytes(self, job: Coefficients) -> int:
         """What the partial sums of a job take at least, however many jobs share a launch."""
 
+    def spare_bytes(self, device: torch.device) -> int:
+        """The most that the partial sums of a launch take beyond those of its jobs."""
+
 
 class Program:
     """What a list of problems runs on one device.
@@ -79,11 +82,10 @@ class Program:
     ) -> None:
         self.device = problems[0].x.device
         slices = sliced(problems, kernels, limit)
+        stages = [list(in_stages(map(iter, calls))) for _, calls in slices]
+        self.calls = sum(map(len, stages))
         self._arena_bytes = max(arena.bytes for arena, _ in slices)
-        self._slices = [
-            kernels.compiled(list(in_stages(map(iter, calls))), self.device, kept=kept)
-            for _, calls in slices
-        ]
+        self._slices = [kernels.compiled(each, self.device, kept=kept) for each in stages]
         self.workspace_bytes = max(
             arena.bytes + executable.parts_bytes
             for (arena, _), executable in zip(slices, self._slices, strict=True)
@@ -116,6 +118,11 @@ class ListProgram:
     ) -> None:
         self._problems, self._kernels, self._limit = list(problems), kernels, limit
         self._make()
+
+    @property
+    def calls(self) -> int:
+        """Of the two kernels."""
+        return self._program.calls
 
     @property
     def workspace_bytes(self) -> int:
@@ -183,6 +190,7 @@ def sliced(
     arena = Arena(problems[0].x.device)
     slices: list[tuple[Arena, list[list[Job]]]] = [(arena, [])]
     parts = 0
+    limit -= kernels.spare_bytes(arena.device)
     for matrix in itertools.chain.from_iterable(map(matrices, problems)):
         before = arena.bytes
         calls = _calls(matrix, arena)

@@ -91,9 +91,11 @@ class Route:
         ]
 
     @property
-    def workspace_bytes(self) -> int:
-        programs = [program for _, program in self._parts]
-        return max((p.workspace_bytes for p in programs if isinstance(p, ListProgram)), default=0)
+    def grouped(self) -> tuple[int, int]:
+        """How often the kernels of grouped backends are called, and the bytes of workspace."""
+        programs = [program for _, program in self._parts if isinstance(program, ListProgram)]
+        workspace = max((program.workspace_bytes for program in programs), default=0)
+        return sum(program.calls for program in programs), workspace
 
     def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
         """Each problem with its matrix of ``xs``, and with ready coefficients where given."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -85,7 +84,10 @@ def prepare(
     held_U, held_V, kinds = held(names, Us, Vs, mode)
     if not kinds:
         kind_of(names.op, mode, "high", "high")
-    return Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded)
+    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded)
+    if not sharded:
+        prepared.make(like)
+    return prepared
 
 
 class CoefficientList(NamedTuple):
@@ -137,11 +139,13 @@ class Prepared:
         self._routes: dict[object, Route] = {}
         self._renew()
 
-    @functools.cached_property
+    @property
     def plan(self) -> Plan:
         """What ``project_`` runs (where sharded: ``apply_``), and why."""
         device = str(self._metas[0][2]) if self._metas else "cpu"
-        return backends.summary([d[:4] for d in self._decisions], self.mode, device)
+        route = self._routes.get("project")
+        grouped = (0, 0) if route is None else route.grouped
+        return backends.summary([d[:4] for d in self._decisions], self.mode, device, grouped)
 
     def __len__(self) -> int:
         return len(self._metas)
@@ -342,6 +346,10 @@ class Prepared:
             return
         with full_precision():
             route.run(xs, ready)
+
+    def make(self, like: Sequence[Tensor]) -> None:
+        """Makes what ``project_`` runs for matrices that lie as these do."""
+        self._route("project", lambda: self._decisions, like)
 
     def run_project_(self, names: Names, grads: Sequence[Tensor]) -> None:
         """``project_`` as the operator that ``names`` says."""

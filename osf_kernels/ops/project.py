@@ -208,19 +208,14 @@ def plan(
     grads: list[Any] = list(g) if many else [g]
     Us = _as_list(U, many, len(grads))
     Vs = _as_list(V, many, len(grads))
-    require_lengths("plan", g=grads, U=Us, V=Vs)
-    kind_of("plan", mode, "high", "high")
-    entries = []
-    for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs, strict=True)):
-        tail = f"[{i}]" if many else ""
-        require_tensor("plan", f"g{tail}", matrix)
-        held_U, u_spans = columns("plan", f"U{tail}", left)
-        held_V, v_spans = columns("plan", f"V{tail}", right)
-        names = [f"{letter}{tail}" for letter in "gUV"]
-        kind = kind_of("plan", mode, u_spans, v_spans)
-        decided = decide("plan", names, matrix, held_U, held_V, kind)
-        entries.append(decided[:4])
-    return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
+    names = Names("plan", "g", "U", "V", single=not many)
+    require_lengths(names.op, g=grads, U=Us, V=Vs)
+    kind_of(names.op, mode, "high", "high")
+    for i, matrix in enumerate(grads):
+        require_tensor(names.op, names.entry(i)[0], matrix)
+    prepared = Prepared(names, grads, *held(names, Us, Vs, mode), mode=mode)
+    prepared.make(grads)
+    return prepared.plan
 
 
 def _as_list(basis: Any, many: bool, count: int) -> list[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.backends.torch.loops import FORMS
-from osf_kernels.plan import Step
+from osf_kernels.plan import Matrix, Step
 
 Ready = tuple[Tensor | None, Tensor | None]  # the coefficients A and B of apply_
 Pin = tuple[Tensor, Tensor | None, Tensor | None]  # S, rest_A and rest_B of restore_
@@ -37,6 +37,11 @@ _GROUP_ELEMENTS = 2**18
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
+
+
+def coefficient_reads(x: Matrix) -> int:
+    """How often x is read for both coefficients."""
+    return 2
 
 
 def coefficients(jobs: Sequence[Coefficients]) -> None:

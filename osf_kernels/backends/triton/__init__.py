@@ -22,15 +22,18 @@ from torch import Tensor
 
 from osf_kernels.backends.forms import Coefficients, Job, Update
 from osf_kernels.backends.grouped import Executable
+from osf_kernels.plan import Matrix
 
 from . import configs
 
 __all__ = [
+    "coefficient_reads",
     "coefficients",
     "compiled",
     "gram",
     "multiply",
     "parts_bytes",
+    "spare_bytes",
     "unavailable_reason",
     "update",
 ]
@@ -69,6 +72,11 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     if not _launch().ON_AMD and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 or later"
     return None
+
+
+def coefficient_reads(x: Matrix) -> int:
+    """How often x is read for both coefficients: once by ``one_pass``, twice by ``two_pass``."""
+    return 1 if (x.r or 0) + (x.k or 0) <= configs.ONE_PASS_RANK_SUM else 2
 
 
 def coefficients(
@@ -124,6 +132,12 @@ def compiled(stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int
 def parts_bytes(job: Coefficients) -> int:
     """``grouped.Kernels.parts_bytes``."""
     found: int = _dispatch().parts_bytes(job)
+    return found
+
+
+def spare_bytes(device: torch.device) -> int:
+    """``grouped.Kernels.spare_bytes``."""
+    found: int = _dispatch().spare_bytes(device)
     return found
 
 

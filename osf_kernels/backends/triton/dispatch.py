@@ -17,7 +17,7 @@ from osf_kernels.backends.operands import Operand
 from . import autotune, configs, launch, schedule
 from .gram_schedule import gram_launches
 
-__all__ = ["coefficients", "compiled", "gram", "multiply", "parts_bytes", "update"]
+__all__ = ["coefficients", "compiled", "gram", "multiply", "parts_bytes", "spare_bytes", "update"]
 
 JobT = TypeVar("JobT", Coefficients, Update)
 
@@ -75,6 +75,14 @@ def parts_bytes(job: Coefficients) -> int:
         None,
     ]
     return 0 if made is None else 4 * made.workspace_elements
+
+
+def spare_bytes(device: torch.device) -> int:
+    """``grouped.Kernels.spare_bytes``: a launch that is split has at most a tile a processor more
+    than its parts need, of the largest tile of two reductions."""
+    architecture = launch.architecture(device)
+    tile = max(config.block_q * config.block_r for config in configs.two_pass(architecture))
+    return 2 * configs.FILL[architecture] * tile * 4
 
 
 def multiply(
