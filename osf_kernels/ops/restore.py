@@ -22,7 +22,6 @@ from osf_kernels.ops._validation import (
 from osf_kernels.ops.prepared import Prepared
 from osf_kernels.plan import Mode
 
-
 _ONE = Names("restore_", "W", "U", "V", single=True)
 _MANY = Names("restore_many_", "Ws")
 
