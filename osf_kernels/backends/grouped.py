@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,7 @@ class Program:
         problems: with an ``Operand`` for whatever a call brings.
         limit: bytes of the workspace; a single matrix that takes more has a slice of its own.
         kept: as in ``Kernels.compiled``.
+        halves: compute A and B of the problems, and no more.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Program:
         limit: int = WORKSPACE_BYTES,
         *,
         kept: int = 4,
+        halves: bool = False,
     ) -> None:
         self.device = problems[0].x.device
-        slices = sliced(problems, kernels, limit)
+        slices = sliced(problems, kernels, limit, _halves if halves else _calls)
         stages = [list(in_stages(map(iter, calls))) for _, calls in slices]
         self.calls = sum(map(len, stages))
         self._arena_bytes = max(arena.bytes for arena, _ in slices)
@@ -114,9 +116,15 @@ class ListProgram:
     """
 
     def __init__(
-        self, problems: Sequence[Problem], kernels: Kernels, limit: int = WORKSPACE_BYTES
+        self,
+        problems: Sequence[Problem],
+        kernels: Kernels,
+        limit: int = WORKSPACE_BYTES,
+        *,
+        halves: bool = False,
     ) -> None:
         self._problems, self._kernels, self._limit = list(problems), kernels, limit
+        self._halves = halves
         self._make()
 
     @property
@@ -144,7 +152,8 @@ class ListProgram:
             ]
             self._make()
         self._program.run(addresses)
-        torch.autograd.graph.increment_version(xs)
+        if not self._halves:
+            torch.autograd.graph.increment_version(xs)
 
     def _make(self) -> None:
         problems: list[Problem] = []
@@ -158,7 +167,7 @@ class ListProgram:
                     self._beyond.append(t.data_ptr() % ALIGNMENT)
             problems.append(problem._replace(**places, out=places["x"]))
         self._problems = problems  # without tensors of the caller's that a call brings
-        self._program = Program(problems, self._kernels, self._limit)
+        self._program = Program(problems, self._kernels, self._limit, halves=self._halves)
 
 
 @functools.lru_cache(maxsize=512)
@@ -183,8 +192,11 @@ def single(
     return Program([problem], kernels, kept=256)
 
 
+Calls = Callable[[Problem, Arena], list[Job]]
+
+
 def sliced(
-    problems: Sequence[Problem], kernels: Kernels, limit: int
+    problems: Sequence[Problem], kernels: Kernels, limit: int, calls_of: Calls
 ) -> list[tuple[Arena, list[list[Job]]]]:
     """The kernel calls of each matrix, in slices as large as the workspace holds."""
     arena = Arena(problems[0].x.device)
@@ -193,13 +205,13 @@ def sliced(
     limit -= kernels.spare_bytes(arena.device)
     for matrix in itertools.chain.from_iterable(map(matrices, problems)):
         before = arena.bytes
-        calls = _calls(matrix, arena)
+        calls = calls_of(matrix, arena)
         own = sum(kernels.parts_bytes(job) for job in calls if isinstance(job, Coefficients))
         if slices[-1][1] and arena.bytes + parts + own > limit:
             arena.bytes, parts = before, 0
             arena = Arena(arena.device)
             slices.append((arena, []))
-            calls = _calls(matrix, arena)
+            calls = calls_of(matrix, arena)
         parts += own
         slices[-1][1].append(calls)
     return slices
@@ -207,6 +219,14 @@ def sliced(
 
 def _calls(problem: Problem, arena: Arena) -> list[Job]:
     return list(steps(problem, coefficient_dtype(problem.x), arena.new))
+
+
+def _halves(problem: Problem, arena: Arena) -> list[Job]:
+    assert problem.A is not None
+    assert problem.B is not None
+    left = (problem.U, problem.A) if problem.A.numel() else (None, None)
+    right = (problem.V, problem.B) if problem.B.numel() else (None, None)
+    return [Coefficients(problem.x, left[0], right[0], left[1], right[1])]
 
 
 def matrices(problem: Problem) -> Iterator[Problem]:

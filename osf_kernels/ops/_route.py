@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 import osf_kernels.backends.torch as torch_backend
 from osf_kernels import backends
 from osf_kernels.backends import grouped
-from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import ListProgram, Ready
 from osf_kernels.backends.operands import Lie
+from osf_kernels.ops._coefficient_list import CoefficientList
 from osf_kernels.ops._validation import Choice, Decision, admit, check
 
 
@@ -81,10 +82,7 @@ class Route:
         names: Sequence[str],
         limit: int = grouped.WORKSPACE_BYTES,
     ) -> None:
-        members: dict[tuple[str, torch.device], list[int]] = {}
-        for i, (problem, name) in enumerate(zip(problems, names, strict=True)):
-            device = problem.x.device
-            members.setdefault((name, device), []).append(i)
+        members = _members([problem.x for problem in problems], names)
         self._parts = [
             (mine, _program([problems[i] for i in mine], name, limit))
             for (name, _), mine in members.items()
@@ -105,6 +103,56 @@ class Route:
         for mine, program in self._parts:
             chosen = [xs[i] for i in mine]
             program.run(chosen, None if ready is None else [ready[i] for i in mine])
+
+
+class CoefficientRoute:
+    """What the coefficients of a list take: made once, run with other matrices each time."""
+
+    def __init__(
+        self,
+        xs: Sequence[Tensor],
+        Us: Sequence[Tensor | None],
+        Vs: Sequence[Tensor | None],
+        found: CoefficientList,
+        names: Sequence[str],
+        limit: int = grouped.WORKSPACE_BYTES,
+    ) -> None:
+        self._Us, self._Vs = list(Us), list(Vs)
+        self._parts: list[tuple[list[int], ListProgram | None]] = []
+        for (name, _), mine in _members(xs, names).items():
+            if name == "torch":
+                self._parts.append((mine, None))
+                continue
+            mine = [i for i in mine if found.A[i].numel() or found.B[i].numel()]
+            problems = [
+                Problem(xs[i], xs[i], Us[i], Vs[i], _NO_STEP, A=found.A[i], B=found.B[i])
+                for i in mine
+            ]
+            if problems:
+                kernels = backends.module(name)
+                self._parts.append((mine, ListProgram(problems, kernels, limit, halves=True)))
+
+    def run(self, xs: Sequence[Tensor], found: CoefficientList) -> None:
+        """Writes the coefficients of ``xs``, which lie as those it was made for."""
+        for mine, program in self._parts:
+            chosen = [xs[i] for i in mine]
+            As, Bs = [found.A[i] for i in mine], [found.B[i] for i in mine]
+            if program is None:
+                Us, Vs = [self._Us[i] for i in mine], [self._Vs[i] for i in mine]
+                torch_backend.coefficients_of(chosen, Us, Vs, As, Bs)
+            else:
+                program.run(chosen, list(zip(As, Bs, strict=True)))
+
+
+_NO_STEP: Any = None
+
+
+def _members(xs: Sequence[Any], names: Sequence[str]) -> dict[tuple[str, torch.device], list[int]]:
+    """The places in a list of those that run on one backend and device."""
+    members: dict[tuple[str, torch.device], list[int]] = {}
+    for i, (x, name) in enumerate(zip(xs, names, strict=True)):
+        members.setdefault((name, x.device), []).append(i)
+    return members
 
 
 def _program(
@@ -134,10 +182,7 @@ class _Unrolled:
             torch_backend.run(unbatch(problem._replace(x=x, out=x, A=A, B=B), "torch"))
 
 
-Item = TypeVar("Item", Problem, Coefficients)
-
-
-def unbatch(item: Item, backend: str) -> list[Item]:
+def unbatch(item: Problem, backend: str) -> list[Problem]:
     """An item as the backend takes it: torch with one batch dimension, the kernels with none."""
     batch = item.x.shape[:-2]
     if not batch:
@@ -148,7 +193,7 @@ def unbatch(item: Item, backend: str) -> list[Item]:
         for name, t in item._asdict().items()
         if isinstance(t, Tensor)
     }
-    in_place = isinstance(item, Problem) and item.out is item.x
+    in_place = item.out is item.x
     parts = []
     for index in itertools.product(*map(range, lead)):
         part = {name: t[index] for name, t in whole.items()}

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from osf_kernels import backends
-from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
+from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import Ready
 from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import describe
+from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
 from osf_kernels.ops._library import observed
 from osf_kernels.ops._memory import (
     Range,
     are_apart,
-    ranges,
     require_distinct,
     require_no_leaf,
     require_no_meta_among,
@@ -28,7 +28,8 @@ from osf_kernels.ops._memory import (
 )
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
-from osf_kernels.ops._route import Route, decide, unbatch
+from osf_kernels.ops._route import CoefficientRoute, Route, decide
+from osf_kernels.ops._seen import Admitted, Held, Pinned
 from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
@@ -90,20 +91,6 @@ def prepare(
     return prepared
 
 
-class CoefficientList(NamedTuple):
-    """A = Uᵀ x and B = x V of every matrix of a list.
-
-    Attributes:
-        A, B: a tensor (..., r, n) and (..., m, k) a matrix, float32 (float64 for float64 x).
-        sums: flat tensors, one a device and dtype, which hold all of A: of matrices whose rows are
-            sharded, all-reduce these in place.
-    """
-
-    A: list[Tensor]
-    B: list[Tensor]
-    sums: tuple[Tensor, ...]
-
-
 class Prepared:
     """A list of matrices with what is decided of it; made by :func:`prepare`.
 
@@ -133,11 +120,11 @@ class Prepared:
         self._metas = [meta(x) for x in like]
         choice: Choice = "shard" if sharded else "any"
         self._decisions = self._decided(names, like, choice)
-        self._held = [t for t in (*self._Us, *self._Vs) if t is not None]
-        self._counted = [t for t in self._held if not t.is_inference()]
-        self._admitted: dict[str, _Admitted] = {}
-        self._routes: dict[object, Route] = {}
-        self._renew()
+        self._bases = Held([*self._Us, *self._Vs])
+        self._admitted: dict[str, Admitted] = {}
+        self._routes: dict[str, Any] = {}
+        self._pinned: Pinned | None = None
+        self._allocation: Allocation | None = None
 
     @property
     def plan(self) -> Plan:
@@ -213,7 +200,17 @@ class Prepared:
         """
         names = Names("Prepared.coefficients", "xs")
         self._admit(names, xs, written=False)
-        return self._run_coefficients(xs)
+        route = self._routes.get("coefficients")
+        if self._allocation is None:
+            self._allocation = Allocation(xs, self._Us, self._Vs)
+        found = self._allocation.new()
+        if route is None:
+            decisions = self._decided(names, xs, "shard", _AS_HELD)
+            backends = [decision.backend for decision in decisions]
+            route = CoefficientRoute(xs, self._Us, self._Vs, found, backends)
+            self._routes["coefficients"] = route
+        self._run(route, xs, found)
+        return found
 
     def apply_(self, xs: Sequence[Tensor], coefficients: CoefficientList) -> None:
         """x ← P(x) in place from ready coefficients, A summed over the shards; as :func:`apply_`.
@@ -250,7 +247,7 @@ class Prepared:
 
         ``read`` are the ranges of memory that are read, those of the bases where it is None.
         """
-        if _stamp(self._held, self._counted) != self._stamp:
+        if not self._bases.is_as_noted():
             self._renew()
         try:
             lies: list[Any] = [
@@ -264,13 +261,13 @@ class Prepared:
         if known is not None and not recorded and lies == known.lies:
             if addresses == known.addresses:
                 return False
-            if not written or are_apart(addresses, known.sizes, read or self._read):
+            if not written or are_apart(addresses, known.spans, read or self._bases.ranges):
                 known.addresses = addresses
                 return False
         self._judge(names, xs, written)
         if known is not None and [x[2] for x in known.lies] != [x[2] for x in lies]:
             self._routes.clear()  # other strides
-        self._admitted[names.op] = _Admitted(lies, addresses, [span(x) for x in xs])
+        self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
         return True
 
     def _judge(self, names: Names, xs: Sequence[Tensor], written: bool) -> None:
@@ -298,16 +295,17 @@ class Prepared:
         """Something was written to a basis, or it was given other memory."""
         self._routes.clear()
         self._admitted.clear()
-        self._pinned: _Pinned | None = None
-        self._read = ranges(self._held)
-        self._stamp = _stamp(self._held, self._counted)
+        self._pinned = None
+        self._bases.note()
 
     # --- what runs ---
 
-    def _decided(self, names: Names, xs: Sequence[Tensor], choice: Choice) -> list[Decision]:
+    def _decided(
+        self, names: Names, xs: Sequence[Tensor], choice: Choice, kind: str | None = None
+    ) -> list[Decision]:
         decisions = []
-        lists = zip(xs, self._Us, self._Vs, self._kinds, strict=True)
-        for i, (x, U, V, kind) in enumerate(lists):
+        kinds = self._kinds if kind is None else [kind] * len(xs)
+        for i, (x, U, V, kind) in enumerate(zip(xs, self._Us, self._Vs, kinds, strict=True)):
             try:
                 decisions.append(decide(names.op, "gUV", x, U, V, kind, choice))
             except (TypeError, ValueError):
@@ -317,12 +315,12 @@ class Prepared:
 
     def _route(
         self,
-        key: object,
+        key: str,
         decided: Callable[[], Sequence[Decision]],
         xs: Sequence[Tensor],
         ready: Sequence[Ready] | None = None,
     ) -> Route:
-        route = self._routes.get(key)
+        route: Route | None = self._routes.get(key)
         if route is None:
             decisions = decided()
             pairs = ready or [(None, None)] * len(xs)
@@ -337,9 +335,9 @@ class Prepared:
 
     def _run(
         self,
-        route: Route,
+        route: Any,
         xs: Sequence[Tensor],
-        ready: Sequence[Ready] | None = None,
+        ready: Sequence[Ready] | CoefficientList | None = None,
     ) -> None:
         if not lowered():
             route.run(xs, ready)
@@ -379,7 +377,7 @@ class Prepared:
                 require_apart(names, weights, S=S, protected=protected, **rests)
             for key in ("restore", "restore from coefficients"):
                 self._routes.pop(key, None)
-            pinned = self._pinned = _Pinned(ids, pins, self._held)
+            pinned = self._pinned = Pinned(ids, pins, self._bases.ranges)
         ready = None if coefficients is None else self._ready(names.op, coefficients)
         key = "restore" if ready is None else "restore from coefficients"
         route = self._routes.get(key)
@@ -412,30 +410,6 @@ class Prepared:
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
 
-    def _run_coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
-        decisions = [
-            decide("coefficients", "gUV", x, U, V, _AS_HELD, "shard")
-            for x, U, V in zip(xs, self._Us, self._Vs, strict=True)
-        ]
-        found = _allocated(xs, self._Us, self._Vs)
-        jobs: dict[str, list[Coefficients]] = {}
-        for x, U, V, A, B, decision in zip(
-            xs, self._Us, self._Vs, found.A, found.B, decisions, strict=True
-        ):
-            if x.numel() == 0:
-                A.zero_()
-                B.zero_()
-                continue
-            left = (U, A) if A.numel() else (None, None)
-            right = (V, B) if B.numel() else (None, None)
-            if A.numel() or B.numel():
-                job = Coefficients(x, left[0], right[0], left[1], right[1])
-                jobs.setdefault(decision.backend, []).extend(unbatch(job, decision.backend))
-        with full_precision():
-            for name, mine in jobs.items():
-                backends.module(name).coefficients(mine)
-        return found
-
     def _ready(self, op: str, coefficients: CoefficientList) -> list[Ready]:
         if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
             expected = f"those of {len(self)} matrices"
@@ -445,34 +419,6 @@ class Prepared:
             (None if U is None else A, None if V is None else B)
             for A, B, U, V in zip(coefficients.A, coefficients.B, self._Us, self._Vs, strict=True)
         ]
-
-
-class _Admitted:
-    """The matrices of the last call that was accepted, without the tensors."""
-
-    def __init__(self, lies: list[Any], addresses: list[int], sizes: list[int]) -> None:
-        self.lies, self.addresses, self.sizes = lies, addresses, sizes
-
-
-class _Pinned:
-    """The pins of the last call, and whether others are the very same tensors."""
-
-    def __init__(self, ids: list[int], pins: list[Pin], bases: Sequence[Tensor]) -> None:
-        self.ids, self.pins = ids, pins
-        self._held = [t for pin in pins for t in pin if t is not None]
-        self._counted = [t for t in self._held if not t.is_inference()]
-        self._stamp = _stamp(self._held, self._counted)
-        self.read = ranges([*bases, *self._held])
-
-    def holds(self, ids: list[int]) -> bool:
-        return ids == self.ids and _stamp(self._held, self._counted) == self._stamp
-
-
-def _stamp(tensors: Sequence[Tensor], counted: Sequence[Tensor]) -> list[int]:
-    """Where tensors lie, and how often those were written to of which torch counts it."""
-    stamp = [t.data_ptr() for t in tensors]
-    stamp += [t._version for t in counted]
-    return stamp
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
@@ -487,31 +433,3 @@ def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tens
         require_own_memory(names.op, names.entry(i)[0], x)
     require_no_meta_among(names.op, names.xs, written)
     require_distinct(names.op, names.xs, written, read)
-
-
-def coefficient_shapes(
-    g: Tensor, U: Tensor | None, V: Tensor | None
-) -> tuple[torch.Size, torch.Size]:
-    r = 0 if U is None else U.shape[-1]
-    k = 0 if V is None else V.shape[-1]
-    batch = tuple(g.shape[:-2])
-    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
-
-
-def _allocated(
-    xs: Sequence[Tensor], Us: Sequence[Tensor | None], Vs: Sequence[Tensor | None]
-) -> CoefficientList:
-    """Coefficients without values: all of A side by side."""
-    shapes = [coefficient_shapes(x, U, V) for x, U, V in zip(xs, Us, Vs, strict=True)]
-    kinds = [(x.device, coefficient_dtype(x)) for x in xs]
-    sums: dict[Any, Tensor] = {}
-    for kind in dict.fromkeys(kinds):
-        total = sum(s[0].numel() for s, other in zip(shapes, kinds, strict=True) if other == kind)
-        sums[kind] = torch.empty(total, dtype=kind[1], device=kind[0])
-    A, B, starts = [], [], dict.fromkeys(sums, 0)
-    for x, (shape_A, shape_B), kind in zip(xs, shapes, kinds, strict=True):
-        start = starts[kind]
-        starts[kind] = end = start + shape_A.numel()
-        A.append(sums[kind][start:end].view(shape_A))
-        B.append(x.new_empty(shape_B, dtype=kind[1]))
-    return CoefficientList(A, B, tuple(sums.values()))
