@@ -9,7 +9,7 @@ triton and the compiled extension lazily; imports run one way, downward in that 
 """
 
 from osf_kernels._version import __version__
-from osf_kernels.backends import use_backend
+from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError
 from osf_kernels.linalg.extension import extend_basis

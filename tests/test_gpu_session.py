@@ -250,7 +250,7 @@ def test_parts_run_on_tiny_matrices(root: Path, tmp_path: Path, name: str) -> No
 
 def test_a_backend_that_is_missing_is_a_failure(tmp_path: Path) -> None:
     """Here Triton has neither a GPU nor its interpreter: its row says so, and others go on."""
-    if osf_kernels.backends.unavailable_reason("triton", CPU) is None:
+    if osf_kernels.backends.choosing.unavailable_reason("triton", CPU) is None:
         pytest.skip("Triton's interpreter is on in this process")
     out = tmp_path / "rows.csv"
     assert measure.main("first_kernel", first_kernel.run, 1, ["--dry-run", "--out", str(out)]) == 1

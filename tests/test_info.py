@@ -17,7 +17,7 @@ import torch
 import osf_kernels
 from osf_kernels import env
 from osf_kernels.__main__ import main
-from osf_kernels.backends import NAMES, unavailable_reason
+from osf_kernels.backends.choosing import NAMES, unavailable_reason
 
 
 def run_info(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

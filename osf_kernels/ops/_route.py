@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
-from osf_kernels import backends
-from osf_kernels.backends import grouped
+from osf_kernels.backends import choosing, grouped
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import ListProgram, Ready
 from osf_kernels.backends.operands import Lie
@@ -33,7 +32,7 @@ def decide(
     u_meta = None if U is None else (U.shape, U.dtype, U.device)
     v_meta = None if V is None else (V.shape, V.dtype, V.device)
     try:
-        return admit(op, g_meta, u_meta, v_meta, kind, backends.requested(), choice)
+        return admit(op, g_meta, u_meta, v_meta, kind, choosing.requested(), choice)
     except (TypeError, ValueError):
         check(op, names, g_meta, u_meta, v_meta, choice == "shard")
         raise
@@ -54,7 +53,7 @@ def execute_one(
             U, V = (t if t is None else t.expand(*g.shape[:-2], *t.shape[-2:]) for t in (U, V))
         tensors = [t for t in (g, None if in_place else out, U, V) if t is not None]
         program = grouped.single(
-            backends.module(backend),
+            choosing.module(backend),
             g.device,
             step,
             Lie.of(g),
@@ -129,7 +128,7 @@ class CoefficientRoute:
                 for i in mine
             ]
             if problems:
-                kernels = backends.module(name)
+                kernels = choosing.module(name)
                 self._parts.append((mine, ListProgram(problems, kernels, limit, halves=True)))
 
     def run(self, xs: Sequence[Tensor], found: CoefficientList) -> None:
@@ -159,7 +158,7 @@ def _program(
     problems: Sequence[Problem], name: str, limit: int
 ) -> ListProgram | torch_backend.Program | _Unrolled:
     if name != "torch":
-        return ListProgram(problems, backends.module(name), limit)
+        return ListProgram(problems, choosing.module(name), limit)
     if any(problem.x.dim() > 3 for problem in problems):
         return _Unrolled(problems)
     return torch_backend.Program([_broadcast(problem) for problem in problems])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
-from osf_kernels.backends import module, select
+from osf_kernels.backends.choosing import choose_for, module
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import has_tangent
@@ -261,7 +261,7 @@ def admit(
         step = choose_pinned(x, mode, planned_for)
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
-    backend, why = select(request, device, x, step)
+    backend, why = choose_for(request, device, x, step)
     step = on_backend(x, step, module(backend).coefficient_reads(x), backend == "torch")
     dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
     direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import Ready
 from osf_kernels.backends.precision import full_precision, lowered
@@ -30,6 +29,7 @@ from osf_kernels.ops._names import Names
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
 from osf_kernels.ops._route import CoefficientRoute, Route, decide
 from osf_kernels.ops._seen import Admitted, Held, Pinned
+from osf_kernels.ops._summary import summary
 from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
@@ -132,7 +132,7 @@ class Prepared:
         device = str(self._metas[0][2]) if self._metas else "cpu"
         route = self._routes.get("project")
         grouped = (0, 0) if route is None else route.grouped
-        return backends.summary([d[:4] for d in self._decisions], self.mode, device, grouped)
+        return summary([d[:4] for d in self._decisions], self.mode, device, grouped)
 
     def __len__(self) -> int:
         return len(self._metas)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
+from osf_kernels.backends import choosing
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import (
     aligned,
@@ -364,7 +364,7 @@ _project_many_ = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     g, U, V, ctx.kind = inputs
-    ctx.backend = backends.requested()  # backward of CUDA tensors runs in a thread of autograd's
+    ctx.backend = choosing.requested()  # backward of CUDA tensors runs in a thread of autograd's
     # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
     bases = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(g if bases else None, U, V)
@@ -376,7 +376,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     g, U, V = ctx.saved_tensors
     _, u_spans, v_spans = parts_of("project", ctx.kind)
     for_g = for_U = for_V = None
-    with backends.use_backend(ctx.backend):
+    with choosing.use_backend(ctx.backend):
         if ctx.needs_input_grad[0]:
             for_g = _projected(grad, U, V, ctx.kind)
         if ctx.needs_input_grad[1]:
