@@ -16,7 +16,9 @@ import torch
 from osf_kernels import env
 from osf_kernels._version import __version__
 from osf_kernels.backends import cuda
-from osf_kernels.backends.choosing import NAMES, unavailable_reason
+from osf_kernels.backends.choosing import NAMES, WORKS, choose, requested, unavailable_reason
+from osf_kernels.errors import BackendUnavailableError
+from osf_kernels.plan import GROUPED_RANK_LIMIT
 
 __all__ = ["Info", "collect", "render"]
 
