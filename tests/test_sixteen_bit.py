@@ -246,6 +246,19 @@ def test_float16_parts_follow_their_tensor(exponent, served):
         assert float((value - t.double()).norm() / t.double().norm()) <= 2.0**-21
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_what_is_not_finite(dtype, bad):
+    """It stays so, and scales nothing beside it away."""
+    t = randn(6, 5, dtype=torch.float32, generator=generator_for("not finite", dtype))
+    t[2, 3] = bad
+    parts, exponent = sixteen_bit.split(t, dtype)
+    value = sum(part.double() for part in parts) * 2.0 ** (0 if exponent is None else exponent)
+    assert not torch.isfinite(value[2, 3])
+    others = torch.isfinite(t)
+    assert float((value - t)[others].norm() / t[others].norm()) <= torch.finfo(dtype).eps ** 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_entries_do_not_overflow(dtype, served):
     """|g| is near the largest float16, a coefficient √m times as large."""

@@ -205,8 +205,9 @@ def _update(
 ) -> None:
     """out = beta·x + alpha·(the sum of the terms) + addend, rounded once.
 
-    In bfloat16 without an addend that is one product. Else its float32 sum takes memory, in float16
-    once a term, as each has a scale of its own.
+    In bfloat16 without an addend that is one product, whose parts cuBLAS may sum in bfloat16 where
+    torch's ``allow_bf16_reduced_precision_reduction`` lets it. Else a float32 sum takes memory, in
+    float16 once a term, as each has a scale of its own.
     """
     if x.dtype == torch.bfloat16:
         L, R = _join(terms)
