@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from osf_kernels import plan
 from osf_kernels.backends import torch as torch_backend
@@ -96,14 +97,31 @@ def test_a_program_reads_what_its_bases_hold_now():
     assert all(torch.equal(p.x, wanted) for p, wanted in zip(problems, expected, strict=True))
 
 
-def test_large_matrices_of_a_list():
+class Copies(TorchDispatchMode):
+    """Notes the largest number of elements that were converted before a product came."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.held = self.held + args[0].numel() if name == "_to_copy" else 0
+        self.most = max(self.most, self.held)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_list_is_converted_a_part_at_a_time():
+    """A whole model in float32 beside it would take twice its memory again."""
     gen = generator_for("large")
     problems = []
-    for size, dtype in itertools.product((700, 40, 600, 40, 40, 300), (torch.bfloat16,)):
-        problems += pinned(1, gen, dtype, size=size)
+    for size in (700, 40, 600, 40, 40, 300):
+        problems += pinned(1, gen, torch.bfloat16, size=size)
     expected = fresh(problems)
-    Program(problems).run([p.x for p in problems])
+    with Copies() as copies:
+        Program(problems).run([p.x for p in problems])
     assert all(torch.equal(p.x, wanted) for p, wanted in zip(problems, expected, strict=True))
+    assert 700 * 700 <= copies.most <= 700 * 700 + 2 * 700 * 4
 
 
 def test_bfloat16_rows_may_be_padded():

@@ -2,9 +2,10 @@
 
 It serves every device and dtype and is the only backend for float64. Matmuls run in bfloat16
 where matrix and bases are bfloat16 (accumulated in float32 by the library, rounded once a
-product); every other mixture is computed in float32 and rounded once on the way out. float16
-always takes that way: a coefficient is as large as √m·max|g| and overflows float16 where g
-itself doesn't. So does whatever pins a value or brings its own coefficients.
+product). Every other mixture, float16, whatever pins a value and whatever brings its own
+coefficients is rounded once, on the way out: on a GPU ``sixteen_bit.py`` multiplies 16-bit
+operands of a 16-bit matrix, elsewhere all is computed in float32. A coefficient in float16 would
+overflow where g itself doesn't: it is as large as √m·max|g|.
 
 A form is a function of ``loops.py`` over a list; here is what each list runs and in what dtype.
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.backends.torch import sixteen_bit
 from osf_kernels.backends.torch.loops import FORMS
 from osf_kernels.plan import Matrix, Step
 
@@ -29,6 +31,7 @@ Pin = tuple[Tensor, Tensor | None, Tensor | None]  # S, rest_A and rest_B of res
 
 _NOT_READY: Iterable[Ready] = itertools.repeat((None, None))
 _NO_PINS: Iterable[Pin | None] = itertools.repeat(None)
+_NO_ADDENDS: Iterable[Tensor | None] = itertools.repeat(None)
 
 # A Program runs so many elements of its list at a time: matrices that are converted would take a
 # model's memory again, and would leave the cache between one step and the next.
@@ -55,15 +58,21 @@ def coefficients_of(
     As: Sequence[Tensor | None],
     Bs: Sequence[Tensor | None],
 ) -> None:
-    """A = Uᵀ x and B = x V of every matrix, into the outputs that aren't None."""
+    """A = Uᵀ x and B = x V of every matrix, into the outputs that aren't None, of one dtype."""
     for x, U, V, A, B in zip(xs, Us, Vs, As, Bs, strict=True):
-        for out in (A, B):
-            if out is not None:
-                x = x.to(out.dtype)
+        out = B if A is None else A
+        if out is None:
+            continue
+        dtype = out.dtype
+        served = x.dtype in sixteen_bit.DTYPES and x.device.type in sixteen_bit.DEVICES
+        if served and dtype == torch.float32:
+            sixteen_bit.coefficients(x, U, V, A, B)
+            continue
+        x = x.to(dtype)
         if U is not None and A is not None:
-            torch.matmul(U.to(A.dtype).mT, x, out=A)
+            torch.matmul(U.to(dtype).mT, x, out=A)
         if V is not None and B is not None:
-            torch.matmul(x, V.to(B.dtype), out=B)
+            torch.matmul(x, V.to(dtype), out=B)
 
 
 def run(problems: Sequence[Problem]) -> None:
@@ -167,6 +176,10 @@ def _run(
 ) -> None:
     """One form in the working dtype, for matrices that agree on what they lack and on dtypes."""
     x, targets = xs[0], outs
+    served = x.dtype in sixteen_bit.DTYPES and x.device.type in sixteen_bit.DEVICES
+    if x.dtype != working and served:
+        sixteen_bit.run(step, xs, outs, Us, Vs, pins, ready, addends or _NO_ADDENDS)
+        return
     Us, Vs = _converted(Us, working), _converted(Vs, working)
     if x.dtype != working:
         xs = targets = [x.to(working) for x in xs]
