@@ -15,7 +15,7 @@ from osf_kernels.backends import grouped
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.backends.grouped import ListProgram, Ready
 from osf_kernels.backends.operands import Lie
-from osf_kernels.ops._validation import Choice, Decision, admit, check
+from osf_kernels.ops._validation import Choice, Decision, admit, check, of_shard
 
 
 def decide(
@@ -34,7 +34,7 @@ def decide(
     try:
         return admit(op, g_meta, u_meta, v_meta, kind, backends.requested(), choice)
     except (TypeError, ValueError):
-        check(op, names, g_meta, u_meta, v_meta, choice == "shard")
+        check(op, names, g_meta, u_meta, v_meta, of_shard(choice))
         raise
 
 

@@ -106,7 +106,7 @@ _KIND = kind_of("coefficients", "complement", "high", "high")  # coefficients ar
 
 def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = coefficient_dtype(g)
-    shape_A, shape_B = coefficient_shapes(g, U, V)
+    shape_A, shape_B = coefficient_shapes(g.shape, U, V)
     return g.new_empty(shape_A, dtype=dtype), g.new_empty(shape_B, dtype=dtype)
 
 
@@ -138,7 +138,7 @@ def _check_coefficients(
     g: Tensor, U: Tensor | None, V: Tensor | None, A: Tensor, B: Tensor
 ) -> None:
     op = "apply_"
-    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    wanted = zip("AB", (A, B), coefficient_shapes(g.shape, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
             remedy = "take both from coefficients(g, U, V)"

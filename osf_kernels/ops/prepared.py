@@ -30,6 +30,7 @@ from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
     Decision,
+    Meta,
     held,
     kind_of,
     meta,
@@ -125,8 +126,9 @@ class Prepared:
         self._sharded = sharded
         self._Us, self._Vs, self._kinds = list(Us), list(Vs), list(kinds)
         self._metas = [meta(x) for x in like]
-        choice: Choice = "shard" if sharded else "any"
-        self._decisions = self._decided(names, like, choice)
+        self._choice: Choice = "shard" if sharded else "any"
+        self._decisions = self._decided(names, like, self._choice)
+        self._coefficient_metas: list[tuple[Meta, Meta]] | None = None
         self._held = [t for t in (*self._Us, *self._Vs) if t is not None]
         self._stamp = _stamp(self._held)
         self._admitted: dict[str, list[Any]] = {}
@@ -232,8 +234,8 @@ class Prepared:
     def _admit(self, names: Names, xs: Sequence[Tensor], *, written: bool = True) -> bool:
         """Refuses matrices that differ from those that were prepared; whether some lie elsewhere
         than those of the last call did."""
-        if _stamp(self._held) != self._stamp:
-            self._renew(names, xs)
+        stamp = _stamp(self._held)
+        renewed = stamp != self._stamp
         try:
             found: list[Any] = [
                 (type(x), x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.is_inference())
@@ -247,11 +249,11 @@ class Prepared:
         ):  # no tensor, or none with memory
             found, recorded = [], False
         known = self._admitted.get(names.op)
-        if found and not recorded and found == known:
+        if found and not recorded and found == known and not renewed:
             return False
         self._judge(names, xs, written)
-        if known is not None and [x[3] for x in known] != [x[3] for x in found]:
-            self._routes.clear()  # other strides
+        if renewed:
+            self._renew(names, xs, stamp)
         self._admitted[names.op] = found
         return True
 
@@ -272,16 +274,19 @@ class Prepared:
                 raise kind(describe(op, name, expected, got, "prepare the list again"))
             if written:
                 require_no_leaf(op, name, x)
-                require_constant(op, [name], x)
+            require_constant(op, [name], x)
         if written:
             require_apart(names, xs, Us=self._Us, Vs=self._Vs)
 
-    def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
+    def _renew(self, names: Names, xs: Sequence[Tensor], stamp: list[object]) -> None:
         """Something was written to a basis, or it was given other memory."""
+        self._decisions = self._decided(names, xs, self._choice)
+        self._coefficient_metas = None
+        self.__dict__.pop("plan", None)
         self._routes.clear()
         self._admitted.clear()
         self._pinned = None
-        self._stamp = _stamp(self._held)
+        self._stamp = stamp
 
     # --- what runs ---
 
@@ -343,22 +348,23 @@ class Prepared:
         """``restore_`` as the operator that ``names`` says."""
         moved = self._admit(names, weights)
         ids, pinned = identities(S, residual, protected), self._pinned
-        if moved or pinned is None or not pinned.holds(ids):
+        known = pinned is not None and pinned.holds(ids)
+        if pinned is None or not known:
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
-            require_pins(names, weights, self._Us, self._Vs, self._kinds, pins)
-            if pins:
-                S, protected, first, second = map(list, zip(*pins, strict=True))
+            pinned = _Pinned(ids, pins, self._metas)
+        if moved or not known:
+            require_pins(names, weights, self._Us, self._Vs, self._kinds, pinned.pins)
+            if pinned.pins:
+                S, protected, first, second = map(list, zip(*pinned.pins, strict=True))
                 rests = {"residual": first, "second of residual": second}
                 require_apart(names, weights, S=S, protected=protected, **rests)
-            for key in ("restore", "restore from coefficients"):
-                self._routes.pop(key, None)
-            pinned = self._pinned = _Pinned(ids, pins)
+            self._pinned = pinned
         ready = None if coefficients is None else self._ready(names.op, coefficients)
-        key = "restore" if ready is None else "restore from coefficients"
-        route = self._routes.get(key)
+        route = pinned.routes.get(ready is None)
         if route is None:
-            route = self._restoring(names, weights, pinned.pins, ready)
-            self._routes[key] = route
+            route = self._restoring(names, weights, pinned.operands, ready)
+            pinned.routes[ready is None] = route
+        pinned.copy()
         self._run(route, weights, ready)
 
     def _restoring(
@@ -368,6 +374,7 @@ class Prepared:
         pins: Sequence[Pin],
         ready: Sequence[Ready] | None,
     ) -> Route:
+        """``pins`` as problems take them."""
         problems, backend_names = [], []
         pairs = ready or [(None, None)] * len(weights)
         lists = zip(weights, self._Us, self._Vs, self._kinds, pins, pairs, strict=True)
@@ -375,13 +382,13 @@ class Prepared:
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
-                choice = "pinned"
+                choice = "pinned" if ready is None else "pinned shard"
             elif ready is not None:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
-            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin.operands(W.dtype)))
+            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
 
@@ -410,26 +417,72 @@ class Prepared:
         return found
 
     def _ready(self, op: str, coefficients: CoefficientList) -> list[Ready]:
-        if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
+        if not isinstance(coefficients, CoefficientList) or not (
+            len(coefficients.A) == len(coefficients.B) == len(self)
+        ):
             expected = f"those of {len(self)} matrices"
             remedy = "take them from coefficients(xs) of this prepared list"
             raise ValueError(describe(op, "coefficients", expected, "others", remedy))
-        return [
-            (None if U is None else A, None if V is None else B)
-            for A, B, U, V in zip(coefficients.A, coefficients.B, self._Us, self._Vs, strict=True)
-        ]
+        metas = self._coefficient_metas
+        if metas is None:
+            metas = self._coefficient_metas = self._metas_of_coefficients()
+        found: list[Ready] = []
+        lists = zip(coefficients.A, coefficients.B, metas, self._Us, self._Vs, strict=True)
+        for i, (A, B, (of_A, of_B), U, V) in enumerate(lists):
+            for name, t, known in (("A", A, of_A), ("B", B, of_B)):
+                if meta(t) != known or t.requires_grad:
+                    _refuse_coefficient(op, f"coefficients.{name}[{i}]", t, known)
+            found.append((None if U is None else A, None if V is None else B))
+        return found
+
+    def _metas_of_coefficients(self) -> list[tuple[Meta, Meta]]:
+        found = []
+        for (shape, dtype, device), U, V in zip(self._metas, self._Us, self._Vs, strict=True):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            of_A, of_B = coefficient_shapes(shape, U, V)
+            found.append(((of_A, wide, device), (of_B, wide, device)))
+        return found
+
+
+def _refuse_coefficient(op: str, name: str, t: Tensor, expected: Meta) -> None:
+    require_constant(op, [name], t)
+    if meta(t) != expected:
+        shape, dtype, device = expected
+        wanted, got = (f"{tuple(s)} {d} on {o}" for s, d, o in ((shape, dtype, device), meta(t)))
+        remedy = "take them from coefficients(xs) of this prepared list"
+        raise ValueError(describe(op, name, wanted, got, remedy))
 
 
 class _Pinned:
-    """The pins of the last call, and whether others are the very same tensors."""
+    """The pins of the last call, what they run, and whether others are the very same tensors.
 
-    def __init__(self, ids: list[int], pins: list[Pin]) -> None:
+    Attributes:
+        operands: the pins as problems of their weights take them.
+        routes: by whether coefficients are computed.
+    """
+
+    def __init__(self, ids: list[int], pins: list[Pin], metas: Sequence[Meta]) -> None:
         self.ids, self.pins = ids, pins
+        self.routes: dict[bool, Route] = {}
+        self.operands = [
+            pin.operands(dtype) for pin, (_, dtype, _) in zip(pins, metas, strict=True)
+        ]
+        self._copies = [
+            (converted, t)
+            for pin, operands in zip(pins, self.operands, strict=True)
+            for t, converted in zip(pin, operands, strict=True)
+            if t is not None and converted is not None and converted is not t
+        ]
         self._held = [t for pin in pins for t in pin if t is not None]
         self._stamp = _stamp(self._held)
 
     def holds(self, ids: list[int]) -> bool:
         return ids == self.ids and _stamp(self._held) == self._stamp
+
+    def copy(self) -> None:
+        """What is held in another dtype follows writes that no version counts, and a graph's."""
+        for converted, t in self._copies:
+            converted.copy_(t)
 
 
 def _stamp(tensors: Sequence[Tensor]) -> list[object]:
@@ -452,19 +505,19 @@ def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tens
 
 
 def coefficient_shapes(
-    g: Tensor, U: Tensor | None, V: Tensor | None
+    shape: Sequence[int], U: Tensor | None, V: Tensor | None
 ) -> tuple[torch.Size, torch.Size]:
     r = 0 if U is None else U.shape[-1]
     k = 0 if V is None else V.shape[-1]
-    batch = tuple(g.shape[:-2])
-    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
+    *batch, m, n = shape
+    return torch.Size((*batch, r, n)), torch.Size((*batch, m, k))
 
 
 def _allocated(
     xs: Sequence[Tensor], Us: Sequence[Tensor | None], Vs: Sequence[Tensor | None]
 ) -> CoefficientList:
     """Coefficients without values: all of A side by side."""
-    shapes = [coefficient_shapes(x, U, V) for x, U, V in zip(xs, Us, Vs, strict=True)]
+    shapes = [coefficient_shapes(x.shape, U, V) for x, U, V in zip(xs, Us, Vs, strict=True)]
     kinds = [(x.device, coefficient_dtype(x)) for x in xs]
     sums: dict[Any, Tensor] = {}
     for kind in dict.fromkeys(kinds):
