@@ -145,11 +145,12 @@ def steps(problem: Problem, dtype: torch.dtype, new: New) -> Iterator[Coefficien
         yield Coefficients(x, U, None, A, None)
         yield Update(rest, x, U, A, None, None, -1.0, 1.0)
         yield Coefficients(rest, None, V, None, B)
-        yield Update(rest, rest, None, None, B, Vt, -1.0, 1.0, addend if step.beta else None)
-        if not step.beta:
-            yield less(out, x, rest)
-            if addend is not None:
-                yield plus(out, out, addend)
+        if step.beta:
+            yield Update(out, out, None, None, B, Vt, -1.0, 1.0, addend)
+            return
+        yield Update(out, rest, None, None, B, Vt, 1.0, -1.0, x)
+        if addend is not None:
+            yield plus(out, out, addend)
         return
 
     if form in ("mixed in turn", "inner in turn"):

@@ -129,7 +129,7 @@ def _check_coefficients(
     g: Tensor, U: Tensor | None, V: Tensor | None, A: Tensor, B: Tensor
 ) -> None:
     op = "apply_"
-    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    wanted = zip("AB", (A, B), coefficient_shapes(g.shape, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
             remedy = "take both from coefficients(g, U, V)"

@@ -118,8 +118,8 @@ class Prepared:
         self._sharded = sharded
         self._Us, self._Vs, self._kinds = list(Us), list(Vs), list(kinds)
         self._metas = [meta(x) for x in like]
-        choice: Choice = "shard" if sharded else "any"
-        self._decisions = self._decided(names, like, choice)
+        self._choice: Choice = "shard" if sharded else "any"
+        self._decisions = self._decided(names, like, self._choice)
         self._bases = Held([*self._Us, *self._Vs])
         self._admitted: dict[str, Admitted] = {}
         self._routes: dict[str, Any] = {}
@@ -201,9 +201,7 @@ class Prepared:
         names = Names("Prepared.coefficients", "xs")
         self._admit(names, xs, written=False)
         route = self._routes.get("coefficients")
-        if self._allocation is None:
-            self._allocation = Allocation(xs, self._Us, self._Vs)
-        found = self._allocation.new()
+        found = self._places(xs).new()
         if route is None:
             decisions = self._decided(names, xs, "shard", _AS_HELD)
             backends = [decision.backend for decision in decisions]
@@ -223,7 +221,7 @@ class Prepared:
         """
         names = Names("Prepared.apply_", "xs")
         self._admit(names, xs)
-        ready = self._ready(names.op, coefficients)
+        ready = self._places(xs).checked(names.op, coefficients)
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
         self._run(route, xs, ready)
 
@@ -247,8 +245,7 @@ class Prepared:
 
         ``read`` are the ranges of memory that are read, those of the bases where it is None.
         """
-        if not self._bases.is_as_noted():
-            self._renew()
+        renewed = not self._bases.is_as_noted()
         try:
             lies: list[Any] = [
                 (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
@@ -258,15 +255,15 @@ class Prepared:
         except (AttributeError, RuntimeError, NotImplementedError):  # no tensor with memory
             lies, addresses, recorded = [], [], True
         known = self._admitted.get(names.op)
-        if known is not None and not recorded and lies == known.lies:
+        if known is not None and not recorded and not renewed and lies == known.lies:
             if addresses == known.addresses:
                 return False
             if not written or are_apart(addresses, known.spans, read or self._bases.ranges):
                 known.addresses = addresses
                 return False
         self._judge(names, xs, written)
-        if known is not None and [x[2] for x in known.lies] != [x[2] for x in lies]:
-            self._routes.clear()  # other strides
+        if renewed:
+            self._renew(names, xs)
         self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
         return True
 
@@ -287,18 +284,25 @@ class Prepared:
                 raise kind(describe(op, name, expected, got, "prepare the list again"))
             if written:
                 require_no_leaf(op, name, x)
-                require_constant(op, [name], x)
+            require_constant(op, [name], x)
         if written:
             require_apart(names, xs, Us=self._Us, Vs=self._Vs)
 
-    def _renew(self) -> None:
+    def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
         """Something was written to a basis, or it was given other memory."""
+        self._decisions = self._decided(names, xs, self._choice)
+        self._allocation = None
         self._routes.clear()
         self._admitted.clear()
         self._pinned = None
         self._bases.note()
 
     # --- what runs ---
+
+    def _places(self, xs: Sequence[Tensor]) -> Allocation:
+        if self._allocation is None:
+            self._allocation = Allocation(xs, self._Us, self._Vs)
+        return self._allocation
 
     def _decided(
         self, names: Names, xs: Sequence[Tensor], choice: Choice, kind: str | None = None
@@ -367,23 +371,28 @@ class Prepared:
         """``restore_`` as the operator that ``names`` says."""
         ids, pinned = identities(S, residual, protected), self._pinned
         if pinned is not None and not pinned.holds(ids):
-            pinned = self._pinned = None
-        if self._admit(names, weights, None if pinned is None else pinned.read) or pinned is None:
+            pinned = None
+        looked = self._admit(names, weights, None if pinned is None else pinned.read)
+        if pinned is None or pinned is not self._pinned:
+            looked = True
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
-            require_pins(names, weights, self._Us, self._Vs, self._kinds, pins)
-            if pins:
-                S, protected, first, second = map(list, zip(*pins, strict=True))
+            dtypes = [dtype for _, dtype, _ in self._metas]
+            pinned = Pinned(ids, pins, dtypes, self._bases.ranges)
+        if looked:
+            require_pins(names, weights, self._Us, self._Vs, self._kinds, pinned.pins)
+            if pinned.pins:
+                S, protected, first, second = map(list, zip(*pinned.pins, strict=True))
                 rests = {"residual": first, "second of residual": second}
                 require_apart(names, weights, S=S, protected=protected, **rests)
-            for key in ("restore", "restore from coefficients"):
-                self._routes.pop(key, None)
-            pinned = self._pinned = Pinned(ids, pins, self._bases.ranges)
-        ready = None if coefficients is None else self._ready(names.op, coefficients)
-        key = "restore" if ready is None else "restore from coefficients"
-        route = self._routes.get(key)
+            self._pinned = pinned
+        ready = None
+        if coefficients is not None:
+            ready = self._places(weights).checked(names.op, coefficients)
+        route = pinned.routes.get(ready is not None)
         if route is None:
-            route = self._restoring(names, weights, pinned.pins, ready)
-            self._routes[key] = route
+            route = self._restoring(names, weights, pinned.operands, ready)
+            pinned.routes[ready is not None] = route
+        pinned.copy()
         self._run(route, weights, ready)
 
     def _restoring(
@@ -393,6 +402,7 @@ class Prepared:
         pins: Sequence[Pin],
         ready: Sequence[Ready] | None,
     ) -> Route:
+        """``pins`` as problems take them."""
         problems, backend_names = [], []
         pairs = ready or [(None, None)] * len(weights)
         lists = zip(weights, self._Us, self._Vs, self._kinds, pins, pairs, strict=True)
@@ -400,25 +410,15 @@ class Prepared:
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
-                choice = "pinned"
+                choice = "pinned" if ready is None else "pinned shard"
             elif ready is not None:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
-            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin.operands(W.dtype)))
+            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
-
-    def _ready(self, op: str, coefficients: CoefficientList) -> list[Ready]:
-        if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
-            expected = f"those of {len(self)} matrices"
-            remedy = "take them from coefficients(xs) of this prepared list"
-            raise ValueError(describe(op, "coefficients", expected, "others", remedy))
-        return [
-            (None if U is None else A, None if V is None else B)
-            for A, B, U, V in zip(coefficients.A, coefficients.B, self._Us, self._Vs, strict=True)
-        ]
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
