@@ -29,7 +29,7 @@ errs least where both sides hold most of g. Complement and core, high and low ba
 choices of form, alpha and beta (see ``osf_kernels/plan.py``); restoring is the same with an
 offset on the coefficients (S) or a dense addend.
 
-May import: torch and ``osf_kernels.plan``.
+May import: torch, ``osf_kernels.plan`` and ``osf_kernels._padding``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.plan import Step
 
 
@@ -151,7 +152,7 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
     Vt = None if V is None else V.mT
 
     def new(rows: int, columns: int) -> Tensor:
-        return x.new_empty((*x.shape[:-2], rows, columns), dtype=dtype)
+        return _padding.empty(rows, columns, x, dtype=dtype, batch=x.shape[:-2])
 
     if form == "sequential":
         rest = out if step.beta else torch.empty_like(x)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
+from osf_kernels import _padding, backends
 from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
 from osf_kernels.errors import describe
 from osf_kernels.ops._execute import decide, execute, unbatch
@@ -43,7 +43,8 @@ def coefficients(g: Tensor, U: BasisLike, V: BasisLike) -> tuple[Tensor, Tensor]
 
     Returns:
         (A, B): (..., r, n) and (..., m, k), float32 (float64 for float64 g); a missing side is
-        empty, with r = 0 or k = 0.
+        empty, with r = 0 or k = 0. A is contiguous; on a GPU the rows of B begin on 16-byte
+        boundaries, whatever k is.
 
     Raises:
         TypeError, ValueError: as project.
@@ -115,7 +116,10 @@ def coefficient_shapes(
 def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = coefficient_dtype(g)
     shape_A, shape_B = coefficient_shapes(g, U, V)
-    return g.new_empty(shape_A, dtype=dtype), g.new_empty(shape_B, dtype=dtype)
+    # A is what shards all-reduce, which takes contiguous tensors only; its rows are as long as
+    # those of g. B stays, and its width is a rank.
+    A = g.new_empty(shape_A, dtype=dtype)
+    return A, _padding.empty(shape_B[-2], shape_B[-1], g, dtype=dtype, batch=shape_B[:-2])
 
 
 def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
