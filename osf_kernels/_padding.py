@@ -30,6 +30,11 @@ def pads(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def leading_dimension(columns: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Elements from one row to the next of what the library allocates."""
+    return padded_width(columns, dtype.itemsize) if pads(device) else columns
+
+
 def padded_width(width: int, itemsize: int) -> int:
     """The width rounded up to whole vectors."""
     vector = VECTOR_BYTES // itemsize
@@ -50,7 +55,7 @@ def empty(
     open: kernels may read it, and let nothing of it into a result.
     """
     dtype = dtype or like.dtype
-    width = padded_width(columns, dtype.itemsize) if pads(like.device) else columns
+    width = leading_dimension(columns, like.device, dtype)
     out = like.new_empty((*batch, rows, width), dtype=dtype)
     if width != columns:
         # In place: a view could not be written to under autograd as an operator's output is.
@@ -67,7 +72,7 @@ def padded(
     width is no multiple of 16 bytes through it once, and no kernel has to read element by element.
 
     Args:
-        t: (..., m, r), any strides.
+        t: (..., m, r), any strides. A vector has no lines: it is moved and converted alone.
         device, dtype: where to and in what; by default those of ``t``.
 
     Returns:
@@ -79,7 +84,7 @@ def padded(
     """
     device = t.device if device is None else torch.device(device)
     dtype = dtype or t.dtype
-    if not pads(device) or not t.numel():
+    if not pads(device) or t.dim() < 2 or not t.numel():
         return t.to(device, dtype)
     here = device.index is None or device == t.device
     if here and (t.device.type, t.dtype) == (device.type, dtype) and is_aligned(t):
@@ -93,6 +98,17 @@ def padded(
         out.as_strided_(source.shape, out.stride())
     out.copy_(source)
     return out.mT if down else out
+
+
+def padded_rows(t: Tensor) -> Tensor:
+    """A copy as :func:`empty` lays it out, whatever ``t`` was; ``t`` where nothing is padded."""
+    whole = leading_dimension(t.shape[-1], t.device, t.dtype) == t.shape[-1]
+    return t if whole else empty_like(t).copy_(t)
+
+
+def empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`empty` of a tensor's shape."""
+    return empty(t.shape[-2], t.shape[-1], t, dtype=dtype, batch=t.shape[:-2])
 
 
 def is_aligned(t: Tensor) -> bool:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from osf_kernels import _padding
+import osf_kernels
+import osf_torch
+from osf_kernels import Basis, _padding
 from osf_kernels._padding import empty, is_aligned, is_padded, padded
 from osf_kernels.backends import forms
 from osf_kernels.backends.triton import configs, schedule
 from osf_kernels.plan import Matrix, Mode, choose
+from osf_torch.protected import columns_of
+from tests.helpers import generator_for
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -191,3 +196,98 @@ def test_a_ragged_basis_as_it_comes_is_launched_unaligned() -> None:
 def test_coefficients_as_torch_lays_them_out_are_launched_unaligned() -> None:
     problem = problem_of(77, BF16, True, SPANS[0], own=True)
     assert unaligned(problem)
+
+
+# --- what the library allocates ---
+
+
+def layouts(*tensors: Tensor | None) -> list[bool]:
+    return [is_aligned(t) for t in tensors if t is not None]
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("batch", [False, True])
+def test_decompositions_are_padded(batch: bool) -> None:
+    A = torch.randn(2, 48, 40, generator=generator_for(batch))
+    found = osf_kernels.truncated_svd(A if batch else list(A), 13, complement=True)
+    for svd in [found] if isinstance(found, osf_kernels.TruncatedSVD) else found:
+        assert all(layouts(svd.U, svd.V, svd.U_low, svd.V_low))
+        assert svd.U.stride()[-2:] == (16, 1)
+        assert svd.S.is_contiguous()
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_orthonormal_columns_are_padded() -> None:
+    g = generator_for("columns")
+    Y = torch.randn(48, 7, generator=g)
+    Q = osf_kernels.orthonormalize(Y)
+    grown = osf_kernels.extend_basis(Q, torch.randn(48, 4, generator=g), energy=1.0)
+    assert isinstance(grown, Tensor)
+    assert grown.shape == (48, 11)
+    assert all(layouts(Q, osf_kernels.polar(Y), grown))
+    (listed,) = osf_kernels.extend_basis([Q], [torch.randn(48, 2, generator=g)], energy=1.0)
+    assert isinstance(listed, Tensor)
+    assert is_aligned(listed)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_coefficients_are_padded_but_for_those_that_shards_sum() -> None:
+    """A collective takes contiguous tensors alone."""
+    g = torch.randn(48, 38)
+    A, B = osf_kernels.coefficients(g, torch.randn(48, 7), torch.randn(38, 5))
+    assert A.is_contiguous()
+    assert B.stride() == (8, 1)
+    B.mul_(2)  # an output, not a view
+    x = torch.randn(48, 38, requires_grad=True)
+    _, B = osf_kernels.coefficients(x, None, torch.randn(38, 5))
+    B.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("mode", ["complement", "core"])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_torch_backend_computes_the_same_with_padding(
+    mode: Mode, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = generator_for(mode, batch)
+    x = torch.randn(*batch, 48, 40, generator=g)
+    U, V = (torch.linalg.qr(torch.randn(*batch, size, 7, generator=g))[0] for size in (48, 40))
+    for bases in ((U, V), (Basis(U, "low"), Basis(V, "low")), (U, Basis(V, "low")), (None, V)):
+        actual = osf_kernels.project(x, *bases, mode=mode)
+        with monkeypatch.context() as plain:
+            plain.setattr(_padding, "pads", lambda device: False)
+            expected = osf_kernels.project(x, *bases, mode=mode)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_subspaces_stay_padded(tmp_path: Path) -> None:
+    """Refreshed, converted, saved and loaded, and in the state of a guard."""
+    model = nn.Sequential(nn.Linear(40, 48), nn.Linear(48, 40))
+
+    def factors(found: osf_torch.Subspaces) -> list[Tensor]:
+        return [f for s in found.values() for part, f in s.factors().items() if part != "S"]
+
+    found = osf_torch.refresh(model, 13, keep="all", complement=True)
+    assert len(factors(found)) == 8
+    assert all(layouts(*factors(found)))
+    half = found.to(BF16)
+    assert all(layouts(*factors(half)))
+    assert factors(half)[0].dtype == BF16
+    osf_torch.save_subspaces(tmp_path / "bases.safetensors", found, model)
+    loaded = osf_torch.load_subspaces(tmp_path / "bases.safetensors", model)
+    assert all(layouts(*factors(loaded)))  # type: ignore[arg-type]
+    for before, after in zip(factors(found), factors(loaded), strict=True):  # type: ignore[arg-type]
+        assert torch.equal(before, after)
+
+    def held(guard: osf_torch.Guard) -> list[bool]:
+        pinned = [item.held for item in guard._items.values()]
+        return layouts(*(columns_of(basis) for p in pinned for basis in (p.U, p.V)))
+
+    guard = osf_torch.protect(model, found, restore=False, when="backward")
+    assert all(held(guard))
+    guard.load_state_dict(guard.state_dict())
+    assert len(held(guard)) == 4
+    assert all(held(guard))
+    guard.remove()

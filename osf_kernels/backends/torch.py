@@ -9,7 +9,7 @@ itself doesn't. So does whatever pins a value or brings its own coefficients.
 It is written out rather than run from ``forms.steps``: yielding a step costs 2 µs and
 allocating its output from Python another 3, which a small matrix would feel.
 
-May import: torch, ``osf_kernels.backends.forms``.
+May import: torch, ``osf_kernels.backends.forms``, ``osf_kernels._padding``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import Coefficients, Problem, subtract
 from osf_kernels.plan import Step
 
@@ -55,8 +56,7 @@ def _run(problem: Problem) -> None:
     target = out
     if x.dtype != dtype:
         x = target = x.to(dtype)
-    U = None if U is None else U.to(dtype)
-    V = None if V is None else V.to(dtype)
+    U, V = _converted(U, dtype), _converted(V, dtype)
     if dtype == torch.bfloat16 and x.device.type == "cpu":
         U, V = _dense(U), _dense(V)
         if _dense(x) is not x:
@@ -73,6 +73,13 @@ def _working_dtype(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | None)
     if x == torch.bfloat16 and U in (x, None) and V in (x, None):
         return x
     return torch.float64 if x == torch.float64 else torch.float32
+
+
+def _converted(basis: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A basis in a dtype; a copy has padded rows, of which cuBLAS too reads 16 bytes at a time."""
+    if basis is None or basis.dtype == dtype:
+        return basis
+    return _padding.padded(basis, dtype=dtype)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -127,13 +134,12 @@ def _dual(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, 
 def _sequential(
     x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any
 ) -> None:
-    mm = torch.mm if x.dim() == 2 else torch.bmm
     if step.beta:
-        _add(x, U, mm(_transposed(U, x), x), -1.0, out)
-        _add(out, mm(out, V), V.mT, -1.0, out)
+        _add(x, U, _mm(_transposed(U, x), x), -1.0, out)
+        _add(out, _mm(out, V), V.mT, -1.0, out)
     else:
-        rest = _add(x, U, mm(_transposed(U, x), x), -1.0, None)
-        torch.sub(x, _add(rest, mm(rest, V), V.mT, -1.0, rest), out=out)
+        rest = _add(x, U, _mm(_transposed(U, x), x), -1.0, None)
+        torch.sub(x, _add(rest, _mm(rest, V), V.mT, -1.0, rest), out=out)
 
 
 def _mixed(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
@@ -206,23 +212,22 @@ def _inner_in_turn(
 
 
 def _inner(x: Tensor, out: Tensor, U: Any, V: Any, step: Step, pin: Any, A: Any, B: Any) -> None:
-    mm = torch.mm if x.dim() == 2 else torch.bmm
     left_first = step.first == "left"
     if A is None and not left_first and pin is None and _narrow(V):
-        _update(out, x, _within(U, mm(x, V)), V.mT, step)
+        _update(out, x, _within(U, _mm(x, V)), V.mT, step)
         return
     if A is not None:
-        C = mm(A, V)
+        C = _mm(A, V)
     else:
-        C = mm(mm(_transposed(U, x), x), V) if left_first else mm(U.mT, mm(x, V))
+        C = _mm(_mm(_transposed(U, x), x), V) if left_first else _mm(U.mT, _mm(x, V))
     if pin is not None:
         S, _, rest_C = pin
         C.diagonal(dim1=-2, dim2=-1).sub_(S)
         subtract(C, rest_C)
     if left_first:
-        _update(out, x, U, mm(C, V.mT), step)
+        _update(out, x, U, _mm(C, V.mT), step)
     else:
-        _update(out, x, mm(U, C), V.mT, step)
+        _update(out, x, _mm(U, C), V.mT, step)
 
 
 FORMS: dict[str, Callable[..., None]] = {
@@ -247,7 +252,10 @@ def _transposed(U: Tensor, x: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+    if not _padding.pads(a.device):
+        return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+    out = _padding.empty(a.shape[-2], b.shape[-1], a, batch=a.shape[:-2])
+    return torch.mm(a, b, out=out) if a.dim() == 2 else torch.bmm(a, b, out=out)
 
 
 def _update(out: Tensor, x: Tensor, L: Tensor, R: Tensor, step: Step) -> None:
