@@ -29,7 +29,7 @@ errs least where both sides hold most of g. Complement and core, high and low ba
 choices of form, alpha and beta (see ``osf_kernels/plan.py``); restoring is the same with an
 offset on the coefficients (S) or a dense addend.
 
-May import: torch and ``osf_kernels.plan``.
+May import: torch, ``osf_kernels.plan`` and ``osf_kernels._padding``.
 """
 
 from __future__ import annotations

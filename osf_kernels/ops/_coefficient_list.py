@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import coefficient_dtype
 from osf_kernels.backends.grouped import Ready
-from osf_kernels.backends.operands import ALIGNMENT
 from osf_kernels.errors import describe
 from osf_kernels.ops._validation import require_constant
 
@@ -41,7 +41,7 @@ def coefficient_shapes(
 
 class Allocation:
     """Where the coefficients of a list lie: all of A in one piece a device and dtype, and all of B;
-    rows start on 16 bytes."""
+    on a GPU rows start on 16 bytes."""
 
     def __init__(
         self, xs: Sequence[Tensor], Us: Sequence[Tensor | None], Vs: Sequence[Tensor | None]
@@ -59,7 +59,7 @@ class Allocation:
             sizes = self._sizes[place]
             views: list[tuple[Sequence[int], Sequence[int], int]] = []
             for side, shape in enumerate(coefficient_shapes(x.shape, U, V)):
-                strides, elements = _pitched(shape, kind[1])
+                strides, elements = _pitched(shape, *kind)
                 views.append((shape, strides, sizes[side]))
                 sizes[side] += elements
             self._places.append((place, views))
@@ -107,17 +107,22 @@ class Allocation:
 
 
 def empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A and B of one matrix without values, with the strides that an ``Allocation`` gives."""
+    """A and B of one matrix without values.
+
+    A is what shards all-reduce, which takes contiguous tensors only; its rows are as long as those
+    of g. B stays, and its width is a rank.
+    """
     dtype = coefficient_dtype(g)
     shape_A, shape_B = coefficient_shapes(g.shape, U, V)
-    A = g.new_empty_strided(shape_A, _pitched(shape_A, dtype)[0], dtype=dtype)
-    return A, g.new_empty_strided(shape_B, _pitched(shape_B, dtype)[0], dtype=dtype)
+    A = g.new_empty(shape_A, dtype=dtype)
+    return A, _padding.empty(shape_B[-2], shape_B[-1], g, dtype=dtype, batch=shape_B[:-2])
 
 
-def _pitched(shape: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:
+def _pitched(
+    shape: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[list[int], int]:
     """Strides with padded rows, and how many elements that takes."""
-    vector = ALIGNMENT // dtype.itemsize
-    strides, step = [1], -(-shape[-1] // vector) * vector
+    strides, step = [1], _padding.leading_dimension(shape[-1], device, dtype)
     for size in reversed(shape[:-1]):
         strides.insert(0, step)
         step *= size

@@ -47,7 +47,8 @@ def coefficients(g: Tensor, U: BasisLike, V: BasisLike) -> tuple[Tensor, Tensor]
 
     Returns:
         (A, B): (..., r, n) and (..., m, k), float32 (float64 for float64 g); a missing side is
-        empty, with r = 0 or k = 0.
+        empty, with r = 0 or k = 0. A is contiguous; on a GPU the rows of B begin on 16-byte
+        boundaries, whatever k is.
 
     Raises:
         TypeError, ValueError: as project.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels._padding import padded
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import Ready
 from osf_kernels.backends.precision import full_precision, lowered
@@ -64,7 +65,8 @@ def prepare(
         like: matrices (..., m, n) such as the weights or their gradients, of any mix of shapes and
             dtypes; only their shapes, dtypes and devices are kept.
         Us, Vs: a basis a matrix as in project, or None where a side is left alone. The tensors are
-            kept; what is written to them later holds from the next call on.
+            kept; what is written to them later holds from the next call on. On a GPU those whose
+            rows (or columns, where these are contiguous) aren't of whole 16 bytes are copied once.
         mode: "complement" or "core", for all.
         sharded: the matrices and Us are this rank's rows of larger ones, so that a basis may be
             wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
@@ -85,7 +87,7 @@ def prepare(
     held_U, held_V, kinds = held(names, Us, Vs, mode)
     if not kinds:
         kind_of(names.op, mode, "high", "high")
-    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded)
+    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded, copies=True)
     if not sharded:
         prepared.make(like)
     return prepared
@@ -113,14 +115,16 @@ class Prepared:
         *,
         mode: Mode,
         sharded: bool = False,
+        copies: bool = False,
     ) -> None:
         self.mode: Mode = mode
-        self._sharded = sharded
-        self._Us, self._Vs, self._kinds = list(Us), list(Vs), list(kinds)
+        self._sharded, self._copies = sharded, copies
+        self._given, self._kinds = (list(Us), list(Vs)), list(kinds)
+        self._Us, self._Vs = self._laid_out()
         self._metas = [meta(x) for x in like]
         self._choice: Choice = "shard" if sharded else "any"
         self._decisions = self._decided(names, like, self._choice)
-        self._bases = Held([*self._Us, *self._Vs])
+        self._bases = Held([*Us, *Vs])
         self._admitted: dict[str, Admitted] = {}
         self._routes: dict[str, Any] = {}
         self._pinned: Pinned | None = None
@@ -132,7 +136,11 @@ class Prepared:
         device = str(self._metas[0][2]) if self._metas else "cpu"
         route = self._routes.get("project")
         grouped = (0, 0) if route is None else route.grouped
-        return summary([d[:4] for d in self._decisions], self.mode, device, grouped)
+        pairs = zip((*self._Us, *self._Vs), (*self._given[0], *self._given[1]), strict=True)
+        copied = sum(used is not given for used, given in pairs)
+        note = f"{copied} bases are copied once: their rows aren't of whole 16 bytes"
+        notes = [note] if copied else []
+        return summary([d[:4] for d in self._decisions], self.mode, device, grouped, notes)
 
     def __len__(self) -> int:
         return len(self._metas)
@@ -286,16 +294,24 @@ class Prepared:
                 require_no_leaf(op, name, x)
             require_constant(op, [name], x)
         if written:
-            require_apart(names, xs, Us=self._Us, Vs=self._Vs)
+            require_apart(names, xs, Us=self._given[0], Vs=self._given[1])
 
     def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
         """Something was written to a basis, or it was given other memory."""
+        self._Us, self._Vs = self._laid_out()
         self._decisions = self._decided(names, xs, self._choice)
         self._allocation = None
         self._routes.clear()
         self._admitted.clear()
         self._pinned = None
         self._bases.note()
+
+    def _laid_out(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The bases, those that kernels would read element by element as copies."""
+        if not self._copies:
+            return self._given
+        Us, Vs = ([None if t is None else padded(t) for t in side] for side in self._given)
+        return Us, Vs
 
     # --- what runs ---
 

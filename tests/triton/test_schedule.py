@@ -254,6 +254,14 @@ def test_small_output_fills_the_machine() -> None:
         (torch.zeros(64, 72)[:, 4:68], Layout.ROW),
         (torch.zeros(64, 128)[:, ::2], Layout.GENERAL),
         (torch.zeros(1, 64).expand(64, 64), Layout.ROW),
+        (torch.zeros(64, 80)[:, :77], Layout.PADDED_ROW),
+        (torch.zeros(64, 80)[:, 4:77], Layout.PADDED_ROW),
+        (torch.zeros(64, 80)[1:, :79], Layout.PADDED_ROW),
+        (torch.zeros(64 * 80 - 1).as_strided((64, 77), (80, 1)), Layout.UNALIGNED_ROW),
+        (torch.zeros(64 * 80 - 4).as_strided((64, 76), (80, 1)), Layout.ROW),
+        (torch.zeros(64, 76).as_strided((60, 77), (76, 1)), Layout.UNALIGNED_ROW),  # overlap
+        (torch.zeros(64, 80, dtype=torch.bfloat16)[:, :76], Layout.PADDED_ROW),
+        (torch.zeros(64, 84, dtype=torch.bfloat16)[:, :77], Layout.UNALIGNED_ROW),
     ],
 )
 def test_layout(view: Tensor, layout: Layout) -> None:
@@ -261,6 +269,7 @@ def test_layout(view: Tensor, layout: Layout) -> None:
     turned = {
         Layout.ROW: Layout.COLUMN,
         Layout.UNALIGNED_ROW: Layout.UNALIGNED_COLUMN,
+        Layout.PADDED_ROW: Layout.PADDED_COLUMN,
         Layout.GENERAL: Layout.GENERAL,
     }
     flipped = turned.get(layout, Layout.ROW)
