@@ -187,6 +187,15 @@ def steps(problem: Problem, dtype: torch.dtype) -> Iterator[Coefficients | Updat
         if form == "dual":
             subtract(A, rest_A)
             subtract(B, rest_B)
+    elif form == "dual" and S is not None:
+        assert A is not None
+        assert B is not None
+        assert U is not None
+        assert V is not None
+        A.addcmul_(S.unsqueeze(-1), V.mT.to(dtype), value=-1.0)
+        B.addcmul_(U.to(dtype), S.unsqueeze(-2), value=-1.0)
+        subtract(A, rest_A)
+        subtract(B, rest_B)
 
     if two_sided:
         C = new(r, k)  # Uᵀ g V, from whichever coefficient is whole

@@ -32,7 +32,7 @@ def decide(
     try:
         return admit(op, g_meta, u_meta, v_meta, kind, backends.requested(), choice)
     except (TypeError, ValueError):
-        check(op, names, g_meta, u_meta, v_meta, choice == "shard")
+        check(op, names, g_meta, u_meta, v_meta, choice in ("shard", "shard pinned"))
         raise
 
 

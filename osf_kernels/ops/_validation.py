@@ -39,7 +39,7 @@ BasisLike = Tensor | Basis | None
 Meta = tuple[Any, ...]  # (shape, dtype, device) of a tensor
 # Which forms the planner may take: any, those that round once, those of ready coefficients of a
 # shard (whose bases may be wider than what is held of their side), those that pin to S.
-Choice = Literal["any", "once", "shard", "pinned"]
+Choice = Literal["any", "once", "shard", "pinned", "shard pinned"]
 
 
 def meta(t: Tensor) -> Meta:
@@ -241,7 +241,7 @@ def admit(
 ) -> Decision:
     """What one matrix runs, or the refusal."""
     mode, u_spans, v_spans = parts_of(op, kind)
-    check(op, ("g", "U", "V"), g, U, V, choice == "shard")
+    check(op, ("g", "U", "V"), g, U, V, choice in ("shard", "shard pinned"))
     shape, dtype, device = g
     held = [t[1] for t in (U, V) if t is not None]
     x = Matrix(
@@ -257,7 +257,7 @@ def admit(
     )
     # Kernels for a GPU are planned for one, wherever they are interpreted.
     planned_for = "cuda" if request in ("triton", "cuda") else device.type
-    if choice == "pinned":
+    if choice in ("pinned", "shard pinned"):
         step = choose_pinned(x, mode, planned_for)
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")

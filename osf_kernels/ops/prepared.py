@@ -356,7 +356,7 @@ class Prepared:
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
-                choice = "pinned"
+                choice = "shard pinned" if self._sharded else "pinned"
             elif self._sharded:
                 choice = "shard"
             elif W.element_size() == 2:
