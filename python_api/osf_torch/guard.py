@@ -16,7 +16,8 @@ from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
 from osf_torch.coverage import left_out, log_left_out
 from osf_torch.hooks import Hooks
-from osf_torch.protected import Protected
+from osf_torch.lists import Lists
+from osf_torch.protected import Protected, Together
 from osf_torch.selection import Rank, Ranks
 from osf_torch.sharding import step_left_out
 from osf_torch.state import read_state, state_of
@@ -82,7 +83,7 @@ class Guard:
         self._written: set[str] = set()  # by something else, where nothing is pinned
         self._released: dict[str, float] = {}
         self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
-        self._left = self._left_as_it_is()
+        self._look_anew()
         self._uncovered: set[str] = set()  # what trained at protect and no guard was on
         self._told = False  # of it, by verify
         self._hooks = Hooks(
@@ -104,8 +105,11 @@ class Guard:
         count = len(self._items)
         return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self.mode!r})"
 
-    def _left_as_it_is(self) -> Left:
-        return Left(self._items.values(), uncounted=bool(self.restores))
+    def _look_anew(self) -> None:
+        """Takes the items as they are now, and their weights as they should be."""
+        self._together = Together(self._items.values())
+        self._left = Left(self._together.items, uncounted=bool(self.restores))
+        self._lists = Lists(self.mode)
 
     def attach(self) -> None:
         """Puts the hooks on, and takes those of earlier guards off the same parameters."""
@@ -122,10 +126,10 @@ class Guard:
             del self._items[key]
             self._moved.pop(key, None)
             self._hooks.release(key)
+        if lost:
+            self._look_anew()
         if not self._items:
             self.remove()
-        elif lost:
-            self._left = self._left_as_it_is()
 
     # --- hooks ---
 
@@ -148,7 +152,7 @@ class Guard:
         """Projects the gradients there are, or lets the step's closure project those it makes."""
         if not self._owned(optimizer):
             return None
-        checks.require_bases(self._items.values())
+        checks.require_bases(self._together)
         changed = self._left.changed()
         if self.restores:
             checks.require_as_left(changed, self.mode)
@@ -158,7 +162,7 @@ class Guard:
         keywords = dict(kwargs or {})
         closure = args[1] if len(args) > 1 else keywords.get("closure")
         if not callable(closure):
-            self._made(optimizer)
+            self._gradients_are_made(optimizer)
             return None
         evaluate: Callable[..., Any] = closure
 
@@ -183,8 +187,8 @@ class Guard:
         if self.when == "step":
             self._project(ready, pin=True)
         else:
-            self._hooks.mend(item.weight for item in self._items.values())
-            self._project([item for item in ready if not item.has_met()])
+            self._hooks.mend([item.weight for item in self._together.items])
+            self._project(weights.unmet(ready))
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -208,41 +212,36 @@ class Guard:
         tells, or where only a synchronisation would."""
         known = {id(item) for item in trained}
         others = [item for item in owned if id(item) not in known]
-        unread = {id(item) for item in others if not item.is_readable}
-        known |= unread | {id(item) for item in self._left.changed(others)}
+        if others:
+            read = {id(item) for item in weights.readable(others)}
+            known |= {id(item) for item in others} - read
+            known |= {id(item) for item in self._left.changed(others)}
         return [item for item in owned if id(item) in known]
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[Protected]:
         """The items that the optimizer steps: all, or those of an optimizer that wasn't named."""
-        items = list(self._items.values())
         if self._optimizer is not None:
-            return items
+            return self._together.items
         owned = owned_by(optimizer)
-        return [item for item in items if id(item.weight) in owned]
+        return [item for item in self._together.items if id(item.weight) in owned]
 
     def _ready(self, optimizer: torch.optim.Optimizer | None = None) -> list[Protected]:
-        items = self._items.values() if optimizer is None else self._owned(optimizer)
+        items = self._together.items if optimizer is None else self._owned(optimizer)
         return [item for item in items if item.weight.grad is not None]
 
     # --- projecting, judging, pinning ---
 
     def _project(self, items: list[Protected], pin: bool = False) -> None:
         """Projects the gradients that aren't yet, and pins what earlier steps have moved."""
-        items = [item for item in items if not item.is_projected()]
+        items = weights.unprojected(items)
         moved = list(self._moved.values()) if pin else []
         checks.require_dense_gradients(items)
-        try:
-            for item in (*items, *moved):
-                item.follow()
-            if self._record:
-                self._raw |= {item.name: self._share(item) for item in items}
-            raw = [] if self.restores else [measures.imprint(item) for item in items]
-            weights.project_and_restore_all_(items, moved, self.mode)
-        except (TypeError, ValueError) as error:
-            raise checks.refused(error, [*items, *moved], self.mode) from None
+        before = self._run(items, moved)
+        weights.mark_projected(items)
         if not self.restores:
-            for item, before in zip(items, raw, strict=True):
-                item.raw, item.kept = before, measures.imprint(item)
+            after = measures.imprints(items)
+            for item, raw, kept in zip(items, before, after, strict=True):
+                item.raw, item.kept = raw, kept
         if moved:
             self._moved = {}
             self.restorations += 1
@@ -250,13 +249,37 @@ class Guard:
         self._note_leaks(items)
         self.projections += bool(items)
 
+    def _run(self, items: Sequence[Protected], moved: Sequence[Protected]) -> list[Tensor]:
+        """g ← P(g) for the gradients of some, W ← P(W) + what is pinned for the weights of others.
+
+        Returns:
+            The imprints of the gradients as they were, where nothing is pinned.
+        """
+        try:
+            self._together.follow()
+            if self._record:
+                self._raw |= {item.name: self._share(item) for item in items}
+            before = [] if self.restores else measures.imprints(items)
+            self._lists.run_(
+                [item.key for item in items] + [item.pinned_key for item in moved],
+                weights.gradients_of(items) + weights.weights_of(moved),
+                lambda: [
+                    item.entry(self.mode, pinned=pinned)
+                    for some, pinned in ((items, False), (moved, True))
+                    for item in some
+                ],
+            )
+        except (TypeError, ValueError) as error:
+            raise checks.refused(error, [*items, *moved], self.mode) from None
+        return before
+
     def _judge(self, used: Sequence[Protected]) -> None:
         """Notes the gradients that a step has used otherwise than they were projected.
 
         What the weights' protected part has taken from them is pinned where the guard restores;
         elsewhere their values tell, whoever wrote to them.
         """
-        self._missed |= {item.name for item in used if not item.has_met()}
+        self._missed |= {item.name for item in weights.unmet(used)}
         if not self.restores:
             for item in measures.rewritten(used):
                 excess = measures.leaking(item, self.mode)
@@ -279,9 +302,7 @@ class Guard:
         """W ← P(W) + protected of what has moved: now, or now where it takes no collective."""
         waiting = {} if at_once else {k: i for k, i in self._moved.items() if i.group is not None}
         now = [item for key, item in self._moved.items() if key not in waiting]
-        for item in now:
-            item.follow()
-        weights.restore_all_(now, self.mode)
+        self._run([], now)
         self._moved = waiting
         self.restorations += bool(now)
 
@@ -341,10 +362,10 @@ class Guard:
             The norm before clipping, after projecting.
         """
         self.project_grads()
-        known = [item for item in self._items.values() if item.is_projected()]
+        stale = {id(item) for item in weights.unprojected(self._together.items)}
+        known = [item for item in self._together.items if id(item) not in stale]
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm, norm_type)
-        for item in known:  # scaling commutes with P
-            item.mark_projected()
+        weights.mark_projected(known)  # scaling commutes with P
         return norm
 
     def next_task(
@@ -398,7 +419,7 @@ class Guard:
         """Forgets what was noted until now: the weights are as they should be."""
         self._leaks, self._raw, self._missed, self._excess = {}, {}, set(), {}
         self._written = set()
-        self._left = self._left_as_it_is()
+        self._look_anew()
 
     # --- what a user asks ---
 
@@ -476,7 +497,7 @@ class Guard:
             checks.require_same_model(self._model, model)
         owned = None if self._optimizer is None else owned_by(self._optimizer)
         checks.require_present(self._model, items, owned)
-        checks.require_bases(items)
+        checks.require_bases(self._together)
         checks.require_hooks(items, self._hooks)
         checks.require_covered(self._model, self.subspaces, _guarded())
         checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
@@ -484,7 +505,9 @@ class Guard:
             log_left_out(self._model, _guarded(), "Guard.verify")
             self._told = True
         if self.when == "backward":
-            self._judge([item for item in self._ready() if item.has_met()])
+            ready = self._ready()
+            stale = {id(item) for item in weights.unmet(ready)}
+            self._judge([item for item in ready if id(item) not in stale])
         fired = self.projections + self.restorations
         leaking = {name for name, excess in self._excess.items() if float(excess) > 0}
         checks.require_projected(fired, self._missed, leaking)
