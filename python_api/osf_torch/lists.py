@@ -47,6 +47,33 @@ class Entry(NamedTuple):
         return self.S is not None or self.protected is not None
 
 
+class Side(NamedTuple):
+    """The side of a matrix that one basis projects.
+
+    Attributes:
+        dim: -2 for (I − B Bᵀ) x, -1 for x (I − B Bᵀ).
+        groups: of the ranks that hold the rest of that dimension.
+        inverse: as in Entry.
+    """
+
+    dim: int
+    groups: tuple[Group, ...] = ()
+    inverse: Tensor | None = None
+
+    def view(self, x: Tensor) -> Tensor:
+        """The matrix as a list takes it."""
+        return x.mT if self.dim == -1 and self._in_halves() else x
+
+    def entry(self, basis: Held) -> Entry:
+        """What is done to ``view``."""
+        if self.dim == -1 and not self._in_halves():
+            return Entry(None, basis)
+        return Entry(basis, None, self.groups, inverse=self.inverse)
+
+    def _in_halves(self) -> bool:
+        return bool(self.groups) or self.inverse is not None
+
+
 class MatrixList:
     """A list of matrices with what is done to each, decided once and run at every step.
 
@@ -162,16 +189,21 @@ class Lists:
 
     def __init__(self, mode: Mode = "complement") -> None:
         self._mode = mode
-        self._kept: dict[tuple[Key, ...], tuple[Key, MatrixList]] = {}
+        self._kept: dict[tuple[Key, ...], tuple[Key, MatrixList, object]] = {}
 
     def run_(
-        self, keys: Sequence[Key], xs: Sequence[Tensor], entries: Callable[[], Sequence[Entry]]
+        self,
+        keys: Sequence[Key],
+        xs: Sequence[Tensor],
+        entries: Callable[[], Sequence[Entry]],
+        named: object = None,
     ) -> None:
         """Projects and restores every matrix in place.
 
         Args:
             keys: one a matrix.
             entries: called where the list isn't ready.
+            named: what keys name by its id: kept with the list, so that nothing else has that id.
 
         Raises:
             TypeError, ValueError: as ``MatrixList``.
@@ -179,12 +211,16 @@ class Lists:
         if not xs:
             return
         key, kinds = tuple(keys), tuple([(x.shape, x.dtype, x.device) for x in xs])
-        known, ready = self._kept.pop(key, (None, None))
+        known, ready, _ = self._kept.pop(key, (None, None, None))
         if ready is None or known != kinds:
             self._forget(key)
             ready = MatrixList(xs, entries(), self._mode)
-        self._kept[key] = kinds, ready  # behind those that ran before
+        self._kept[key] = kinds, ready, named  # behind those that ran before
         ready.run_(xs)
+
+    def clear(self) -> None:
+        """Drops all lists."""
+        self._kept.clear()
 
     def _forget(self, key: tuple[Key, ...]) -> None:
         """Drops lists of bases that were replaced, and the oldest where there are too many."""
