@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
@@ -53,12 +54,14 @@ class Route:
     """What a list of problems runs on its backends: made once, run with other matrices each time.
 
     Args:
-        problems: one a matrix, in place; ``x`` says only how the matrices to come lie.
+        problems: one a matrix, in place; their ``x`` isn't kept.
         names: the backend of each.
     """
 
     def __init__(self, problems: Sequence[Problem], names: Sequence[str]) -> None:
-        self._problems, self._names = list(problems), list(names)
+        none = torch.empty(0, device="cpu")
+        self._problems = [problem._replace(x=none, out=none) for problem in problems]
+        self._names = list(names)
 
     def run(self, xs: Sequence[Tensor], ready: Ready | None = None) -> None:
         """Each problem with its matrix of ``xs``, and with ready coefficients where given."""

@@ -152,18 +152,16 @@ def imprints(items: Sequence[Protected]) -> list[Tensor]:
     What the host can read at once is compared: there it is g ω, with the same random ω every time,
     √n of the gradient's length up to chance. Elsewhere it is the norm, for ``leaking`` to judge by.
     """
-    at_once = {id(item) for item in readable(items)}
-    grads = gradients_of(items)
-    found: list[Tensor] = [
-        g @ _random(g.shape[-1], g.dtype, g.device) if id(item) in at_once else g
-        for item, g in zip(items, grads, strict=True)
-    ]
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, (item, g) in enumerate(zip(items, grads, strict=True)):
-        if id(item) not in at_once:
-            alike.setdefault((g.device, g.dtype), []).append(i)
-    for at in alike.values():
-        for i, length in zip(at, norms([grads[i] for i in at]), strict=True):
+    found: list[Tensor] = []
+    unread: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for item, g in zip(items, gradients_of(items), strict=True):
+        if item.sharding is None and g.device.type == "cpu":
+            found.append(g @ _random(g.shape[-1], g.dtype, g.device))
+        else:
+            unread.setdefault((g.device, g.dtype), []).append(len(found))
+            found.append(g)
+    for at in unread.values():
+        for i, length in zip(at, norms([found[i] for i in at]), strict=True):
             found[i] = length
     return found
 
@@ -178,11 +176,8 @@ def rewritten(items: Sequence[Protected]) -> list[Protected]:
     """Those whose gradients aren't known to be as they were projected: whose imprints differ, and
     all that the host can't read without waiting."""
     known = [item for item in readable(items) if item.kept is not None]
-    same = {
-        id(item)
-        for item, now in zip(known, imprints(known), strict=True)
-        if torch.equal(now, item.kept)  # type: ignore[arg-type]
-    }
+    pairs = zip(known, imprints(known), strict=True)
+    same = {id(item) for item, now in pairs if torch.equal(now, item.kept)}  # type: ignore[arg-type]
     return [item for item in items if id(item) not in same]
 
 
