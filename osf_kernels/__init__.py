@@ -9,15 +9,16 @@ triton and the compiled extension lazily; imports run one way, downward in that 
 """
 
 from osf_kernels._version import __version__
-from osf_kernels.backends import use_backend
+from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError
 from osf_kernels.linalg.extension import extend_basis
 from osf_kernels.linalg.orthonormal import orthonormalize, polar
 from osf_kernels.linalg.result import TruncatedSVD
 from osf_kernels.linalg.truncated import truncated_svd
+from osf_kernels.ops._coefficient_list import CoefficientList
 from osf_kernels.ops.coefficients import apply_, coefficients
-from osf_kernels.ops.prepared import CoefficientList, Prepared, prepare
+from osf_kernels.ops.prepared import Prepared, prepare
 from osf_kernels.ops.project import plan, project, project_, project_many_
 from osf_kernels.ops.restore import restore_, restore_many_
 from osf_kernels.plan import Mode, Plan

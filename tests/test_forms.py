@@ -137,28 +137,6 @@ def test_restore(mode):
     assert relative_error(dense, reference, W) < 1e-14
 
 
-@pytest.mark.parametrize("mode", ["complement", "core"])
-def test_restore_from_ready_coefficients(mode):
-    """As shards are restored: what S and the rests pin is taken off A and B that came without."""
-    gen = generator_for("forms restore ready", mode)
-    W = randn(14, 11, dtype=torch.float64, generator=gen)
-    U, V = (draw_basis(size, 6, "high", W.dtype, gen).columns for size in W.shape)
-    S = randn(6, dtype=torch.float64, generator=gen)
-    rest_A = None if mode == "core" else randn(6, 11, dtype=torch.float64, generator=gen)
-    rest_B = randn(6 if mode == "core" else 14, 6, dtype=torch.float64, generator=gen)
-    step = choose_pinned(Matrix(14, 11, 6, 6, dtype="float64"), mode, "cuda")
-    found = {}
-    for ready in (False, True):
-        coefficients = (U.mT @ W, W @ V) if ready else (None, None)
-        out = W.clone()
-        problem = forms.Problem(out, out, U, V, step, S, None, *coefficients, rest_A, rest_B)
-        kernels = PlainKernels()
-        forms.run([problem], kernels)
-        found[ready] = out, len(kernels.launches)
-    assert relative_error(found[True][0], found[False][0], W) < 1e-14
-    assert found[True][1] == found[False][1] - 1, "all but the one that makes coefficients"
-
-
 def test_a_list_takes_the_launches_of_its_longest_form():
     gen = generator_for("launches")
     problems = []

@@ -6,17 +6,18 @@ from typing import NamedTuple
 
 
 class Names(NamedTuple):
-    """An operator, the name of its matrix or list of matrices, and whether it is a list."""
+    """An operator, its matrix or list of matrices and their bases, and whether it is one matrix."""
 
     op: str
     xs: str
+    U: str = "Us"
+    V: str = "Vs"
     single: bool = False
 
     def entry(self, i: int) -> tuple[str, str, str]:
         """The matrix, U and V."""
-        if self.single:
-            return self.xs, "U", "V"
-        return f"{self.xs}[{i}]", f"Us[{i}]", f"Vs[{i}]"
+        tail = "" if self.single else f"[{i}]"
+        return f"{self.xs}{tail}", f"{self.U}{tail}", f"{self.V}{tail}"
 
     def pin(self, name: str, i: int) -> str:
         return name if self.single else f"{name}[{i}]"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
-from osf_kernels.backends import select
+from osf_kernels.backends.choosing import choose_for, module
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import has_tangent
 from osf_kernels.ops._names import Names
-from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned
+from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned, on_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -261,7 +261,8 @@ def admit(
         step = choose_pinned(x, mode, planned_for)
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
-    backend, why = select(request, device, x, step)
+    backend, why = choose_for(request, device, x, step)
+    step = on_backend(x, step, module(backend).coefficient_reads(x), backend == "torch")
     dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
     direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)
     return Decision(x, step, backend, why, direct)

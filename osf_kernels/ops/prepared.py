@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
-from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
-from osf_kernels.backends.precision import full_precision
+from osf_kernels.backends.forms import Problem
+from osf_kernels.backends.grouped import Ready
+from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import describe
+from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
 from osf_kernels.ops._library import observed
 from osf_kernels.ops._memory import (
+    Range,
+    are_apart,
     require_distinct,
     require_no_leaf,
     require_no_meta_among,
     require_own_memory,
     require_target,
     require_writable,
+    span,
 )
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
-from osf_kernels.ops._route import Route, decide, unbatch
+from osf_kernels.ops._route import CoefficientRoute, Route, decide
+from osf_kernels.ops._seen import Admitted, Held, Pinned
+from osf_kernels.ops._summary import summary
 from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
@@ -80,21 +85,10 @@ def prepare(
     held_U, held_V, kinds = held(names, Us, Vs, mode)
     if not kinds:
         kind_of(names.op, mode, "high", "high")
-    return Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded)
-
-
-class CoefficientList(NamedTuple):
-    """A = Uᵀ x and B = x V of every matrix of a list.
-
-    Attributes:
-        A, B: a tensor (..., r, n) and (..., m, k) a matrix, float32 (float64 for float64 x).
-        sums: flat tensors, one a device and dtype, which hold all of A: of matrices whose rows are
-            sharded, all-reduce these in place.
-    """
-
-    A: list[Tensor]
-    B: list[Tensor]
-    sums: tuple[Tensor, ...]
+    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded)
+    if not sharded:
+        prepared.make(like)
+    return prepared
 
 
 class Prepared:
@@ -126,17 +120,19 @@ class Prepared:
         self._metas = [meta(x) for x in like]
         choice: Choice = "shard" if sharded else "any"
         self._decisions = self._decided(names, like, choice)
-        self._held = [t for t in (*self._Us, *self._Vs) if t is not None]
-        self._stamp = _stamp(self._held)
-        self._admitted: dict[str, list[Any]] = {}
-        self._routes: dict[object, Route] = {}
-        self._pinned: _Pinned | None = None
+        self._bases = Held([*self._Us, *self._Vs])
+        self._admitted: dict[str, Admitted] = {}
+        self._routes: dict[str, Any] = {}
+        self._pinned: Pinned | None = None
+        self._allocation: Allocation | None = None
 
-    @functools.cached_property
+    @property
     def plan(self) -> Plan:
         """What ``project_`` runs (where sharded: ``apply_``), and why."""
         device = str(self._metas[0][2]) if self._metas else "cpu"
-        return backends.summary([d[:4] for d in self._decisions], self.mode, device)
+        route = self._routes.get("project")
+        grouped = (0, 0) if route is None else route.grouped
+        return summary([d[:4] for d in self._decisions], self.mode, device, grouped)
 
     def __len__(self) -> int:
         return len(self._metas)
@@ -204,7 +200,17 @@ class Prepared:
         """
         names = Names("Prepared.coefficients", "xs")
         self._admit(names, xs, written=False)
-        return self._run_coefficients(xs)
+        route = self._routes.get("coefficients")
+        if self._allocation is None:
+            self._allocation = Allocation(xs, self._Us, self._Vs)
+        found = self._allocation.new()
+        if route is None:
+            decisions = self._decided(names, xs, "shard", _AS_HELD)
+            backends = [decision.backend for decision in decisions]
+            route = CoefficientRoute(xs, self._Us, self._Vs, found, backends)
+            self._routes["coefficients"] = route
+        self._run(route, xs, found)
+        return found
 
     def apply_(self, xs: Sequence[Tensor], coefficients: CoefficientList) -> None:
         """x ← P(x) in place from ready coefficients, A summed over the shards; as :func:`apply_`.
@@ -218,7 +224,8 @@ class Prepared:
         names = Names("Prepared.apply_", "xs")
         self._admit(names, xs)
         ready = self._ready(names.op, coefficients)
-        self._run(self._route("apply", lambda: self._decided(names, xs, "shard"), xs), xs, ready)
+        route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
+        self._run(route, xs, ready)
 
     # --- what a call checks ---
 
@@ -227,30 +234,40 @@ class Prepared:
             got, remedy = "one of sharded matrices", "use coefficients and apply_"
             raise ValueError(describe(op, "the list", "of whole matrices", got, remedy))
 
-    def _admit(self, names: Names, xs: Sequence[Tensor], *, written: bool = True) -> bool:
-        """Refuses matrices that differ from those that were prepared; whether some lie elsewhere
-        than those of the last call did."""
-        if _stamp(self._held) != self._stamp:
-            self._renew(names, xs)
+    def _admit(
+        self,
+        names: Names,
+        xs: Sequence[Tensor],
+        read: Sequence[Range] | None = None,
+        *,
+        written: bool = True,
+    ) -> bool:
+        """Refuses matrices that differ from those that were prepared; whether all was looked at,
+        since more than addresses differed from the last call or memory may overlap.
+
+        ``read`` are the ranges of memory that are read, those of the bases where it is None.
+        """
+        if not self._bases.is_as_noted():
+            self._renew()
         try:
-            found: list[Any] = [
-                (type(x), x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.is_inference())
-                for x in xs
+            lies: list[Any] = [
+                (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
             ]
+            addresses = [x.data_ptr() for x in xs]
             recorded = torch.is_grad_enabled() and True in [x.requires_grad for x in xs]
-        except (
-            AttributeError,
-            RuntimeError,
-            NotImplementedError,
-        ):  # no tensor, or none with memory
-            found, recorded = [], False
+        except (AttributeError, RuntimeError, NotImplementedError):  # no tensor with memory
+            lies, addresses, recorded = [], [], True
         known = self._admitted.get(names.op)
-        if found and not recorded and found == known:
-            return False
+        if known is not None and not recorded and lies == known.lies:
+            if addresses == known.addresses:
+                return False
+            if not written or are_apart(addresses, known.spans, read or self._bases.ranges):
+                known.addresses = addresses
+                return False
         self._judge(names, xs, written)
-        if known is not None and [x[3] for x in known] != [x[3] for x in found]:
+        if known is not None and [x[2] for x in known.lies] != [x[2] for x in lies]:
             self._routes.clear()  # other strides
-        self._admitted[names.op] = found
+        self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
         return True
 
     def _judge(self, names: Names, xs: Sequence[Tensor], written: bool) -> None:
@@ -274,19 +291,21 @@ class Prepared:
         if written:
             require_apart(names, xs, Us=self._Us, Vs=self._Vs)
 
-    def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
+    def _renew(self) -> None:
         """Something was written to a basis, or it was given other memory."""
         self._routes.clear()
         self._admitted.clear()
         self._pinned = None
-        self._stamp = _stamp(self._held)
+        self._bases.note()
 
     # --- what runs ---
 
-    def _decided(self, names: Names, xs: Sequence[Tensor], choice: Choice) -> list[Decision]:
+    def _decided(
+        self, names: Names, xs: Sequence[Tensor], choice: Choice, kind: str | None = None
+    ) -> list[Decision]:
         decisions = []
-        lists = zip(xs, self._Us, self._Vs, self._kinds, strict=True)
-        for i, (x, U, V, kind) in enumerate(lists):
+        kinds = self._kinds if kind is None else [kind] * len(xs)
+        for i, (x, U, V, kind) in enumerate(zip(xs, self._Us, self._Vs, kinds, strict=True)):
             try:
                 decisions.append(decide(names.op, "gUV", x, U, V, kind, choice))
             except (TypeError, ValueError):
@@ -295,26 +314,40 @@ class Prepared:
         return decisions
 
     def _route(
-        self, key: object, decided: Callable[[], Sequence[Decision]], xs: Sequence[Tensor]
+        self,
+        key: str,
+        decided: Callable[[], Sequence[Decision]],
+        xs: Sequence[Tensor],
+        ready: Sequence[Ready] | None = None,
     ) -> Route:
-        route = self._routes.get(key)
+        route: Route | None = self._routes.get(key)
         if route is None:
             decisions = decided()
+            pairs = ready or [(None, None)] * len(xs)
             problems = [
-                Problem(x, x, U, V, decision.step)
-                for x, U, V, decision in zip(xs, self._Us, self._Vs, decisions, strict=True)
+                Problem(x, x, U, V, decision.step, A=A, B=B)
+                for x, U, V, decision, (A, B) in zip(
+                    xs, self._Us, self._Vs, decisions, pairs, strict=True
+                )
             ]
             route = self._routes[key] = Route(problems, [d.backend for d in decisions])
         return route
 
     def _run(
         self,
-        route: Route,
+        route: Any,
         xs: Sequence[Tensor],
-        ready: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+        ready: Sequence[Ready] | CoefficientList | None = None,
     ) -> None:
+        if not lowered():
+            route.run(xs, ready)
+            return
         with full_precision():
             route.run(xs, ready)
+
+    def make(self, like: Sequence[Tensor]) -> None:
+        """Makes what ``project_`` runs for matrices that lie as these do."""
+        self._route("project", lambda: self._decisions, like)
 
     def run_project_(self, names: Names, grads: Sequence[Tensor]) -> None:
         """``project_`` as the operator that ``names`` says."""
@@ -332,67 +365,52 @@ class Prepared:
         coefficients: CoefficientList | None = None,
     ) -> None:
         """``restore_`` as the operator that ``names`` says."""
-        moved = self._admit(names, weights)
         ids, pinned = identities(S, residual, protected), self._pinned
-        if moved or pinned is None or not pinned.holds(ids):
+        if pinned is not None and not pinned.holds(ids):
+            pinned = self._pinned = None
+        if self._admit(names, weights, None if pinned is None else pinned.read) or pinned is None:
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             require_pins(names, weights, self._Us, self._Vs, self._kinds, pins)
             if pins:
                 S, protected, first, second = map(list, zip(*pins, strict=True))
                 rests = {"residual": first, "second of residual": second}
                 require_apart(names, weights, S=S, protected=protected, **rests)
-            self._routes.pop("restore", None)
-            pinned = self._pinned = _Pinned(ids, pins)
+            for key in ("restore", "restore from coefficients"):
+                self._routes.pop(key, None)
+            pinned = self._pinned = Pinned(ids, pins, self._bases.ranges)
         ready = None if coefficients is None else self._ready(names.op, coefficients)
-        route = self._routes.get("restore")
+        key = "restore" if ready is None else "restore from coefficients"
+        route = self._routes.get(key)
         if route is None:
-            route = self._routes["restore"] = self._restoring(names, weights, pinned.pins)
+            route = self._restoring(names, weights, pinned.pins, ready)
+            self._routes[key] = route
         self._run(route, weights, ready)
 
-    def _restoring(self, names: Names, weights: Sequence[Tensor], pins: Sequence[Pin]) -> Route:
+    def _restoring(
+        self,
+        names: Names,
+        weights: Sequence[Tensor],
+        pins: Sequence[Pin],
+        ready: Sequence[Ready] | None,
+    ) -> Route:
         problems, backend_names = [], []
-        lists = zip(weights, self._Us, self._Vs, self._kinds, pins, strict=True)
-        for i, (W, U, V, kind, pin) in enumerate(lists):
+        pairs = ready or [(None, None)] * len(weights)
+        lists = zip(weights, self._Us, self._Vs, self._kinds, pins, pairs, strict=True)
+        for i, (W, U, V, kind, pin, (A, B)) in enumerate(lists):
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
                 choice = "shard pinned" if self._sharded else "pinned"
-            elif self._sharded:
+            elif ready is not None:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
-            problems.append(Problem(W, W, U, V, decision.step, **pin.operands(W.dtype)))
+            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin.operands(W.dtype)))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
 
-    def _run_coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
-        decisions = [
-            decide("coefficients", "gUV", x, U, V, _AS_HELD, "shard")
-            for x, U, V in zip(xs, self._Us, self._Vs, strict=True)
-        ]
-        found = _allocated(xs, self._Us, self._Vs)
-        jobs: dict[str, list[Coefficients]] = {}
-        for x, U, V, A, B, decision in zip(
-            xs, self._Us, self._Vs, found.A, found.B, decisions, strict=True
-        ):
-            if x.numel() == 0:
-                A.zero_()
-                B.zero_()
-                continue
-            left = (U, A) if A.numel() else (None, None)
-            right = (V, B) if B.numel() else (None, None)
-            if A.numel() or B.numel():
-                job = Coefficients(x, left[0], right[0], left[1], right[1])
-                jobs.setdefault(decision.backend, []).extend(unbatch(job, decision.backend))
-        with full_precision():
-            for name, mine in jobs.items():
-                backends.module(name).coefficients(mine)
-        return found
-
-    def _ready(
-        self, op: str, coefficients: CoefficientList
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _ready(self, op: str, coefficients: CoefficientList) -> list[Ready]:
         if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
             expected = f"those of {len(self)} matrices"
             remedy = "take them from coefficients(xs) of this prepared list"
@@ -401,23 +419,6 @@ class Prepared:
             (None if U is None else A, None if V is None else B)
             for A, B, U, V in zip(coefficients.A, coefficients.B, self._Us, self._Vs, strict=True)
         ]
-
-
-class _Pinned:
-    """The pins of the last call, and whether others are the very same tensors."""
-
-    def __init__(self, ids: list[int], pins: list[Pin]) -> None:
-        self.ids, self.pins = ids, pins
-        self._held = [t for pin in pins for t in pin if t is not None]
-        self._stamp = _stamp(self._held)
-
-    def holds(self, ids: list[int]) -> bool:
-        return ids == self.ids and _stamp(self._held) == self._stamp
-
-
-def _stamp(tensors: Sequence[Tensor]) -> list[object]:
-    """Where tensors lie and how often they were written to."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
@@ -432,31 +433,3 @@ def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tens
         require_own_memory(names.op, names.entry(i)[0], x)
     require_no_meta_among(names.op, names.xs, written)
     require_distinct(names.op, names.xs, written, read)
-
-
-def coefficient_shapes(
-    g: Tensor, U: Tensor | None, V: Tensor | None
-) -> tuple[torch.Size, torch.Size]:
-    r = 0 if U is None else U.shape[-1]
-    k = 0 if V is None else V.shape[-1]
-    batch = tuple(g.shape[:-2])
-    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
-
-
-def _allocated(
-    xs: Sequence[Tensor], Us: Sequence[Tensor | None], Vs: Sequence[Tensor | None]
-) -> CoefficientList:
-    """Coefficients without values: all of A side by side."""
-    shapes = [coefficient_shapes(x, U, V) for x, U, V in zip(xs, Us, Vs, strict=True)]
-    kinds = [(x.device, coefficient_dtype(x)) for x in xs]
-    sums: dict[Any, Tensor] = {}
-    for kind in dict.fromkeys(kinds):
-        total = sum(s[0].numel() for s, other in zip(shapes, kinds, strict=True) if other == kind)
-        sums[kind] = torch.empty(total, dtype=kind[1], device=kind[0])
-    A, B, starts = [], [], dict.fromkeys(sums, 0)
-    for x, (shape_A, shape_B), kind in zip(xs, shapes, kinds, strict=True):
-        start = starts[kind]
-        starts[kind] = end = start + shape_A.numel()
-        A.append(sums[kind][start:end].view(shape_A))
-        B.append(x.new_empty(shape_B, dtype=kind[1]))
-    return CoefficientList(A, B, tuple(sums.values()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
+from osf_kernels.backends import choosing
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import (
     aligned,
@@ -208,19 +208,14 @@ def plan(
     grads: list[Any] = list(g) if many else [g]
     Us = _as_list(U, many, len(grads))
     Vs = _as_list(V, many, len(grads))
-    require_lengths("plan", g=grads, U=Us, V=Vs)
-    kind_of("plan", mode, "high", "high")
-    entries = []
-    for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs, strict=True)):
-        tail = f"[{i}]" if many else ""
-        require_tensor("plan", f"g{tail}", matrix)
-        held_U, u_spans = columns("plan", f"U{tail}", left)
-        held_V, v_spans = columns("plan", f"V{tail}", right)
-        names = [f"{letter}{tail}" for letter in "gUV"]
-        kind = kind_of("plan", mode, u_spans, v_spans)
-        decided = decide("plan", names, matrix, held_U, held_V, kind)
-        entries.append(decided[:4])
-    return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
+    names = Names("plan", "g", "U", "V", single=not many)
+    require_lengths(names.op, g=grads, U=Us, V=Vs)
+    kind_of(names.op, mode, "high", "high")
+    for i, matrix in enumerate(grads):
+        require_tensor(names.op, names.entry(i)[0], matrix)
+    prepared = Prepared(names, grads, *held(names, Us, Vs, mode), mode=mode)
+    prepared.make(grads)
+    return prepared.plan
 
 
 def _as_list(basis: Any, many: bool, count: int) -> list[Any]:
@@ -369,7 +364,7 @@ _project_many_ = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     g, U, V, ctx.kind = inputs
-    ctx.backend = backends.requested()  # backward of CUDA tensors runs in a thread of autograd's
+    ctx.backend = choosing.requested()  # backward of CUDA tensors runs in a thread of autograd's
     # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
     bases = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(g if bases else None, U, V)
@@ -381,7 +376,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     g, U, V = ctx.saved_tensors
     _, u_spans, v_spans = parts_of("project", ctx.kind)
     for_g = for_U = for_V = None
-    with backends.use_backend(ctx.backend):
+    with choosing.use_backend(ctx.backend):
         if ctx.needs_input_grad[0]:
             for_g = _projected(grad, U, V, ctx.kind)
         if ctx.needs_input_grad[1]:

@@ -22,6 +22,9 @@ from osf_kernels.ops._validation import (
 from osf_kernels.ops.prepared import Prepared
 from osf_kernels.plan import Mode
 
+_ONE = Names("restore_", "W", "U", "V", single=True)
+_MANY = Names("restore_many_", "Ws")
+
 
 def restore_(
     W: Tensor,
@@ -69,7 +72,7 @@ def restore_(
 
     Source: W = H + P(W) with H = W_ref − P(W_ref), as P is linear and idempotent.
     """
-    names = Names("restore_", "W", single=True)
+    names = _ONE
     _restore(names, [W], [U], [V], [S], [residual], [protected], mode=mode)
     return W
 
@@ -96,7 +99,7 @@ def restore_many_(
 
     Mutates every matrix of Ws; doesn't synchronise; draws no random numbers.
     """
-    names = Names("restore_many_", "Ws")
+    names = _MANY
     require_lengths(names.op, Ws=Ws, Us=Us, Vs=Vs)
     _restore(names, Ws, Us, Vs, S, residual, protected, mode=mode)
 
@@ -144,7 +147,9 @@ def _impl(
 ) -> None:
     if not Ws:
         return
-    names = Names("restore_", "W", True) if single else Names("restore_many_", "Ws")
+    names = (
+        Names("restore_", "W", "U", "V", single=True) if single else Names("restore_many_", "Ws")
+    )
     mode, _, _ = parts_of(names.op, kinds[0])
     residuals: list[Residual | None] = [
         B if A is None or B is None else (A, B) for A, B in zip(rests_A, rests_B, strict=True)
@@ -156,7 +161,9 @@ def _impl(
 def _fake(
     Ws: Any, Us: Any, Vs: Any, Ss: Any, Hs: Any, As: Any, Bs: Any, kinds: list[str], single: bool
 ) -> None:
-    names = Names("restore_", "W", True) if single else Names("restore_many_", "Ws")
+    names = (
+        Names("restore_", "W", "U", "V", single=True) if single else Names("restore_many_", "Ws")
+    )
     arguments = zip(Ws, Us, Vs, Ss, Hs, As, Bs, kinds, strict=True)
     for i, (W, U, V, S, H, A, B, kind) in enumerate(arguments):
         shape_check(names.op, W, U, V, kind, names=names.entry(i))

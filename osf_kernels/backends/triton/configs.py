@@ -256,6 +256,12 @@ def coefficients_config(
     )
 
 
+def two_pass(architecture: str) -> list[TwoPass]:
+    """Every config of two reductions that an architecture can be given."""
+    rows = [row for pair in _TWO_PASS[architecture].values() for row in pair]
+    return [*rows, _UNALIGNED_TWO_PASS]
+
+
 def update_config(architecture: str, operand_bytes: int, rank: int, aligned: bool = True) -> Update:
     """The pinned config of a rank-``rank`` update (the larger rank of its two terms)."""
     if not aligned:

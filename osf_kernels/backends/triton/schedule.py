@@ -177,7 +177,10 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def _parts(tiles: int, length: int, step: int, fill: int) -> tuple[int, int]:
-    """(parts, length of a part, a multiple of step) of a sum of which there are ``tiles``."""
+    """(parts, length of a part, a multiple of step) of the sums of a launch of so many ``tiles``.
+
+    A launch that has a tile for every processor splits none.
+    """
     parts = max(1, min(ceil_div(fill, tiles), length // configs.SHORTEST_SPLIT))
     part = ceil_div(ceil_div(length, parts), step) * step
     return max(1, ceil_div(length, part)) if part else 1, part
@@ -249,8 +252,10 @@ def coefficients_launches(
     """Group jobs into launches; ``choose(job, operand bytes, r, k, aligned)`` picks a config.
 
     Jobs share a launch when they agree on config, dtypes, layouts and which sides they ask for.
-    ``accurate`` asks for float32 accuracy whatever the dtype of x; it is for float32 bases, and
-    ``choose`` then returns a TwoPass.
+    Sums are split only where the tiles of a launch are fewer than ``fill``, so that a list may have
+    other bits than a loop over it. ``accurate`` asks for float32 accuracy whatever the dtype of x;
+    it is for float32 bases, ``choose`` then returns a TwoPass, and each job is split by itself, so
+    that it has the same bits in every list.
     """
     groups: dict[tuple[object, ...], _CoefficientsGroup] = {}
     for job in jobs:
@@ -303,9 +308,26 @@ def coefficients_launches(
         }
         key = (config, *constants.values())
         if key not in groups:
-            groups[key] = _CoefficientsGroup(config, constants, fill)
-        groups[key].add(x, u, v, a, b, scale)
+            groups[key] = _CoefficientsGroup(config, constants, fill, apart=accurate)
+        groups[key].jobs.append(_Job(x, u, v, a, b, scale))
     return [group.launch() for group in groups.values()]
+
+
+class _Job(NamedTuple):
+    """The views of a job of coefficients."""
+
+    x: View
+    u: View | None
+    v: View | None
+    a: View | None  # Aᵀ (n, r)
+    b: View | None
+    scale: tuple[int, int]  # address and stride of S
+
+    @property
+    def sides(self) -> list[tuple[int, View, View, View | None]]:
+        """(0 for A or 1 for B, basis, out, the other basis) of each that is asked for."""
+        sides = [(0, self.u, self.a, self.v), (1, self.v, self.b, self.u)]
+        return [(side, u, out, v) for side, u, out, v in sides if u is not None and out is not None]
 
 
 class _CoefficientsGroup:
@@ -316,46 +338,49 @@ class _CoefficientsGroup:
         config: configs.OnePass | configs.TwoPass,
         constants: dict[str, object],
         fill: int,
+        *,
+        apart: bool,
     ) -> None:
         self.config = config
         self.constants = constants
         self.fill = fill
+        self.apart = apart
+        self.jobs: list[_Job] = []
         self.group = SummedGroup()
 
-    def add(
-        self,
-        x: View,
-        u: View | None,
-        v: View | None,
-        a: View | None,
-        b: View | None,
-        scale: tuple[int, int],
-    ) -> None:
-        if isinstance(self.config, configs.OnePass):
-            assert u is not None
-            assert v is not None
-            assert a is not None
-            assert b is not None
-            self._add_one_pass(self.config, x, u, v, a, b, scale)
-            return
-        for side, basis, out, other in ((0, u, a, v), (1, v, b, u)):
-            if out is not None:
-                assert basis is not None
-                self._add_reduction(self.config, side, x, basis, out, other, scale)
+    def launch(self) -> Launch:
+        """Cuts the sums by how many tiles there are of all jobs, or of each."""
+        tiles = [self._tiles(job) for job in self.jobs]
+        total = sum(tiles)
+        for job, own in zip(self.jobs, tiles, strict=True):
+            of = own if self.apart else total
+            if isinstance(self.config, configs.OnePass):
+                self._add_one_pass(self.config, job, of)
+                continue
+            for side, basis, out, other in job.sides:
+                mine = self._tiles_of(out, self.config) if self.apart else of
+                self._add_reduction(self.config, side, job.x, basis, out, other, job.scale, mine)
+        kernel = "one_pass" if isinstance(self.config, configs.OnePass) else "two_pass"
+        return self.group.launch(kernel, self.config, self.constants)
 
-    def _add_one_pass(
-        self,
-        config: configs.OnePass,
-        x: View,
-        u: View,
-        v: View,
-        a: View,
-        b: View,
-        scale: tuple[int, int],
-    ) -> None:
+    def _tiles(self, job: _Job) -> int:
+        if isinstance(self.config, configs.OnePass):
+            return ceil_div(job.x.columns, self.config.block_n)
+        return sum(self._tiles_of(out, self.config) for _, _, out, _ in job.sides)
+
+    @staticmethod
+    def _tiles_of(out: View, config: configs.TwoPass) -> int:
+        return ceil_div(out.rows, config.block_q) * ceil_div(out.columns, config.block_r)
+
+    def _add_one_pass(self, config: configs.OnePass, job: _Job, tiles: int) -> None:
+        x, u, v, a, b, scale = job
+        assert u is not None
+        assert v is not None
+        assert a is not None
+        assert b is not None
         m, n, r, k = x.rows, x.columns, u.columns, v.columns
         strips = ceil_div(n, config.block_n)
-        splits, split_rows = _parts(strips, m, config.block_m, self.fill)
+        splits, split_rows = _parts(tiles, m, config.block_m, self.fill)
         a_offset = self.group.reserve(splits, n, r)
         b_offset = self.group.reserve(strips, m, k)
         record = (*x.fields, m, n, *u.fields, r, *v.fields, k, a_offset, b_offset, split_rows)
@@ -372,14 +397,14 @@ class _CoefficientsGroup:
         out: View,
         other: View | None,
         scale: tuple[int, int],
+        tiles: int,
     ) -> None:
         q, length, rank = out.rows, basis.rows, basis.columns
-        tiles = ceil_div(q, config.block_q) * ceil_div(rank, config.block_r)
         parts, part = _parts(tiles, length, config.block_k, self.fill)
         offset = self.group.reserve(parts, q, rank) if parts > 1 else 0
         tail = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
         record = (*x.fields, *tail[3:5], *basis.fields, *tail[8:])
-        self.group.products.add(tiles * parts, record)
+        self.group.products.add(self._tiles_of(out, config) * parts, record)
         if parts > 1:
             self._add_sum(side, q, length, rank, parts, part, offset, out, scale, other)
 
@@ -400,11 +425,6 @@ class _CoefficientsGroup:
         tiles = ceil_div(q, block) * ceil_div(rank, block)
         record = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
         self.group.sums.add(tiles, record)
-
-    def launch(self) -> Launch:
-        one_pass = isinstance(self.config, configs.OnePass)
-        kernel = "one_pass" if one_pass else "two_pass"
-        return self.group.launch(kernel, self.config, self.constants)
 
 
 def _tail(
@@ -446,9 +466,9 @@ def update_launches(
     """Group jobs into launches; ``choose(job, operand bytes, larger rank, aligned)`` as above."""
     groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], Group]] = {}
     for job in jobs:
-        if job.beta not in (0, 1):
+        if job.beta not in (0, 1, -1):
             raise ValueError(
-                f"osf_kernels.backends.triton: expected beta to be 0 or 1, got {job.beta}"
+                f"osf_kernels.backends.triton: expected beta to be 0, 1 or -1, got {job.beta}"
             )
         out, x = View.of(job.out), View.of(job.x)
         if not (out.rows and out.columns):

@@ -139,7 +139,7 @@ def update_kernel(
             BLOCK_R,
             INTERPRET,
         )
-        values = widen(x_tile, INTERPRET) + alpha * products
+        values = beta.to(tl.float32) * widen(x_tile, INTERPRET) + alpha * products
         if HAS_ADDEND:
             addend = load_view(record, 24, 6, 7, ADDEND, ADDEND_LAYOUT)
             values += widen(load_tile(addend, rows, columns, ADDEND_LAYOUT), INTERPRET)
