@@ -310,7 +310,7 @@ class Prepared:
         """The bases, those that kernels would read element by element as copies."""
         if not self._copies:
             return self._given
-        Us, Vs = ([None if t is None else padded(t) for t in side] for side in self._given)
+        Us, Vs = ([None if t is None else _aligned(t) for t in side] for side in self._given)
         return Us, Vs
 
     # --- what runs ---
@@ -435,6 +435,11 @@ class Prepared:
             problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    # Of a tensor of inference mode nobody would know when its copy is out of date.
+    return t if t.is_inference() else padded(t)
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
