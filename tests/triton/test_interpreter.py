@@ -24,6 +24,7 @@ FILES = (
     "interpreted_update",
     "interpreted_projection",
     "interpreted_products",
+    "interpreted_prepared",
     "interpreted_autotune",
 )
 
