@@ -91,6 +91,9 @@ def test_padded_converts_in_one_copy() -> None:
     assert made.stride() == (80, 1)
     assert is_aligned(made)
     assert padded(torch.empty(9, 0), dtype=BF16).dtype == BF16
+    assert padded(torch.ones(7), dtype=BF16).stride() == (1,)  # a vector has no lines
+    with pytest.raises(TypeError, match=r"osf_kernels\.padded: expected t to be a tensor"):
+        padded(Basis(source))  # type: ignore[arg-type]
 
 
 def test_padding_lies_in_the_storage() -> None:
