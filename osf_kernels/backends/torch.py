@@ -252,8 +252,12 @@ def _transposed(U: Tensor, x: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    if not _padding.pads(a.device):
+    if a.is_cpu:  # asked here: to ask ``_padding.pads`` took a small matrix 8 % of its time
         return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+    return _mm_in_padded_rows(a, b)
+
+
+def _mm_in_padded_rows(a: Tensor, b: Tensor) -> Tensor:
     out = _padding.empty(a.shape[-2], b.shape[-1], a, batch=a.shape[:-2])
     return torch.mm(a, b, out=out) if a.dim() == 2 else torch.bmm(a, b, out=out)
 
