@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import osf_kernels
+import osf_kernels.backends.torch as torch_backend
 import osf_torch
 from osf_kernels import Basis, _padding
 from osf_kernels._padding import empty, is_aligned, is_padded, padded
@@ -91,6 +92,9 @@ def test_padded_converts_in_one_copy() -> None:
     assert made.stride() == (80, 1)
     assert is_aligned(made)
     assert padded(torch.empty(9, 0), dtype=BF16).dtype == BF16
+    assert padded(torch.ones(7), dtype=BF16).stride() == (1,)  # a vector has no lines
+    with pytest.raises(TypeError, match=r"osf_kernels\.padded: expected t to be a tensor"):
+        padded(Basis(source))  # type: ignore[arg-type]
 
 
 def test_padding_lies_in_the_storage() -> None:
@@ -252,9 +256,12 @@ def test_torch_backend_computes_the_same_with_padding(
 ) -> None:
     g = generator_for(mode, batch)
     x = torch.randn(*batch, 48, 40, generator=g)
+    padded_product = torch_backend._mm_in_padded_rows
     U, V = (torch.linalg.qr(torch.randn(*batch, size, 7, generator=g))[0] for size in (48, 40))
     for bases in ((U, V), (Basis(U, "low"), Basis(V, "low")), (U, Basis(V, "low")), (None, V)):
-        actual = osf_kernels.project(x, *bases, mode=mode)
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(torch_backend, "_mm", padded_product)
+            actual = osf_kernels.project(x, *bases, mode=mode)
         with monkeypatch.context() as plain:
             plain.setattr(_padding, "pads", lambda device: False)
             expected = osf_kernels.project(x, *bases, mode=mode)
