@@ -11,11 +11,12 @@ triton and the compiled extension lazily; imports run one way, downward in that 
 from osf_kernels._version import __version__
 from osf_kernels.backends import use_backend
 from osf_kernels.basis import Basis
-from osf_kernels.errors import BackendUnavailableError
-from osf_kernels.linalg.extension import extend_basis
-from osf_kernels.linalg.orthonormal import orthonormalize, polar
-from osf_kernels.linalg.result import TruncatedSVD
-from osf_kernels.linalg.truncated import truncated_svd
+from osf_kernels.errors import BackendUnavailableError, ConvergenceWarning, Refusal
+from osf_kernels.linalg.extend_basis import extend_basis
+from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
+from osf_kernels.linalg.orthonormal.polar import polar
+from osf_kernels.linalg.svd.result import TruncatedSVD
+from osf_kernels.linalg.svd.truncated_svd import truncated_svd
 from osf_kernels.ops.halves import apply_, coefficients
 from osf_kernels.ops.projection import plan, project, project_, project_many_
 from osf_kernels.ops.restoration import restore_, restore_many_
@@ -24,8 +25,10 @@ from osf_kernels.plan import Mode, Plan
 __all__ = [
     "BackendUnavailableError",
     "Basis",
+    "ConvergenceWarning",
     "Mode",
     "Plan",
+    "Refusal",
     "TruncatedSVD",
     "__version__",
     "apply_",

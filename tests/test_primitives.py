@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from osf_kernels import BackendUnavailableError, use_backend
-from osf_kernels.backends import primitives, select_products
+from osf_kernels.backends import select_products
+from osf_kernels.linalg import primitives
 from osf_kernels.testing import assert_error_within, orthonormality_ratio
 from tests.helpers import DTYPES, generator_for, randn
 
@@ -138,15 +139,6 @@ def test_gram(device: str, backend: str, dtype: torch.dtype, side: str, m: int, 
         work = X.to(primitives.working_dtype(dtype))
         truth = X.double().mT @ X.double()
         assert_error_within(one, truth, work.mT @ work, scale=truth)
-
-
-@pytest.mark.parametrize(("device", "backend"), PLACES)
-@pytest.mark.parametrize("n", [37, 1100])
-def test_the_upper_triangle_of_a_gram_matrix_alone(device: str, backend: str, n: int) -> None:
-    As = matrices(device, torch.float32, 2, 20, n)
-    with use_backend(backend):
-        whole, half = primitives.gram(As), primitives.gram(As, upper=True)
-    assert torch.equal(whole.triu(), half.triu())
 
 
 @pytest.mark.parametrize(("device", "backend"), PLACES)

@@ -1,15 +1,15 @@
-"""What the factorizations of ``osf_kernels.linalg`` are made of, and which backend computes it.
+"""The primitives of ``osf_kernels.linalg``, and which backend computes each.
 
 Four primitives over batches of matrices of one shape, each float32 in and out (float64 stays):
 products with a sketch, Gram matrices, Cholesky with the triangular inverse, a small SVD. torch
 serves all of them on any device; on a GPU Triton computes products and the compiled extension
-factorizes what its shared memory holds.
+factorizes the matrices that its shared memory holds.
 
 ``use_backend`` names who computes the products, or raises. Factorizations exist in torch and
 cuda alone: "triton" leaves them to torch, "cuda" computes them where a block's shared memory holds
 the matrix, as ``largest_cholesky`` and ``largest_jacobi`` say.
 
-May import: torch, ``osf_kernels.backends``, ``osf_kernels.plan`` and below.
+May import: torch, ``osf_kernels.linalg.cpu``, ``osf_kernels.backends`` and below.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from osf_kernels import backends
 from osf_kernels.backends.precision import full_precision as full_precision
+from osf_kernels.linalg import cpu
 
 Side = Literal["left", "right"]
 
@@ -125,8 +126,8 @@ def _chained(As: Sequence[Tensor], chain: Sequence[Tensor], *, transpose: bool) 
     columns = _in_columns(As[0])
     links: list[tuple[bool, Sequence[Tensor], Sequence[Tensor]]] = []
     for x, y in itertools.pairwise(chain):
-        # What is multiplied lies in columns: (Qᵀ Aᵀ)ᵀ takes 0.4 to 0.8 of the time of A Q for the
-        # narrow Q of a sketch on a CPU.
+        # Both factors and the product lie in columns, or all in rows: (Qᵀ Aᵀ)ᵀ takes 0.4 to 0.8 of
+        # the time of A Q for the narrow Q of a sketch on a CPU.
         turned = columns != transpose
         if turned:
             x, y = x.mT, y.mT
@@ -167,27 +168,16 @@ def _each(Q: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
     return Q.unbind() if len(Q) > 1 else [Q[0]] * len(As)
 
 
-# Widths at which A Q takes .6 to .8 of the time on a CPU where Q lies in columns, with the copy.
-_WANTED_IN_COLUMNS = range(32, 56)
-
-
 def _turned(Q: Tensor) -> Tensor:
-    wanted = Q.shape[-1] in _WANTED_IN_COLUMNS and Q.stride(-1) == 1
+    wanted = Q.shape[-1] in cpu.WANTED_IN_COLUMNS and Q.stride(-1) == 1
     return Q.mT.contiguous().mT if wanted else Q
 
 
-# Blocks a side that are multiplied one triangle at a time: 9/16 of the products, of which BLAS at
-# 2048² makes 0.7 of the time; fewer blocks multiply more, more run slower.
-_GRAM_BLOCKS = 8
-GRAM_BLOCKED_FROM = 1024
-
-
-def gram(As: Sequence[Tensor], *, side: Side = "right", upper: bool = False) -> Tensor:
+def gram(As: Sequence[Tensor], *, side: Side = "right") -> Tensor:
     """A_iᵀA_i, or on the left A_iA_iᵀ: exactly symmetric, one triangle of it computed.
 
     Args:
         As: b matrices (m, n) of one shape, dtype and device, any strides.
-        upper: what is below the diagonal may be left as it is, for solvers that don't read it.
 
     Returns:
         (b, n, n), or (b, m, m), of the working dtype.
@@ -201,19 +191,17 @@ def gram(As: Sequence[Tensor], *, side: Side = "right", upper: bool = False) -> 
         return out
     for i, A in enumerate(As):
         A = A.to(out.dtype)
-        _gram(A if side == "right" else A.mT, out[i], upper=upper)
+        _gram(A if side == "right" else A.mT, out[i])
     return out
 
 
-def _gram(X: Tensor, out: Tensor, *, upper: bool) -> None:
+def _gram(X: Tensor, out: Tensor) -> None:
     """out = XᵀX by the blocks of its upper triangle."""
     n = X.shape[1]
-    blocks = _GRAM_BLOCKS if n >= GRAM_BLOCKED_FROM else 1
+    blocks = cpu.GRAM_BLOCKS if n >= cpu.GRAM_BLOCKED_FROM else 1
     bounds = [n * i // blocks for i in range(blocks + 1)]
     for a, b in itertools.pairwise(bounds):
         torch.matmul(X[:, a:b].mT, X[:, a:], out=out[a:b, a:])
-        if upper:
-            continue
         out[b:, a:b] = out[a:b, b:].mT
         block = out[a:b, a:b]
         block.copy_((block + block.mT) / 2)  # a sum that is the same in either order

@@ -1,0 +1,140 @@
+"""From a method's factors to results: signs, low bases, figures, and memory of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels.errors import ValueRefusal
+from osf_kernels.linalg import cpu
+from osf_kernels.linalg.orthonormal.complement import complement
+from osf_kernels.linalg.primitives import working_dtype
+from osf_kernels.linalg.svd.arguments import OP, Entry, Options, times_power
+from osf_kernels.linalg.svd.factors import Factors
+from osf_kernels.linalg.svd.residual import limit
+from osf_kernels.linalg.svd.result import TruncatedSVD
+
+_FIELDS = ("U", "S", "V", "residual", "captured", "converged", "U_low", "V_low")
+# Elements of one column whose magnitudes differ by less, in eps of the largest, differ by rounding
+# alone, or not at all.
+_TIE = 512.0
+
+
+def results_of(
+    method: str, entries: Sequence[Entry], factors: Factors, options: Options
+) -> list[TruncatedSVD]:
+    """One result for each matrix of a group."""
+    residual, tol = factors.residual, options.tol
+    norms = torch.tensor([entry.norm for entry in entries], dtype=torch.float64, device="cpu")
+    norms = norms.to(residual.device, non_blocking=True)
+    signs = _signs(factors.V)
+    U, V = _times(factors.U, signs), _times(factors.V, signs)
+    # Equal ones come from norms in any order, to rounding.
+    S = factors.S.cummin(-1).values
+    U_low, V_low = factors.U_low, factors.V_low
+    if options.complement:
+        U_low = complement(U) if U_low is None else U_low
+        V_low = complement(V) if V_low is None else V_low
+    held = S.double().square().sum(-1) / norms.square()
+    captured = torch.where(norms == 0, 1, held.clamp_max(1)).to(S.dtype)  # of 0 all is held
+    converged = residual <= limit(tol, S.dtype, min(entries[0].A.shape))
+    if method in ("exact", "gram") and tol is None:
+        # "gram" has gone to float64, or to LAPACK's SVD, where its residual was above the limit.
+        converged = residual.isfinite()
+    if factors.leading is not None:
+        converged = converged & factors.leading
+    columns = [
+        [None] * len(entries) if field is None else list(map(_own, field.unbind()))
+        for field in (U, S, V, residual, captured, converged, U_low, V_low)
+    ]
+    results = []
+    for entry, iterations, *row in zip(entries, factors.iterations, *columns, strict=True):
+        values: dict[str, Any] = dict(zip(_FIELDS, row, strict=True))
+        if entry.exponent:
+            values["S"] = _scaled_back(entry, values["S"])
+        results.append(TruncatedSVD(**values, iterations=iterations, method=method))
+    return results
+
+
+def _signs(V: Tensor) -> Tensor:
+    """±1 for each column, (b, 1, r): the sign of the first element that is within ``_TIE`` eps of
+    the largest magnitude, so the sign of the largest where no element of the other sign is near."""
+    tie = _TIE * torch.finfo(V.dtype).eps
+    if V.shape[-1] < cpu.FEW_COLUMNS:
+        least, most = V.aminmax(dim=-2, keepdim=True)
+    else:
+        least, most = V.amin(dim=-2, keepdim=True), V.amax(dim=-2, keepdim=True)
+    signs = torch.where(-least > most, -1, 1).to(V.dtype)
+    which, column = torch.nonzero(((most + least).abs() <= tie * most).squeeze(-2), as_tuple=True)
+    if len(which):
+        tied = V[which, :, column]  # (k, n)
+        magnitudes = tied.abs()
+        near = magnitudes >= (1 - tie) * magnitudes.amax(-1, keepdim=True)
+        first = tied.gather(-1, near.int().argmax(-1, keepdim=True)).squeeze(-1)
+        signs[which, 0, column] = torch.where(first < 0, -1, 1).to(V.dtype)
+    return signs
+
+
+def _times(X: Tensor, signs: Tensor) -> Tensor:
+    """X·signs in rows, whatever X was: one pass instead of a product and a copy."""
+    out = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    transposed = X.device.type == "cpu" and X.stride(-1) != 1
+    step = cpu.TRANSPOSED_AT_ONCE if transposed else max(1, X.shape[-1])
+    parts = (x.split(step, -1) for x in (X, signs, out))
+    for x, sign, y in zip(*parts, strict=True):
+        torch.mul(x, sign, out=y)
+    return out
+
+
+def _scaled_back(entry: Entry, S: Tensor) -> Tensor:
+    S = times_power(S, entry.exponent)
+    if entry.exponent > 0 and not bool(S.isfinite().all()):
+        expected = f"small enough for its singular values to fit {S.dtype}"
+        raise ValueRefusal.of(OP, "A", expected, "larger", "scale it down", index=entry.index)
+    return S
+
+
+def _own(x: Tensor) -> Tensor:
+    """x in memory of its own size, since a view would keep its whole group alive."""
+    owns = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if owns else x.clone(memory_format=torch.contiguous_format)
+
+
+def empty_result(entry: Entry, options: Options) -> TruncatedSVD:
+    """The result of rank 0: no triplets, and low bases of everything."""
+    A = entry.A
+    m, n = A.shape
+    zero = A.new_zeros((), dtype=working_dtype(A.dtype))
+    low = [torch.eye(size, dtype=zero.dtype, device=A.device) for size in (m, n)]
+    return TruncatedSVD(
+        zero.new_empty(m, 0),
+        zero.new_empty(0),
+        zero.new_empty(n, 0),
+        zero,
+        zero + (entry.norm == 0),
+        0,
+        "exact",
+        zero == 0,
+        *(low if options.complement else (None, None)),
+    )
+
+
+def stacked_result(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> TruncatedSVD:
+    """One result of a batch, from those of its matrices."""
+
+    def field(name: str) -> Tensor | None:
+        parts = [getattr(result, name) for result in results]
+        if parts[0] is None:
+            return None
+        return torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
+
+    tensors = {name: field(name) for name in _FIELDS}
+    return TruncatedSVD(
+        **tensors,  # type: ignore[arg-type]
+        iterations=max(result.iterations for result in results),
+        method=" + ".join(dict.fromkeys(result.method for result in results)),
+    )
