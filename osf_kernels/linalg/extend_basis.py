@@ -11,9 +11,9 @@ from torch import Tensor
 from osf_kernels.basis import Basis, Spans
 from osf_kernels.errors import Index, TypeRefusal, ValueRefusal
 from osf_kernels.linalg import primitives
-from osf_kernels.linalg.orthonormal.admission import require_dtype
 from osf_kernels.linalg.orthonormal.cholesky_qr import rank_tolerance, scale_columns
 from osf_kernels.linalg.orthonormal.complement import complement
+from osf_kernels.linalg.orthonormal.operator import require_dtype
 from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
 from osf_kernels.ops._validation import columns, require_constant, require_lengths, require_tensor
 
@@ -108,22 +108,18 @@ def _extend_list(
             raise ValueRefusal.of(_OP, "samples", "(m, s)", got, "unbind the batch", index=i)
         key = (held.shape, held.dtype, spans, x.shape, x.dtype, x.device)
         groups.setdefault(key, []).append(i)
-    result: list[Tensor | Basis] = [held for held, _ in admitted]
+    result: list[Tensor | Basis]
+    result = [held if b is None else b for b, (held, _) in zip(bases, admitted, strict=True)]
     for members in groups.values():
         B = torch.stack([admitted[i][0] for i in members])
         X = torch.stack([samples[i] for i in members])
         found = _directions(B, X, admitted[members[0]][1], energy, members)
-        for k in set(found.counts):
+        for k in set(found.counts) - {0}:
             alike = [at for at, count in enumerate(found.counts) if count == k]
-            grown = found.grown(alike, k) if k else None
-            for at, i in enumerate([members[j] for j in alike]):
-                before = bases[i]
-                if grown is None:
-                    result[i] = admitted[i][0] if before is None else before
-                elif isinstance(before, Basis):
-                    result[i] = Basis(grown[at], before.spans)
-                else:
-                    result[i] = grown[at]
+            for at, grown in zip(alike, found.grown(alike, k), strict=True):
+                before = bases[members[at]]
+                wrapped = Basis(grown, before.spans) if isinstance(before, Basis) else grown
+                result[members[at]] = wrapped
     return result
 
 

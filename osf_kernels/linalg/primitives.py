@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from torch import Tensor
 from osf_kernels import backends
 from osf_kernels.backends.precision import full_precision as full_precision
 from osf_kernels.linalg import cpu
-
-Side = Literal["left", "right"]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -173,25 +170,23 @@ def _turned(Q: Tensor) -> Tensor:
     return Q.mT.contiguous().mT if wanted else Q
 
 
-def gram(As: Sequence[Tensor], *, side: Side = "right") -> Tensor:
-    """A_iᵀA_i, or on the left A_iA_iᵀ: exactly symmetric, one triangle of it computed.
+def gram(As: Sequence[Tensor]) -> Tensor:
+    """A_iᵀA_i, exactly symmetric, by one triangle of it.
 
     Args:
         As: b matrices (m, n) of one shape, dtype and device, any strides.
 
     Returns:
-        (b, n, n), or (b, m, m), of the working dtype.
+        (b, n, n) of the working dtype.
     """
-    first = As[0]
-    size = first.shape[1 if side == "right" else 0]
-    out = first.new_empty(len(As), size, size, dtype=working_dtype(first.dtype))
+    first, n = As[0], As[0].shape[1]
+    out = first.new_empty(len(As), n, n, dtype=working_dtype(first.dtype))
     name = products_backend(first)
     if name != "torch":
-        backends.module(name).gram(As, out, side=side)
+        backends.module(name).gram(As, out)
         return out
-    for i, A in enumerate(As):
-        A = A.to(out.dtype)
-        _gram(A if side == "right" else A.mT, out[i])
+    for A, G in zip(As, out, strict=True):
+        _gram(A.to(out.dtype), G)
     return out
 
 

@@ -7,15 +7,14 @@ SVD of its triangle.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from osf_kernels.linalg import primitives
-from osf_kernels.linalg.orthonormal.admission import admit, require_columns, unsound
 from osf_kernels.linalg.orthonormal.cholesky_qr import cholesky_qr, rank_tolerance, scale_columns
-from osf_kernels.ops._library import register
+from osf_kernels.linalg.orthonormal.operator import admit, operator
 
 
 @overload
@@ -57,6 +56,12 @@ def orthonormalize(Y: Tensor, *, return_rank: bool = False) -> Tensor | tuple[Te
     return (Q, rank) if return_rank else Q
 
 
+def _fast(Y: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    found = cholesky_qr(Y)
+    rank = torch.full((len(Y),), Y.shape[-1], device=Y.device)
+    return (found.Q.to(primitives.working_dtype(Y.dtype)), rank), found.finite, found.full
+
+
 def _safe(Y: Tensor) -> tuple[Tensor, Tensor]:
     """(Q, rank) of any finite Y: Householder QR in float64, and the SVD of its triangle.
 
@@ -76,35 +81,4 @@ def _safe(Y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(deficient, Q @ U, Q * sign[:, None, :]).to(dtype), rank
 
 
-def _orthonormalize_impl(Y: Tensor) -> tuple[Tensor, Tensor]:
-    op = "orthonormalize"
-    require_columns(op, Y)
-    if not Y.numel():
-        Q, rank = _orthonormalize_fake(Y)
-        return Q, rank.zero_()
-    batch = Y.reshape(-1, *Y.shape[-2:])
-    found = cholesky_qr(batch)
-    rest = unsound(op, batch, found.finite, found.full)
-    Q = found.Q.to(primitives.working_dtype(Y.dtype))
-    rank = torch.full((len(batch),), Y.shape[-1], device=Y.device)
-    if rest is not None:
-        Q[rest], rank[rest] = _safe(batch[rest])
-    return Q.reshape(Y.shape), rank.reshape(Y.shape[:-2])
-
-
-def _orthonormalize_fake(Y: Tensor) -> tuple[Tensor, Tensor]:
-    require_columns("orthonormalize", Y)
-    Q = Y.new_empty(Y.shape, dtype=primitives.working_dtype(Y.dtype))
-    return Q, Y.new_empty(Y.shape[:-2], dtype=torch.int64)
-
-
-def _orthonormalize_vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:
-    return _orthonormalize(Y.movedim(in_dims[0], 0)), (0, 0)
-
-
-_orthonormalize = register(
-    "orthonormalize(Tensor Y) -> (Tensor, Tensor)",
-    _orthonormalize_impl,
-    _orthonormalize_fake,
-    _orthonormalize_vmap,
-)
+_orthonormalize = operator("orthonormalize(Tensor Y) -> (Tensor, Tensor)", _fast, _safe)

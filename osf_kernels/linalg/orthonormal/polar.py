@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from osf_kernels.linalg import cpu, primitives
-from osf_kernels.linalg.orthonormal.admission import admit, require_columns, unsound
 from osf_kernels.linalg.orthonormal.cholesky_qr import cholesky_qr, gram, multiply, scale_columns
-from osf_kernels.ops._library import register
+from osf_kernels.linalg.orthonormal.operator import admit, operator
 
 # Newton–Schulz reaches σ_min/σ₁ = _REACH, by bounds that overestimate by about √r, in _STEPS. For
 # smaller ratios the SVD costs less.
@@ -51,12 +48,14 @@ def polar(Y: Tensor) -> Tensor:
     return Q
 
 
-def _fast(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Q, finite, ok) of (b, m, r), by the faster of two ways."""
+def _fast(Y: Tensor) -> tuple[tuple[Tensor], Tensor, Tensor]:
+    """((Q,), finite, ok) of (b, m, r), by the faster of two ways."""
     dtype = primitives.working_dtype(Y.dtype)
     if Y.device.type == "cpu" and dtype == torch.float32:
-        return _by_eigh(Y)
-    return _by_newton_schulz(scale_columns(Y.to(dtype), (-2, -1)))
+        Q, finite, ok = _by_eigh(Y)
+    else:
+        Q, finite, ok = _by_newton_schulz(scale_columns(Y.to(dtype), (-2, -1)))
+    return (Q,), finite, ok
 
 
 def _by_eigh(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,35 +143,12 @@ def _newton_schulz(X: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
     return X, near & within_reach
 
 
-def _safe(Y: Tensor) -> Tensor:
+def _safe(Y: Tensor) -> tuple[Tensor]:
     """The polar factor of any finite (b, m, r), by Householder QR and an SVD in float64."""
     dtype = primitives.working_dtype(Y.dtype)
     Q, R = torch.linalg.qr(scale_columns(Y.double(), (-2, -1)))
     U, _, Vh = torch.linalg.svd(R)
-    Z: Tensor = Q @ (U @ Vh)
-    return Z.to(dtype)
+    return ((Q @ (U @ Vh)).to(dtype),)
 
 
-def _polar_impl(Y: Tensor) -> Tensor:
-    op = "polar"
-    require_columns(op, Y)
-    if not Y.numel():
-        return _polar_fake(Y)
-    batch = Y.reshape(-1, *Y.shape[-2:])
-    Q, finite, ok = _fast(batch)
-    rest = unsound(op, batch, finite, ok)
-    if rest is not None:
-        Q[rest] = _safe(batch[rest])
-    return Q.reshape(Y.shape)
-
-
-def _polar_fake(Y: Tensor) -> Tensor:
-    require_columns("polar", Y)
-    return Y.new_empty(Y.shape, dtype=primitives.working_dtype(Y.dtype))
-
-
-def _polar_vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:
-    return _polar(Y.movedim(in_dims[0], 0)), 0
-
-
-_polar = register("polar(Tensor Y) -> Tensor", _polar_impl, _polar_fake, _polar_vmap)
+_polar = operator("polar(Tensor Y) -> Tensor", _fast, _safe)

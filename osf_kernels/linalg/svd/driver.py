@@ -22,7 +22,7 @@ from osf_kernels.linalg.svd.arguments import (
     entries_of,
     require_finite_starts,
 )
-from osf_kernels.linalg.svd.finish import empty_result, results_of, stacked_result
+from osf_kernels.linalg.svd.finish import results_of, stacked_result
 from osf_kernels.linalg.svd.group import Group
 from osf_kernels.linalg.svd.methods import Method
 from osf_kernels.linalg.svd.residual import limit
@@ -72,14 +72,6 @@ class Missed(NamedTuple):
         return f"has {self.residual:.1e}{lacking} {after}"
 
 
-class _Parted(NamedTuple):
-    """A group that was taken ``size`` matrices at a time, and the limit that it exceeded."""
-
-    entries: Sequence[Entry]
-    size: int
-    limit: str
-
-
 class _Call:
     """One call of truncated_svd: its seed, and what happened to its groups.
 
@@ -90,7 +82,8 @@ class _Call:
     def __init__(self, options: Options, batch: int) -> None:
         self._options, self._batch = options, batch
         self._seed: int | None = None
-        self._parted: list[_Parted] = []
+        # Of groups that were taken ``size`` matrices at a time: entries, size, the limit exceeded.
+        self._parted: dict[int, tuple[Sequence[Entry], int, str]] = {}
         self._free: dict[torch.device, int] = {}  # bytes of each GPU
 
     def decomposed(self, entries: Sequence[Entry]) -> list[TruncatedSVD]:
@@ -149,7 +142,7 @@ class _Call:
         """One group in parts that fit the workspace, in smaller ones where memory runs out."""
         size = self._fitting(method, entries)
         if size < len(entries) and self._options.max_workspace_bytes is not None:
-            self._parted.append(_Parted(entries, size, "max_workspace_bytes"))
+            self._parted[id(entries)] = entries, size, "max_workspace_bytes"
         results: list[TruncatedSVD] = []
         while len(results) < len(entries):
             part = entries[len(results) : len(results) + size]
@@ -159,7 +152,7 @@ class _Call:
                 if not _out_of_memory(error) or len(part) == 1:
                     raise
                 size = max(1, len(part) // 2)
-                self._parted.append(_Parted(entries, size, "the memory there is"))
+                self._parted[id(entries)] = entries, size, "the memory there is"
         return results
 
     def _fitting(self, method: Method, entries: Sequence[Entry]) -> int:
@@ -187,9 +180,9 @@ class _Call:
     def _run(self, method: Method, entries: Sequence[Entry]) -> list[TruncatedSVD]:
         """Decomposes matrices together; those whose fast factorizations broke down once more."""
         options = self._options
-        if entries[0].rank == 0:
-            return [empty_result(entry, options) for entry in entries]
         group = self._group(entries, [entry.scaled() for entry in entries])
+        if group.rank == 0:
+            return results_of(method, entries, group.no_factors(), options)
         if primitives.products_backend(group.As[0]) == "torch":
             # torch multiplies matrices of one dtype only.
             group = replace(group, As=[A.to(group.dtype) for A in group.As])
@@ -262,11 +255,10 @@ class _Call:
     ) -> list[RuntimeWarning]:
         """One for all groups that were taken in parts, one for all results that missed ``tol``."""
         found: list[RuntimeWarning] = []
-        last = {id(part.entries): part for part in self._parted}  # the size each came down to
         parts = [
             f"{len(entries)} matrices of {entries[0].A.shape[0]} × {entries[0].A.shape[1]} exceed "
-            f"{limit} and were taken {size} at a time"
-            for entries, size, limit in last.values()
+            f"{exceeded} and were taken {size} at a time"
+            for entries, size, exceeded in self._parted.values()
         ]
         if parts:
             found.append(RuntimeWarning(f"osf_kernels.{OP}: {'; '.join(parts)}"))

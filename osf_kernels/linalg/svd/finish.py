@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,11 @@ from torch import Tensor
 from osf_kernels.errors import ValueRefusal
 from osf_kernels.linalg import cpu
 from osf_kernels.linalg.orthonormal.complement import complement
-from osf_kernels.linalg.primitives import working_dtype
 from osf_kernels.linalg.svd.arguments import OP, Entry, Options, times_power
 from osf_kernels.linalg.svd.factors import Factors
 from osf_kernels.linalg.svd.residual import limit
-from osf_kernels.linalg.svd.result import TruncatedSVD
+from osf_kernels.linalg.svd.result import TENSORS, TruncatedSVD, unbound
 
-_FIELDS = ("U", "S", "V", "residual", "captured", "converged", "U_low", "V_low")
 # Elements of one column whose magnitudes differ by less, in eps of the largest, differ by rounding
 # alone, or not at all.
 _TIE = 512.0
@@ -47,22 +46,18 @@ def results_of(
         converged = residual.isfinite()
     if factors.leading is not None:
         converged = converged & factors.leading
-    columns = [
-        [None] * len(entries) if field is None else list(map(_own, field.unbind()))
-        for field in (U, S, V, residual, captured, converged, U_low, V_low)
-    ]
-    results = []
-    for entry, iterations, *row in zip(entries, factors.iterations, *columns, strict=True):
-        values: dict[str, Any] = dict(zip(_FIELDS, row, strict=True))
-        if entry.exponent:
-            values["S"] = _scaled_back(entry, values["S"])
-        results.append(TruncatedSVD(**values, iterations=iterations, method=method))
-    return results
+    tensors = dict(
+        zip(TENSORS, (U, S, V, residual, captured, converged, U_low, V_low), strict=True)
+    )
+    results = [_owned(result) for result in unbound(tensors, factors.iterations, method)]
+    return [_scaled_back(entry, result) for entry, result in zip(entries, results, strict=True)]
 
 
 def _signs(V: Tensor) -> Tensor:
     """±1 for each column, (b, 1, r): the sign of the first element that is within ``_TIE`` eps of
     the largest magnitude, so the sign of the largest where no element of the other sign is near."""
+    if not V.shape[-1]:
+        return V.new_empty(len(V), 1, 0)
     tie = _TIE * torch.finfo(V.dtype).eps
     if V.shape[-1] < cpu.FEW_COLUMNS:
         least, most = V.aminmax(dim=-2, keepdim=True)
@@ -90,37 +85,28 @@ def _times(X: Tensor, signs: Tensor) -> Tensor:
     return out
 
 
-def _scaled_back(entry: Entry, S: Tensor) -> Tensor:
-    S = times_power(S, entry.exponent)
+def _scaled_back(entry: Entry, result: TruncatedSVD) -> TruncatedSVD:
+    if not entry.exponent:
+        return result
+    S = times_power(result.S, entry.exponent)
     if entry.exponent > 0 and not bool(S.isfinite().all()):
         expected = f"small enough for its singular values to fit {S.dtype}"
         raise ValueRefusal.of(OP, "A", expected, "larger", "scale it down", index=entry.index)
-    return S
+    return replace(result, S=S)
 
 
-def _own(x: Tensor) -> Tensor:
-    """x in memory of its own size, since a view would keep its whole group alive."""
-    owns = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
-    return x if owns else x.clone(memory_format=torch.contiguous_format)
+def _owned(result: TruncatedSVD) -> TruncatedSVD:
+    """The result in memory of its own size, since a view would keep its whole group alive."""
 
+    def own(x: Tensor | None) -> Tensor | None:
+        if x is None or (
+            x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+        ):
+            return x
+        return x.clone(memory_format=torch.contiguous_format)
 
-def empty_result(entry: Entry, options: Options) -> TruncatedSVD:
-    """The result of rank 0: no triplets, and low bases of everything."""
-    A = entry.A
-    m, n = A.shape
-    zero = A.new_zeros((), dtype=working_dtype(A.dtype))
-    low = [torch.eye(size, dtype=zero.dtype, device=A.device) for size in (m, n)]
-    return TruncatedSVD(
-        zero.new_empty(m, 0),
-        zero.new_empty(0),
-        zero.new_empty(n, 0),
-        zero,
-        zero + (entry.norm == 0),
-        0,
-        "exact",
-        zero == 0,
-        *(low if options.complement else (None, None)),
-    )
+    owned: dict[str, Any] = {name: own(getattr(result, name)) for name in TENSORS}
+    return replace(result, **owned)
 
 
 def stacked_result(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> TruncatedSVD:
@@ -132,7 +118,7 @@ def stacked_result(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> Tru
             return None
         return torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
 
-    tensors = {name: field(name) for name in _FIELDS}
+    tensors = {name: field(name) for name in TENSORS}
     return TruncatedSVD(
         **tensors,  # type: ignore[arg-type]
         iterations=max(result.iterations for result in results),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osf_kernels.linalg import cpu, primitives
 from osf_kernels.linalg.svd.beside import PROBE_BLOCK, PROBE_STEPS
+from osf_kernels.linalg.svd.factors import Factors
 from osf_kernels.linalg.svd.result import TruncatedSVD
 
 
@@ -60,6 +61,14 @@ class Group:
     def all_ok(self) -> Tensor:
         """(b,) True."""
         return torch.ones(len(self.As), dtype=torch.bool, device=self.device)
+
+    def no_factors(self) -> Factors:
+        """The factors of rank 0, without a step."""
+        (m, n), b, new = self.shape, len(self.As), self.As[0].new_zeros
+        U, S, V, residual = (
+            new(shape, dtype=self.dtype) for shape in ((b, m, 0), (b, 0), (b, n, 0), (b,))
+        )
+        return Factors(U, S, V, residual, [0] * b, self.all_ok())
 
     # --- sketches --------------------------------------------------------------------------
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from osf_kernels.basis import Basis
+
+TENSORS = ("U", "S", "V", "residual", "captured", "converged", "U_low", "V_low")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,31 +81,13 @@ class TruncatedSVD:
 
     def unbind(self) -> list[TruncatedSVD]:
         """The results of a batch's matrices, in order; views."""
-        count = math.prod(self.shape[:-2])
-
-        def each(value: Tensor | None, dims: int) -> list[Tensor | None]:
-            if value is None:
-                return [None] * count
-            return list(value.reshape(count, *value.shape[value.dim() - dims :]))
-
-        fields = {
-            "U": each(self.U, 2),
-            "S": each(self.S, 1),
-            "V": each(self.V, 2),
-            "residual": each(self.residual, 0),
-            "captured": each(self.captured, 0),
-            "converged": each(self.converged, 0),
-            "U_low": each(self.U_low, 2),
-            "V_low": each(self.V_low, 2),
+        batch = len(self.shape) - 2
+        count = math.prod(self.shape[:batch])
+        each = {
+            name: None if x is None else x.reshape(count, *x.shape[batch:])
+            for name, x in ((name, getattr(self, name)) for name in TENSORS)
         }
-        return [
-            TruncatedSVD(
-                **{name: values[i] for name, values in fields.items()},  # type: ignore[arg-type]
-                iterations=self.iterations,
-                method=self.method,
-            )
-            for i in range(count)
-        ]
+        return unbound(each, [self.iterations] * count, self.method)
 
     def left(self) -> Basis:
         """The protected span of the left side, by the smaller of U and U_low."""
@@ -116,3 +102,14 @@ def _smaller(high: Tensor, low: Tensor | None) -> Basis:
     if low is not None and low.shape[-1] < high.shape[-1]:
         return Basis(low, "low")
     return Basis(high, "high")
+
+
+def unbound(
+    batched: Mapping[str, Tensor | None], iterations: Sequence[int], method: str
+) -> list[TruncatedSVD]:
+    """One result for each matrix, of tensors (b, ...) by their names."""
+    rows: Any = {k: [None] * len(iterations) if x is None else x for k, x in batched.items()}
+    return [
+        TruncatedSVD(**{k: x[i] for k, x in rows.items()}, iterations=taken, method=method)
+        for i, taken in enumerate(iterations)
+    ]
