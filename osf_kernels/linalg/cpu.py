@@ -1,4 +1,4 @@
-"""What is tuned to a CPU: each number with the measurement that it comes from.
+"""The numbers that are tuned to a CPU, each with the measurement that it comes from.
 
 All of them were measured on two cores with float32. Where a number isn't for CPUs alone, other
 devices take it until it is measured there.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def looks_are_free(X: Tensor) -> bool:
-    """Whether the host may decide by what a tensor holds: on a CPU, where nothing waits for it."""
+    """Whether the host may decide by the values of a tensor: on a CPU, where nothing waits."""
     return X.device.type == "cpu"
 
 
@@ -60,10 +60,11 @@ THRESHOLDS = Thresholds(
 
 # --- memory --------------------------------------------------------------------------------
 
-# What a group may take beside its results where no cap is given. A few matrices at a time stay in
-# cache, and a large one alone has what a Krylov space of a fourth of its columns takes.
+# The bytes that a group may take beside its results where no cap is given, so that a few matrices
+# at a time stay in cache; and in multiples of one matrix, so that a large one has room for a Krylov
+# space of a fourth of its columns.
 WORKSPACE_BYTES = 1 << 28
-WORKSPACE_OF_ONE = 26  # times the bytes of the matrix
+WORKSPACE_OF_ONE = 26
 
 # --- products ------------------------------------------------------------------------------
 
@@ -117,8 +118,6 @@ LANCZOS_STEPS = 7
 # 7e-4, which ``captured`` would be too; norms of pieces, summed in float64, by 4e-9, in a half of
 # the time (of equal numbers, the worst case, by 2e-6).
 SUMMED_AT_ONCE = 4096
-# Below so many columns aminmax takes less time than amin and amax, above five times as long.
-FEW_COLUMNS = 32
 # Columns that lie 2048 numbers apart or so share a few lines of a cache: more at a time, and each
 # number of a row is read from memory again (2048 × 1024: 12 ms at once, 3 by 64 columns).
 TRANSPOSED_AT_ONCE = 64

@@ -124,7 +124,7 @@ def _extend_list(
 
 
 def _admit(basis: BasisLike, samples: Tensor, index: int | None) -> tuple[Tensor, Spans]:
-    """(columns, what they span), or the refusal; an empty basis where there is none."""
+    """(columns, spans) of the basis, empty for None; refuses all that doesn't fit."""
     at = "" if index is None else f"[{index}]"
     name = f"basis{at}"
     require_tensor(_OP, f"samples{at}", samples)

@@ -26,7 +26,7 @@ from osf_kernels.linalg import cpu
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for all but float64: what factors are computed and returned in."""
+    """The dtype that factors are computed and returned in: float32 for all but float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -115,11 +115,11 @@ def power_products(
 
 
 def _chained(As: Sequence[Tensor], chain: Sequence[Tensor], *, transpose: bool) -> None:
-    """Writes to each of a chain but the first A_i or A_iᵀ, by turns, times the one before it.
+    """Writes to each tensor of a chain A_i or A_iᵀ, by turns, times the one before it.
 
-    By torch, one matrix after another. ``transpose`` has Aᵀ the first turn.
+    By torch, one matrix after another; with ``transpose`` Aᵀ has the first turn.
     """
-    # Views of all matrices at once: one by one they would take as long as small products.
+    # Views are made for all matrices at once: one by one they take as long as small products.
     columns = _in_columns(As[0])
     links: list[tuple[bool, Sequence[Tensor], Sequence[Tensor]]] = []
     for x, y in itertools.pairwise(chain):
@@ -141,7 +141,7 @@ def _chained(As: Sequence[Tensor], chain: Sequence[Tensor], *, transpose: bool) 
 def empty_product(
     As: Sequence[Tensor], Q: Tensor, *, width: int | None = None, transpose: bool = False
 ) -> Tensor:
-    """For A_i Q_i, or another ``width`` of columns, in the order of strides that suits torch."""
+    """Memory for A_i Q_i, or for ``width`` columns, in the order of strides that suits torch."""
     rows = As[0].shape[1] if transpose else As[0].shape[0]
     width = Q.shape[-1] if width is None else width
     if _in_columns(As[0]) != transpose:
@@ -154,7 +154,7 @@ def _in_columns(A: Tensor) -> bool:
 
 
 def _rows(As: Sequence[Tensor], Q: Tensor) -> Iterator[Tensor]:
-    """The matrices, or where the first lies in columns their transposes, in the dtype of Q."""
+    """The matrices in the dtype of Q, or their transposes if the first lies in columns."""
     columns, same = _in_columns(As[0]), As[0].dtype == Q.dtype
     for A in As:
         R = A.mT if columns else A
@@ -216,7 +216,7 @@ def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
     if cholesky_backend(G) == "cuda":
         pair: tuple[Tensor, Tensor] = backends.module("cuda").cholesky_inverse(G)
         return pair
-    # Lower triangles are what LAPACK takes without a copy: .6 of the time of upper ones.
+    # LAPACK takes lower triangles without a copy, in .6 of the time of upper ones.
     L, info = torch.linalg.cholesky_ex(G)
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
     inverse = torch.linalg.solve_triangular(L, eye, upper=False).mT

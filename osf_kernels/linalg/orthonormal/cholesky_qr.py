@@ -145,7 +145,7 @@ def rank_tolerance(m: int, dtype: torch.dtype) -> float:
 def scale_columns(X: Tensor, dim: int | tuple[int, int] = -2) -> Tensor:
     """Columns, or whole matrices, times powers of two: largest magnitudes in [0.5, 1), exactly.
 
-    Zero, NaN and Inf stay what they are.
+    Zero, NaN and Inf stay.
     """
     largest = torch.linalg.vector_norm(X, torch.inf, dim, keepdim=True)
     exponent = torch.frexp(largest).exponent

@@ -28,7 +28,7 @@ WarmStart = TruncatedSVD | Tensor | None
 
 @dataclass(frozen=True)
 class Options:
-    """What a call asks for, for all of its matrices."""
+    """The arguments of a call that hold for all of its matrices."""
 
     method: Method
     tol: float | None

@@ -12,17 +12,8 @@ from torch import Tensor
 
 from osf_kernels.errors import ConvergenceWarning, Index, ValueRefusal
 from osf_kernels.linalg import cpu, primitives
-from osf_kernels.linalg.svd import auto, methods
-from osf_kernels.linalg.svd.arguments import (
-    OP,
-    Entry,
-    Options,
-    WarmStart,
-    check_options,
-    entries_of,
-    require_finite_starts,
-)
-from osf_kernels.linalg.svd.finish import results_of, stacked_result
+from osf_kernels.linalg.svd import arguments, auto, finish, methods
+from osf_kernels.linalg.svd.arguments import OP, Entry, Options, WarmStart
 from osf_kernels.linalg.svd.group import Group
 from osf_kernels.linalg.svd.methods import Method
 from osf_kernels.linalg.svd.residual import limit
@@ -43,8 +34,8 @@ def decompose(
     options: Options,
 ) -> tuple[TruncatedSVD | list[TruncatedSVD], list[RuntimeWarning]]:
     """The result, and the warnings that go with it."""
-    entries = entries_of(A, rank, warm_start)
-    check_options(options, entries)
+    entries = arguments.entries_of(A, rank, warm_start)
+    arguments.check_options(options, entries)
     call = _Call(options, math.prod(A.shape[:-2]) if isinstance(A, Tensor) else 1)
     with primitives.full_precision():
         results = call.decomposed(entries)
@@ -54,12 +45,12 @@ def decompose(
     if not results:  # an empty batch: the shapes of one matrix's factors
         one = torch.zeros(A.shape[-2:], dtype=A.dtype, device=A.device)
         exactly = _Call(replace(options, method="exact"), 1)
-        results = exactly.decomposed(entries_of([one], rank, None))
-    return (results[0] if A.dim() == 2 else stacked_result(results, A.shape[:-2])), warnings
+        results = exactly.decomposed(arguments.entries_of([one], rank, None))
+    return (results[0] if A.dim() == 2 else finish.stacked_result(results, A.shape[:-2])), warnings
 
 
 class Missed(NamedTuple):
-    """What a matrix that missed the tolerance has."""
+    """A matrix that missed the tolerance."""
 
     residual: float
     lacking: bool  # larger triplets, though these are right
@@ -182,7 +173,7 @@ class _Call:
         options = self._options
         group = self._group(entries, [entry.scaled() for entry in entries])
         if group.rank == 0:
-            return results_of(method, entries, group.no_factors(), options)
+            return finish.results_of(method, entries, group.no_factors(), options)
         if primitives.products_backend(group.As[0]) == "torch":
             # torch multiplies matrices of one dtype only.
             group = replace(group, As=[A.to(group.dtype) for A in group.As])
@@ -195,8 +186,8 @@ class _Call:
                 factors = factors.merged(part, methods.run(method, group.of(part), safe=True))
         finite = factors.residual.isfinite()
         if method in ("warm", "deflated") and not bool(finite.all()):
-            # To look before would take a tenth of the time of either.
-            require_finite_starts(entries)
+            # A look beforehand would take a tenth of the time of either method.
+            arguments.require_finite_starts(entries)
             if options.method == "deflated":
                 wrong = {
                     e.index: "" for e, f in zip(entries, finite.tolist(), strict=True) if not f
@@ -204,7 +195,7 @@ class _Call:
                 expected = "orthonormal to rounding, U with U_low and V with V_low"
                 remedy = "make the earlier result anew, or take another method"
                 raise ValueRefusal.of(OP, "warm_start of A", expected, "less", remedy, each=wrong)
-        return results_of(method, entries, factors, options)
+        return finish.results_of(method, entries, factors, options)
 
     def _group(self, entries: Sequence[Entry], As: Sequence[Tensor]) -> Group:
         options, (n, device) = self._options, (As[0].shape[1], As[0].device)
@@ -243,7 +234,7 @@ class _Call:
             self._free[device] = torch.cuda.mem_get_info(device)[0] + cached
         return GPU_WORKSPACE_SHARE * self._free[device]
 
-    # --- what is to be said ----------------------------------------------------------------
+    # --- warnings --------------------------------------------------------------------------
 
     def _lacking(self, result: TruncatedSVD) -> bool:
         """Whether triplets are right that aren't the leading ones."""
@@ -263,7 +254,7 @@ class _Call:
         if parts:
             found.append(RuntimeWarning(f"osf_kernels.{OP}: {'; '.join(parts)}"))
         tol = self._options.tol
-        if tol is None:  # no more was asked for than the results say
+        if tol is None:  # ``converged`` is enough
             return found
         missed: dict[Index, Missed] = {
             entry.index: Missed(float(r.residual), self._lacking(r), r.iterations, r.method)
@@ -276,7 +267,7 @@ class _Call:
         return found
 
     def _remedy(self, missed: set[str]) -> str:
-        """What a caller may change where results of these methods missed the tolerance."""
+        """Advice where results of these methods missed the tolerance."""
         if missed <= {"exact"}:
             return "no method comes closer in this dtype; raise tol, or pass float64"
         if missed <= {"exact", "gram"}:

@@ -59,10 +59,8 @@ def _signs(V: Tensor) -> Tensor:
     if not V.shape[-1]:
         return V.new_empty(len(V), 1, 0)
     tie = _TIE * torch.finfo(V.dtype).eps
-    if V.shape[-1] < cpu.FEW_COLUMNS:
-        least, most = V.aminmax(dim=-2, keepdim=True)
-    else:
-        least, most = V.amin(dim=-2, keepdim=True), V.amax(dim=-2, keepdim=True)
+    # aminmax takes five times as long as both on a CPU for many columns.
+    least, most = V.amin(dim=-2, keepdim=True), V.amax(dim=-2, keepdim=True)
     signs = torch.where(-least > most, -1, 1).to(V.dtype)
     which, column = torch.nonzero(((most + least).abs() <= tie * most).squeeze(-2), as_tuple=True)
     if len(which):

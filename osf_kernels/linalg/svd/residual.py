@@ -82,7 +82,7 @@ def residual_of(
     """
     m, scale = U.shape[-2], S.unsqueeze(-1)
 
-    # [X, Σ X] in one product: the passes over U, V and A are what this costs.
+    # [X, Σ X] in one product, since the passes over U, V and A take most of the time.
     def apply(X: Tensor) -> Tensor:
         k, both = X.shape[-1], torch.cat([X, scale * X], -1)
         right, left = V @ both, U @ both
@@ -170,7 +170,7 @@ def _norm(
 def largest_eigenvalue(G: Tensor) -> Tensor:
     """λ_max of Gram matrices (b, k, k); infinite for one that isn't finite."""
     finite = G.isfinite().all(-1).all(-1)
-    G = torch.nan_to_num(G)  # eigvalsh raises for what a breakdown leaves
+    G = torch.nan_to_num(G)  # eigvalsh raises for the NaN of a breakdown
     values: Tensor = torch.linalg.eigvalsh(G)[:, -1]
     return torch.where(finite, values.clamp_min(0), math.inf)
 

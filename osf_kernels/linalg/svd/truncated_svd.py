@@ -65,7 +65,7 @@ def truncated_svd(
     """A ≈ U diag(S) Vᵀ: the leading singular triplets of a matrix, a batch or a list.
 
     Matrices of one shape, dtype and device are decomposed together, with one sketch for all of
-    them, and a list gives what a loop over it with equally seeded generators gives, to rounding.
+    them. A list gives the results of a loop over it with equally seeded generators, to rounding.
 
     Args:
         A: (m, n), (..., m, n), or a list of matrices of any mix of shapes, dtypes and devices;

@@ -3,9 +3,11 @@
 A method has three functions of a :class:`Group`:
 
 * ``run(group, safe=...)`` gives its :class:`Factors`. ``safe`` asks for factorizations that hold
-  for any spectrum, where the fast ones reported that they broke down.
-* ``workspace_bytes(group, safe=...)`` is an upper estimate of what that allocates for one matrix.
-* ``factors_bytes(group)`` is what the factors of one matrix, and what they are views of, take.
+  for any spectrum, after the fast ones reported that they broke down.
+* ``workspace_bytes(group, safe=...)`` is an upper estimate of the bytes that ``run`` allocates for
+  one matrix.
+* ``factors_bytes(group)`` is the size of the factors of one matrix, and of the tensors that they
+  are views of.
 
 ``randomized`` and ``warm`` build on ``krylov``, ``powers`` and ``subspace_iteration``, which take a
 sketch; ``gram`` on ``steep``.
@@ -37,8 +39,8 @@ _MODULES: dict[str, ModuleType] = {
 def run(method: Method, group: Group, safe: bool) -> Factors:
     """Factors of a group by a method.
 
-    Iterative ones of float64 matrices always run with ``safe``: the fast way makes up for the Gram
-    matrices of float32 numbers by having them in float64, which of float64 numbers is no gain.
+    Iterative methods always run with ``safe`` for float64 matrices: their fast way relies on Gram
+    matrices in a wider dtype.
     """
     if group.dtype == torch.float64 and method in ("randomized", "warm"):
         safe = True
@@ -47,12 +49,12 @@ def run(method: Method, group: Group, safe: bool) -> Factors:
 
 
 def workspace_bytes(method: Method, group: Group, *, safe: bool = False) -> int:
-    """An upper estimate of all that one matrix takes beside its results until they are finished."""
+    """An upper estimate of the bytes of one matrix, beside its results, until they are finished."""
     module = _MODULES[method]
     working = module.workspace_bytes(group, safe=safe)
     return group.whole_bytes(working, module.factors_bytes(group))
 
 
 def held_bytes(method: Method, group: Group) -> int:
-    """The part of that which stays while some of a group are decomposed again with ``safe``."""
+    """The bytes of one matrix that stay while others of its group are decomposed with ``safe``."""
     return group.held_bytes(_MODULES[method].factors_bytes(group))

@@ -24,10 +24,10 @@ EDGE = 64
 
 
 def run(group: Group, *, safe: bool) -> Factors:
-    """In float32, or in float64 with ``safe``, which is LAPACK's SVD for a float64 A.
+    """In the working dtype, or with ``safe`` in float64; of a float64 A then LAPACK's SVD.
 
     A Gram matrix squares the condition number. ``ok`` is False where that leaves a residual above
-    the tolerance, or above that of LAPACK's SVD, or may have lost a leading direction.
+    the tolerance or the residual of LAPACK's SVD, or may have lost a leading direction.
     """
     if safe and group.dtype == torch.float64:
         return exact.run(group, safe=safe)

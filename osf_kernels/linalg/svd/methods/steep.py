@@ -118,7 +118,7 @@ def couple(A: Sequence[Tensor], W: Tensor, B: Tensor, lowered: Lowered, *, first
         B: (b, m, t) A times the last t of them.
         first: the column of W from which on the others are rotated as well.
     """
-    # k columns may have been set.
+    # All BLOCK columns that may have been set.
     n, t, k = W.shape[-1], B.shape[-1], BLOCK
     top = W[..., n - k :]
     lead, before = B[..., t - k :].clone(), top.clone()
