@@ -90,7 +90,7 @@ continual: $(INSTALLED)  ## Five tasks in a row, what each method forgets; ANEW=
 static: $(BUILT)  ## Inspect the machine code of every kernel, no GPU: registers, tensor cores, occupancy
 	@$(BIN)/python -m bench static --csv bench/results/static.csv
 
-gpu-session:  ## On a GPU machine, with its own Python: build, gpu tests, sanitizer, bench into OUT
+gpu-session:  ## On a GPU machine, with its own Python: kernels, a whole model, tests, sanitizer into OUT
 	bash bench/gpu_session.sh $(OUT)
 
 clean:  ## Remove the environment, builds and caches

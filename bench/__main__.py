@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import overhead, refresh_cli, report, static, suite, training_cli
+from bench import host, overhead, refresh_cli, report, static, suite, training_cli
 from bench.arguments import device_named, listed, require
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     over = commands.add_parser("overhead", help="a call's cost over the bare matmuls, on the CPU")
     over.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
     over.add_argument("--batches", type=int, default=200)
+
+    host_time = commands.add_parser("host", help="the host's time for a call, without a device")
+    host_time.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
+    host_time.add_argument("--layers", type=int, help="this many blocks of the model, not all")
+    host_time.add_argument("--rounds", type=int, default=100)
 
     refresh_cli.add(commands)
     training_cli.add(commands)
@@ -176,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_projection(arguments)
         if arguments.command == "cpu-suite":
             return run_cpu_suite(arguments)
+        if arguments.command == "host":
+            return host.run(arguments.rounds, arguments.layers, arguments.csv)
         if arguments.command == "overhead":
             return overhead.run(arguments.batches, arguments.csv)
         if arguments.command == "refresh":

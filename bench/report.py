@@ -214,6 +214,18 @@ def failed(row: Row) -> bool:
 SHORT = (
     {
         "case": "case",
+        "dtype": "dtype",
+        "rank": "rank",
+        "contender": "contender",
+        "config": "config",
+        "device_ms": "device ms",
+        "host_hit_ms": "host ms, hit",
+        "host_miss_ms": "miss",
+        "exposed_rounds": "exposed",
+        "status": "status",
+    },
+    {
+        "case": "case",
         "contender": "contender",
         "median_ms": "median ms",
         "times_naive": "x naive",

@@ -67,12 +67,20 @@ class Clock:
 
     On a CUDA device the caches are flushed before every call when ``cold`` is set, as between
     two optimizer steps, where activations have passed through them. And the host gets a head start
-    of HEAD_START_CYCLES, as in training, where it runs ahead: of its work on a call, what ends
-    within them is not counted.
+    of so many cycles, as in training, where it runs ahead: of its work on a call, what ends within
+    them is not counted. ``exposed`` counts the calls in which the host was slower than that.
     """
 
-    def __init__(self, device: torch.device, *, cold: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        cold: bool = True,
+        head_start_cycles: int = HEAD_START_CYCLES,
+    ) -> None:
         self.device = device
+        self.head_start_cycles = head_start_cycles
+        self.exposed = 0
         self._flush: Tensor | None = None
         if device.type == "cuda" and cold:
             self._flush = torch.empty(CACHE_FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -89,10 +97,11 @@ class Clock:
                 self._flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(self.device)
-            torch.cuda._sleep(HEAD_START_CYCLES)
+            torch.cuda._sleep(self.head_start_cycles)
             begin.record(torch.cuda.current_stream(self.device))
             timed.call()
             end.record(torch.cuda.current_stream(self.device))
+            self.exposed += begin.query()  # the device began before the host was done
             end.synchronize()
             return float(begin.elapsed_time(end))
 

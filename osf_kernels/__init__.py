@@ -8,8 +8,9 @@ backends (``backends/``), and what a test of them needs (``testing.py``). It imp
 triton and the compiled extension lazily; imports run one way, downward in that order.
 """
 
+from osf_kernels._padding import padded
 from osf_kernels._version import __version__
-from osf_kernels.backends import use_backend
+from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError, ConvergenceWarning, Refusal
 from osf_kernels.linalg.extend_basis import extend_basis
@@ -17,17 +18,21 @@ from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
 from osf_kernels.linalg.orthonormal.polar import polar
 from osf_kernels.linalg.svd.result import TruncatedSVD
 from osf_kernels.linalg.svd.truncated_svd import truncated_svd
-from osf_kernels.ops.halves import apply_, coefficients
-from osf_kernels.ops.projection import plan, project, project_, project_many_
-from osf_kernels.ops.restoration import restore_, restore_many_
+from osf_kernels.ops._coefficient_list import CoefficientList
+from osf_kernels.ops.coefficients import apply_, coefficients
+from osf_kernels.ops.prepared import Prepared, prepare
+from osf_kernels.ops.project import plan, project, project_, project_many_
+from osf_kernels.ops.restore import restore_, restore_many_
 from osf_kernels.plan import Mode, Plan
 
 __all__ = [
     "BackendUnavailableError",
     "Basis",
+    "CoefficientList",
     "ConvergenceWarning",
     "Mode",
     "Plan",
+    "Prepared",
     "Refusal",
     "TruncatedSVD",
     "__version__",
@@ -35,8 +40,10 @@ __all__ = [
     "coefficients",
     "extend_basis",
     "orthonormalize",
+    "padded",
     "plan",
     "polar",
+    "prepare",
     "project",
     "project_",
     "project_many_",

@@ -15,7 +15,10 @@ import torch
 
 from osf_kernels import env
 from osf_kernels._version import __version__
-from osf_kernels.backends import NAMES, cuda, unavailable_reason
+from osf_kernels.backends import cuda
+from osf_kernels.backends.choosing import NAMES, WORKS, choose, requested, unavailable_reason
+from osf_kernels.errors import BackendUnavailableError
+from osf_kernels.plan import GROUPED_RANK_LIMIT
 
 __all__ = ["Info", "collect", "render"]
 
@@ -33,6 +36,15 @@ class Backend(TypedDict):
     reason: str | None
 
 
+class Choice(TypedDict):
+    """Which backend serves a kind of work in float32; bases beyond some rank are apart."""
+
+    device: str
+    work: str
+    backend: str
+    why: str
+
+
 class Setting(TypedDict):
     name: str
     value: str
@@ -48,6 +60,7 @@ class Info(TypedDict):
     versions: dict[str, str | None]
     devices: list[Device]
     backends: list[Backend]
+    choices: list[Choice]
     environment: list[Setting]
 
 
@@ -119,6 +132,23 @@ def _backends(devices: list[Device]) -> list[Backend]:
     return found
 
 
+def _choices(devices: list[Device]) -> list[Choice]:
+    found: list[Choice] = []
+    for entry in devices:
+        for work in WORKS:
+            for bound in (False, True) if work == "projection" else (False,):
+                try:
+                    device = torch.device(entry["device"])
+                    backend, why = choose(work, requested(), device, "float32", flop_bound=bound)
+                except (BackendUnavailableError, ValueError) as error:
+                    backend, why = "none", str(error)
+                words = f"{work} beyond rank {GROUPED_RANK_LIMIT}" if bound else work
+                found.append(
+                    {"device": entry["device"], "work": words, "backend": backend, "why": why}
+                )
+    return found
+
+
 def _settings() -> list[Setting]:
     found: list[Setting] = []
     for name, variable in env.VARIABLES.items():
@@ -149,6 +179,7 @@ def collect() -> Info:
         "versions": _versions(),
         "devices": devices,
         "backends": _backends(devices),
+        "choices": _choices(devices),
         "environment": _settings(),
     }
 
@@ -171,6 +202,7 @@ def render(found: Info) -> str:
         [b["device"], b["backend"], f"unavailable: {b['reason']}" if b["reason"] else "available"]
         for b in found["backends"]
     ]
+    choices = [[c["device"], c["work"], c["backend"], c["why"]] for c in found["choices"]]
     settings = [
         [
             s["name"],
@@ -184,6 +216,7 @@ def render(found: Info) -> str:
         "Versions": versions,
         "Devices": devices,
         "Backends": backends,
+        "Who runs what": choices,
         "Environment": settings,
     }
     lines: list[str] = []

@@ -20,7 +20,7 @@ bases and coefficients read and written once a step.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -97,7 +97,7 @@ class Step:
     beta: float
     flops: int
     bytes: int
-    passes: int  # reads and writes of g itself
+    passes: int  # reads and writes of g itself; before a backend is chosen, the least of them
     why: str
     label: str  # the form in the words a person uses
     joined: bool = False  # dual: both terms in one product of [U, B] and [A; Vᵀ]
@@ -113,9 +113,12 @@ class Plan:
         bytes: bytes read and written, each operand once a step.
         launches: calls of the two grouped kernels for the whole list, each one launch for the
             matrices that agree on dtypes, layouts and tile config (cuda: on dtype and class of
-            ranks, 127 at a time); on the torch backend, matmuls.
+            ranks, 127 at a time), in every slice that the workspace holds; on the torch backend,
+            matmuls.
+        workspace_bytes: coefficients and partial sums that live at once.
         backend: the backend, or the backends of a list, joined by " + ".
         why: the reason for the form and for the backend.
+        notes: what else a list is prepared by, such as bases that are copied.
         matrices: (Matrix, Step, backend) of each matrix in order.
     """
 
@@ -123,11 +126,13 @@ class Plan:
     flops: int
     bytes: int
     launches: int
+    workspace_bytes: int
     backend: str
     why: str
     mode: Mode
     device: str
     matrices: tuple[tuple[Matrix, Step, str], ...] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = Counter((_shape(x), step.label, backend) for x, step, backend in self.matrices)
@@ -141,8 +146,10 @@ class Plan:
             f"  FLOPs     {self.flops / 1e9:.3f} G",
             f"  bytes     {self.bytes / 2**20:.1f} MiB",
             f"  launches  {self.launches}",
+            f"  workspace {self.workspace_bytes / 2**20:.1f} MiB",
             f"  backend   {self.backend}",
             f"  why       {self.why}",
+            *[f"  note      {note}" for note in self.notes],
         ]
         return "\n".join(lines)
 
@@ -291,7 +298,7 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
 
 def _reason(form: Form, beta: float) -> str:
     return {
-        "dual": "both coefficients from one read of g, one update: the extra r·k products cost "
+        "dual": "both coefficients of g as it is, one update: the extra r·k products cost "
         "less than two more passes over g",
         "sequential": "FLOP-bound: one side after the other needs no r·k correction",
         "mixed": "the low side goes first and shrinks what the high side works on",
@@ -331,3 +338,36 @@ def cost(x: Matrix, form: Form, first: str, beta: float) -> tuple[int, int, int]
     steps = 2  # each basis is read once to reduce and once to expand
     moved = passes * m * n * element + steps * (m * r + n * k) * held + small * f32
     return flops * x.batch, moved * x.batch, passes
+
+
+def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
+    """A step with the passes over g that a backend makes.
+
+    Args:
+        reads: how often the backend reads g for the coefficients of both sides.
+        composed: whether it adds the two terms of an update one after another, where they aren't
+            joined.
+    """
+    if step.form != "dual":
+        return step
+    more = reads - 1 + (2 if composed and not step.joined else 0)
+    moved = more * x.batch * x.m * x.n * BYTES[x.dtype]
+    return replace(step, passes=step.passes + more, bytes=step.bytes + moved)
+
+
+def coefficient_bytes(x: Matrix, step: Step) -> int:
+    """What the coefficients of one matrix take at once where they are composed from matmuls."""
+    m, n, r, k = x.m, x.n, x.r or 0, x.k or 0
+    left, right = r * n, m * k
+    if step.form == "dual":
+        elements = left + right + r * k + (r + k) * (m + n) * step.joined
+    elif step.form in ("sequential", "left", "right"):
+        elements = max(left, right)
+    elif step.form.endswith("in turn"):
+        elements = m * n + max(left, right)
+    elif step.form in ("mixed", "inner"):
+        elements = 2 * (left if step.first == "left" else right) + r * k
+    else:
+        elements = 0
+    same = x.dtype == x.basis_dtype != "float16"
+    return elements * x.batch * (BYTES[x.dtype] if same else 4)

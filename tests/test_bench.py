@@ -134,7 +134,10 @@ def test_warm_up_is_not_recorded() -> None:
     assert len(times["a"]) == 3
 
 
-def test_a_gpu_waits_for_the_host_before_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_gpu_waits_for_the_host_before_it_counts(
+    monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
     """Or what a small call plans on the host would pass for its time there. The GPU is a fake."""
     log: list[str] = []
 
@@ -145,6 +148,9 @@ def test_a_gpu_waits_for_the_host_before_it_counts(monkeypatch: pytest.MonkeyPat
         def record(self, stream: object) -> None:
             log.append("record")
 
+        def query(self) -> bool:
+            return begun  # while the host still worked
+
         def synchronize(self) -> None:
             log.append("synchronize event")
 
@@ -154,12 +160,15 @@ def test_a_gpu_waits_for_the_host_before_it_counts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("wait"), raising=False)
-    clock = timing.Clock(torch.device("cuda", 0), cold=False)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: log.append(f"wait {cycles}"), raising=False
+    )
+    clock = timing.Clock(torch.device("cuda", 0), cold=False, head_start_cycles=7)
     timed = timing.Timed(lambda: log.append("call"), lambda: log.append("prepare"))
     assert clock.time_ms(timed) == 0.5
-    wanted = ["prepare", "synchronize", "wait", "record", "call", "record", "synchronize event"]
+    wanted = ["prepare", "synchronize", "wait 7", "record", "call", "record", "synchronize event"]
     assert log == wanted
+    assert clock.exposed == begun
 
 
 def test_peak_counts_what_lives_at_once_and_not_what_was_freed() -> None:

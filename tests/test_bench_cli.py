@@ -1,4 +1,4 @@
-"""What the bench prints, writes and refuses: suite, pictures, files, command line, GPU session."""
+"""What the bench prints, writes and refuses: suite, pictures, files, command line."""
 
 from __future__ import annotations
 
@@ -328,76 +328,3 @@ def test_bench_needs_no_rich() -> None:
     """A GPU machine may lack it; only the demo draws with it."""
     code = "import sys; sys.modules['rich'] = None; import bench.__main__"
     subprocess.run([sys.executable, "-c", code], cwd=report.ROOT, check=True, timeout=120)
-
-
-# the GPU session
-
-
-def session(root: Path, *arguments: str, python: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(root / "bench" / "gpu_session.sh"), *arguments],
-        env={"PATH": "/usr/bin:/bin", "PYTHON": python},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-@pytest.mark.slow
-def test_gpu_session_dry_run_lists_the_issued_cases(root: Path, tmp_path: Path) -> None:
-    done = session(root, "--dry-run", str(tmp_path), python=sys.executable)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for line in (
-        "4096x4096 bf16 r=128: 1 matrices on cuda",
-        "4096x4096 bf16 rho=0.8: 1 matrices on cuda",
-        "llama-2-7b bf16 r=128: 224 matrices on cuda",
-        "530 s of 530 s",
-    ):
-        assert line in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--help",), ("a", "b")])
-def test_gpu_session_refuses_bad_arguments(root: Path, arguments: tuple[str, ...]) -> None:
-    done = session(root, *arguments, python=sys.executable)
-    assert done.returncode == 2
-    assert "usage:" in done.stderr
-
-
-FAKE_PYTHON = """#!/usr/bin/env bash
-case "$*" in
-  "-") echo 9.0 ;;                       # the capability probe reads its program from stdin
-  "-c import pytest_timeout") exit 1 ;;  # a plugin this machine lacks
-  *"setup.py build_ext"*) exit 3 ;;      # a part that fails
-  *"-m pytest"*) echo "4 passed in 1.00s" ;;
-  *"--model 4096x4096"*) exit 124 ;;     # a part that overruns
-  *) exit 0 ;;
-esac
-"""
-
-
-def test_gpu_session_reports_parts_that_fail_overrun_or_are_missing(
-    root: Path, tmp_path: Path
-) -> None:
-    """The script's own logic with a stand-in interpreter: nothing is built or measured."""
-    fake = tmp_path / "python"
-    fake.write_text(FAKE_PYTHON)
-    fake.chmod(0o755)
-    done = session(root, str(tmp_path / "out"), python=str(fake))
-    summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert done.returncode == 1
-    assert "missing: pytest_timeout" in summary
-    assert "pytest runs without the settings of pyproject.toml" in summary
-    assert "failed (status 3)" in summary
-    assert "stopped after" in summary
-    assert "4 passed" in summary
-    assert "bench llama-bf16" in summary
-    assert "sanitizer" in summary
-    assert not (tmp_path / "out" / "pytest.ini").exists()
-    log = (tmp_path / "out" / "session.log").read_text()
-    (call,) = [line for line in log.splitlines() if "-m pytest" in line]
-    named = {word for word in call.split() if word.startswith("tests")}
-    assert {"tests/cuda/test_gpu.py", "tests/triton/test_gpu.py"} <= named
-    assert "tests/test_bench_cli.py" not in named, "it has none, and imports much"
-    assert " -n 8 " in call

@@ -18,7 +18,7 @@ from osf_kernels import (
     restore_many_,
     use_backend,
 )
-from osf_kernels.backends import NAMES, unavailable_reason
+from osf_kernels.backends.choosing import NAMES, unavailable_reason
 from osf_kernels.testing import (
     assert_error_within,
     leak,

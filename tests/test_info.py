@@ -17,7 +17,7 @@ import torch
 import osf_kernels
 from osf_kernels import env
 from osf_kernels.__main__ import main
-from osf_kernels.backends import NAMES, unavailable_reason
+from osf_kernels.backends.choosing import NAMES, unavailable_reason
 
 
 def run_info(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -85,9 +85,10 @@ def test_text_shows_all_of_the_json_in_aligned_columns(
     out, err = capsys.readouterr()
     assert err == ""
     blocks = {lines[0]: lines[1:] for lines in map(str.splitlines, out.split("\n\n"))}
-    assert list(blocks) == ["Versions", "Devices", "Backends", "Environment"]
+    assert list(blocks) == ["Versions", "Devices", "Backends", "Who runs what", "Environment"]
     assert len(blocks["Versions"]) == len(found["versions"])
     assert len(blocks["Backends"]) == len(found["backends"])
+    assert len(blocks["Who runs what"]) == len(found["choices"]) == 4 * len(found["devices"])
     assert [line.split()[0] for line in blocks["Environment"]] == list(env.VARIABLES)
     for lines in blocks.values():
         # Two blanks end the first column; the second begins where it does in every row.

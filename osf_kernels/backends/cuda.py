@@ -26,38 +26,43 @@ from __future__ import annotations
 import functools
 import importlib
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
-from typing import Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from osf_kernels.backends import cuda_factor
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.operands import Placed
 from osf_kernels.errors import BackendUnavailableError, describe
+from osf_kernels.plan import Matrix
 
 __all__ = [
     "build_info",
     "cholesky_inverse",
+    "coefficient_reads",
     "coefficients",
+    "compiled",
     "gram",
     "jacobi_svd",
     "largest_cholesky",
     "largest_jacobi",
     "multiply",
     "pack",
+    "parts_bytes",
+    "spare_bytes",
     "unavailable_reason",
     "update",
 ]
 
 JobT = TypeVar("JobT", Coefficients, Update)
-Address = Callable[[Tensor], int]
+Address = Callable[[Any], int]
 
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _ABSENT = (0, 0, 0, 0)
-_COEFFICIENTS = struct.Struct("<26q")
-_UPDATE = struct.Struct("<32q2d")
 # The kernels could round float32 operands to TF32; what is projected is never rounded so.
 _ALLOW_TF32 = False
 
@@ -111,6 +116,12 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return reason
 
 
+def coefficient_reads(x: Matrix) -> int:
+    """How often x is read for both coefficients: once for each block of ranks."""
+    half = x.dtype == x.basis_dtype != "float32"
+    return -(-max(x.r or 0, x.k or 0, 1) // (128 if half else 64))
+
+
 def coefficients(jobs: Sequence[Coefficients]) -> None:
     """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
 
@@ -131,18 +142,11 @@ def coefficients(jobs: Sequence[Coefficients]) -> None:
     """
     extension = _extension()
     for device, mine in _by_device(jobs).items():
-        records = pack(mine, Tensor.data_ptr)
-        index = _index(device)
+        records = pack(mine, _address)
         with torch.cuda.device(device):
-            size = extension.coefficients_workspace_bytes(records, index, _ALLOW_TF32)
-            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            size = extension.coefficients_workspace_bytes(records, _index(device), _ALLOW_TF32)
             stream = torch.cuda.current_stream(device).cuda_stream
-            arguments = records, index, _ALLOW_TF32, workspace.data_ptr(), size, stream
-            try:
-                extension.coefficients(*arguments)
-            except MemoryError:  # counters are not of torch's pool, which may hold all there is
-                torch.cuda.empty_cache()
-                extension.coefficients(*arguments)
+            _run_coefficients(records, size, device, stream)
 
 
 def update(jobs: Sequence[Update]) -> None:
@@ -156,7 +160,7 @@ def update(jobs: Sequence[Update]) -> None:
     """
     extension = _extension()
     for device, mine in _by_device(jobs).items():
-        records = pack(mine, Tensor.data_ptr)
+        records = pack(mine, _address)
         stream = torch.cuda.current_stream(device).cuda_stream
         extension.update(records, _index(device), _ALLOW_TF32, stream)
 
@@ -277,26 +281,143 @@ def largest_jacobi(device: torch.device, square: bool = True, *, rows: int | Non
     return largest
 
 
-def pack(jobs: Iterable[Coefficients | Update], address: Address) -> bytes:
+class Executable:
+    """``grouped.Executable``: records packed once, in which a call puts the addresses.
+
+    The extension hands records to the kernels as their parameters, so a CUDA graph owns them.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[Job]], device: torch.device) -> None:
+        self._device = device
+        self._calls: list[_Call] = []
+        for stage in stages:
+            for kind in (Coefficients, Update):
+                jobs = [job for job in stage if isinstance(job, kind)]
+                if jobs:
+                    self._calls.append(_Call(kind is Coefficients, jobs))
+        extension, index = _extension(), _index(device)
+        self._workspaces = [
+            extension.coefficients_workspace_bytes(call.words.tobytes(), index, _ALLOW_TF32)
+            if call.sums
+            else 0
+            for call in self._calls
+        ]
+        self.parts_bytes = max(self._workspaces, default=0)
+
+    def run(self, addresses: Sequence[int]) -> None:
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        for call, size in zip(self._calls, self._workspaces, strict=True):
+            records = call.placed(addresses)
+            if call.sums:
+                _run_coefficients(records, size, self._device, stream)
+            else:
+                _extension().update(records, _index(self._device), _ALLOW_TF32, stream)
+
+
+class _Call:
+    """Records of one call of the extension, and which of their words wait for an address."""
+
+    def __init__(self, sums: bool, jobs: Sequence[Job]) -> None:
+        self.sums = sums
+        words = [word for job in jobs for word in _words(job, _address)]
+        self.words = array("q", words)
+        self._waiting = [(i, v, v.argument) for i, v in enumerate(words) if type(v) is Placed]
+        self._last: tuple[list[int], bytes] = [], b""
+
+    def placed(self, addresses: Sequence[int]) -> bytes:
+        known, records = self._last
+        if known != addresses or not records:
+            words = array("q", self.words)
+            for i, offset, argument in self._waiting:
+                words[i] = addresses[argument] + offset
+            records = words.tobytes()
+            self._last = list(addresses), records
+        return records
+
+
+def compiled(stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int) -> Executable:
+    """``grouped.Kernels.compiled``; records are on the host, the last ones kept."""
+    return Executable(stages, device)
+
+
+# Rows and columns of x in a unit of work: of float32 operands, of 16-bit ones at ranks up to 64 and
+# beyond (``coefficients_shape`` of csrc/launch.h); splits are bound as in coefficients_host.cpp.
+_SHAPES = {"float32": (128, 32), "narrow": (256, 64), "wide": (256, 32)}
+_MOST_SPLITS = 32
+_H200_PROCESSORS = 132
+
+
+def parts_bytes(job: Coefficients) -> int:
+    """``grouped.Kernels.parts_bytes``, as csrc/coefficients_host.cpp cuts a job: a part of A for
+    each block of rows, and one of B for each split of the columns."""
+    (m, n), U, V = job.x.shape, job.U, job.V
+    r = 0 if U is None else U.shape[1]
+    k = 0 if V is None else V.shape[1]
+    if r > k:
+        m, n, r, k = n, m, k, r
+    rank = max(r, k)
+    if not (m and n and rank):
+        return 0
+    half = {t.dtype for t in (job.x, U, V) if t is not None} in ({torch.bfloat16}, {torch.float16})
+    rank_block = 128 if half and rank > 64 else 64
+    rows, columns = _SHAPES["float32" if not half else "wide" if rank > 64 else "narrow"]
+    row_blocks, tiles = -(-m // rows), -(-n // columns)
+    wanted = _processors(job.x.device) // (row_blocks * -(-rank // rank_block))
+    tiles_per_split = -(-tiles // max(1, min(wanted, tiles, _MOST_SPLITS)))
+    splits = -(-tiles // tiles_per_split)
+    elements: int = row_blocks * r * -(-n // 4) * 4 + splits * m * -(-k // 4) * 4
+    return 4 * elements
+
+
+def spare_bytes(device: torch.device) -> int:
+    """``grouped.Kernels.spare_bytes``: a job has the parts it has, whatever runs beside it."""
+    return 0
+
+
+@functools.lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _H200_PROCESSORS  # to plan for, where there is none
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _run_coefficients(records: bytes, size: int, device: torch.device, stream: int) -> None:
+    extension = _extension()
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    arguments = records, _index(device), _ALLOW_TF32, workspace.data_ptr(), size, stream
+    try:
+        extension.coefficients(*arguments)
+    except MemoryError:  # counters are not of torch's pool, which may hold all there is
+        torch.cuda.empty_cache()
+        extension.coefficients(*arguments)
+
+
+def pack(jobs: Iterable[Job], address: Address) -> bytes:
     """The jobs as records of ``csrc/api.h``; ``address`` gives a tensor's first element.
 
     Raises:
         TypeError: a dtype the kernels do not compute.
     """
-    return b"".join(
-        _pack_coefficients(job, address)
-        if isinstance(job, Coefficients)
-        else _pack_update(job, address)
-        for job in jobs
-    )
+    return array("q", [word for job in jobs for word in _words(job, address)]).tobytes()
 
 
-def _pack_coefficients(job: Coefficients, address: Address) -> bytes:
+def _address(t: Any) -> int:
+    found: int = t.data_ptr()
+    return found
+
+
+def _words(job: Job, address: Address) -> list[int]:
+    if isinstance(job, Coefficients):
+        return _coefficient_words(job, address)
+    return _update_words(job, address)
+
+
+def _coefficient_words(job: Coefficients, address: Address) -> list[int]:
     m, n = job.x.shape
     S = job.S
     if S is not None and S.dtype is not torch.float32:
         raise TypeError(describe("coefficients", "S", "float32", S.dtype))
-    return _COEFFICIENTS.pack(
+    return [
         m,
         n,
         0 if job.U is None else job.U.shape[1],
@@ -308,12 +429,12 @@ def _pack_coefficients(job: Coefficients, address: Address) -> bytes:
         *_matrix("B", job.B, address),
         0 if S is None else address(S),
         0 if S is None else S.stride(0),
-    )
+    ]
 
 
-def _pack_update(job: Update, address: Address) -> bytes:
+def _update_words(job: Update, address: Address) -> list[int]:
     m, n = job.out.shape
-    return _UPDATE.pack(
+    return [
         m,
         n,
         0 if job.L1 is None else job.L1.shape[1],
@@ -325,12 +446,11 @@ def _pack_update(job: Update, address: Address) -> bytes:
         *_matrix("R1", job.R1, address),
         *_matrix("L2", job.L2, address),
         *_matrix("R2", job.R2, address),
-        job.alpha,
-        job.beta,
-    )
+        *struct.unpack("<2q", struct.pack("<2d", job.alpha, job.beta)),
+    ]
 
 
-def _matrix(name: str, tensor: Tensor | None, address: Address) -> tuple[int, int, int, int]:
+def _matrix(name: str, tensor: Any, address: Address) -> tuple[int, int, int, int]:
     if tensor is None:
         return _ABSENT
     dtype = _DTYPES.get(tensor.dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast, overload
 import torch
 from torch import Tensor
 
+from osf_kernels._padding import padded
 from osf_kernels.basis import Basis, Spans
 from osf_kernels.errors import Index, TypeRefusal, ValueRefusal
 from osf_kernels.linalg import primitives
@@ -91,7 +92,7 @@ def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
     if most == 0:
         return held if basis is None else basis
     grown = found.grown(range(len(X)), most)
-    grown = grown.reshape(*samples.shape[:-2], *grown.shape[-2:])
+    grown = padded(grown.reshape(*samples.shape[:-2], *grown.shape[-2:]))
     return Basis(grown, basis.spans) if isinstance(basis, Basis) else grown
 
 
@@ -116,7 +117,7 @@ def _extend_list(
         found = _directions(B, X, admitted[members[0]][1], energy, members)
         for k in set(found.counts) - {0}:
             alike = [at for at, count in enumerate(found.counts) if count == k]
-            for at, grown in zip(alike, found.grown(alike, k), strict=True):
+            for at, grown in zip(alike, padded(found.grown(alike, k)), strict=True):
                 before = bases[members[at]]
                 wrapped = Basis(grown, before.spans) if isinstance(before, Basis) else grown
                 result[members[at]] = wrapped

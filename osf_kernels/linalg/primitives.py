@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
+from osf_kernels import _padding
+from osf_kernels.backends import choosing
 from osf_kernels.backends.precision import full_precision as full_precision
 from osf_kernels.linalg import cpu
 
@@ -37,7 +38,7 @@ def products_backend(x: Tensor) -> str:
         BackendUnavailableError: an explicit choice can't serve this device.
         TypeError: an explicit triton or cuda was asked to take float64.
     """
-    return backends.select_products(x.device, x.dtype)
+    return _chosen("products", x)
 
 
 def multiply(
@@ -57,8 +58,10 @@ def multiply(
     name = products_backend(As[0])
     if name != "torch":
         rows = As[0].shape[1] if transpose else As[0].shape[0]
-        Y = Q.new_empty(len(As), rows, Q.shape[-1])
-        backends.module(name).multiply(As, Q, Y, transpose=transpose)
+        # A copy of a narrow Q costs less than products that read it element by element.
+        Q = _padding.padded(Q)
+        Y = _padding.empty(rows, Q.shape[-1], Q, batch=(len(As),))
+        choosing.module(name).multiply(As, Q, Y, transpose=transpose)
         return Y if out is None else out.copy_(Y)
     if out is None:
         out = empty_product(As, Q, transpose=transpose)
@@ -183,7 +186,7 @@ def gram(As: Sequence[Tensor]) -> Tensor:
     out = first.new_empty(len(As), n, n, dtype=working_dtype(first.dtype))
     name = products_backend(first)
     if name != "torch":
-        backends.module(name).gram(As, out)
+        choosing.module(name).gram(As, out)
         return out
     for A, G in zip(As, out, strict=True):
         _gram(A.to(out.dtype), G)
@@ -214,7 +217,7 @@ def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
         cuda's kernels; torch's own factorization doesn't either.
     """
     if cholesky_backend(G) == "cuda":
-        pair: tuple[Tensor, Tensor] = backends.module("cuda").cholesky_inverse(G)
+        pair: tuple[Tensor, Tensor] = choosing.module("cuda").cholesky_inverse(G)
         return pair
     # LAPACK takes lower triangles without a copy, in .6 of the time of upper ones.
     L, info = torch.linalg.cholesky_ex(G)
@@ -237,7 +240,7 @@ def small_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         synchronizes there; torch's own SVD does.
     """
     if small_svd_backend(M) == "cuda":
-        U, S, V, info = backends.module("cuda").jacobi_svd(M)
+        U, S, V, info = choosing.module("cuda").jacobi_svd(M)
         failed = (info != 0)[:, None]
         return U, S.masked_fill(failed, float("nan")), V
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
@@ -248,7 +251,7 @@ def small_svd_backend(M: Tensor) -> str:
     """Who computes :func:`small_svd`: "cuda" or "torch"."""
     if not _may_factorize(M):
         return "torch"
-    cuda = backends.module("cuda")
+    cuda = choosing.module("cuda")
     held: int = cuda.largest_jacobi(M.device, square=False, rows=max(1, M.shape[-2]))
     return "cuda" if M.shape[-1] <= held else "torch"
 
@@ -257,15 +260,15 @@ def cholesky_backend(G: Tensor) -> str:
     """Who computes :func:`cholesky_inverse`: "cuda" or "torch"."""
     if not _may_factorize(G):
         return "torch"
-    held: int = backends.module("cuda").largest_cholesky(G.device)
+    held: int = choosing.module("cuda").largest_cholesky(G.device)
     return "cuda" if G.shape[-1] <= held else "torch"
 
 
 def _may_factorize(x: Tensor) -> bool:
     """Whether the extension may factorize x: on its device, in its dtype, not ruled out."""
-    return (
-        x.device.type == "cuda"
-        and x.dtype == torch.float32
-        and backends.requested() in ("auto", "cuda")
-        and backends.unavailable_reason("cuda", x.device) is None
-    )
+    return _chosen("factorization", x) == "cuda"
+
+
+def _chosen(work: choosing.Work, x: Tensor) -> str:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return choosing.choose(work, choosing.requested(), x.device, dtype)[0]

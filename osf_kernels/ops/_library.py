@@ -64,18 +64,21 @@ def unobserved(*tensors: Tensor | None) -> bool:
     """Whether an operator's implementation may be called as the function it is.
 
     The dispatcher takes 4 µs to come back to it. It is needed where something would see the
-    operator pass: a compiler, a trace, a profile, torch.func, forward mode, another mode, or a
-    subclass of Tensor; and where float32 products would be rounded, which ``register`` keeps out.
-    That autograd doesn't record the call is the caller's to know.
+    operator pass (``observed``) or where a tensor is of a subclass; and where float32 products
+    would be rounded, which ``register`` keeps out. That autograd doesn't record the call is the
+    caller's to know.
     """
-    if torch.compiler.is_compiling():
-        return False
     for t in tensors:
         if t is not None and type(t) not in _PLAIN:
             return False
-    return not (
-        lowered()
-        or forward_ad._current_level >= 0
+    return not (observed() or lowered())
+
+
+def observed() -> bool:
+    """Whether something would see an operator pass: a compiler, a trace, a profile, torch.func,
+    forward mode or another mode."""
+    return torch.compiler.is_compiling() or bool(
+        forward_ad._current_level >= 0
         or _dispatch_modes()
         or _function_modes()
         or _profiling()

@@ -112,6 +112,38 @@ def require_distinct(
         reaching.append(here)
 
 
+Range = tuple[int, int]  # addresses of a first byte and of the one past a last
+
+
+def ranges(tensors: Sequence[Tensor]) -> list[Range]:
+    """The memory of tensors as ranges that lie apart."""
+    found: list[Range] = []
+    for start, end in sorted(_range(t) for t in tensors):
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        elif end > start:
+            found.append((start, end))
+    return found
+
+
+def span(t: Tensor) -> int:
+    """Bytes from a tensor's first one to the last."""
+    start, end = _range(t)
+    return end - start
+
+
+def are_apart(addresses: Sequence[int], spans: Sequence[int], read: Sequence[Range]) -> bool:
+    """Whether matrices at these addresses reach over no other, nor over what is read; where they
+    do, ``require_distinct`` tells whether they share memory."""
+    written = [(a, a + size) for a, size in zip(addresses, spans, strict=True) if size]
+    reach = 0
+    for start, end in sorted([*written, *read]):
+        if start < reach:
+            return False
+        reach = end
+    return True
+
+
 def _refuse_overlap(op: str, name: str, other: str, remedy: str) -> NoReturn:
     raise ValueError(describe(op, name, f"apart from {other}", "overlapping memory", remedy))
 

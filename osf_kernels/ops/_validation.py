@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
-from osf_kernels.backends import select
+from osf_kernels.backends.choosing import choose_for, module
 from osf_kernels.basis import Basis
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import has_tangent
-from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned
+from osf_kernels.ops._names import Names
+from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned, on_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -37,8 +38,9 @@ _PARTS: dict[str, tuple[Any, str, str]] = {kind: parts for parts, kind in _KINDS
 BasisLike = Tensor | Basis | None
 Meta = tuple[Any, ...]  # (shape, dtype, device) of a tensor
 # Which forms the planner may take: any, those that round once, those of ready coefficients of a
-# shard (whose bases may be wider than what is held of their side), those that pin to S.
-Choice = Literal["any", "once", "shard", "pinned"]
+# shard (whose bases may be wider than what is held of their side), those that pin to S, and of a
+# shard.
+Choice = Literal["any", "once", "shard", "pinned", "pinned shard"]
 
 
 def meta(t: Tensor) -> Meta:
@@ -76,6 +78,27 @@ def kind_of(op: str, mode: str, u_spans: str, v_spans: str) -> str:
     if kind is None:
         raise ValueError(describe(op, "mode", '"complement" or "core"', repr(mode)))
     return kind
+
+
+def held(
+    names: Names, Us: Sequence[BasisLike], Vs: Sequence[BasisLike], mode: str
+) -> tuple[list[Tensor | None], list[Tensor | None], list[str]]:
+    """The columns of a list's bases, and a word of mode and spans a matrix."""
+    lefts: list[Tensor | None] = []
+    rights: list[Tensor | None] = []
+    kinds = []
+    for i, (left, right) in enumerate(zip(Us, Vs, strict=True)):
+        spans = []
+        for side, basis, columns_of_side in ((1, left, lefts), (2, right, rights)):
+            if basis is None or (type(basis) is Tensor and basis.layout is torch.strided):
+                columns_of_side.append(basis)
+                spans.append("high")
+            else:
+                found, span = columns(names.op, names.entry(i)[side], basis)
+                columns_of_side.append(found)
+                spans.append(span)
+        kinds.append(kind_of(names.op, mode, *spans))
+    return lefts, rights, kinds
 
 
 def parts_of(op: str, kind: str) -> tuple[Mode, str, str]:
@@ -207,6 +230,11 @@ class Decision(NamedTuple):
     direct: bool  # on torch, one matrix, every operand in the working dtype
 
 
+def of_shard(choice: Choice) -> bool:
+    """Whether a basis may be wider than its side, of which these are some rows."""
+    return choice in ("shard", "pinned shard")
+
+
 @lru_cache(maxsize=8192)
 def admit(
     op: str,
@@ -219,7 +247,7 @@ def admit(
 ) -> Decision:
     """What one matrix runs, or the refusal."""
     mode, u_spans, v_spans = parts_of(op, kind)
-    check(op, ("g", "U", "V"), g, U, V, choice == "shard")
+    check(op, ("g", "U", "V"), g, U, V, of_shard(choice))
     shape, dtype, device = g
     held = [t[1] for t in (U, V) if t is not None]
     x = Matrix(
@@ -235,11 +263,12 @@ def admit(
     )
     # Kernels for a GPU are planned for one, wherever they are interpreted.
     planned_for = "cuda" if request in ("triton", "cuda") else device.type
-    if choice == "pinned":
+    if choice in ("pinned", "pinned shard"):
         step = choose_pinned(x, mode, planned_for)
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
-    backend, why = select(request, device, x, step)
+    backend, why = choose_for(request, device, x, step)
+    step = on_backend(x, step, module(backend).coefficient_reads(x), backend == "torch")
     dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
     direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)
     return Decision(x, step, backend, why, direct)

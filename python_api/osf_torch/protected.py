@@ -21,6 +21,7 @@ from osf_kernels import (
     Mode,
     apply_,
     coefficients,
+    padded,
     project_,
     project_many_,
     restore_many_,
@@ -213,8 +214,8 @@ def _in_dtype(basis: Held, dtype: torch.dtype) -> Held:
     """A basis in float64 for a float64 weight, else in float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(basis, Basis):
-        return Basis(basis.columns.to(wide), basis.spans)
-    return None if basis is None else basis.to(wide)
+        return Basis(padded(basis.columns, dtype=wide), basis.spans)
+    return None if basis is None else padded(basis, dtype=wide)
 
 
 def _constant(basis: Held) -> Held:
@@ -237,10 +238,12 @@ def shapes_of(weight: Tensor, s: Subspace) -> tuple[Tensor, Held, Held]:
 
 
 def moved(basis: Any, device: torch.device) -> Any:
-    """A tensor, a Basis or None on a device."""
+    """A tensor, a Basis or None on a device; itself where it is there."""
     if isinstance(basis, Basis):
-        return Basis(basis.columns.to(device), basis.spans)
-    return None if basis is None else basis.to(device)
+        return Basis(moved(basis.columns, device), basis.spans)
+    if basis is None or basis.device == device:
+        return basis
+    return basis.to(device) if is_dtensor(basis) else padded(basis, device)
 
 
 def double(basis: Held) -> Held:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osf_kernels import padded
+
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed lacks
 
 
@@ -35,7 +37,8 @@ class Sharding:
 
     def slice(self, t: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole tensor, in memory of its own."""
-        return t.narrow(dim, self.start, self.size).clone(memory_format=torch.contiguous_format)
+        part = t.narrow(dim, self.start, self.size)
+        return padded(part.clone(memory_format=torch.contiguous_format))
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -141,7 +144,7 @@ def sum_over(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
         dist.all_reduce(flat, group=group)
     sums, start = [], 0
     for t in tensors:
-        sums.append(flat[start : start + t.numel()].view(t.shape))
+        sums.append(padded(flat[start : start + t.numel()].view(t.shape)))
         start += t.numel()
     return sums
 

@@ -20,11 +20,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.grouped import Executable
+from osf_kernels.plan import Matrix
 
 from . import configs
 
-__all__ = ["coefficients", "gram", "multiply", "unavailable_reason", "update"]
+__all__ = [
+    "coefficient_reads",
+    "coefficients",
+    "compiled",
+    "gram",
+    "multiply",
+    "parts_bytes",
+    "spare_bytes",
+    "unavailable_reason",
+    "update",
+]
 
 
 @functools.lru_cache
@@ -62,6 +74,11 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     return None
 
 
+def coefficient_reads(x: Matrix) -> int:
+    """How often x is read for both coefficients: once by ``one_pass``, twice by ``two_pass``."""
+    return 1 if (x.r or 0) + (x.k or 0) <= configs.ONE_PASS_RANK_SUM else 2
+
+
 def coefficients(
     jobs: Sequence[Coefficients],
     *,
@@ -73,7 +90,8 @@ def coefficients(
 
     One launch for all jobs that agree on dtypes, layouts and config, whatever their shapes; it
     adds partial sums in order. Writes each job's A and B entirely; never synchronizes; two calls
-    agree bit for bit, and a list with a loop over it.
+    agree bit for bit. A list has other bits than a loop over it where its launch fills the machine,
+    since sums aren't split then.
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each on one device.
@@ -103,6 +121,24 @@ def update(
     Args and Raises: as :func:`coefficients`.
     """
     _dispatch().update(jobs, config, float32_precision)
+
+
+def compiled(stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int) -> Executable:
+    """``grouped.Kernels.compiled``."""
+    made: Executable = _dispatch().compiled(stages, device, kept=kept)
+    return made
+
+
+def parts_bytes(job: Coefficients) -> int:
+    """``grouped.Kernels.parts_bytes``."""
+    found: int = _dispatch().parts_bytes(job)
+    return found
+
+
+def spare_bytes(device: torch.device) -> int:
+    """``grouped.Kernels.spare_bytes``."""
+    found: int = _dispatch().spare_bytes(device)
+    return found
 
 
 def multiply(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from osf_kernels import env
 from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.operands import Operand
 
 from . import configs
 
@@ -102,29 +103,36 @@ class Tuner:
         return self.fastest[key]  # type: ignore[return-value]
 
 
-def scratch(tensor: Tensor) -> Tensor:
-    """A copy in storage of its own with the same strides, so that it compiles to the same code."""
-    if 0 in tensor.stride():
-        return tensor.clone()
+def scratch(tensor: Tensor | Operand) -> Tensor:
+    """A copy in storage of its own with the same strides, so that it compiles to the same code; of
+    an operand that has no values yet, random ones."""
     copy = torch.empty_strided(
-        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
     )
-    return copy.copy_(tensor)
+    if isinstance(tensor, Operand):
+        return copy.normal_()
+    return tensor.clone() if 0 in tensor.stride() else copy.copy_(tensor)
 
 
-def _scratch_or_none(tensor: Tensor | None) -> Tensor | None:
+def _place(matrix: Tensor | Operand) -> tuple[int | None, int]:
+    """An address, and of an operand the argument that it is behind."""
+    address = matrix.data_ptr()
+    return getattr(address, "argument", None), address
+
+
+def _scratch_or_none(tensor: Tensor | Operand | None) -> Tensor | None:
     return None if tensor is None else scratch(tensor)
 
 
 def scratch_coefficients(job: Coefficients) -> Coefficients:
     """A job over copies of every tensor of ``job``."""
-    return Coefficients(*(_scratch_or_none(tensor) for tensor in job))  # type: ignore[arg-type]
+    return Coefficients(*(_scratch_or_none(tensor) for tensor in job))
 
 
 def scratch_update(job: Update) -> Update:
     """A job over copies of every tensor of ``job``; in place where ``job`` is."""
     out = scratch(job.out)
-    in_place = job.out.data_ptr() == job.x.data_ptr()
+    in_place = _place(job.out) == _place(job.x)
     return Update(
         out,
         out if in_place else scratch(job.x),

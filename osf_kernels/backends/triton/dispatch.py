@@ -1,21 +1,23 @@
-"""From a list of jobs to launches: one call a device, a config a job, a key for the cache."""
+"""From lists of jobs to launches: a config a job, one call a device."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.operands import Operand
 
 from . import autotune, configs, launch, schedule
 from .gram_schedule import gram_launches
 
-__all__ = ["coefficients", "gram", "multiply", "update"]
+__all__ = ["coefficients", "compiled", "gram", "multiply", "parts_bytes", "spare_bytes", "update"]
 
 JobT = TypeVar("JobT", Coefficients, Update)
 
@@ -29,11 +31,9 @@ def coefficients(
     float32_precision: str | None,
     accurate: bool = False,
 ) -> None:
-    precision = _float32_precision(float32_precision)
-    options = (variant, config, precision, accurate)
+    options = variant, config, _float32_precision(float32_precision), accurate
     for device, mine in _by_device(jobs).items():
-        key = ("coefficients", *options, _searching(), *map(_identity, mine))
-        launch.run(key, device, functools.partial(_plan_coefficients, device, mine, *options))
+        run(_plan_coefficients(device, mine, *options), device)
 
 
 def update(
@@ -41,8 +41,48 @@ def update(
 ) -> None:
     precision = _float32_precision(float32_precision)
     for device, mine in _by_device(jobs).items():
-        key = ("update", config, precision, _searching(), *map(_identity, mine))
-        launch.run(key, device, functools.partial(_plan_update, device, mine, config, precision))
+        run(_plan_update(device, mine, config, precision), device)
+
+
+def run(launches: Sequence[schedule.Launch], device: torch.device) -> None:
+    """Launches over tensors, once."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        launch.Executable(launches, device, kept=0).run()
+
+
+def compiled(
+    stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int
+) -> launch.Executable:
+    """``grouped.Kernels.compiled``."""
+    precision = _float32_precision(None)
+    launches: list[schedule.Launch] = []
+    for stage in stages:
+        reductions = [job for job in stage if isinstance(job, Coefficients)]
+        updates = [job for job in stage if isinstance(job, Update)]
+        if reductions:
+            launches += _plan_coefficients(device, reductions, None, None, precision, False)
+        if updates:
+            launches += _plan_update(device, updates, None, precision)
+    return launch.Executable(launches, device, kept=kept)
+
+
+def parts_bytes(job: Coefficients) -> int:
+    """``grouped.Kernels.parts_bytes``: where the launch fills the machine, so that it splits none,
+    a job by two reductions has no parts, and one by a single read has those of its strips."""
+    precision = _float32_precision(None)
+    (made, *_) = [
+        *_plan_coefficients(job.x.device, [job], None, None, precision, False, fill=1),
+        None,
+    ]
+    return 0 if made is None else 4 * made.workspace_elements
+
+
+def spare_bytes(device: torch.device) -> int:
+    """``grouped.Kernels.spare_bytes``: a launch that is split has at most a tile a processor more
+    than its parts need, of the largest tile of two reductions."""
+    architecture = launch.architecture(device)
+    tile = max(config.block_q * config.block_r for config in configs.two_pass(architecture))
+    return 2 * configs.FILL[architecture] * tile * 4
 
 
 def multiply(
@@ -86,10 +126,8 @@ def gram(As: Sequence[Tensor], out: Tensor, side: str, config: configs.Gram | No
     size = As[0].shape[1 if side == "right" else 0]
     if out.shape != (len(As), size, size):
         _refuse("gram", "out", str((len(As), size, size)), out)
-    precision = _float32_precision("tf32x3")
     device = As[0].device
-    key = ("gram", side, config, _searching(), *_identity((*As, out)))
-    launch.run(key, device, functools.partial(_plan_gram, device, As, out, side, config, precision))
+    run(_plan_gram(device, As, out, side, config, _float32_precision("tf32x3")), device)
 
 
 def _plan_gram(
@@ -136,6 +174,7 @@ def _plan_coefficients(
     config: configs.OnePass | configs.TwoPass | None,
     precision: str,
     accurate: bool,
+    fill: int | None = None,
 ) -> list[schedule.Launch]:
     architecture = launch.architecture(device)
 
@@ -167,7 +206,7 @@ def _plan_coefficients(
 
     return schedule.coefficients_launches(
         jobs,
-        fill=configs.FILL[architecture],
+        fill=configs.FILL[architecture] if fill is None else fill,
         float32_precision=precision,
         choose=choose,
         accurate=accurate,
@@ -219,7 +258,7 @@ def _searching() -> bool:
 
 
 def _bucket(job: Coefficients | Update, matrix: Tensor, *ranks: int) -> tuple[object, ...]:
-    dtypes = tuple(field.dtype for field in job if isinstance(field, Tensor))
+    dtypes = tuple(field.dtype for field in job if isinstance(field, (Tensor, Operand)))
     return (dtypes, *(autotune.bucket(size) for size in (*matrix.shape, *ranks)))
 
 
@@ -282,13 +321,3 @@ def _by_device(jobs: Sequence[JobT]) -> dict[torch.device, list[JobT]]:
     for job in jobs:
         grouped.setdefault(job.x.device, []).append(job)
     return grouped
-
-
-def _identity(job: Iterable[object]) -> tuple[object, ...]:
-    """Everything a job's launches depend on."""
-    return tuple(
-        (field.data_ptr(), field.shape, field.stride(), field.dtype)
-        if isinstance(field, Tensor)
-        else field
-        for field in job
-    )

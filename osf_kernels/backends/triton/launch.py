@@ -1,4 +1,4 @@
-"""Runs launches: metadata on the device, workspace, grid, and the cache of both.
+"""Runs launches: their records on the device, partial sums, grids.
 
 Imports triton (through the kernels), so import it only from code that has asked
 ``unavailable_reason``.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import threading
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from osf_kernels.backends.operands import Placed
 
 from . import configs, schedule
 from .kernels.coefficients import one_pass_kernel, two_pass_kernel
@@ -25,11 +28,11 @@ from .kernels.update import update_kernel
 __all__ = [
     "INTERPRETING",
     "ON_AMD",
+    "Executable",
     "architecture",
     "compile_options",
     "constexprs",
     "kernel_of",
-    "run",
 ]
 
 INTERPRETING: bool = bool(triton.knobs.runtime.interpret)
@@ -49,8 +52,6 @@ _TRITON_DTYPES = {
 }
 # Enough programs for the interpreter to step a scheduler loop more than once.
 _INTERPRETED_PROGRAMS = 3
-_CACHED_CALLS = 64
-_CAPTURE_RESERVE_ELEMENTS = 1 << 17
 
 
 def architecture(device: torch.device) -> str:
@@ -108,127 +109,109 @@ def compile_options(config: configs.Config) -> dict[str, Any]:
     }
 
 
+class Driver:
+    """What an executable asks of the device; another one stands in for it in a test."""
+
+    def stream(self, device: torch.device) -> tuple[int, bool]:
+        """The current stream, and whether it is being captured."""
+        if device.type != "cuda":
+            return 0, False
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return stream, torch.cuda.is_current_stream_capturing()
+
+    def upload(self, records: array[int], device: torch.device, capturing: bool) -> Tensor:
+        """The records in device memory, ordered by the current stream."""
+        if capturing:
+            # A graph would read host memory at each replay. Numbers travel in kernel parameters,
+            # which it owns.
+            memory = torch.zeros(len(records), dtype=torch.int64, device=device)
+            torch._foreach_add_(list(memory.unbind()), records.tolist())
+            return memory
+        host = torch.frombuffer(records, dtype=torch.int64)
+        if device.type != "cuda":
+            return host.clone()
+        return host.pin_memory().to(device, non_blocking=True)
+
+    def parts(self, elements: int, device: torch.device) -> Tensor:
+        """Memory for partial sums."""
+        return torch.empty(elements, dtype=torch.float32, device=device)
+
+    def launch(self, kernel: Any, grid: tuple[int, int, int], *args: Any, **options: Any) -> None:
+        kernel[grid](*args, **options)
+
+
+driver = Driver()
+
+
 class _Ready(NamedTuple):
+    """A launch but for its records and its memory."""
+
     kernel: Any
     grid: tuple[int, int, int]
-    metadata: Tensor  # int64, on the device
+    start: int  # of its records
     counts: tuple[int, ...]  # problems, tiles and sums
-    workspace_elements: int
     arguments: dict[str, Any]
 
-    def __call__(self, device: torch.device) -> None:
-        pointers = [self.metadata]
-        if self.kernel is not update_kernel:
-            # Fresh from the caching allocator: safe on any stream and under graph capture.
-            elements = max(4, self.workspace_elements)
-            pointers.append(torch.empty(elements, dtype=torch.float32, device=device))
-        self.kernel[self.grid](*pointers, *self.counts, **self.arguments)
 
+class Executable:
+    """Launches in order, and their records, in which addresses of arguments are still to be added.
 
-class _Call(NamedTuple):
-    """Everything but the workspace of a call on one device."""
+    Records lie on the device as long as calls come with the same addresses on the same stream; each
+    set has counters of its own, so that calls in flight on several streams share none. A call in a
+    CUDA graph makes records that are the graph's. Never synchronizes.
 
-    launches: list[_Ready]
-
-    def __call__(self, device: torch.device) -> None:
-        for launch in self.launches:
-            launch(device)
-
-
-class _Uploads:
-    """Metadata arrays on one device."""
-
-    def __init__(self) -> None:
-        # Pinned memory cannot be had while a stream is captured, so some is kept for then. What
-        # a graph copies from must never change again.
-        self.reserve = torch.empty(_CAPTURE_RESERVE_ELEMENTS, dtype=torch.int64, pin_memory=True)
-        self.reserved = 0
-
-    def upload(self, metadata: list[int], device: torch.device, capturing: bool) -> Tensor:
-        host = torch.tensor(metadata, dtype=torch.int64)
-        if capturing:
-            end = self.reserved + host.numel()
-            if end > self.reserve.numel():
-                raise RuntimeError(
-                    "osf_kernels.backends.triton: no pinned memory left for launches first seen "
-                    "while a CUDA graph is captured; run the same call once before the capture"
-                )
-            staging = self.reserve[self.reserved : end].copy_(host)
-            self.reserved = end
-        else:
-            staging = host.pin_memory()
-        return staging.to(device, non_blocking=True)
-
-
-# Reentrant: under OSF_AUTOTUNE=1 a build runs launches of its own, the candidates'.
-_lock = threading.RLock()
-_uploads: dict[torch.device, _Uploads] = {}
-_calls: OrderedDict[tuple[object, ...], _Call] = OrderedDict()
-_captured: list[_Call] = []
-
-
-def run(
-    key: tuple[object, ...],
-    device: torch.device,
-    build: Callable[[], Sequence[schedule.Launch]],
-) -> None:
-    """Run the launches that ``build`` returns, or those kept from a call with the same key.
-
-    The key must hold everything the launches depend on: addresses, shapes, strides, dtypes and
-    options. A repeated key copies nothing to the device, so a call that ran once can be
-    captured in a CUDA graph. Launches on the current stream of ``device``; never synchronizes.
+    Args:
+        kept: for how many sets of addresses and streams.
     """
-    if device.type != "cuda":
-        _Call(_ready(build(), device, lambda data: torch.tensor(data, dtype=torch.int64)))(device)
-        return
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        # By stream, since a copy is ordered before its launches by the stream alone.
-        key = (device, stream.cuda_stream, *key)
-        with _lock:
-            call = _calls.get(key)
-            if call is None:
-                if device not in _uploads:
-                    _uploads[device] = _Uploads()
-                uploads = _uploads[device]
-                call = _Call(
-                    _ready(build(), device, lambda data: uploads.upload(data, device, capturing))
-                )
-                # What was uploaded in a capture is there only once the graph has run.
+
+    def __init__(
+        self, launches: Sequence[schedule.Launch], device: torch.device, *, kept: int
+    ) -> None:
+        self.device = device
+        self._most_kept = kept
+        records: list[int] = []
+        self._launches = []
+        for launch in launches:
+            self._launches.append(_ready(launch, device, len(records)))
+            records += launch.metadata
+            records += [0] * (len(records) % 2)  # each launch's on a 16-byte boundary
+        self._records = array("q", records)
+        self._placed = [(i, v, v.argument) for i, v in enumerate(records) if type(v) is Placed]
+        self._used = sorted({argument for _, _, argument in self._placed})
+        self._parts_elements = max([4, *(launch.workspace_elements for launch in launches)])
+        self.parts_bytes = 4 * self._parts_elements
+        self._kept: OrderedDict[tuple[int, ...], list[Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def run(self, addresses: Sequence[int] = ()) -> None:
+        """Launches on the current stream of the current device."""
+        stream, capturing = driver.stream(self.device)
+        key = (stream, *[addresses[i] for i in self._used])
+        with self._lock:
+            records = None if capturing else self._kept.get(key)
+            if records is None:
+                records = self._uploaded(addresses, capturing)
                 if not capturing:
-                    _calls[key] = call
-                    if len(_calls) > _CACHED_CALLS:
-                        _calls.popitem(last=False)
-            else:
-                _calls.move_to_end(key)
-            if capturing and not any(call is kept for kept in _captured):
-                _captured.append(call)
-        call(device)
+                    self._kept[key] = records
+                    if len(self._kept) > self._most_kept:
+                        self._kept.popitem(last=False)
+        parts = driver.parts(self._parts_elements, self.device)
+        for (kernel, grid, _, counts, arguments), mine in zip(self._launches, records, strict=True):
+            memory = (mine,) if kernel is update_kernel else (mine, parts)
+            driver.launch(kernel, grid, *memory, *counts, **arguments)
+
+    def _uploaded(self, addresses: Sequence[int], capturing: bool) -> list[Tensor]:
+        """The records of each launch."""
+        if not self._launches:
+            return []
+        records = array("q", self._records)
+        for i, offset, argument in self._placed:
+            records[i] = addresses[argument] + offset
+        memory = driver.upload(records, self.device, capturing)
+        return [memory[launch.start :] for launch in self._launches]
 
 
-def _ready(
-    launches: Sequence[schedule.Launch],
-    device: torch.device,
-    upload: Callable[[list[int]], Tensor],
-) -> list[_Ready]:
-    # One copy a call: launches read slices of it, each on a 16-byte boundary.
-    data: list[int] = []
-    offsets = []
-    for launch in launches:
-        offsets.append(len(data))
-        data += launch.metadata
-        data += [0] * (len(data) % 2)
-    if not data:
-        return []
-    metadata = upload(data)
-    return [
-        _launch(metadata[offset:], launch, device)
-        for offset, launch in zip(offsets, launches, strict=True)
-    ]
-
-
-def _launch(metadata: Tensor, launch: schedule.Launch, device: torch.device) -> _Ready:
+def _ready(launch: schedule.Launch, device: torch.device, start: int) -> _Ready:
     counts: tuple[int, ...] = (launch.problems, launch.tiles)
     programs = _INTERPRETED_PROGRAMS
     if device.type == "cuda":
@@ -236,11 +219,5 @@ def _launch(metadata: Tensor, launch: schedule.Launch, device: torch.device) -> 
     programs = min(launch.tiles + launch.sum_tiles, programs)
     if launch.kernel != "update":
         counts += (launch.sums,)
-    return _Ready(
-        kernel_of(launch),
-        (programs, 1, 1),
-        metadata,
-        counts,
-        launch.workspace_elements,
-        constexprs(launch) | compile_options(launch.config),
-    )
+    arguments = constexprs(launch) | compile_options(launch.config)
+    return _Ready(kernel_of(launch), (programs, 1, 1), start, counts, arguments)

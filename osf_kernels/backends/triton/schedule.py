@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import Coefficients, Update
 
 from . import configs
@@ -61,14 +62,19 @@ class Layout(IntEnum):
     COLUMN = 2  # the same along dim 0
     UNALIGNED_ROW = 3  # unit stride along dim 1 and no more
     UNALIGNED_COLUMN = 4  # unit stride along dim 0 and no more
+    # As ROW and COLUMN but for the width. The last 16 bytes of a line hold padding, which may be
+    # read (it is in the storage) and holds anything.
+    PADDED_ROW = 5
+    PADDED_COLUMN = 6
 
     @property
     def aligned(self) -> bool:
-        return self in (Layout.ROW, Layout.COLUMN)
+        """Whether every line can be read in aligned pieces of 16 bytes."""
+        return self in (Layout.ROW, Layout.COLUMN, Layout.PADDED_ROW, Layout.PADDED_COLUMN)
 
 
 class View(NamedTuple):
-    """A 2-D tensor's address, shape and strides."""
+    """A 2-D tensor's address, shape and strides, and whether its last line has its padding."""
 
     address: int
     rows: int
@@ -76,6 +82,7 @@ class View(NamedTuple):
     row_stride: int
     column_stride: int
     dtype: torch.dtype
+    padded: bool = False  # looked up only where the layout depends on it
 
     @staticmethod
     def of(tensor: Tensor) -> View:
@@ -90,7 +97,11 @@ class View(NamedTuple):
                 "osf_kernels.backends.triton: expected no dimension beyond "
                 f"{_LONGEST}, got {tuple(tensor.shape)}; use the torch backend"
             )
-        return View(tensor.data_ptr(), rows, columns, row_stride, column_stride, tensor.dtype)
+        width = columns if column_stride == 1 else rows
+        ragged = width * tensor.itemsize % _padding.VECTOR_BYTES != 0
+        padded = ragged and _padding.is_padded(tensor)
+        address = tensor.data_ptr()
+        return View(address, rows, columns, row_stride, column_stride, tensor.dtype, padded)
 
     @property
     def mT(self) -> View:
@@ -101,6 +112,7 @@ class View(NamedTuple):
             self.column_stride,
             self.row_stride,
             self.dtype,
+            self.padded,
         )
 
     @property
@@ -109,12 +121,18 @@ class View(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        vector = 16 // self.dtype.itemsize
-        if self.address % 16 == 0:
-            if self.column_stride == 1 and not (self.row_stride % vector or self.columns % vector):
-                return Layout.ROW
-            if self.row_stride == 1 and not (self.column_stride % vector or self.rows % vector):
-                return Layout.COLUMN
+        vector = _padding.VECTOR_BYTES // self.dtype.itemsize
+        if self.address % _padding.VECTOR_BYTES == 0:
+            if self.column_stride == 1 and not self.row_stride % vector:
+                if not self.columns % vector:
+                    return Layout.ROW
+                if self.padded:
+                    return Layout.PADDED_ROW
+            if self.row_stride == 1 and not self.column_stride % vector:
+                if not self.rows % vector:
+                    return Layout.COLUMN
+                if self.padded:
+                    return Layout.PADDED_COLUMN
         if self.column_stride == 1:
             return Layout.UNALIGNED_ROW
         return Layout.UNALIGNED_COLUMN if self.row_stride == 1 else Layout.GENERAL
@@ -177,7 +195,10 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def _parts(tiles: int, length: int, step: int, fill: int) -> tuple[int, int]:
-    """(parts, length of a part, a multiple of step) of a sum of which there are ``tiles``."""
+    """(parts, length of a part, a multiple of step) of the sums of a launch of so many ``tiles``.
+
+    A launch that has a tile for every processor splits none.
+    """
     parts = max(1, min(ceil_div(fill, tiles), length // configs.SHORTEST_SPLIT))
     part = ceil_div(ceil_div(length, parts), step) * step
     return max(1, ceil_div(length, part)) if part else 1, part
@@ -249,8 +270,10 @@ def coefficients_launches(
     """Group jobs into launches; ``choose(job, operand bytes, r, k, aligned)`` picks a config.
 
     Jobs share a launch when they agree on config, dtypes, layouts and which sides they ask for.
-    ``accurate`` asks for float32 accuracy whatever the dtype of x; it is for float32 bases, and
-    ``choose`` then returns a TwoPass.
+    Sums are split only where the tiles of a launch are fewer than ``fill``, so that a list may have
+    other bits than a loop over it. ``accurate`` asks for float32 accuracy whatever the dtype of x;
+    it is for float32 bases, ``choose`` then returns a TwoPass, and each job is split by itself, so
+    that it has the same bits in every list.
     """
     groups: dict[tuple[object, ...], _CoefficientsGroup] = {}
     for job in jobs:
@@ -303,9 +326,26 @@ def coefficients_launches(
         }
         key = (config, *constants.values())
         if key not in groups:
-            groups[key] = _CoefficientsGroup(config, constants, fill)
-        groups[key].add(x, u, v, a, b, scale)
+            groups[key] = _CoefficientsGroup(config, constants, fill, apart=accurate)
+        groups[key].jobs.append(_Job(x, u, v, a, b, scale))
     return [group.launch() for group in groups.values()]
+
+
+class _Job(NamedTuple):
+    """The views of a job of coefficients."""
+
+    x: View
+    u: View | None
+    v: View | None
+    a: View | None  # Aᵀ (n, r)
+    b: View | None
+    scale: tuple[int, int]  # address and stride of S
+
+    @property
+    def sides(self) -> list[tuple[int, View, View, View | None]]:
+        """(0 for A or 1 for B, basis, out, the other basis) of each that is asked for."""
+        sides = [(0, self.u, self.a, self.v), (1, self.v, self.b, self.u)]
+        return [(side, u, out, v) for side, u, out, v in sides if u is not None and out is not None]
 
 
 class _CoefficientsGroup:
@@ -316,46 +356,49 @@ class _CoefficientsGroup:
         config: configs.OnePass | configs.TwoPass,
         constants: dict[str, object],
         fill: int,
+        *,
+        apart: bool,
     ) -> None:
         self.config = config
         self.constants = constants
         self.fill = fill
+        self.apart = apart
+        self.jobs: list[_Job] = []
         self.group = SummedGroup()
 
-    def add(
-        self,
-        x: View,
-        u: View | None,
-        v: View | None,
-        a: View | None,
-        b: View | None,
-        scale: tuple[int, int],
-    ) -> None:
-        if isinstance(self.config, configs.OnePass):
-            assert u is not None
-            assert v is not None
-            assert a is not None
-            assert b is not None
-            self._add_one_pass(self.config, x, u, v, a, b, scale)
-            return
-        for side, basis, out, other in ((0, u, a, v), (1, v, b, u)):
-            if out is not None:
-                assert basis is not None
-                self._add_reduction(self.config, side, x, basis, out, other, scale)
+    def launch(self) -> Launch:
+        """Cuts the sums by how many tiles there are of all jobs, or of each."""
+        tiles = [self._tiles(job) for job in self.jobs]
+        total = sum(tiles)
+        for job, own in zip(self.jobs, tiles, strict=True):
+            of = own if self.apart else total
+            if isinstance(self.config, configs.OnePass):
+                self._add_one_pass(self.config, job, of)
+                continue
+            for side, basis, out, other in job.sides:
+                mine = self._tiles_of(out, self.config) if self.apart else of
+                self._add_reduction(self.config, side, job.x, basis, out, other, job.scale, mine)
+        kernel = "one_pass" if isinstance(self.config, configs.OnePass) else "two_pass"
+        return self.group.launch(kernel, self.config, self.constants)
 
-    def _add_one_pass(
-        self,
-        config: configs.OnePass,
-        x: View,
-        u: View,
-        v: View,
-        a: View,
-        b: View,
-        scale: tuple[int, int],
-    ) -> None:
+    def _tiles(self, job: _Job) -> int:
+        if isinstance(self.config, configs.OnePass):
+            return ceil_div(job.x.columns, self.config.block_n)
+        return sum(self._tiles_of(out, self.config) for _, _, out, _ in job.sides)
+
+    @staticmethod
+    def _tiles_of(out: View, config: configs.TwoPass) -> int:
+        return ceil_div(out.rows, config.block_q) * ceil_div(out.columns, config.block_r)
+
+    def _add_one_pass(self, config: configs.OnePass, job: _Job, tiles: int) -> None:
+        x, u, v, a, b, scale = job
+        assert u is not None
+        assert v is not None
+        assert a is not None
+        assert b is not None
         m, n, r, k = x.rows, x.columns, u.columns, v.columns
         strips = ceil_div(n, config.block_n)
-        splits, split_rows = _parts(strips, m, config.block_m, self.fill)
+        splits, split_rows = _parts(tiles, m, config.block_m, self.fill)
         a_offset = self.group.reserve(splits, n, r)
         b_offset = self.group.reserve(strips, m, k)
         record = (*x.fields, m, n, *u.fields, r, *v.fields, k, a_offset, b_offset, split_rows)
@@ -372,14 +415,14 @@ class _CoefficientsGroup:
         out: View,
         other: View | None,
         scale: tuple[int, int],
+        tiles: int,
     ) -> None:
         q, length, rank = out.rows, basis.rows, basis.columns
-        tiles = ceil_div(q, config.block_q) * ceil_div(rank, config.block_r)
         parts, part = _parts(tiles, length, config.block_k, self.fill)
         offset = self.group.reserve(parts, q, rank) if parts > 1 else 0
         tail = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
         record = (*x.fields, *tail[3:5], *basis.fields, *tail[8:])
-        self.group.products.add(tiles * parts, record)
+        self.group.products.add(self._tiles_of(out, config) * parts, record)
         if parts > 1:
             self._add_sum(side, q, length, rank, parts, part, offset, out, scale, other)
 
@@ -400,11 +443,6 @@ class _CoefficientsGroup:
         tiles = ceil_div(q, block) * ceil_div(rank, block)
         record = _tail(side, q, length, rank, parts, part, offset, out, scale, other)
         self.group.sums.add(tiles, record)
-
-    def launch(self) -> Launch:
-        one_pass = isinstance(self.config, configs.OnePass)
-        kernel = "one_pass" if one_pass else "two_pass"
-        return self.group.launch(kernel, self.config, self.constants)
 
 
 def _tail(
@@ -446,9 +484,9 @@ def update_launches(
     """Group jobs into launches; ``choose(job, operand bytes, larger rank, aligned)`` as above."""
     groups: dict[tuple[object, ...], tuple[configs.Update, dict[str, object], Group]] = {}
     for job in jobs:
-        if job.beta not in (0, 1):
+        if job.beta not in (0, 1, -1):
             raise ValueError(
-                f"osf_kernels.backends.triton: expected beta to be 0 or 1, got {job.beta}"
+                f"osf_kernels.backends.triton: expected beta to be 0, 1 or -1, got {job.beta}"
             )
         out, x = View.of(job.out), View.of(job.x)
         if not (out.rows and out.columns):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.errors import Index, TypeRefusal, ValueRefusal
 from osf_kernels.linalg.primitives import working_dtype
 from osf_kernels.ops._library import register
@@ -55,7 +56,7 @@ def operator(schema: str, fast: Fast, safe: Safe) -> Callable[..., Any]:
 
     def fake(Y: Tensor) -> Any:
         require_columns(name, Y)
-        Q = Y.new_empty(Y.shape, dtype=working_dtype(Y.dtype))
+        Q = _padding.empty_like(Y, working_dtype(Y.dtype))
         return Q if single else (Q, Y.new_zeros(Y.shape[:-2], dtype=torch.int64))
 
     def run(Y: Tensor) -> Any:
@@ -68,8 +69,9 @@ def operator(schema: str, fast: Fast, safe: Safe) -> Callable[..., Any]:
         if rest is not None:
             for x, mended in zip(found, safe(batch[rest]), strict=True):
                 x[rest] = mended
-        outputs = tuple(x.reshape((*Y.shape[:-2], *x.shape[1:])) for x in found)
-        return outputs[0] if single else outputs
+        Q, *ranks = (x.reshape((*Y.shape[:-2], *x.shape[1:])) for x in found)
+        Q = _padding.padded_rows(Q)
+        return Q if single else (Q, *ranks)
 
     def vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:
         return call(Y.movedim(in_dims[0], 0)), 0 if single else (0, 0)

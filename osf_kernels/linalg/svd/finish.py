@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.errors import ValueRefusal
 from osf_kernels.linalg import cpu
 from osf_kernels.linalg.orthonormal.complement import complement
@@ -74,7 +75,7 @@ def _signs(V: Tensor) -> Tensor:
 
 def _times(X: Tensor, signs: Tensor) -> Tensor:
     """X·signs in rows, whatever X was: one pass instead of a product and a copy."""
-    out = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    out = _padding.empty_like(X)
     transposed = X.device.type == "cpu" and X.stride(-1) != 1
     step = cpu.TRANSPOSED_AT_ONCE if transposed else max(1, X.shape[-1])
     parts = (x.split(step, -1) for x in (X, signs, out))
@@ -95,16 +96,21 @@ def _scaled_back(entry: Entry, result: TruncatedSVD) -> TruncatedSVD:
 
 def _owned(result: TruncatedSVD) -> TruncatedSVD:
     """The result in memory of its own size, since a view would keep its whole group alive."""
-
-    def own(x: Tensor | None) -> Tensor | None:
-        if x is None or (
-            x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
-        ):
-            return x
-        return x.clone(memory_format=torch.contiguous_format)
-
-    owned: dict[str, Any] = {name: own(getattr(result, name)) for name in TENSORS}
+    given = {name: getattr(result, name) for name in TENSORS}
+    owned: dict[str, Any] = {k: None if x is None else _own(x) for k, x in given.items()}
     return replace(result, **owned)
+
+
+def _own(x: Tensor) -> Tensor:
+    """x in memory of its own size, a matrix in padded rows."""
+    if x.dim() == 2:
+        rows, columns = x.shape
+        width = _padding.leading_dimension(columns, x.device, x.dtype)
+        in_rows = x.is_contiguous() if width == columns else x.stride() == (width, 1)
+        owns = in_rows and x.untyped_storage().nbytes() == rows * width * x.element_size()
+        return x if owns else _padding.empty_like(x).copy_(x)
+    owns = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if owns else x.clone(memory_format=torch.contiguous_format)
 
 
 def stacked_result(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> TruncatedSVD:
@@ -114,7 +120,8 @@ def stacked_result(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> Tru
         parts = [getattr(result, name) for result in results]
         if parts[0] is None:
             return None
-        return torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
+        whole = torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
+        return _padding.padded(whole) if parts[0].dim() == 2 else whole
 
     tensors = {name: field(name) for name in TENSORS}
     return TruncatedSVD(

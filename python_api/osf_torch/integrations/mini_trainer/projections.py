@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from osf_kernels import Basis, apply_, coefficients, project_, project_many_
+from osf_kernels import Basis, apply_, coefficients, padded, project_, project_many_
 from osf_torch.integrations.mini_trainer.layout import (
     SVDDict,
     aligned,
@@ -147,7 +147,7 @@ def _project_summed(sides: list[_Side]) -> None:
         dist.all_reduce(flat, group=group)
     totals = flat.split([part.numel() for part in parts])
     for side, half, part, total in zip(sides, halves, parts, totals, strict=True):
-        half[side.dim] = total.view(part.shape)
+        half[side.dim] = padded(total.view(part.shape))
         apply_(side.x, *side.bases, half[0], half[1])
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
-from osf_kernels.backends.forms import Problem
+from osf_kernels.backends import choosing
 from osf_kernels.errors import describe
-from osf_kernels.ops._execute import decide, execute, execute_one
 from osf_kernels.ops._library import (
     aligned,
     has_tangent,
+    observed,
     register,
     require_vmapped,
     transformed,
@@ -23,15 +22,17 @@ from osf_kernels.ops._library import (
 from osf_kernels.ops._memory import (
     require_distinct,
     require_no_meta_among,
-    require_own_memory,
     require_recordable,
     require_target,
     require_writable,
     unwrapped,
 )
+from osf_kernels.ops._names import Names
+from osf_kernels.ops._route import decide, execute_one
 from osf_kernels.ops._validation import (
     BasisLike,
     columns,
+    held,
     kind_of,
     meta,
     parts_of,
@@ -39,7 +40,8 @@ from osf_kernels.ops._validation import (
     require_tensor,
     shape_check,
 )
-from osf_kernels.ops.halves import product, product_of_shared
+from osf_kernels.ops.coefficients import product, product_of_shared
+from osf_kernels.ops.prepared import Prepared
 from osf_kernels.plan import Mode, Plan
 
 _FLIPPED = {"high": "low", "low": "high"}
@@ -157,18 +159,16 @@ def project_many_(
 
     Mutates every matrix of grads; doesn't synchronise; draws no random numbers.
     """
-    op = "project_many_"
+    names = Names("project_many_", "grads")
+    op = names.op
     require_lengths(op, grads=grads, Us=Us, Vs=Vs)
     for i, g in enumerate(grads):
         require_target(op, f"grads[{i}]", g)
     require_no_meta_among(op, "grads", grads)
-    lefts = [columns(op, f"Us[{i}]", U) for i, U in enumerate(Us)]
-    rights = [columns(op, f"Vs[{i}]", V) for i, V in enumerate(Vs)]
-    held_U, held_V = [U for U, _ in lefts], [V for V, _ in rights]
-    kinds = [kind_of(op, mode, u, v) for (_, u), (_, v) in zip(lefts, rights, strict=True)]
+    held_U, held_V, kinds = held(names, Us, Vs, mode)
     if transformed() or _needs_grad(*grads, *held_U, *held_V):
         for i, (g, U, V) in enumerate(zip(grads, held_U, held_V, strict=True)):
-            require_recordable(op, _names(i), g, U, V)
+            require_recordable(op, names.entry(i), g, U, V)
         if not torch.compiler.is_compiling():
             written, Us, Vs = ([*map(unwrapped, side)] for side in (grads, held_U, held_V))
             require_distinct(op, "grads", written, {"Us": Us, "Vs": Vs})
@@ -177,7 +177,10 @@ def project_many_(
         for g, result in zip(grads, results, strict=True):
             g.copy_(result)
         return
-    _project_many_(list(grads), held_U, held_V, kinds)
+    if observed():
+        _project_many_(list(grads), held_U, held_V, kinds)
+    else:
+        Prepared(names, grads, held_U, held_V, kinds, mode=mode).run_project_(names, grads)
 
 
 def plan(
@@ -205,23 +208,14 @@ def plan(
     grads: list[Any] = list(g) if many else [g]
     Us = _as_list(U, many, len(grads))
     Vs = _as_list(V, many, len(grads))
-    require_lengths("plan", g=grads, U=Us, V=Vs)
-    kind_of("plan", mode, "high", "high")
-    entries = []
-    for i, (matrix, left, right) in enumerate(zip(grads, Us, Vs, strict=True)):
-        tail = f"[{i}]" if many else ""
-        require_tensor("plan", f"g{tail}", matrix)
-        held_U, u_spans = columns("plan", f"U{tail}", left)
-        held_V, v_spans = columns("plan", f"V{tail}", right)
-        names = [f"{letter}{tail}" for letter in "gUV"]
-        kind = kind_of("plan", mode, u_spans, v_spans)
-        decided = decide("plan", names, matrix, held_U, held_V, kind)
-        entries.append(decided[:4])
-    return backends.summary(entries, mode, str(grads[0].device) if grads else "cpu")
-
-
-def _names(i: int) -> tuple[str, str, str]:
-    return f"grads[{i}]", f"Us[{i}]", f"Vs[{i}]"
+    names = Names("plan", "g", "U", "V", single=not many)
+    require_lengths(names.op, g=grads, U=Us, V=Vs)
+    kind_of(names.op, mode, "high", "high")
+    for i, matrix in enumerate(grads):
+        require_tensor(names.op, names.entry(i)[0], matrix)
+    prepared = Prepared(names, grads, *held(names, Us, Vs, mode), mode=mode)
+    prepared.make(grads)
+    return prepared.plan
 
 
 def _as_list(basis: Any, many: bool, count: int) -> list[Any]:
@@ -297,16 +291,11 @@ def _project_many__impl(
     Vs: list[Tensor | None],
     kinds: list[str],
 ) -> None:
-    op = "project_many_"
-    problems, names = [], []
-    for i, (g, U, V, kind) in enumerate(zip(grads, Us, Vs, kinds, strict=True)):
-        arguments = _names(i)
-        decided = decide(op, arguments, g, U, V, kind)
-        require_own_memory(op, arguments[0], g)
-        problems.append(Problem(g, g, U, V, decided.step))
-        names.append(decided.backend)
-    require_distinct(op, "grads", grads, {"Us": Us, "Vs": Vs})
-    execute(problems, names)
+    if not grads:
+        return
+    names = Names("project_many_", "grads")
+    mode, _, _ = parts_of(names.op, kinds[0])
+    Prepared(names, grads, Us, Vs, kinds, mode=mode).run_project_(names, grads)
 
 
 def _project_fake(g: Tensor, U: Tensor | None, V: Tensor | None, kind: str) -> Tensor:
@@ -324,8 +313,9 @@ def _project__fake(g: Tensor, U: Any, V: Any, kind: str) -> None:
 
 
 def _project_many__fake(grads: Any, Us: Any, Vs: Any, kinds: list[str]) -> None:
+    names = Names("project_many_", "grads")
     for i, (g, U, V, kind) in enumerate(zip(grads, Us, Vs, kinds, strict=True)):
-        shape_check("project_many_", g, U, V, kind, names=_names(i))
+        shape_check("project_many_", g, U, V, kind, names=names.entry(i))
 
 
 def _project_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any, kind: str) -> tuple[Tensor, int]:
@@ -374,7 +364,7 @@ _project_many_ = register(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     g, U, V, ctx.kind = inputs
-    ctx.backend = backends.requested()  # backward of CUDA tensors runs in a thread of autograd's
+    ctx.backend = choosing.requested()  # backward of CUDA tensors runs in a thread of autograd's
     # g itself is needed only for the bases' gradients: in training nothing of its size is kept.
     bases = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(g if bases else None, U, V)
@@ -386,7 +376,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     g, U, V = ctx.saved_tensors
     _, u_spans, v_spans = parts_of("project", ctx.kind)
     for_g = for_U = for_V = None
-    with backends.use_backend(ctx.backend):
+    with choosing.use_backend(ctx.backend):
         if ctx.needs_input_grad[0]:
             for_g = _projected(grad, U, V, ctx.kind)
         if ctx.needs_input_grad[1]:

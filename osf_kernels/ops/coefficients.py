@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import backends
-from osf_kernels.backends.forms import Coefficients, Problem, coefficient_dtype
+from osf_kernels.backends.forms import Problem, coefficient_dtype
 from osf_kernels.errors import describe
-from osf_kernels.ops._execute import decide, execute, unbatch
+from osf_kernels.ops._coefficient_list import (
+    CoefficientList,
+    coefficient_shapes,
+    empty_coefficients,
+)
 from osf_kernels.ops._library import (
     aligned,
     register,
@@ -18,6 +21,7 @@ from osf_kernels.ops._library import (
     transformed,
 )
 from osf_kernels.ops._memory import require_no_leaf, require_target, require_writable
+from osf_kernels.ops._route import CoefficientRoute, Route, decide
 from osf_kernels.ops._validation import (
     BasisLike,
     columns,
@@ -43,7 +47,8 @@ def coefficients(g: Tensor, U: BasisLike, V: BasisLike) -> tuple[Tensor, Tensor]
 
     Returns:
         (A, B): (..., r, n) and (..., m, k), float32 (float64 for float64 g); a missing side is
-        empty, with r = 0 or k = 0.
+        empty, with r = 0 or k = 0. A is contiguous; on a GPU the rows of B begin on 16-byte
+        boundaries, whatever k is.
 
     Raises:
         TypeError, ValueError: as project.
@@ -103,38 +108,17 @@ def apply_(
 _KIND = kind_of("coefficients", "complement", "high", "high")  # coefficients are of columns as held
 
 
-def coefficient_shapes(
-    g: Tensor, U: Tensor | None, V: Tensor | None
-) -> tuple[torch.Size, torch.Size]:
-    r = 0 if U is None else U.shape[-1]
-    k = 0 if V is None else V.shape[-1]
-    batch = tuple(g.shape[:-2])
-    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
-
-
-def _empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    dtype = coefficient_dtype(g)
-    shape_A, shape_B = coefficient_shapes(g, U, V)
-    return g.new_empty(shape_A, dtype=dtype), g.new_empty(shape_B, dtype=dtype)
-
-
 def _coefficients_impl(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    op = "coefficients"
-    decided = decide(op, "gUV", g, U, V, _KIND, "shard")
-    A, B = _empty_coefficients(g, U, V)
-    if g.numel() == 0:
-        return A.zero_(), B.zero_()  # sums of no products
-    left, right = (U, A) if A.numel() else (None, None), (V, B) if B.numel() else (None, None)
-    if A.numel() or B.numel():
-        job = Coefficients(g, left[0], right[0], left[1], right[1])
-        backend = decided.backend
-        backends.module(backend).coefficients(unbatch(job, backend))
+    decided = decide("coefficients", "gUV", g, U, V, _KIND, "shard")
+    A, B = empty_coefficients(g, U, V)
+    found = CoefficientList([A], [B], ())
+    CoefficientRoute([g], [U], [V], found, [decided.backend]).run([g], found)
     return A, B
 
 
 def _coefficients_fake(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
     shape_check("coefficients", g, U, V, _KIND, shard=True)
-    return _empty_coefficients(g, U, V)
+    return empty_coefficients(g, U, V)
 
 
 def _coefficients_vmap(info: Any, in_dims: Any, g: Any, U: Any, V: Any) -> tuple[Any, Any]:
@@ -146,7 +130,7 @@ def _check_coefficients(
     g: Tensor, U: Tensor | None, V: Tensor | None, A: Tensor, B: Tensor
 ) -> None:
     op = "apply_"
-    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    wanted = zip("AB", (A, B), coefficient_shapes(g.shape, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
             remedy = "take both from coefficients(g, U, V)"
@@ -170,7 +154,7 @@ def _apply__impl(
     _check_coefficients(g, U, V, A, B)
     require_writable(op, "gUVAB", g, U, V, A, B)
     A_, B_ = None if U is None else A, None if V is None else B
-    execute([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend])
+    Route([Problem(g, g, U, V, decided.step, A=A_, B=B_)], [decided.backend]).run([g], [(A_, B_)])
 
 
 def _apply__fake(g: Any, U: Any, V: Any, A: Any, B: Any, kind: str) -> None:
@@ -246,7 +230,7 @@ class _Coefficients(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dg: Any, dU: Any, dV: Any) -> tuple[Tensor, Tensor]:
         g, U, V = ctx.saved_tensors
-        dA, dB = _empty_coefficients(g, U, V)
+        dA, dB = empty_coefficients(g, U, V)
         dA, dB = dA.zero_(), dB.zero_()
         if dg is not None:
             dA, dB = _both(dg, U, V)

@@ -1,0 +1,254 @@
+"""Programs of the grouped backends, Triton and CUDA: made once, run with other matrices each time.
+
+A program holds the launches of a list of problems with everything that they need but the addresses
+of the matrices and of the workspace, which a call writes into their records. The list is cut into
+slices whose coefficients and partial sums fit the workspace; they run one after another in the same
+memory.
+
+May import: torch, ``backends.forms``, ``backends.operands`` and the module of a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from osf_kernels.backends.forms import (
+    Coefficients,
+    Job,
+    Problem,
+    coefficient_dtype,
+    in_stages,
+    steps,
+)
+from osf_kernels.backends.operands import ALIGNMENT, WORKSPACE, Arena, Lie, Operand
+from osf_kernels.plan import Step
+
+# Of coefficients and partial sums of the matrices of a list that run side by side.
+WORKSPACE_BYTES = 256 << 20
+
+Ready = tuple[Tensor | None, Tensor | None]  # coefficients A and B
+
+
+class Executable(Protocol):
+    """Launches in order.
+
+    ``parts_bytes`` is what their partial sums take.
+    """
+
+    parts_bytes: int
+
+    def run(self, addresses: Sequence[int]) -> None:
+        """``addresses``: of each argument, the workspace first, cut to multiples of 16 bytes."""
+
+
+class Kernels(Protocol):
+    """What the module of a grouped backend provides."""
+
+    def compiled(
+        self, stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int
+    ) -> Executable:
+        """The launches of stages of jobs, whose operands may be of arguments to come; ``kept`` says
+        for how many sets of addresses their records may stay on the device."""
+
+    def parts_bytes(self, job: Coefficients) -> int:
+        """What the partial sums of a job take at least, however many jobs share a launch."""
+
+    def spare_bytes(self, device: torch.device) -> int:
+        """The most that the partial sums of a launch take beyond those of its jobs."""
+
+
+class Program:
+    """What a list of problems runs on one device.
+
+    Args:
+        problems: with an ``Operand`` for whatever a call brings.
+        limit: bytes of the workspace; a single matrix that takes more has a slice of its own.
+        kept: as in ``Kernels.compiled``.
+        halves: compute A and B of the problems, and no more.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        kernels: Kernels,
+        limit: int = WORKSPACE_BYTES,
+        *,
+        kept: int = 4,
+        halves: bool = False,
+    ) -> None:
+        self.device = problems[0].x.device
+        slices = sliced(problems, kernels, limit, _halves if halves else _calls)
+        stages = [list(in_stages(map(iter, calls))) for _, calls in slices]
+        self.calls = sum(map(len, stages))
+        self._arena_bytes = max(arena.bytes for arena, _ in slices)
+        self._slices = [kernels.compiled(each, self.device, kept=kept) for each in stages]
+        self.workspace_bytes = max(
+            arena.bytes + executable.parts_bytes
+            for (arena, _), executable in zip(slices, self._slices, strict=True)
+        )
+
+    def run(self, addresses: Sequence[int]) -> None:
+        """``addresses`` of the arguments in their order; their lowest bits aren't looked at."""
+        if self.device.type != "cuda":
+            self._run(addresses)
+            return
+        with torch.cuda.device(self.device):
+            self._run(addresses)
+
+    def _run(self, addresses: Sequence[int]) -> None:
+        memory = torch.empty(self._arena_bytes, dtype=torch.uint8, device=self.device)
+        cut = [memory.data_ptr(), *[address & -ALIGNMENT for address in addresses]]
+        for executable in self._slices:
+            executable.run(cut)
+
+
+class ListProgram:
+    """A program of lists of matrices in place; made anew where they lie otherwise than before.
+
+    Args:
+        problems: of x, and of A and B where coefficients are given, the layouts alone count.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        kernels: Kernels,
+        limit: int = WORKSPACE_BYTES,
+        *,
+        halves: bool = False,
+    ) -> None:
+        self._kernels, self._limit, self._halves = kernels, limit, halves
+        self._problems, self._made = self._make(problems)
+
+    @property
+    def calls(self) -> int:
+        """Of the two kernels."""
+        return self._made[1].calls
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._made[1].workspace_bytes
+
+    def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
+        """``ready`` are A and B of each, where it was made with coefficients."""
+        tensors = list(xs)
+        if ready is not None:
+            tensors = [
+                t for x, pair in zip(xs, ready, strict=True) for t in (x, *pair) if t is not None
+            ]
+        addresses = [t.data_ptr() for t in tensors]
+        lies, program = self._made
+        if _lies(tensors) != lies:
+            pairs = ready or [(None, None)] * len(xs)
+            problems = [
+                problem._replace(x=x, A=A, B=B)
+                for problem, x, (A, B) in zip(self._problems, xs, pairs, strict=True)
+            ]
+            _, self._made = self._make(problems)
+            program = self._made[1]
+        program.run(addresses)
+        if not self._halves:
+            torch.autograd.graph.increment_version(xs)
+
+    def _make(self, given: Sequence[Problem]) -> tuple[list[Problem], tuple[list[Any], Program]]:
+        """The problems without the tensors that a call brings; how these lie, and the program."""
+        problems: list[Problem] = []
+        tensors: list[Tensor] = []
+        for problem in given:
+            places: dict[str, Any] = {}
+            for name in ("x", "A", "B"):
+                t = getattr(problem, name)
+                if t is not None:
+                    tensors.append(t)
+                    places[name] = Operand.like(t, WORKSPACE + len(tensors))
+            problems.append(problem._replace(**places, out=places["x"]))
+        return problems, (
+            _lies(tensors),
+            Program(problems, self._kernels, self._limit, halves=self._halves),
+        )
+
+
+def _lies(tensors: Sequence[Tensor]) -> list[Any]:
+    """What of tensors of known shapes and dtypes a program depends on."""
+    return [(t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors]
+
+
+@functools.lru_cache(maxsize=512)
+def single(
+    kernels: Kernels,
+    device: torch.device,
+    step: Step,
+    x: Lie,
+    out: Lie | None,
+    U: Lie | None,
+    V: Lie | None,
+) -> Program:
+    """The program of one projection of tensors that lie so; ``out`` is None in place.
+
+    Its arguments are x, out, U and V, those that are there.
+    """
+    numbers = itertools.count(WORKSPACE + 1)
+    places = [
+        None if t is None else Operand.lying(t, device, next(numbers)) for t in (x, out, U, V)
+    ]
+    problem = Problem(places[0], places[1] or places[0], places[2], places[3], step)
+    return Program([problem], kernels, kept=256)
+
+
+Calls = Callable[[Problem, Arena], list[Job]]
+
+
+def sliced(
+    problems: Sequence[Problem], kernels: Kernels, limit: int, calls_of: Calls
+) -> list[tuple[Arena, list[list[Job]]]]:
+    """The kernel calls of each matrix, in slices as large as the workspace holds."""
+    arena = Arena(problems[0].x.device)
+    slices: list[tuple[Arena, list[list[Job]]]] = [(arena, [])]
+    parts = 0
+    limit -= kernels.spare_bytes(arena.device)
+    for matrix in itertools.chain.from_iterable(map(matrices, problems)):
+        before = arena.bytes
+        calls = calls_of(matrix, arena)
+        own = sum(kernels.parts_bytes(job) for job in calls if isinstance(job, Coefficients))
+        if slices[-1][1] and arena.bytes + parts + own > limit:
+            arena.bytes, parts = before, 0
+            arena = Arena(arena.device)
+            slices.append((arena, []))
+            calls = calls_of(matrix, arena)
+        parts += own
+        slices[-1][1].append(calls)
+    return slices
+
+
+def _calls(problem: Problem, arena: Arena) -> list[Job]:
+    return list(steps(problem, coefficient_dtype(problem.x), arena.new))
+
+
+def _halves(problem: Problem, arena: Arena) -> list[Job]:
+    assert problem.A is not None
+    assert problem.B is not None
+    left = (problem.U, problem.A) if problem.A.numel() else (None, None)
+    right = (problem.V, problem.B) if problem.B.numel() else (None, None)
+    return [Coefficients(problem.x, left[0], right[0], left[1], right[1])]
+
+
+def matrices(problem: Problem) -> Iterator[Problem]:
+    """The problem of each matrix of a batch."""
+    batch = problem.x.shape[:-2]
+    if not batch:
+        yield problem
+        return
+    whole: dict[str, Any] = {}
+    for name, t in problem._asdict().items():
+        if isinstance(t, Tensor):
+            whole[name] = t.expand(*batch, *t.shape[t.dim() - (1 if name == "S" else 2) :])
+        elif isinstance(t, Operand):
+            whole[name] = t
+    for index in itertools.product(*map(range, batch)):
+        yield problem._replace(**{name: t[index] for name, t in whole.items()})

@@ -1,0 +1,268 @@
+"""The forms of ``forms.py`` written out in torch, each a loop over the matrices of a list.
+
+They are written out rather than run from ``forms.steps``, and the loops call torch alone: yielding
+a step costs 2 µs, allocating its output from Python 3, a transposed view 0.5 and a function 0.1,
+which a small matrix would feel. A Python function runs for a matrix only in the check of ``mixed``
+for sums that cancelled.
+
+A form takes (step, products, xs, outs, Us, Uts, Vs, Vts, pins, ready), all of one working dtype.
+``products`` are mm, addmm and cat of 2-D matrices or of batches, ``out`` may be x, and Ut is Uᵀ.
+``pins`` are S, rest_A and rest_B of a problem or None, ``ready`` its A and B or a pair of None,
+which are not written. With beta = 0 x is not read by the update.
+
+May import: torch, ``osf_kernels.plan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels.plan import Step
+
+_rows = zip  # whose argument ``strict`` would cost a call 0.1 µs
+
+
+def _identity(step: Step, products: Any, xs: Any, outs: Any, *_: Any) -> None:
+    for x, out in _rows(xs, outs):
+        if out is not x:
+            out.copy_(x)
+
+
+def _zero(step: Step, products: Any, xs: Any, outs: Any, *_: Any) -> None:
+    for x, out in _rows(xs, outs):
+        torch.mul(x, 0, out=out)  # not zero_(): NaN and Inf stay visible
+
+
+def _left(
+    step: Step,
+    products: Any,
+    xs: Any,
+    outs: Any,
+    Us: Any,
+    Uts: Any,
+    Vs: Any,
+    Vts: Any,
+    pins: Any,
+    ready: Any,
+) -> None:
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
+    for x, out, U, Ut, (A, _) in _rows(xs, outs, Us, Uts, ready):
+        if A is None:
+            A = mm(Ut, x)
+        addmm(x, U, A, alpha=alpha, out=out) if beta else mm(U, A, out=out)
+
+
+def _right(
+    step: Step,
+    products: Any,
+    xs: Any,
+    outs: Any,
+    Us: Any,
+    Uts: Any,
+    Vs: Any,
+    Vts: Any,
+    pins: Any,
+    ready: Any,
+) -> None:
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
+    for x, out, V, Vt, (_, B) in _rows(xs, outs, Vs, Vts, ready):
+        if B is None:
+            B = mm(x, V)
+        addmm(x, B, Vt, alpha=alpha, out=out) if beta else mm(B, Vt, out=out)
+
+
+def _dual(
+    step: Step,
+    products: Any,
+    xs: Any,
+    outs: Any,
+    Us: Any,
+    Uts: Any,
+    Vs: Any,
+    Vts: Any,
+    pins: Any,
+    ready: Any,
+) -> None:
+    (mm, addmm, cat), alpha, beta = products, step.alpha, step.beta
+    for x, out, U, Ut, V, Vt, pin, (A, B) in _rows(xs, outs, Us, Uts, Vs, Vts, pins, ready):
+        kept = A is not None  # the caller's
+        if not kept:
+            A, B = mm(Ut, x), mm(x, V)
+        if pin is not None:
+            S, rest_A, rest_B = pin
+            A.addcmul_(S.unsqueeze(-1), Vt, value=-1.0)
+            B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
+            if rest_A is not None:
+                A.sub_(rest_A)
+                B.sub_(rest_B)
+        B = addmm(B, U, mm(A, V), alpha=-1.0, out=None if kept else B)
+        if step.joined:
+            L, R = cat((U, B), -1), cat((A, Vt), -2)
+            addmm(x, L, R, alpha=alpha, out=out) if beta else mm(L, R, out=out)
+        else:
+            addmm(x, U, A, alpha=alpha, out=out) if beta else mm(U, A, out=out)
+            addmm(out, B, Vt, alpha=alpha, out=out)
+
+
+def _sequential(
+    step: Step,
+    products: Any,
+    xs: Any,
+    outs: Any,
+    Us: Any,
+    Uts: Any,
+    Vs: Any,
+    Vts: Any,
+    pins: Any,
+    ready: Any,
+) -> None:
+    mm, addmm, _ = products
+    for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
+        if step.beta:
+            addmm(x, U, mm(Ut, x), alpha=-1.0, out=out)
+            addmm(out, mm(out, V), Vt, alpha=-1.0, out=out)
+        else:
+            rest = addmm(x, U, mm(Ut, x), alpha=-1.0)
+            torch.sub(x, addmm(rest, mm(rest, V), Vt, alpha=-1.0, out=rest), out=out)
+
+
+def _mixed(
+    step: Step,
+    products: Any,
+    xs: Any,
+    outs: Any,
+    Us: Any,
+    Uts: Any,
+    Vs: Any,
+    Vts: Any,
+    pins: Any,
+    ready: Any,
+) -> None:
+    """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
+    watched = _is_float32_on_cpu(xs[0])
+    for x, out, U, Ut, V, Vt, (A, B) in _rows(xs, outs, Us, Uts, Vs, Vts, ready):
+        if step.first == "left":
+            core = mm(Ut, x) if A is None else A
+            if A is None and watched and core.shape[-2] <= _NARROW:
+                wide = V.double()
+                core = core - mm(wide, mm(wide.mT, core.mT.double())).float().mT
+            else:
+                core = addmm(core, mm(core, V), Vt, alpha=-1.0, out=core if A is None else None)
+            addmm(x, U, core, alpha=alpha, out=out) if beta else mm(U, core, out=out)
+        elif B is not None:
+            core = addmm(B, U, mm(Ut, B) if A is None else mm(A, V), alpha=-1.0)
+            addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
+        else:
+            core = mm(x, V)
+            few = x.device.type == "cpu" and 3 * V.shape[-1] <= x.shape[-1]
+            before = _norm(core) if few else None
+            if watched and core.shape[-1] <= _NARROW:
+                wide = U.double()
+                core = core - mm(wide, mm(wide.mT, core.double())).float()
+            else:
+                core = addmm(core, U, mm(Ut, core) if A is None else mm(A, V), alpha=-1.0, out=core)
+            if before is not None and _cancelled(x, before, core):
+                _mixed_in_turn(step, products, (x,), (out,), (U,), (Ut,), (V,), (Vt,))
+            else:
+                addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
+
+
+# x V, or xᵀ U, of at most so many columns shows errors of U Uᵀ (x V) in float32: it is summed in
+# float64. Of many columns they are random, and no larger than those of x V itself; a few, which
+# BLAS sums one product after another, erred up to 12 times as much as eager torch.
+_NARROW = 32
+
+
+def _is_float32_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def _cancelled(x: Tensor, before: Tensor, core: Tensor) -> bool:
+    """Whether what is left of x V has the rounding errors of a sum much larger than itself.
+
+    They show where x V is most of x, which a few free columns seldom hold, and U takes half of it:
+    then the error came to 2.7 times that of eager torch, which takes U off first.
+    """
+    taken = _norm(core) < 0.7 * before
+    return bool(taken.any()) and bool((taken & (before > 0.6 * _norm(x))).any())
+
+
+_norm = partial(torch.linalg.vector_norm, dim=(-2, -1))
+
+
+def _mixed_in_turn(
+    step: Step, products: Any, xs: Any, outs: Any, Us: Any, Uts: Any, Vs: Any, Vts: Any, *_: Any
+) -> None:
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
+    for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
+        rest = addmm(x, U, mm(Ut, x), alpha=-1.0)
+        core = mm(rest, V)
+        addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
+
+
+def _inner_in_turn(
+    step: Step, products: Any, xs: Any, outs: Any, Us: Any, Uts: Any, Vs: Any, Vts: Any, *_: Any
+) -> None:
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
+    for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
+        rest = mm(U, mm(Ut, x))
+        core = mm(rest, V)
+        addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
+
+
+def _inner(
+    step: Step,
+    products: Any,
+    xs: Any,
+    outs: Any,
+    Us: Any,
+    Uts: Any,
+    Vs: Any,
+    Vts: Any,
+    pins: Any,
+    ready: Any,
+) -> None:
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
+    left_first = step.first == "left"
+    watched = not left_first and _is_float32_on_cpu(xs[0])
+    for x, out, U, Ut, V, Vt, pin, (A, _) in _rows(xs, outs, Us, Uts, Vs, Vts, pins, ready):
+        if watched and A is None and pin is None and V.shape[-1] <= _NARROW:
+            wide = U.double()
+            core = mm(wide, mm(wide.mT, mm(x, V).double())).float()
+            addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
+            continue
+        if A is not None:
+            C = mm(A, V)
+        else:
+            C = mm(mm(Ut, x), V) if left_first else mm(Ut, mm(x, V))
+        if pin is not None:
+            S, _, rest_C = pin
+            C.diagonal(dim1=-2, dim2=-1).sub_(S)
+            if rest_C is not None:
+                C.sub_(rest_C)
+        if left_first:
+            C = mm(C, Vt)
+            addmm(x, U, C, alpha=alpha, out=out) if beta else mm(U, C, out=out)
+        else:
+            C = mm(U, C)
+            addmm(x, C, Vt, alpha=alpha, out=out) if beta else mm(C, Vt, out=out)
+
+
+FORMS: dict[str, Callable[..., None]] = {
+    "identity": _identity,
+    "zero": _zero,
+    "left": _left,
+    "right": _right,
+    "dual": _dual,
+    "sequential": _sequential,
+    "mixed": _mixed,
+    "inner": _inner,
+    "mixed in turn": _mixed_in_turn,
+    "inner in turn": _inner_in_turn,
+}

@@ -1,0 +1,451 @@
+"""prepare: a list of matrices that is decided once and run at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels._padding import padded
+from osf_kernels.backends.forms import Problem
+from osf_kernels.backends.grouped import Ready
+from osf_kernels.backends.precision import full_precision, lowered
+from osf_kernels.errors import describe
+from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
+from osf_kernels.ops._library import observed
+from osf_kernels.ops._memory import (
+    Range,
+    are_apart,
+    require_distinct,
+    require_no_leaf,
+    require_no_meta_among,
+    require_own_memory,
+    require_target,
+    require_writable,
+    span,
+)
+from osf_kernels.ops._names import Names
+from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
+from osf_kernels.ops._route import CoefficientRoute, Route, decide
+from osf_kernels.ops._seen import Admitted, Held, Pinned
+from osf_kernels.ops._summary import summary
+from osf_kernels.ops._validation import (
+    BasisLike,
+    Choice,
+    Decision,
+    held,
+    kind_of,
+    meta,
+    require_constant,
+    require_lengths,
+    require_tensor,
+)
+from osf_kernels.plan import Mode, Plan
+
+_AS_HELD = kind_of("coefficients", "complement", "high", "high")  # coefficients know no span
+
+
+def prepare(
+    like: Sequence[Tensor],
+    Us: Sequence[BasisLike],
+    Vs: Sequence[BasisLike],
+    *,
+    mode: Mode = "complement",
+    sharded: bool = False,
+) -> Prepared:
+    """Decides once what projecting or restoring a list of matrices runs, for all steps to come.
+
+    ``prepare(like, Us, Vs).project_(grads)`` is ``project_many_(grads, Us, Vs)``, and
+    ``.restore_(weights, S=...)`` is ``restore_many_(weights, Us, Vs, S=...)``; what shapes, dtypes
+    and devices decide isn't decided again. ``print`` the result to see what it runs.
+
+    Args:
+        like: matrices (..., m, n) such as the weights or their gradients, of any mix of shapes and
+            dtypes; only their shapes, dtypes and devices are kept.
+        Us, Vs: a basis a matrix as in project, or None where a side is left alone. The tensors are
+            kept; what is written to them later holds from the next call on. On a GPU those whose
+            rows (or columns, where these are contiguous) aren't of whole 16 bytes are copied once.
+        mode: "complement" or "core", for all.
+        sharded: the matrices and Us are this rank's rows of larger ones, so that a basis may be
+            wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
+            coefficients run.
+
+    Returns:
+        A :class:`Prepared`. It runs on the backend that ``use_backend`` names now.
+
+    Raises:
+        TypeError, ValueError: as project_many_, naming the entry.
+
+    Mutates nothing; doesn't synchronise; draws no random numbers.
+    """
+    names = Names("prepare", "like")
+    require_lengths(names.op, like=like, Us=Us, Vs=Vs)
+    for i, x in enumerate(like):
+        require_tensor(names.op, f"like[{i}]", x)
+    held_U, held_V, kinds = held(names, Us, Vs, mode)
+    if not kinds:
+        kind_of(names.op, mode, "high", "high")
+    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded, copies=True)
+    if not sharded:
+        prepared.make(like)
+    return prepared
+
+
+class Prepared:
+    """A list of matrices with what is decided of it; made by :func:`prepare`.
+
+    Every call checks what can have changed since: how many matrices there are, their shapes,
+    dtypes, devices and strides, and where their addresses are new, that their memory is apart. It
+    refuses before anything is written, naming the entry. Calls from several threads and on several
+    streams may overlap. In a CUDA graph keep the object as long as the graph.
+
+    Attributes:
+        mode: "complement" or "core".
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        like: Sequence[Tensor],
+        Us: Sequence[Tensor | None],
+        Vs: Sequence[Tensor | None],
+        kinds: Sequence[str],
+        *,
+        mode: Mode,
+        sharded: bool = False,
+        copies: bool = False,
+    ) -> None:
+        self.mode: Mode = mode
+        self._sharded, self._copies = sharded, copies
+        self._given, self._kinds = (list(Us), list(Vs)), list(kinds)
+        self._Us, self._Vs = self._laid_out()
+        self._metas = [meta(x) for x in like]
+        self._choice: Choice = "shard" if sharded else "any"
+        self._decisions = self._decided(names, like, self._choice)
+        self._bases = Held([*Us, *Vs])
+        self._admitted: dict[str, Admitted] = {}
+        self._routes: dict[str, Any] = {}
+        self._pinned: Pinned | None = None
+        self._allocation: Allocation | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What ``project_`` runs (where sharded: ``apply_``), and why."""
+        device = str(self._metas[0][2]) if self._metas else "cpu"
+        route = self._routes.get("project")
+        grouped = (0, 0) if route is None else route.grouped
+        pairs = zip((*self._Us, *self._Vs), (*self._given[0], *self._given[1]), strict=True)
+        copied = sum(used is not given for used, given in pairs)
+        note = f"{copied} bases are copied once: their rows aren't of whole 16 bytes"
+        notes = [note] if copied else []
+        return summary([d[:4] for d in self._decisions], self.mode, device, grouped, notes)
+
+    def __len__(self) -> int:
+        return len(self._metas)
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def project_(self, grads: Sequence[Tensor]) -> None:
+        """g ← P(g) in place for every matrix; as :func:`project_many_`, but not differentiable.
+
+        Raises:
+            TypeError, ValueError: another count, shape, dtype or device than was prepared;
+                overlapping memory; a gradient that autograd differentiates; a sharded list.
+
+        Mutates every matrix of grads; doesn't synchronise; draws no random numbers.
+        """
+        if observed():
+            torch.ops.osf_kernels.project_many_(grads, self._Us, self._Vs, self._kinds)
+        else:
+            self.run_project_(Names("Prepared.project_", "grads"), grads)
+
+    def restore_(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        S: Sequence[Tensor | None] | None = None,
+        residual: Sequence[Residual | None] | None = None,
+        protected: Sequence[Tensor | None] | None = None,
+        coefficients: CoefficientList | None = None,
+    ) -> None:
+        """W ← P(W) + the protected part that S or ``protected`` names; as :func:`restore_many_`.
+
+        Args:
+            S, residual, protected: as in restore_many_; what the same tensors decide is kept from
+                one call to the next.
+            coefficients: of ``self.coefficients(weights)``, A summed over the shards; without, they
+                are computed here. Their memory may be written to.
+
+        Raises:
+            TypeError, ValueError: as project_ and restore_many_.
+
+        Mutates every matrix of weights; doesn't synchronise; draws no random numbers.
+        """
+        names = Names("Prepared.restore_", "weights")
+        if coefficients is None:
+            self._require_whole(names.op)
+        if observed() and coefficients is None:
+            pins = pins_of(names, len(self), S, residual, protected, self.mode)
+            torch.ops.osf_kernels.restore_many_(
+                weights, self._Us, self._Vs, *map(list, zip(*pins, strict=True)), self._kinds, False
+            )
+        else:
+            self.run_restore_(names, weights, S, residual, protected, coefficients)
+
+    def coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
+        """A = Uᵀ x and B = x V of every matrix; as :func:`coefficients`, but not differentiable.
+
+        Returns:
+            Coefficients in memory of their own.
+
+        Raises:
+            TypeError, ValueError: as project_.
+
+        Mutates nothing; doesn't synchronise; draws no random numbers.
+        """
+        names = Names("Prepared.coefficients", "xs")
+        self._admit(names, xs, written=False)
+        route = self._routes.get("coefficients")
+        found = self._places(xs).new()
+        if route is None:
+            decisions = self._decided(names, xs, "shard", _AS_HELD)
+            backends = [decision.backend for decision in decisions]
+            route = CoefficientRoute(xs, self._Us, self._Vs, found, backends)
+            self._routes["coefficients"] = route
+        self._run(route, xs, found)
+        return found
+
+    def apply_(self, xs: Sequence[Tensor], coefficients: CoefficientList) -> None:
+        """x ← P(x) in place from ready coefficients, A summed over the shards; as :func:`apply_`.
+
+        Raises:
+            TypeError, ValueError: as project_; coefficients of another list.
+
+        Mutates every matrix of xs, not the coefficients; doesn't synchronise; draws no random
+        numbers.
+        """
+        names = Names("Prepared.apply_", "xs")
+        self._admit(names, xs)
+        ready = self._places(xs).checked(names.op, coefficients)
+        route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
+        self._run(route, xs, ready)
+
+    # --- what a call checks ---
+
+    def _require_whole(self, op: str) -> None:
+        if self._sharded:
+            got, remedy = "one of sharded matrices", "use coefficients and apply_"
+            raise ValueError(describe(op, "the list", "of whole matrices", got, remedy))
+
+    def _admit(
+        self,
+        names: Names,
+        xs: Sequence[Tensor],
+        read: Sequence[Range] | None = None,
+        *,
+        written: bool = True,
+    ) -> bool:
+        """Refuses matrices that differ from those that were prepared; whether all was looked at,
+        since more than addresses differed from the last call or memory may overlap.
+
+        ``read`` are the ranges of memory that are read, those of the bases where it is None.
+        """
+        renewed = not self._bases.is_as_noted()
+        try:
+            lies: list[Any] = [
+                (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
+            ]
+            addresses = [x.data_ptr() for x in xs]
+            recorded = torch.is_grad_enabled() and True in [x.requires_grad for x in xs]
+        except (AttributeError, RuntimeError, NotImplementedError):  # no tensor with memory
+            lies, addresses, recorded = [], [], True
+        known = self._admitted.get(names.op)
+        if known is not None and not recorded and not renewed and lies == known.lies:
+            if addresses == known.addresses:
+                return False
+            if not written or are_apart(addresses, known.spans, read or self._bases.ranges):
+                known.addresses = addresses
+                return False
+        self._judge(names, xs, written)
+        if renewed:
+            self._renew(names, xs)
+        self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
+        return True
+
+    def _judge(self, names: Names, xs: Sequence[Tensor], written: bool) -> None:
+        op = names.op
+        require_lengths(op, **{names.xs: xs})
+        if len(xs) != len(self):
+            expected = f"as long as what was prepared ({len(self)})"
+            raise ValueError(describe(op, names.xs, expected, f"{len(xs)} entries"))
+        for i, (x, known) in enumerate(zip(xs, self._metas, strict=True)):
+            name = names.entry(i)[0]
+            require_target(op, name, x)
+            if meta(x) != known:
+                shape, dtype, device = known
+                expected = f"{tuple(shape)} {dtype} on {device} as it was prepared"
+                got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+                kind = TypeError if x.dtype != dtype else ValueError
+                raise kind(describe(op, name, expected, got, "prepare the list again"))
+            if written:
+                require_no_leaf(op, name, x)
+            require_constant(op, [name], x)
+        if written:
+            require_apart(names, xs, Us=self._given[0], Vs=self._given[1])
+
+    def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
+        """Something was written to a basis, or it was given other memory."""
+        self._Us, self._Vs = self._laid_out()
+        self._decisions = self._decided(names, xs, self._choice)
+        self._allocation = None
+        self._routes.clear()
+        self._admitted.clear()
+        self._pinned = None
+        self._bases.note()
+
+    def _laid_out(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The bases, those that kernels would read element by element as copies."""
+        if not self._copies:
+            return self._given
+        Us, Vs = ([None if t is None else padded(t) for t in side] for side in self._given)
+        return Us, Vs
+
+    # --- what runs ---
+
+    def _places(self, xs: Sequence[Tensor]) -> Allocation:
+        if self._allocation is None:
+            self._allocation = Allocation(xs, self._Us, self._Vs)
+        return self._allocation
+
+    def _decided(
+        self, names: Names, xs: Sequence[Tensor], choice: Choice, kind: str | None = None
+    ) -> list[Decision]:
+        decisions = []
+        kinds = self._kinds if kind is None else [kind] * len(xs)
+        for i, (x, U, V, kind) in enumerate(zip(xs, self._Us, self._Vs, kinds, strict=True)):
+            try:
+                decisions.append(decide(names.op, "gUV", x, U, V, kind, choice))
+            except (TypeError, ValueError):
+                decide(names.op, names.entry(i), x, U, V, kind, choice)
+                raise
+        return decisions
+
+    def _route(
+        self,
+        key: str,
+        decided: Callable[[], Sequence[Decision]],
+        xs: Sequence[Tensor],
+        ready: Sequence[Ready] | None = None,
+    ) -> Route:
+        route: Route | None = self._routes.get(key)
+        if route is None:
+            decisions = decided()
+            pairs = ready or [(None, None)] * len(xs)
+            problems = [
+                Problem(x, x, U, V, decision.step, A=A, B=B)
+                for x, U, V, decision, (A, B) in zip(
+                    xs, self._Us, self._Vs, decisions, pairs, strict=True
+                )
+            ]
+            route = self._routes[key] = Route(problems, [d.backend for d in decisions])
+        return route
+
+    def _run(
+        self,
+        route: Any,
+        xs: Sequence[Tensor],
+        ready: Sequence[Ready] | CoefficientList | None = None,
+    ) -> None:
+        if not lowered():
+            route.run(xs, ready)
+            return
+        with full_precision():
+            route.run(xs, ready)
+
+    def make(self, like: Sequence[Tensor]) -> None:
+        """Makes what ``project_`` runs for matrices that lie as these do."""
+        self._route("project", lambda: self._decisions, like)
+
+    def run_project_(self, names: Names, grads: Sequence[Tensor]) -> None:
+        """``project_`` as the operator that ``names`` says."""
+        self._require_whole(names.op)
+        self._admit(names, grads)
+        self._run(self._route("project", lambda: self._decisions, grads), grads)
+
+    def run_restore_(
+        self,
+        names: Names,
+        weights: Sequence[Tensor],
+        S: Sequence[Tensor | None] | None,
+        residual: Sequence[Residual | None] | None,
+        protected: Sequence[Tensor | None] | None,
+        coefficients: CoefficientList | None = None,
+    ) -> None:
+        """``restore_`` as the operator that ``names`` says."""
+        ids, pinned = identities(S, residual, protected), self._pinned
+        if pinned is not None and not pinned.holds(ids):
+            pinned = None
+        looked = self._admit(names, weights, None if pinned is None else pinned.read)
+        if pinned is None or pinned is not self._pinned:
+            looked = True
+            pins = pins_of(names, len(self), S, residual, protected, self.mode)
+            dtypes = [dtype for _, dtype, _ in self._metas]
+            pinned = Pinned(ids, pins, dtypes, self._bases.ranges)
+        if looked:
+            require_pins(names, weights, self._Us, self._Vs, self._kinds, pinned.pins)
+            if pinned.pins:
+                S, protected, first, second = map(list, zip(*pinned.pins, strict=True))
+                rests = {"residual": first, "second of residual": second}
+                require_apart(names, weights, S=S, protected=protected, **rests)
+            self._pinned = pinned
+        ready = None
+        if coefficients is not None:
+            ready = self._places(weights).checked(names.op, coefficients)
+        route = pinned.routes.get(ready is not None)
+        if route is None:
+            route = self._restoring(names, weights, pinned.operands, ready)
+            pinned.routes[ready is not None] = route
+        pinned.copy()
+        self._run(route, weights, ready)
+
+    def _restoring(
+        self,
+        names: Names,
+        weights: Sequence[Tensor],
+        pins: Sequence[Pin],
+        ready: Sequence[Ready] | None,
+    ) -> Route:
+        """``pins`` as problems take them."""
+        problems, backend_names = [], []
+        pairs = ready or [(None, None)] * len(weights)
+        lists = zip(weights, self._Us, self._Vs, self._kinds, pins, pairs, strict=True)
+        for i, (W, U, V, kind, pin, (A, B)) in enumerate(lists):
+            # Two updates would round a 16-bit weight twice.
+            choice: Choice = "any"
+            if pin.S is not None:
+                choice = "pinned" if ready is None else "pinned shard"
+            elif ready is not None:
+                choice = "shard"
+            elif W.element_size() == 2:
+                choice = "once"
+            decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
+            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
+            backend_names.append(decision.backend)
+        return Route(problems, backend_names)
+
+
+def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
+    """No matrix shares memory with itself, with another, nor with what is read."""
+    if names.single:
+        operands = ["U" if name == "Us" else "V" if name == "Vs" else name for name in read]
+        require_writable(
+            names.op, [names.xs, *operands], written[0], *(t[0] for t in read.values())
+        )
+        return
+    for i, x in enumerate(written):
+        require_own_memory(names.op, names.entry(i)[0], x)
+    require_no_meta_among(names.op, names.xs, written)
+    require_distinct(names.op, names.xs, written, read)
