@@ -159,8 +159,8 @@ def test_a_skipped_step_changes_nothing_and_the_next_one_pins():
     train(model, optimizer, [first])
     before = copies(model)
     optimizer.found_inf = torch.ones(())  # as GradScaler tells a fused optimizer
-    guard._before_step(optimizer)
-    guard._after_step(optimizer)
+    guard._steps.before(optimizer)
+    guard._steps.after(optimizer)
     assert same(model, before)
     del optimizer.found_inf
     guard.restore()
@@ -179,7 +179,7 @@ def test_clipping_pins_with_the_projection():
     guard.clip_grad_norm_(1.0)
     assert max(guard.drift().values()) <= 1e-12
     weights = copies(model)
-    guard._before_step(optimizer)
+    guard._steps.before(optimizer)
     assert same(model, weights)
 
 

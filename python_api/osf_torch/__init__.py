@@ -5,12 +5,13 @@ operator of ``osf_kernels``, of which it imports public names only.
 """
 
 from osf_torch.gradient import project_grad
-from osf_torch.guard import Guard, Leak
+from osf_torch.guard import Guard
 from osf_torch.importance import layer_importance
 from osf_torch.inputs import input_subspaces
 from osf_torch.protect import protect
 from osf_torch.ranks import allocate_ranks, ranks_by_energy
 from osf_torch.refresh import refresh
+from osf_torch.steps import Leak
 from osf_torch.storage import load_subspaces, save_subspaces
 from osf_torch.subspaces import Decomposition, Subspace, Subspaces
 

@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Mode, plan
+from osf_kernels import Mode
 from osf_torch import measures
 from osf_torch.hooks import Hooks
-from osf_torch.protected import Protected, zero3_shape
+from osf_torch.lists import MatrixList
+from osf_torch.protected import Protected, Together, zero3_shape
 from osf_torch.selection import listed, named_weights
 from osf_torch.subspaces import Subspace
 
@@ -58,11 +59,12 @@ def is_measurable(item: Protected) -> bool:
     return item.held.sketch is not None and not zero3_shape(item.weight)
 
 
-def require_bases(items: Iterable[Protected]) -> None:
+def require_bases(items: Together) -> None:
     """Refuses bases and pinned parts that something has written to: they are the tensors that were
     given, and those of ``Guard.state_dict``."""
-    names = [item.name for item in items if not item.is_held_as_taken()]
-    if names:
+    written = items.written()
+    if written:
+        names = [item.name for item in written]
         raise RuntimeError(
             "osf_torch.Guard: expected the tensors that say what is protected to be as they were "
             f"given, got ones that something has written to, of {listed(names)}; after "
@@ -115,7 +117,7 @@ def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Excepti
         for x in (item.weight, item.weight.grad):
             try:
                 if x is not None:
-                    plan(item.view(x), item.held.U, item.held.V, mode=mode)
+                    MatrixList([item.view(x)], [item.entry(mode, pinned=False)], mode)
             except (TypeError, ValueError) as found:
                 return type(found)(
                     f"osf_torch.Guard: parameter {item.name!r}: {found}; after converting the "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,25 +16,12 @@ from osf_torch.coverage import left_out, log_left_out
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected
 from osf_torch.selection import Rank, Ranks
-from osf_torch.sharding import step_left_out
 from osf_torch.state import read_state, state_of
+from osf_torch.steps import Leak, Restore, Steps, owned_by, with_gradients
 from osf_torch.subspaces import Subspace, Subspaces
-from osf_torch.writes import Left
-
-Restore = bool | Literal["deferred"]
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
-
-log = logging.getLogger("osf_torch")
-
-
-@dataclass(frozen=True)
-class Leak:
-    """The share ‖g − P(g)‖ / ‖g‖ of a gradient in the protected span, before and after."""
-
-    raw: float
-    applied: float
 
 
 class Guard:
@@ -47,8 +32,6 @@ class Guard:
         restores: whether the protected part is pinned after each step (True), of sharded weights at
             the next one ("deferred"), or never (False).
         mode: "complement" or "core".
-        projections: how many times gradients were projected so far.
-        restorations: how many times weights were pinned so far.
         subspaces: what is protected, as it was given or made by ``next_task``.
     """
 
@@ -66,34 +49,31 @@ class Guard:
         self.when = when
         self.restores: Restore = restore
         self.mode: Mode = mode
-        self.projections = 0
-        self.restorations = 0
         self.subspaces = subspaces
         self._model = model
         self._optimizer = optimizer
-        self._items = {id(item.weight): item for item in items}
         self._record = record
-        self._leaks: dict[str, Leak] = {}
-        self._raw: dict[str, float] = {}  # shares of gradients before they were projected
-        self._stepping: list[Protected] = []  # of the step under way: with gradients to project
-        self._skipped = False  # the step under way, by GradScaler
-        self._missed: set[str] = set()  # whose gradients some step used unprojected
-        self._excess: dict[str, Tensor] = {}  # largest leak of a gradient that a step used
-        self._written: set[str] = set()  # by something else, where nothing is pinned
         self._released: dict[str, float] = {}
-        self._moved: dict[int, Protected] = {}  # by a step, and not pinned since
-        self._left = self._left_as_it_is()
         self._uncovered: set[str] = set()  # what trained at protect and no guard was on
         self._told = False  # of it, by verify
-        self._hooks = Hooks(
-            self,
-            optimizer,
-            self._after_accumulation if when == "backward" else None,
-            self._before_step,
-            self._after_step,
-        )
-        # A closure that is compiled with its step calls it.
-        self._made = torch.compiler.disable(self._gradients_are_made)
+        self._steps = Steps(items, optimizer, when, restore, mode, record)
+        accumulated = self._steps.accumulated if when == "backward" else None
+        self._hooks = Hooks(self, optimizer, accumulated, self._steps.before, self._steps.after)
+        self._steps.hooks = self._hooks
+
+    @property
+    def projections(self) -> int:
+        """How many times gradients were projected so far."""
+        return self._steps.projections
+
+    @property
+    def restorations(self) -> int:
+        """How many times weights were pinned so far."""
+        return self._steps.restorations
+
+    @property
+    def _items(self) -> dict[int, Protected]:
+        return self._steps.items
 
     def __repr__(self) -> str:
         pinned = {
@@ -103,9 +83,6 @@ class Guard:
         }[self.restores]
         count = len(self._items)
         return f"Guard({count} parameters, projected at {self.when}, {pinned}, mode={self.mode!r})"
-
-    def _left_as_it_is(self) -> Left:
-        return Left(self._items.values(), uncounted=bool(self.restores))
 
     def attach(self) -> None:
         """Puts the hooks on, and takes those of earlier guards off the same parameters."""
@@ -119,171 +96,11 @@ class Guard:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
         lost = keys & self._items.keys()
         for key in lost:
-            del self._items[key]
-            self._moved.pop(key, None)
             self._hooks.release(key)
+        if lost:
+            self._steps.let_go(lost)
         if not self._items:
             self.remove()
-        elif lost:
-            self._left = self._left_as_it_is()
-
-    # --- hooks ---
-
-    @torch.no_grad()
-    def _after_accumulation(self, parameter: Tensor) -> None:
-        item = self._items.get(id(parameter))
-        if item is None:
-            return
-        if parameter.grad is None:
-            self._missed.add(item.name)
-        else:
-            self._project([item])
-
-    def _before_step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Projects the gradients there are, or lets the step's closure project those it makes."""
-        if not self._owned(optimizer):
-            return None
-        checks.require_bases(self._items.values())
-        changed = self._left.changed()
-        if self.restores:
-            checks.require_as_left(changed, self.mode)
-        else:
-            self._written |= checks.moved_by_others(changed, self.mode)
-        self._stepping, self._skipped = [], False
-        keywords = dict(kwargs or {})
-        closure = args[1] if len(args) > 1 else keywords.get("closure")
-        if not callable(closure):
-            self._made(optimizer)
-            return None
-        evaluate: Callable[..., Any] = closure
-
-        def projected(*inputs: Any, **options: Any) -> Any:
-            loss = evaluate(*inputs, **options)
-            self._made(optimizer)
-            return loss
-
-        if len(args) > 1:
-            return (args[0], projected, *args[2:]), keywords
-        return args, keywords | {"closure": projected}
-
-    @torch.no_grad()
-    def _gradients_are_made(self, optimizer: torch.optim.Optimizer) -> None:
-        """In a step, before the optimizer uses them; LBFGS evaluates its closure many times."""
-        ready = self._ready(optimizer)
-        # A fused optimizer under GradScaler is called for a step that it then leaves out.
-        self._skipped = step_left_out(optimizer, (item.sharding for item in ready))
-        self._stepping = [] if self._skipped else ready
-        if self._skipped:
-            return
-        if self.when == "step":
-            self._project(ready, pin=True)
-        else:
-            self._hooks.mend(item.weight for item in self._items.values())
-            self._project([item for item in ready if not item.has_met()])
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Judges the gradients that the step has used, and pins what it has moved."""
-        owned = self._owned(optimizer)
-        if not owned:
-            return
-        if not self._skipped:
-            used = self._ready(optimizer)
-            self._judge(used)
-            if self.restores:
-                for item in self._written_to(owned, [*self._stepping, *used]):
-                    self._moved[id(item.weight)] = item
-                self._pin(at_once=self.restores is True)
-        self._left.take()
-
-    def _written_to(
-        self, owned: Sequence[Protected], trained: Sequence[Protected]
-    ) -> list[Protected]:
-        """Those that the step has written to: all that had gradients, and others where something
-        tells, or where only a synchronisation would."""
-        known = {id(item) for item in trained}
-        others = [item for item in owned if id(item) not in known]
-        unread = {id(item) for item in others if not item.is_readable}
-        known |= unread | {id(item) for item in self._left.changed(others)}
-        return [item for item in owned if id(item) in known]
-
-    def _owned(self, optimizer: torch.optim.Optimizer) -> list[Protected]:
-        """The items that the optimizer steps: all, or those of an optimizer that wasn't named."""
-        items = list(self._items.values())
-        if self._optimizer is not None:
-            return items
-        owned = owned_by(optimizer)
-        return [item for item in items if id(item.weight) in owned]
-
-    def _ready(self, optimizer: torch.optim.Optimizer | None = None) -> list[Protected]:
-        items = self._items.values() if optimizer is None else self._owned(optimizer)
-        return [item for item in items if item.weight.grad is not None]
-
-    # --- projecting, judging, pinning ---
-
-    def _project(self, items: list[Protected], pin: bool = False) -> None:
-        """Projects the gradients that aren't yet, and pins what earlier steps have moved."""
-        items = [item for item in items if not item.is_projected()]
-        moved = list(self._moved.values()) if pin else []
-        checks.require_dense_gradients(items)
-        try:
-            for item in (*items, *moved):
-                item.follow()
-            if self._record:
-                self._raw |= {item.name: self._share(item) for item in items}
-            raw = [] if self.restores else [measures.imprint(item) for item in items]
-            weights.project_and_restore_all_(items, moved, self.mode)
-        except (TypeError, ValueError) as error:
-            raise checks.refused(error, [*items, *moved], self.mode) from None
-        if not self.restores:
-            for item, before in zip(items, raw, strict=True):
-                item.raw, item.kept = before, measures.imprint(item)
-        if moved:
-            self._moved = {}
-            self.restorations += 1
-            self._left.take()
-        self._note_leaks(items)
-        self.projections += bool(items)
-
-    def _judge(self, used: Sequence[Protected]) -> None:
-        """Notes the gradients that a step has used otherwise than they were projected.
-
-        What the weights' protected part has taken from them is pinned where the guard restores;
-        elsewhere their values tell, whoever wrote to them.
-        """
-        self._missed |= {item.name for item in used if not item.has_met()}
-        if not self.restores:
-            for item in measures.rewritten(used):
-                excess = measures.leaking(item, self.mode)
-                if excess is not None:
-                    known = self._excess.get(item.name, excess)
-                    self._excess[item.name] = torch.fmax(known, excess)
-        self._note_leaks(used)
-
-    def _note_leaks(self, items: Sequence[Protected]) -> None:
-        if self._record:
-            for item in items:
-                applied = self._share(item)
-                self._leaks[item.name] = Leak(self._raw.setdefault(item.name, applied), applied)
-
-    def _share(self, item: Protected) -> float:
-        assert item.weight.grad is not None
-        return measures.share(item, item.view(item.weight.grad), self.mode)
-
-    def _pin(self, at_once: bool = True) -> None:
-        """W ← P(W) + protected of what has moved: now, or now where it takes no collective."""
-        waiting = {} if at_once else {k: i for k, i in self._moved.items() if i.group is not None}
-        now = [item for key, item in self._moved.items() if key not in waiting]
-        for item in now:
-            item.follow()
-        weights.restore_all_(now, self.mode)
-        self._moved = waiting
-        self.restorations += bool(now)
 
     # --- what a training loop calls ---
 
@@ -292,8 +109,8 @@ class Guard:
         """g ← P(g) now, for every protected gradient there is; the step doesn't do it again
         unless a gradient was written since, or is a DTensor, where that can't be told.
         """
-        self._require_moved_as_left()
-        self._project(self._ready(), pin=True)
+        self._steps.require_moved_as_left()
+        self._steps.project(with_gradients(self._items.values()), pin=True)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -313,22 +130,11 @@ class Guard:
                 "osf_torch.Guard.restore: expected protect(..., restore=True or 'deferred'), got "
                 "restore=False"
             )
-        changed = self._left.settled()
+        changed = self._steps.left.settled()
         checks.require_own(changed, self.mode)
-        self._moved |= {id(item.weight): item for item in changed}
-        self._pin()
-        self._left.take()
-
-    def _require_moved_as_left(self) -> None:
-        """Refuses where weights that are still to be pinned were written to by something else."""
-        checks.require_as_left(self._left.changed(list(self._moved.values())), self.mode)
-
-    def _settle(self) -> None:
-        """Pins what ``restore="deferred"`` has still to pin."""
-        if self._moved:
-            self._require_moved_as_left()
-            self._pin()
-            self._left.take()
+        self._steps.moved |= {id(item.weight): item for item in changed}
+        self._steps.pin()
+        self._steps.left.take()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -341,10 +147,11 @@ class Guard:
             The norm before clipping, after projecting.
         """
         self.project_grads()
-        known = [item for item in self._items.values() if item.is_projected()]
+        items = self._items.values()
+        stale = {id(item) for item in weights.unprojected(list(items))}
+        known = [item for item in items if id(item) not in stale]
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), max_norm, norm_type)
-        for item in known:  # scaling commutes with P
-            item.mark_projected()
+        weights.mark_projected(known)  # scaling commutes with P
         return norm
 
     def next_task(
@@ -382,23 +189,16 @@ class Guard:
         protects = self.restores is not False and self.mode == "complement"
         items = list(self._items.values())
         chosen = renewal.ranks_of(items, self.subspaces, ranks, widen)
-        self._settle()
+        self._steps.settle()
         found, renewed = renewal.renewed(
             self._model, items, self.subspaces, chosen, deflate=protects, options=options
         )
         measures.pin(renewed, self.mode, bool(self.restores))
         pairs = zip(items, renewed, strict=True)
         self._released = {old.name: measures.released(old, new, self.mode) for old, new in pairs}
-        self._items = {id(item.weight): item for item in renewed}
         self.subspaces = found
-        self._begin()
+        self._steps.take(renewed)
         return found
-
-    def _begin(self) -> None:
-        """Forgets what was noted until now: the weights are as they should be."""
-        self._leaks, self._raw, self._missed, self._excess = {}, {}, set(), {}
-        self._written = set()
-        self._left = self._left_as_it_is()
 
     # --- what a user asks ---
 
@@ -415,12 +215,12 @@ class Guard:
             raise RuntimeError(
                 "osf_torch.Guard.leak: expected protect(..., record=True), got record=False"
             )
-        if not self._leaks:
+        if not self._steps.leaks:
             raise RuntimeError(
                 "osf_torch.Guard.leak: expected a projected gradient, got none so far; run a "
                 "backward pass and, with when='step', an optimizer step first"
             )
-        return dict(self._leaks)
+        return dict(self._steps.leaks)
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
@@ -471,12 +271,12 @@ class Guard:
             model: the one that is trained, to be compared with the one that was protected.
             tol: on ``drift()``; None is what rounding and bases of this dtype explain.
         """
-        items = list(self._items.values())
+        steps, items = self._steps, self._steps.together.items
         if model is not None and model is not self._model:
             checks.require_same_model(self._model, model)
         owned = None if self._optimizer is None else owned_by(self._optimizer)
         checks.require_present(self._model, items, owned)
-        checks.require_bases(items)
+        checks.require_bases(steps.together)
         checks.require_hooks(items, self._hooks)
         checks.require_covered(self._model, self.subspaces, _guarded())
         checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
@@ -484,16 +284,18 @@ class Guard:
             log_left_out(self._model, _guarded(), "Guard.verify")
             self._told = True
         if self.when == "backward":
-            self._judge([item for item in self._ready() if item.has_met()])
-        fired = self.projections + self.restorations
-        leaking = {name for name, excess in self._excess.items() if float(excess) > 0}
-        checks.require_projected(fired, self._missed, leaking)
-        self._settle()
+            ready = with_gradients(items)
+            stale = {id(item) for item in weights.unmet(ready)}
+            steps.judge([item for item in ready if id(item) not in stale])
+        fired = steps.projections + steps.restorations
+        leaking = {name for name, excess in steps.excess.items() if float(excess) > 0}
+        checks.require_projected(fired, steps.missed, leaking)
+        steps.settle()
         if self.restores:
             checks.require_in_place(items, self.mode, tol)
-            checks.require_guarded_writes(self._left.noticed(), restored=True)
+            checks.require_guarded_writes(steps.left.noticed(), restored=True)
             return
-        written = checks.moved_by_others(self._left.settled(), self.mode) | self._written
+        written = checks.moved_by_others(steps.left.settled(), self.mode) | steps.written
         if self._optimizer is not None:
             checks.require_guarded_writes([i for i in items if i.name in written], restored=False)
         measurable = [item for item in items if checks.is_measurable(item)]
@@ -513,7 +315,7 @@ class Guard:
         """
         return state_of(
             list(self._items.values()),
-            list(self._moved.values()),
+            list(self._steps.moved.values()),
             self.subspaces,
             self.when,
             self.restores,
@@ -544,10 +346,10 @@ class Guard:
                 vars(item).update(earlier)
             raise
         self.subspaces = subspaces
-        self._moved = {key: item for key, item in self._items.items() if item.name in moved}
-        self.projections = int(state["projections"])
         self._released = {}
-        self._begin()
+        self._steps.moved = {k: item for k, item in self._items.items() if item.name in moved}
+        self._steps.projections = int(state["projections"])
+        self._steps.take(items)
 
     def remove(self) -> None:
         """Takes every hook off; the model and the optimizer are as before. Idempotent.
@@ -557,14 +359,9 @@ class Guard:
         self._hooks.remove()
         _ATTACHED.discard(self)
         with torch.no_grad():
-            self._settle()
+            self._steps.settle()
 
 
 def _guarded() -> set[int]:
     """The ids of the weights that some guard's hooks are on."""
     return {key for guard in _ATTACHED for key in guard._items}
-
-
-def owned_by(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The identities of an optimizer's parameters."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}

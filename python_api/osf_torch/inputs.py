@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, extend_basis
 from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.bases import Held, columns_of, moved
 from osf_torch.coverage import left_out, log_left_out
 from osf_torch.kinds import is_conv1d, is_weight, owners
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show, progress_bar
-from osf_torch.protected import columns_of, moved
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
 from osf_torch.sharing import Ranks
-from osf_torch.subspaces import Grown, Held, Subspace
+from osf_torch.subspaces import Grown, Subspace
 
 OP = "osf_torch.input_subspaces"
 

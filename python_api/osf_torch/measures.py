@@ -11,18 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from osf_kernels import Mode, apply_, project
-from osf_torch.protected import (
-    Pinned,
-    Protected,
-    columns_of,
-    double,
-    is_high,
-    summed_coefficients,
-    zero3_shape,
-)
+from osf_kernels import Mode, apply_, coefficients, project
+from osf_torch.bases import Held, columns_of, double, is_high
+from osf_torch.protected import Pinned, Protected, gradients_of, readable, zero3_shape
 from osf_torch.sharding import Group, sum_over
-from osf_torch.subspaces import Held, Subspace
+from osf_torch.subspaces import Subspace
+from osf_torch.writes import norms
 
 # How far S Vᵀ may be from UᵀW, or U S from W V, relative to S, on the side where they are closer:
 # there an iteration that stopped early is exact by its construction, 16-bit bases are off by 3e-3,
@@ -53,8 +47,16 @@ def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:
     bases = double(item.held.U), double(item.held.V)
     if item.group is None:
         return x - project(x, *bases, mode=mode)
-    ((A, B),) = summed_coefficients([item], [x], [bases])
+    A, B = _coefficients(item, x, bases)
     return x - apply_(x.clone(), *bases, A, B, mode=mode)
+
+
+def _coefficients(item: Protected, x: Tensor, bases: tuple[Held, Held]) -> tuple[Tensor, Tensor]:
+    """A = Uᵀ x of the whole matrix and B = x V of what this rank holds."""
+    A, B = coefficients(x, *bases)
+    if item.group is not None:
+        (A,) = sum_over(item.group, [A])
+    return A, B
 
 
 def sketched(item: Protected, x: Tensor, mode: Mode) -> Tensor:
@@ -144,13 +146,24 @@ def share(item: Protected, x: Tensor, mode: Mode) -> float:
     return norm(item, remainder(item, x, mode)) / max(norm(item, x), TINY)
 
 
-def imprint(item: Protected) -> Tensor:
-    """g ω of what this rank holds of the gradient, with the same random ω every time: another one
-    of any gradient that was written to, and √n of its length up to chance."""
-    g = item.weight.grad
-    assert g is not None
-    x = item.view(g)
-    return x @ _random(x.shape[-1], x.dtype, x.device)
+def imprints(items: Sequence[Protected]) -> list[Tensor]:
+    """Of what this rank holds of each gradient, figures that are others of one that was written to.
+
+    What the host can read at once is compared: there it is g ω, with the same random ω every time,
+    √n of the gradient's length up to chance. Elsewhere it is the norm, for ``leaking`` to judge by.
+    """
+    found: list[Tensor] = []
+    unread: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for item, g in zip(items, gradients_of(items), strict=True):
+        if item.sharding is None and g.device.type == "cpu":
+            found.append(g @ _random(g.shape[-1], g.dtype, g.device))
+        else:
+            unread.setdefault((g.device, g.dtype), []).append(len(found))
+            found.append(g)
+    for at in unread.values():
+        for i, length in zip(at, norms([found[i] for i in at]), strict=True):
+            found[i] = length
+    return found
 
 
 @lru_cache(maxsize=256)
@@ -162,8 +175,9 @@ def _random(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def rewritten(items: Sequence[Protected]) -> list[Protected]:
     """Those whose gradients aren't known to be as they were projected: whose imprints differ, and
     all that the host can't read without waiting."""
-    known = [item for item in items if item.is_readable and item.kept is not None]
-    same = {id(item) for item in known if torch.equal(imprint(item), item.kept)}  # type: ignore[arg-type]
+    known = [item for item in readable(items) if item.kept is not None]
+    pairs = zip(known, imprints(known), strict=True)
+    same = {id(item) for item, now in pairs if torch.equal(now, item.kept)}  # type: ignore[arg-type]
     return [item for item in items if id(item) not in same]
 
 
@@ -261,7 +275,7 @@ def pinned(item: Protected, mode: Mode) -> Pinned:
         return _dense(item, W, mode)
     assert s.S is not None
     bases, S = (double(s.U), double(s.V)), s.S.double()
-    ((A, B),) = summed_coefficients([item], [W.double()], [bases])
+    A, B = _coefficients(item, W.double(), bases)
     U, V = map(columns_of, bases)
     rests = {"rest_A": A - S.unsqueeze(-1) * V.mT, "rest_B": B - U * S.unsqueeze(-2)}
     sizes = {

@@ -11,10 +11,11 @@ from torch import nn
 from osf_kernels import Mode, plan
 from osf_torch import measures
 from osf_torch import protected as weights
-from osf_torch.guard import Guard, Restore, owned_by
+from osf_torch.guard import Guard
 from osf_torch.protected import Protected
 from osf_torch.selection import named_weights, require_matrices, require_values
 from osf_torch.state import is_state, require_state, subspaces_of
+from osf_torch.steps import Restore, owned_by
 from osf_torch.subspaces import Subspace
 
 When = Literal["auto", "step", "backward"]

@@ -137,16 +137,26 @@ def lies_as(t: Any, like: Tensor, dim: int) -> bool:
 
 def sum_over(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The sums over the group's ranks of tensors of one dtype and device, by one collective."""
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    sum_over_([group], [flat])
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def sum_over_(groups: Sequence[Group], flats: Sequence[Tensor]) -> None:
+    """Sums flat tensors of one dtype and device over the ranks of every group, in place.
+
+    One collective a group; several tensors are copied into one and back.
+    """
     import torch.distributed as dist
 
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    if flat.numel():
-        dist.all_reduce(flat, group=group)
-    sums, start = [], 0
-    for t in tensors:
-        sums.append(padded(flat[start : start + t.numel()].view(t.shape)))
-        start += t.numel()
-    return sums
+    together = flats[0] if len(flats) == 1 else torch.cat(list(flats))
+    if together.numel():
+        for group in groups:
+            dist.all_reduce(together, group=group)
+        if len(flats) > 1:
+            parts = together.split([flat.numel() for flat in flats])
+            torch._foreach_copy_(list(flats), list(parts))
 
 
 def any_rank(group: Group | None, flag: Tensor) -> bool:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, padded
+from osf_torch.bases import Held
 from osf_torch.protected import Pinned, Protected
 from osf_torch.selection import listed
 from osf_torch.sharding import as_dtensor, is_dtensor, lies_as, local
 from osf_torch.subspaces import (
     Decomposition,
-    Held,
     Subspace,
     Subspaces,
     assemble,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis, padded
+from osf_torch.bases import Held, columns_of
 from osf_torch.coverage import left_out
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
-from osf_torch.protected import columns_of
 from osf_torch.scalars import read
 from osf_torch.selection import DTYPES, listed, named_weights, require_matrices, require_values
 from osf_torch.sharding import sharding_of
@@ -27,7 +27,6 @@ from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
     FACTS,
     Decomposition,
-    Held,
     Subspace,
     Subspaces,
     assemble,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, TruncatedSVD, padded
+from osf_torch.bases import Held
 from osf_torch.selection import listed
 
 Keep = Literal["smaller", "all"]
-Held = Tensor | Basis | None
 
 
 @dataclass(frozen=True)

@@ -372,8 +372,8 @@ def overflowing_run(rank, ranks):
     before = [p.to_local().clone() for p in model.parameters()]
     optimizer.found_inf = torch.tensor(float(rank == 1))
     with Collectives() as counted:
-        guard._before_step(optimizer)
-        guard._after_step(optimizer)
+        guard._steps.before(optimizer)
+        guard._steps.after(optimizer)
     same_bits = all(
         torch.equal(a, p.to_local()) for a, p in zip(before, model.parameters(), strict=True)
     )

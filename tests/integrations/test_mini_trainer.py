@@ -475,7 +475,7 @@ def test_a_wrong_projection_gets_no_time(monkeypatch):
     monkeypatch.setattr(projections, "low_basis", lambda high, dim: None)
     W = gapped(32, 32, 24, dtype=torch.float32)
     assert all(row.median_ms is not None for row in bench.project(W, 24, 1))
-    monkeypatch.setattr(projections, "_project", lambda sides: None)
+    monkeypatch.setattr(projections, "_project", lambda lows, holder: None)
     for row in bench.project(W, 24, 1):
         wrong = row.contender.startswith("osf-kernels")
         assert row.status.startswith("wrong") == wrong

@@ -1,15 +1,18 @@
-"""Complements of the high bases, kept where they are smaller."""
+"""What is kept from one projection to the next: complements of high bases, where they are smaller,
+and lists that are ready to run."""
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from osf_kernels import orthonormalize, padded, project_
 from osf_torch.integrations.mini_trainer.layout import whole
+from osf_torch.lists import Lists
 from osf_torch.sharding import is_dtensor, local
 
 Stamp = tuple[int, int, int]
@@ -33,6 +36,7 @@ def _stamp(high: Tensor) -> Stamp:
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_lists: weakref.WeakKeyDictionary[nn.Module, Lists] = weakref.WeakKeyDictionary()
 _keeps = True
 
 
@@ -71,6 +75,11 @@ def low_basis(high: Tensor, dim: int) -> Tensor | None:
     return low
 
 
+def lists_of(holder: nn.Module) -> Lists:
+    """The lists of a module's factors that ran last, kept as long as the module is."""
+    return _lists.setdefault(holder, Lists())
+
+
 def drop_low_bases() -> None:
     """Frees the complements that are kept; the next projections compute those they need.
 
@@ -78,6 +87,7 @@ def drop_low_bases() -> None:
     rank calls it.
     """
     _kept.clear()
+    _lists.clear()
 
 
 def _complement(columns: Tensor) -> Tensor:

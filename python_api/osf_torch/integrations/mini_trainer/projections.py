@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from osf_kernels import Basis, apply_, coefficients, padded, project_, project_many_
+from osf_kernels import Basis
 from osf_torch.integrations.mini_trainer.layout import (
     SVDDict,
     aligned,
@@ -19,7 +19,8 @@ from osf_torch.integrations.mini_trainer.layout import (
     rank_of_shards,
     whole,
 )
-from osf_torch.integrations.mini_trainer.low_bases import low_basis
+from osf_torch.integrations.mini_trainer.low_bases import lists_of, low_basis
+from osf_torch.lists import Entry, MatrixList, Side
 from osf_torch.sharding import is_dtensor, local
 
 Spans = Literal["high", "low"]
@@ -81,78 +82,74 @@ def _value(parameter: Tensor) -> Tensor | None:
     return parameter.data
 
 
-class _Side(NamedTuple):
-    """One local projection: x ← x − H x (dim 0) or x − x H (dim 1), H the basis' protected span.
+class _Low(NamedTuple):
+    """A low factor, or its gradient, to be projected on one side: what is held of it here.
 
-    ``groups`` are those over which the coefficients are summed.
+    Attributes:
+        held: the rows (of U's side) or columns (of V's) of the high basis or of its complement that
+            fit x.
+        source: what ``held`` comes from: of the module, or gathered for this call.
+        whose: the module's id, and which factor it is.
     """
 
     x: Tensor
-    basis: Basis
-    dim: int
-    groups: tuple[dist.ProcessGroup, ...]
+    held: Tensor
+    spans: Spans
+    side: Side
+    source: Tensor
+    whose: tuple[int, str]
 
     @property
-    def bases(self) -> tuple[Basis | None, Basis | None]:
-        return (self.basis, None) if self.dim == 0 else (None, self.basis)
+    def is_lasting(self) -> bool:
+        """Whether the basis lies where the module holds it, to be found there at the next call."""
+        return self.held.data_ptr() == local(self.source).data_ptr()
+
+    def basis(self) -> Basis:
+        return Basis(self.held if self.side.dim == -2 else self.held.mT, self.spans)
 
 
 def _project_factors(svd_dict: SVDDict, pick: Pick, skip_u: bool, holder: nn.Module | None) -> None:
-    sides = [] if skip_u else _sides(svd_dict, pick, "U", holder)
-    _project(sides + _sides(svd_dict, pick, "V", holder))
+    lows = [] if skip_u else _lows(svd_dict, pick, "U", holder)
+    _project(lows + _lows(svd_dict, pick, "V", holder), holder)
 
 
 @torch.no_grad()
 def _project_model(model: Any, pick: Pick) -> None:
     names = ("osft_params", "osft_U_high", "osft_S_high", "osft_V_high")
-    sides, waiting = [], []
+    lows, waiting = [], []
     for module in model.modules():
         if not all(hasattr(module, name) for name in names):
             continue
         svd_dict = model.get_svd_dict_for_module(module)
-        sides += _sides(svd_dict, pick, "U", module)
+        lows += _lows(svd_dict, pick, "U", module)
         if is_dtensor(svd_dict["V_high"]) or rank_of_shards(svd_dict) is not None:
             waiting.append((svd_dict, module))
         else:
-            sides += _sides(svd_dict, pick, "V", module)
-    _project(sides)
+            lows += _lows(svd_dict, pick, "V", module)
+    _project(lows, model)
     for svd_dict, module in waiting:  # one gathered V_high in memory at a time
-        _project(_sides(svd_dict, pick, "V", module))
+        _project(_lows(svd_dict, pick, "V", module), module)
 
 
-def _project(sides: Iterable[_Side]) -> None:
-    alone: list[_Side] = []
-    summed: dict[tuple[object, ...], list[_Side]] = {}
-    for side in sides:
-        if side.groups:
-            key = (side.groups, side.x.device, side.x.dtype == torch.float64)
-            summed.setdefault(key, []).append(side)
-        else:
-            alone.append(side)
-    if len(alone) == 1:
-        project_(alone[0].x, *alone[0].bases)
-    elif alone:
-        lefts, rights = zip(*(side.bases for side in alone), strict=True)
-        project_many_([side.x for side in alone], lefts, rights)
-    for members in summed.values():
-        _project_summed(members)
+def _project(lows: Sequence[_Low], holder: nn.Module | None) -> None:
+    """All at once, those of shards by one collective a group."""
+    xs = [low.side.view(low.x) for low in lows]
+
+    def entries() -> list[Entry]:
+        return [low.side.entry(low.basis()) for low in lows]
+
+    if holder is None or not all(low.is_lasting for low in lows):
+        MatrixList(xs, entries()).run_(xs)
+        return
+    keys = [
+        (low.whose, (id(low.source), low.held.data_ptr(), low.spans), low.side.groups)
+        for low in lows
+    ]
+    lists_of(holder).run_(keys, xs, entries, [(low.source, low.held) for low in lows])
 
 
-def _project_summed(sides: list[_Side]) -> None:
-    """Coefficients of all sides in one all-reduce a group, which all of them share."""
-    halves = [list(coefficients(side.x, *side.bases)) for side in sides]
-    parts = [half[side.dim] for half, side in zip(halves, sides, strict=True)]
-    flat = torch.cat([part.flatten() for part in parts])
-    for group in sides[0].groups:
-        dist.all_reduce(flat, group=group)
-    totals = flat.split([part.numel() for part in parts])
-    for side, half, part, total in zip(sides, halves, parts, totals, strict=True):
-        half[side.dim] = padded(total.view(part.shape))
-        apply_(side.x, *side.bases, half[0], half[1])
-
-
-def _sides(svd_dict: SVDDict, pick: Pick, letter: str, holder: nn.Module | None) -> list[_Side]:
-    """The side of one letter, none where there is no gradient. Gathers a sharded V_high."""
+def _lows(svd_dict: SVDDict, pick: Pick, letter: str, holder: nn.Module | None) -> list[_Low]:
+    """That of one letter, none where there is no gradient. Gathers a sharded V_high."""
     x, high = pick(svd_dict[f"{letter}_low"]), svd_dict[f"{letter}_high"]
     if x is None:
         return []
@@ -162,17 +159,17 @@ def _sides(svd_dict: SVDDict, pick: Pick, letter: str, holder: nn.Module | None)
         high = local(high)
     spans: Spans = "high"
     if dim == 1 and holder is not None and _caches_v():
-        held = _cached_v(high, rank, holder)
+        source = _cached_v(high, rank, holder)
     elif dim == 1 and rank is not None:
-        held = gathered(high, rank)
+        source = gathered(high, rank)
     else:
         low = None if holder is None or rank is not None else low_basis(high, dim)
-        held, spans = (high, "high") if low is None else (low, "low")
-    x, held, groups = aligned(x, held, dim, letter)
+        source, spans = (high, "high") if low is None else (low, "low")
+    x, held, groups = aligned(x, source, dim, letter)
     if dim == 0 and rank is not None:
         assert dist.group.WORLD is not None
         groups = (dist.group.WORLD,)
-    return [_Side(x, Basis(held if dim == 0 else held.mT, spans), dim, groups)]
+    return [_Low(x, held, spans, Side(dim - 2, groups), source, (id(holder), letter))]
 
 
 PEER = "mini_trainer.osft_utils"

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from osf_kernels import Basis
+from osf_torch.bases import columns_of, is_high
 from osf_torch.integrations.peft.targets import SIDES, Target, project
+from osf_torch.lists import Lists
 from osf_torch.sharding import is_dtensor, sharding_of, step_left_out
+
+_numbers = itertools.count(1)
 
 
 class Projection:
-    """Hook, and handle, of one parameter of one OSF layer; in the layer's ``hook_handles``."""
+    """Hook, and handle, of one parameter of one OSF layer; in the layer's ``hook_handles``.
+
+    Attributes:
+        lists: of this parameter alone, and those in which it is the first of many.
+    """
 
     def __init__(self, layer: Any, adapter: str, side: str, parameter: Tensor) -> None:
         # Weakly: torch keeps hooks where the garbage collector can't see a cycle through them.
         self._layer, self.adapter, self.side = weakref.ref(layer), adapter, side
         self._inverse: tuple[Tensor, Tensor] | None = None
+        self._number = next(_numbers)
+        self.lists = Lists()
         # Hooks go onto what requires grad; an adapter that isn't active is to have its own too.
         trainable = parameter.requires_grad
         parameter.requires_grad_(True)
@@ -52,31 +63,31 @@ class Projection:
         if is_dtensor(parameter.grad):
             _later(parameter)
         else:
-            project([self.target(parameter.grad)])
+            project([self.target(parameter.grad)], self.lists)
 
-    def basis(self) -> Tensor | Basis:
+    def held(self) -> tuple[Tensor, Literal["high", "low"]]:
         """What projects: high where PEFT keeps it, else low, which is then the complement."""
         layer: Any = self._layer()  # alive, as what owns the parameter that is projected
         high = getattr(layer, f"_osf_{self.side[0]}_high")
         if self.adapter in high:
-            columns: Tensor = high[self.adapter]
-            return columns if self.side == "U_low" else columns.mT
-        columns = getattr(layer, f"_osf_{self.side}_init")[self.adapter]
-        return Basis(columns if self.side == "U_low" else columns.mT, "low")
+            return high[self.adapter], "high"
+        return getattr(layer, f"_osf_{self.side}_init")[self.adapter], "low"
 
     def target(self, matrix: Tensor) -> Target:
-        return Target(matrix, self.basis(), SIDES[self.side])
+        held, spans = self.held()
+        basis = Basis(held if self.side == "U_low" else held.mT, spans)
+        return Target(matrix, basis, SIDES[self.side], whose=self._number, held=held)
 
     def restoring_target(self, matrix: Tensor) -> Target:
         """With B (BᵀB)⁻¹ Bᵀ for a low basis: B Bᵀ scales what it keeps by 1 ± ‖BᵀB − I‖, rounding
         in float32 and 4e-3 in bfloat16, and this is applied at every step."""
         target = self.target(matrix)
-        if not isinstance(target.basis, Basis):
+        if is_high(target.basis):
             return target
-        held = getattr(self._layer(), f"_osf_{self.side}_init")[self.adapter]
-        if self._inverse is None or self._inverse[0] is not held:
-            B = target.basis.columns.double()
-            self._inverse = held, torch.linalg.inv(B.mT @ B)
+        if self._inverse is None or self._inverse[0] is not target.held:
+            assert target.held is not None
+            B = columns_of(target.basis).double()
+            self._inverse = target.held, torch.linalg.inv(B.mT @ B)
         return replace(target, inverse=self._inverse[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projection:
@@ -148,7 +159,7 @@ def restore_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     ]
     if not hooked or step_left_out(optimizer, (sharding_of(p) for p, _ in hooked)):
         return
-    project([hook.restoring_target(p.detach()) for p, hook in hooked])
+    project([hook.restoring_target(p.detach()) for p, hook in hooked], hooked[0][1].lists)
 
 
 # FSDP2 calls hooks as each group of parameters is reduced. Sharded gradients wait for the end of
@@ -169,11 +180,13 @@ def _later(parameter: Tensor) -> None:
 def _project_waiting() -> None:
     waiting = list(_waiting.values())
     _waiting.clear()
-    targets = []
+    hooks, targets = [], []
     for parameter, ready in waiting:
         if ready is not None:
             torch.cuda.current_stream(parameter.device).wait_event(ready)
         hook = projection_of(parameter)
         if hook is not None and parameter.grad is not None:
+            hooks.append(hook)
             targets.append(hook.target(parameter.grad))
-    project(targets)
+    if hooks:
+        project(targets, hooks[0].lists)

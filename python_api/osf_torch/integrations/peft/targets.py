@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis, apply_, coefficients, project_, project_many_
-from osf_torch.sharding import is_dtensor, local, sharding_of, sum_over
+from osf_kernels import Basis
+from osf_torch.bases import Held, mapped, moved
+from osf_torch.lists import Entry, Lists, MatrixList, Side
+from osf_torch.sharding import is_dtensor, local, sharding_of
 
 ROWS, COLUMNS = -2, -1
 SIDES = {"U_low": ROWS, "V_low": COLUMNS}
@@ -24,64 +26,57 @@ class Target:
         basis: (whole matrix.shape[dim], r) columns, whole on every rank.
         dim: -2 for (I − B Bᵀ) X, -1 for X (I − B Bᵀ).
         inverse: (BᵀB)⁻¹ (r, r), where a low basis isn't to be taken as orthonormal.
+        whose: by whom the matrix is known from step to step.
+        held: the tensor whose columns, or rows, the basis is.
     """
 
     matrix: Tensor
     basis: Tensor | Basis
     dim: int
     inverse: Tensor | None = None
+    whose: int = 0
+    held: Tensor | None = None
+
+    @property
+    def side(self) -> Side:
+        cut = sharding_of(self.matrix)
+        shared = cut is not None and cut.dim == self.dim
+        return Side(self.dim, (cut.group,) if cut is not None and shared else (), self.inverse)
+
+    def fitted(self) -> Held:
+        """The rows of the basis for what this rank holds of ``dim``, where the matrix is: FSDP2
+        offloads parameters to the CPU, and no buffers."""
+        device, cut = local(self.matrix).device, sharding_of(self.matrix)
+        basis = moved(self.basis, device)
+        if cut is None or cut.dim != self.dim:
+            return basis
+        start, size = cut.start, cut.size
+        return mapped(basis, lambda columns: columns.narrow(-2, start, size))
 
 
 @torch.no_grad()
-def project(targets: Sequence[Target]) -> None:
-    """P of each in place; those sharded along ``dim`` share one collective a group and dtype."""
-    whole: list[tuple[Tensor, Tensor | Basis, int]] = []
-    halves: dict[Any, list[tuple[Tensor, Tensor | Basis, Tensor | None]]] = {}
-    for target in targets:
-        X = local(target.matrix)
-        basis = _mapped(target.basis, X.device)
-        sharding = sharding_of(target.matrix)
-        shared = sharding is not None and sharding.dim == target.dim
-        if not shared and target.inverse is None:
-            whole.append((X, basis, target.dim))
-            continue
-        group = None
-        if shared:
-            assert sharding is not None
-            group = sharding.group
-            basis = _narrowed(basis, sharding.start, sharding.size)
-        kind = (group, X.dtype == torch.float64, X.device)
-        rows = X if target.dim == ROWS else X.mT
-        halves.setdefault(kind, []).append((rows, basis, target.inverse))
-    if len(whole) == 1:
-        X, basis, dim = whole[0]
-        project_(X, *((basis, None) if dim == ROWS else (None, basis)))
-    elif whole:
-        project_many_(
-            [X for X, _, _ in whole],
-            [basis if dim == ROWS else None for _, basis, dim in whole],
-            [basis if dim == COLUMNS else None for _, basis, dim in whole],
-        )
-    for (group, *_), parts in halves.items():
-        ready = [coefficients(X, basis, None) for X, basis, _ in parts]
-        sums = [A for A, _ in ready]
-        if group is not None:
-            sums = sum_over(group, sums)
-        for (X, basis, inverse), A, (_, B) in zip(parts, sums, ready, strict=True):
-            apply_(X, basis, None, A if inverse is None else inverse.to(A) @ A, B)
+def project(targets: Sequence[Target], lists: Lists | None = None) -> None:
+    """P of each in place; those sharded along ``dim`` share one collective a group and dtype.
 
+    Args:
+        lists: where the list is kept ready for the next time; every target then has ``held``.
+    """
+    sides = [target.side for target in targets]
+    xs = [side.view(local(target.matrix)) for side, target in zip(sides, targets, strict=True)]
 
-def _mapped(basis: Tensor | Basis, device: torch.device) -> Tensor | Basis:
-    """Where the matrix is: FSDP2 offloads parameters to the CPU, and no buffers."""
-    if isinstance(basis, Basis):
-        return Basis(basis.columns.to(device), basis.spans)
-    return basis.to(device)
+    def entries() -> list[Entry]:
+        return [side.entry(target.fitted()) for side, target in zip(sides, targets, strict=True)]
 
-
-def _narrowed(basis: Tensor | Basis, start: int, size: int) -> Tensor | Basis:
-    if isinstance(basis, Basis):
-        return Basis(basis.columns.narrow(-2, start, size), basis.spans)
-    return basis.narrow(-2, start, size)
+    if lists is None:
+        MatrixList(xs, entries()).run_(xs)
+        return
+    keys, named = [], []
+    for side, target in zip(sides, targets, strict=True):
+        held, inverse = target.held, target.inverse
+        assert held is not None
+        keys.append((target.whose, (id(held), held.data_ptr()), side.groups, id(inverse)))
+        named.append((held, inverse))
+    lists.run_(keys, xs, entries, named)
 
 
 def project_gradient_to_orthogonal_space(svd_dict: dict[str, Any]) -> None:
