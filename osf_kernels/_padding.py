@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal
 
 __all__ = [
     "VECTOR_BYTES",
@@ -100,7 +100,7 @@ def padded(
     Doesn't change ``t``; draws no random numbers; synchronises as ``Tensor.to`` does.
     """
     if not isinstance(t, Tensor):
-        raise TypeError(describe("padded", "t", "a tensor", type(t).__name__))
+        raise TypeRefusal.of("padded", "t", "a tensor", type(t).__name__)
     device = t.device if device is None else torch.device(device)
     dtype = dtype or t.dtype
     if not pads(device) or t.dim() < 2 or not t.numel():
