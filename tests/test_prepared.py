@@ -263,9 +263,7 @@ def test_coefficients_of_other_matrices_are_refused():
     )
     with torch.no_grad():
         r.prepared.apply_(r.xs, spread)
-    again = [x.clone() for x in before]
-    r.prepared.apply_(again, r.halves)
-    assert all(map(torch.allclose, r.xs, again))
+    r.case.assert_projected(r.xs, before)
 
 
 def test_coefficients_are_of_what_autograd_does_not_record():

@@ -124,6 +124,7 @@ class Prepared:
     ) -> None:
         self.mode: Mode = mode
         self._sharded = sharded
+        self._request = backends.requested()
         self._Us, self._Vs, self._kinds = list(Us), list(Vs), list(kinds)
         self._metas = [meta(x) for x in like]
         self._choice: Choice = "shard" if sharded else "any"
@@ -295,9 +296,9 @@ class Prepared:
         lists = zip(xs, self._Us, self._Vs, self._kinds, strict=True)
         for i, (x, U, V, kind) in enumerate(lists):
             try:
-                decisions.append(decide(names.op, "gUV", x, U, V, kind, choice))
+                decisions.append(decide(names.op, "gUV", x, U, V, kind, choice, self._request))
             except (TypeError, ValueError):
-                decide(names.op, names.entry(i), x, U, V, kind, choice)
+                decide(names.op, names.entry(i), x, U, V, kind, choice, self._request)
                 raise
         return decisions
 
@@ -387,14 +388,14 @@ class Prepared:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
-            decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
+            decision = decide(names.op, names.entry(i), W, U, V, kind, choice, self._request)
             problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
 
     def _run_coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
         decisions = [
-            decide("coefficients", "gUV", x, U, V, _AS_HELD, "shard")
+            decide("coefficients", "gUV", x, U, V, _AS_HELD, "shard", self._request)
             for x, U, V in zip(xs, self._Us, self._Vs, strict=True)
         ]
         found = _allocated(xs, self._Us, self._Vs)

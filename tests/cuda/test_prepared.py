@@ -46,7 +46,9 @@ def test_halves_make_the_whole(mode: str) -> None:
     ["residual", *(pytest.param(w, marks=pytest.mark.slow) for w in ("project", "S", "protected"))],
 )
 def test_shards_make_the_whole(mode: str, way: str) -> None:
-    case = List(PINNED, "shards", way, mode=mode)
+    # Of float32 each product is within 2⁻²², four roundings, where eager's sums of three or four
+    # are within one.
+    case = List(PINNED, "shards", way, mode=mode, factor=4.0)
     S, pinned = case.triplets()
     pins: dict[str, Any] = {"S": S} if way in ("S", "residual") else {}
     if way == "residual":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from osf_kernels import backends, use_backend
+from osf_kernels import Basis, backends, use_backend
 from osf_kernels.backends.triton import launch
 from tests import lists
 from tests.lists import F16, F32, MIXED, PINNED, SPLIT, Entry, List
@@ -117,6 +117,69 @@ def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyP
         case.assert_projected(matrices, before)
         assert watching.uploads == uploads
     assert len(watching.planned) * 5 == len(watching.records)
+
+
+@pytest.mark.parametrize(("asked", "other"), [("triton", "torch"), ("torch", "triton")])
+def test_runs_where_it_was_prepared(
+    asked: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever backend is in use when it is called, first or later."""
+    watching = watch(monkeypatch)
+    case = List(PINNED[:2], "backends")
+    S, _ = case.triplets()
+    xs = case.draw()
+    with use_backend(asked):  # type: ignore[arg-type]
+        prepared = case.prepare()
+    with use_backend(other):  # type: ignore[arg-type]
+        halves = prepared.coefficients(xs)
+        for call in (
+            lambda: prepared.project_(xs),
+            lambda: prepared.coefficients(xs),
+            lambda: prepared.apply_(xs, halves),
+            lambda: prepared.restore_(xs, S=S),
+            lambda: prepared.restore_(xs, S=S, coefficients=halves),
+        ):
+            watching.records.clear()
+            call()
+            assert bool(watching.records) == (asked == "triton")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, torch.profiler.profile])
+def test_what_is_in_force_changes_nothing(around: Any) -> None:
+    case = List(PINNED[:2], "around")
+    prepared = case.prepare()
+    S, pinned = case.triplets()
+    with around():
+        xs = case.draw()
+        before = [x.clone() for x in xs]
+        prepared.project_(xs)
+        case.assert_projected(xs, before)
+        again = [x.clone() for x in before]
+        prepared.apply_(again, prepared.coefficients(before))
+        case.assert_projected(again, before)
+        restored = [x.clone() for x in before]
+        prepared.restore_(restored, S=S)
+        case.assert_restored(restored, before, pinned)
+
+
+def test_pins_and_bases_of_fewer_batch_dimensions() -> None:
+    case = List([Entry((3, 12, 8), F32, "high high", (2, 2))], "broadcast")
+    case.Us = [Basis(case.Us[0].columns[:1])]  # type: ignore[union-attr]
+    case.Vs = [Basis(case.Vs[0].columns[0])]  # type: ignore[union-attr]
+    prepared = case.prepare()
+    for shape in ((2,), (1, 2), (3, 2)):
+        S = torch.rand(shape, generator=case.generator)
+        U, V = case.Us[0].columns.double(), case.Vs[0].columns.double()  # type: ignore[union-attr]
+        pinned = (U * S.double()[..., None, :]) @ V.mT
+        xs = case.draw()
+        before = [x.clone() for x in xs]
+        halves = prepared.coefficients(xs)
+        prepared.restore_(xs, S=[S])
+        case.assert_restored(xs, before, [pinned])
+        again = [x.clone() for x in before]
+        prepared.restore_(again, S=[S], coefficients=halves)
+        case.assert_restored(again, before, [pinned])
 
 
 # --- captures ------------------------------------------------------------------------------
