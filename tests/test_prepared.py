@@ -256,9 +256,10 @@ def test_coefficients_of_other_matrices_are_refused():
             with pytest.raises(error, match=rf"expected {text}"):
                 call(r.xs, bad)
     assert all(map(torch.equal, r.xs, before))
+    halves = r.prepared.coefficients(r.xs)
     spread = CoefficientList(
-        [A.mT.clone().mT for A in r.halves.A],
-        [torch.cat([B, B], -1)[:, ::2].copy_(B) for B in r.halves.B],
+        [A.mT.clone().mT for A in halves.A],
+        [torch.cat([B, B], -1)[:, ::2].copy_(B) for B in halves.B],
         (),
     )
     with torch.no_grad():
