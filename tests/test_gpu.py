@@ -34,8 +34,8 @@ from tests.lists import MIXED, PINNED, SPLIT, List
 pytestmark = pytest.mark.gpu
 
 CUDA = "cuda"
-# How many of eager torch's errors lists of small matrices may have: a float32 product of the kernels
-# is within 2⁻²², four roundings, where eager's small sums are within one.
+# How many of eager torch's errors lists of small matrices may have: a float32 product of the
+# kernels is within 2⁻²², four roundings, where eager's small sums are within one.
 TF32X3 = 4.0
 
 
