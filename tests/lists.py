@@ -5,16 +5,20 @@ The scenarios take the backend that is in use where they are called.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 import osf_kernels
-from osf_kernels import Basis
-from osf_kernels.ops.prepared import Prepared
+from osf_kernels import Basis, Prepared
+from osf_kernels.backends import grouped
+from osf_kernels.ops import prepared as prepared_module
+from osf_kernels.ops._route import Route
 from osf_kernels.testing import (
     assert_error_within,
     project_eager,
@@ -254,6 +258,26 @@ def halves_make_the_whole(case: List) -> None:
         prepared.apply_(xs, halves)
         case.assert_projected(xs, before)
         assert all(map(torch.equal, (*halves.A, *halves.B), kept))
+
+
+def slices_share_the_workspace(case: List, monkeypatch: pytest.MonkeyPatch, limit: int) -> int:
+    """A list that the workspace doesn't hold is run slice by slice; returns how many."""
+    programs: list[grouped.Program] = []
+    make = grouped.Program.__init__
+
+    def making(self: grouped.Program, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        programs.append(self)
+
+    monkeypatch.setattr(grouped.Program, "__init__", making)
+    monkeypatch.setattr(prepared_module, "Route", functools.partial(Route, limit=limit))
+    prepared, grads = case.prepare(), case.draw()
+    for _ in range(2):
+        before = case.refill(grads)
+        prepared.project_(grads)
+        case.assert_projected(grads, before)
+    (program,) = programs
+    return len(program._slices)
 
 
 def shards_make_the_whole(

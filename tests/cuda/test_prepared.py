@@ -76,3 +76,12 @@ def test_launches_of_a_list_do_not_grow_with_it(emulated: Emulated) -> None:
         before = emulated.launches
         prepared.project_(xs)
         assert emulated.launches - before == prepared.plan.launches == 4
+
+
+@pytest.mark.parametrize(("limit", "slices"), [(1, 3), (2500, 2), (1 << 20, 1)])
+def test_slices_share_the_workspace(
+    limit: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another in the same memory, however small it is."""
+    case = List(FEW, "slices")
+    assert lists.slices_share_the_workspace(case, monkeypatch, limit) == slices

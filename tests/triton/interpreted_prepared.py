@@ -182,6 +182,15 @@ def test_pins_and_bases_of_fewer_batch_dimensions() -> None:
         case.assert_restored(again, before, [pinned])
 
 
+@pytest.mark.parametrize(("limit", "slices"), [(1, 3), (2500, 2), (1 << 20, 1)])
+def test_slices_share_the_workspace(
+    limit: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another in the same memory, however small it is."""
+    case = List(FEW, "slices")
+    assert lists.slices_share_the_workspace(case, monkeypatch, limit) == slices
+
+
 # --- captures ------------------------------------------------------------------------------
 
 
