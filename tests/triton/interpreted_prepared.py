@@ -96,11 +96,9 @@ def test_what_is_written_to_bases_and_pins_counts(mode: str) -> None:
         lists.writes_to_pins_count(List(PINNED[:2], "pins", mode=mode), dtype)
 
 
-def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workspace has to lie where it lay, as torch's allocator on a GPU has it."""
-    watching = watch(monkeypatch)
-    case = List(FEW, "uploads")
-    prepared, xs = case.prepare(), case.draw()
+@pytest.fixture
+def same_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies where it lay, as torch's allocator on a GPU has it."""
     workspace = torch.empty(1 << 20, dtype=torch.uint8)
     empty = torch.empty
 
@@ -110,6 +108,13 @@ def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyP
         return empty(*sizes, **options)
 
     monkeypatch.setattr(torch, "empty", reused)
+
+
+@pytest.mark.usefixtures("same_workspace")
+def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = watch(monkeypatch)
+    case = List(FEW, "uploads")
+    prepared, xs = case.prepare(), case.draw()
     other = case.draw()
     for matrices, uploads in ((xs, 1), (xs, 1), (other, 2), (xs, 2), (other, 2)):
         before = [x.clone() for x in matrices]
@@ -211,6 +216,7 @@ class Capturing(Watching):
             super().launch(kernel, grid, *args, **options)
 
 
+@pytest.mark.usefixtures("same_workspace")
 def test_a_thousand_captures_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has records and counters of its own, which the list doesn't keep; then a call runs."""
     driver = Capturing()
