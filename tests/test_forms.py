@@ -104,9 +104,13 @@ def test_forms_the_planner_seldom_picks(form, first, beta):
     }[form]
     alpha = 1.0 if beta == 0.0 else -1.0
     step = Step(form, first, alpha, beta, 0, 0, 0, "", form)
-    out = torch.full_like(g, float("nan"))
-    run_eagerly([forms.Problem(g, out, U, V, step)], PlainKernels())
-    assert relative_error(out, beta * g + alpha * value, g) < 1e-14
+    addend = randn(12, 9, dtype=torch.float64, generator=gen)
+    wanted = beta * g + alpha * value
+    for more in (None, addend):
+        out, in_place = torch.full_like(g, float("nan")), g.clone()
+        for x, y in ((g, out), (in_place, in_place)):
+            run_eagerly([forms.Problem(x, y, U, V, step, addend=more)], PlainKernels())
+            assert relative_error(y, wanted if more is None else wanted + more, g) < 1e-14
 
 
 @pytest.mark.parametrize("mode", ["complement", "core"])

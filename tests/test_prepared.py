@@ -256,16 +256,15 @@ def test_coefficients_of_other_matrices_are_refused():
             with pytest.raises(error, match=rf"expected {text}"):
                 call(r.xs, bad)
     assert all(map(torch.equal, r.xs, before))
+    halves = r.prepared.coefficients(r.xs)
     spread = CoefficientList(
-        [A.mT.clone().mT for A in r.halves.A],
-        [torch.cat([B, B], -1)[:, ::2].copy_(B) for B in r.halves.B],
+        [A.mT.clone().mT for A in halves.A],
+        [torch.cat([B, B], -1)[:, ::2].copy_(B) for B in halves.B],
         (),
     )
     with torch.no_grad():
         r.prepared.apply_(r.xs, spread)
-    again = [x.clone() for x in before]
-    r.prepared.apply_(again, r.halves)
-    assert all(map(torch.allclose, r.xs, again))
+    r.case.assert_projected(r.xs, before)
 
 
 def test_coefficients_are_of_what_autograd_does_not_record():

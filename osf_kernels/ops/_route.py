@@ -26,13 +26,17 @@ def decide(
     V: Tensor | None,
     kind: str,
     choice: Choice = "any",
+    request: str | None = None,
 ) -> Decision:
-    """``admit``, with the caller's own argument names in a refusal."""
+    """``admit``, with the caller's own argument names in a refusal.
+
+    ``request``: the backend; without, the one that ``use_backend`` names now.
+    """
     g_meta = (g.shape, g.dtype, g.device)
     u_meta = None if U is None else (U.shape, U.dtype, U.device)
     v_meta = None if V is None else (V.shape, V.dtype, V.device)
     try:
-        return admit(op, g_meta, u_meta, v_meta, kind, choosing.requested(), choice)
+        return admit(op, g_meta, u_meta, v_meta, kind, request or choosing.requested(), choice)
     except (TypeError, ValueError):
         check(op, names, g_meta, u_meta, v_meta, of_shard(choice))
         raise

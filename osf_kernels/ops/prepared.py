@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels._padding import padded
+from osf_kernels.backends import choosing
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
@@ -139,6 +140,7 @@ class Prepared:
         self.mode: Mode = mode
         self._workspace_bytes = workspace_bytes
         self._sharded, self._copies = sharded, copies
+        self._request = choosing.requested()
         self._given, self._kinds = (list(Us), list(Vs)), list(kinds)
         self._Us, self._Vs = self._laid_out()
         self._metas = [meta(x) for x in like]
@@ -180,7 +182,7 @@ class Prepared:
         if observed():
             torch.ops.osf_kernels.project_many_(grads, self._Us, self._Vs, self._kinds)
         else:
-            self.run_project_(Names("Prepared.project_", "grads"), grads)
+            self.run_project_(Names("osf_kernels.Prepared.project_", "grads"), grads)
 
     def restore_(
         self,
@@ -204,7 +206,7 @@ class Prepared:
 
         Mutates every matrix of weights; doesn't synchronise; draws no random numbers.
         """
-        names = Names("Prepared.restore_", "weights")
+        names = Names("osf_kernels.Prepared.restore_", "weights")
         if coefficients is None:
             self._require_whole(names.op)
         if observed() and coefficients is None:
@@ -226,7 +228,7 @@ class Prepared:
 
         Mutates nothing; doesn't synchronise; draws no random numbers.
         """
-        names = Names("Prepared.coefficients", "xs")
+        names = Names("osf_kernels.Prepared.coefficients", "xs")
         self._admit(names, xs, written=False)
         route = self._routes.get("coefficients")
         found = self._places(xs).new()
@@ -247,7 +249,7 @@ class Prepared:
         Mutates every matrix of xs, not the coefficients; doesn't synchronise; draws no random
         numbers.
         """
-        names = Names("Prepared.apply_", "xs")
+        names = Names("osf_kernels.Prepared.apply_", "xs")
         self._admit(names, xs)
         ready = self._places(xs).checked(names.op, coefficients)
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
@@ -347,9 +349,9 @@ class Prepared:
         kinds = self._kinds if kind is None else [kind] * len(xs)
         for i, (x, U, V, kind) in enumerate(zip(xs, self._Us, self._Vs, kinds, strict=True)):
             try:
-                decisions.append(decide(names.op, "gUV", x, U, V, kind, choice))
+                decisions.append(decide(names.op, "gUV", x, U, V, kind, choice, self._request))
             except (TypeError, ValueError):
-                decide(names.op, names.entry(i), x, U, V, kind, choice)
+                decide(names.op, names.entry(i), x, U, V, kind, choice, self._request)
                 raise
         return decisions
 
@@ -453,7 +455,7 @@ class Prepared:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
-            decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
+            decision = decide(names.op, names.entry(i), W, U, V, kind, choice, self._request)
             problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names, self._workspace_bytes)

@@ -5,9 +5,9 @@
 // REQUEST, in 8-byte integers: kind (0 coefficients, 1 update, 2 inverse Cholesky factors, 3 SVD),
 // multiprocessors, allow_tf32, shared memory limit, number of seeds, of buffers and of jobs; the
 // seeds; the buffers' sizes; the buffers' bytes one after another; the jobs as in csrc/api.h, where
-// a pointer is (1 + buffer) << 40 | offset. RESULT: of coefficients, the workspace that each job takes
-// by itself; then, a seed: per buffer the bytes read and written
-// by the kernels; the number of launches; the buffers' bytes.
+// a pointer is (1 + buffer) << 40 | offset. RESULT: of coefficients, the workspace that each job
+// takes by itself; then, a seed: per buffer the bytes read and written by the kernels; the number
+// of launches; the buffers' bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

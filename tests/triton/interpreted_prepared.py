@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from osf_kernels import backends, use_backend
+from osf_kernels import Basis, backends, use_backend
 from osf_kernels.backends.triton import launch
 from tests import lists
 from tests.lists import F16, F32, MIXED, PINNED, SPLIT, Entry, List
@@ -96,11 +96,9 @@ def test_what_is_written_to_bases_and_pins_counts(mode: str) -> None:
         lists.writes_to_pins_count(List(PINNED[:2], "pins", mode=mode), dtype)
 
 
-def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The workspace has to lie where it lay, as torch's allocator on a GPU has it."""
-    watching = watch(monkeypatch)
-    case = List(FEW, "uploads")
-    prepared, xs = case.prepare(), case.draw()
+@pytest.fixture
+def same_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies where it lay, as torch's allocator on a GPU has it."""
     workspace = torch.empty(1 << 20, dtype=torch.uint8)
     empty = torch.empty
 
@@ -110,6 +108,13 @@ def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyP
         return empty(*sizes, **options)
 
     monkeypatch.setattr(torch, "empty", reused)
+
+
+@pytest.mark.usefixtures("same_workspace")
+def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = watch(monkeypatch)
+    case = List(FEW, "uploads")
+    prepared, xs = case.prepare(), case.draw()
     other = case.draw()
     for matrices, uploads in ((xs, 1), (xs, 1), (other, 2), (xs, 2), (other, 2)):
         before = [x.clone() for x in matrices]
@@ -117,6 +122,78 @@ def test_a_call_with_the_same_memory_uploads_nothing(monkeypatch: pytest.MonkeyP
         case.assert_projected(matrices, before)
         assert watching.uploads == uploads
     assert len(watching.planned) * 5 == len(watching.records)
+
+
+@pytest.mark.parametrize(("asked", "other"), [("triton", "torch"), ("torch", "triton")])
+def test_runs_where_it_was_prepared(
+    asked: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever backend is in use when it is called, first or later."""
+    watching = watch(monkeypatch)
+    case = List(PINNED[:2], "backends")
+    S, _ = case.triplets()
+    xs = case.draw()
+    with use_backend(asked):  # type: ignore[arg-type]
+        prepared = case.prepare()
+    with use_backend(other):  # type: ignore[arg-type]
+        halves = prepared.coefficients(xs)
+        for call in (
+            lambda: prepared.project_(xs),
+            lambda: prepared.coefficients(xs),
+            lambda: prepared.apply_(xs, halves),
+            lambda: prepared.restore_(xs, S=S),
+            lambda: prepared.restore_(xs, S=S, coefficients=halves),
+        ):
+            watching.records.clear()
+            call()
+            assert bool(watching.records) == (asked == "triton")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, torch.profiler.profile])
+def test_what_is_in_force_changes_nothing(around: Any) -> None:
+    case = List(PINNED[:2], "around")
+    prepared = case.prepare()
+    S, pinned = case.triplets()
+    with around():
+        xs = case.draw()
+        before = [x.clone() for x in xs]
+        prepared.project_(xs)
+        case.assert_projected(xs, before)
+        again = [x.clone() for x in before]
+        prepared.apply_(again, prepared.coefficients(before))
+        case.assert_projected(again, before)
+        restored = [x.clone() for x in before]
+        prepared.restore_(restored, S=S)
+        case.assert_restored(restored, before, pinned)
+
+
+def test_pins_and_bases_of_fewer_batch_dimensions() -> None:
+    case = List([Entry((3, 12, 8), F32, "high high", (2, 2))], "broadcast")
+    case.Us = [Basis(case.Us[0].columns[:1])]  # type: ignore[union-attr]
+    case.Vs = [Basis(case.Vs[0].columns[0])]  # type: ignore[union-attr]
+    prepared = case.prepare()
+    for shape in ((2,), (1, 2), (3, 2)):
+        S = torch.rand(shape, generator=case.generator)
+        U, V = case.Us[0].columns.double(), case.Vs[0].columns.double()  # type: ignore[union-attr]
+        pinned = (U * S.double()[..., None, :]) @ V.mT
+        xs = case.draw()
+        before = [x.clone() for x in xs]
+        halves = prepared.coefficients(xs)
+        prepared.restore_(xs, S=[S])
+        case.assert_restored(xs, before, [pinned])
+        again = [x.clone() for x in before]
+        prepared.restore_(again, S=[S], coefficients=halves)
+        case.assert_restored(again, before, [pinned])
+
+
+@pytest.mark.parametrize(("limit", "slices"), [(1, 3), (2500, 2), (1 << 20, 1)])
+def test_slices_share_the_workspace(
+    limit: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another in the same memory, however small it is."""
+    case = List(FEW, "slices")
+    assert lists.slices_share_the_workspace(case, monkeypatch, limit) == slices
 
 
 # --- captures ------------------------------------------------------------------------------
@@ -139,6 +216,7 @@ class Capturing(Watching):
             super().launch(kernel, grid, *args, **options)
 
 
+@pytest.mark.usefixtures("same_workspace")
 def test_a_thousand_captures_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has records and counters of its own, which the list doesn't keep; then a call runs."""
     driver = Capturing()
@@ -207,17 +285,20 @@ def test_records_of_a_capture_are_those_of_a_copy() -> None:
         assert records.tolist() == values, "the copy shares no memory"
 
 
+@pytest.mark.usefixtures("same_workspace")
 def test_records_of_more_addresses_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest go; what comes again is made again, and is right."""
+    """Those that were used least lately go; what comes again is made again, and is right."""
+    watching = watch(monkeypatch)
     case = List(FEW[:2], "addresses")
     prepared = case.prepare()
-    held = [case.draw() for _ in range(7)]
-    watching = watch(monkeypatch)
-    for xs in (*held, *held):
-        before = [x.clone() for x in xs]
-        prepared.project_(xs)
-        case.assert_projected(xs, before)
-    assert watching.uploads == 14
+    held = [case.draw() for _ in range(6)]
+    for turn, uploads in (("012345", 6), ("012345", 12), ("5", 12), ("05152535", 16)):
+        for i in turn:
+            xs = held[int(i)]
+            before = [x.clone() for x in xs]
+            prepared.project_(xs)
+            case.assert_projected(xs, before)
+        assert watching.uploads == uploads, turn
 
 
 def test_threads_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

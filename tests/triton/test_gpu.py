@@ -13,13 +13,8 @@ from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Coefficients, Update
 from osf_kernels.backends.triton import configs
 from osf_kernels.ops._names import Names
-from osf_kernels.testing import (
-    assert_error_within,
-    project_eager,
-    project_reference,
-    random_basis,
-)
 from tests.helpers import generator_for, randn
+from tests.lists import SPLIT, List
 from tests.triton.jobs import assert_coefficients, assert_update
 
 launch = pytest.importorskip("osf_kernels.backends.triton.launch", exc_type=ImportError)
@@ -213,72 +208,6 @@ def test_records_of_a_capture_are_those_of_a_copy() -> None:
     assert driver.upload(records, device, False).tolist() == records.tolist()
 
 
-class List:
-    """A prepared list of three shapes on the GPU, its oracle and its peer."""
-
-    def __init__(self, *key: object) -> None:
-        g = generator_for(*key)
-        self.g, shapes = g, [(512, 384), (96, 640), (257, 131)]
-        self.Us, self.Vs = (
-            [
-                random_basis(s[axis], 24, dtype=torch.bfloat16, generator=g, device="cuda")
-                for s in shapes
-            ]
-            for axis in (0, 1)
-        )
-        self.grads = [self.like(s) for s in shapes]
-        with osf_kernels.use_backend("triton"):
-            self.prepared = osf_kernels.prepare(self.grads, self.Us, self.Vs)
-
-    def like(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return randn(*shape, dtype=torch.bfloat16, generator=self.g).cuda()
-
-    def refill(self) -> list[torch.Tensor]:
-        """New values in the same memory; returns copies."""
-        for x in self.grads:
-            x.copy_(self.like(tuple(x.shape)))
-        return [x.clone() for x in self.grads]
-
-    def check(self, grads: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-        for x, old, U, V in zip(grads, before, self.Us, self.Vs, strict=True):
-            assert_error_within(
-                x, project_reference(old, U, V), project_eager(old, U, V), scale=old
-            )
-
-
-def test_a_hundred_captures_of_a_prepared_call() -> None:
-    """Each has records of its own, of which none runs out; all replay, the first ones last."""
-    case = List("gpu captures")
-    before = case.refill()
-    case.prepared.project_(case.grads)
-    case.check(case.grads, before)
-    torch.cuda.synchronize()
-    graphs = []
-    for _ in range(100):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            case.prepared.project_(case.grads)
-    for graph in graphs[::-1]:
-        before = case.refill()
-        graph.replay()
-        torch.cuda.synchronize()
-        case.check(case.grads, before)
-
-
-def test_a_prepared_call_follows_new_addresses() -> None:
-    """As after zero_grad(set_to_none=True): each call is of other memory, some of it kept alive."""
-    case = List("gpu addresses")
-    held, seen = [], set()
-    for _ in range(20):
-        grads = [case.like(tuple(x.shape)) for x in case.grads]
-        before = [x.clone() for x in grads]
-        case.prepared.project_(grads)
-        case.check(grads, before)
-        held.append(grads[0])
-        seen.add(grads[0].data_ptr())
-    assert len(seen) == len(held)
-
-
 def test_stream_of_the_caller() -> None:
     """Work follows the current stream's order: a slow fill before it is seen."""
     g = generator_for("gpu stream")
@@ -325,13 +254,16 @@ def test_sums_of_calls_in_flight_on_several_streams() -> None:
 
 def test_repeated_call_copies_nothing() -> None:
     """The second call of a prepared list with the same tensors finds its records on the device."""
-    case = List("gpu cache")
-    case.prepared.project_(case.grads)
+    case = List(SPLIT, "gpu cache", device="cuda")
+    with osf_kernels.use_backend("triton"):
+        prepared = case.prepare()
+    grads = case.draw()
+    prepared.project_(grads)
     # acc_events: torch 2.11 warns without it. A profiled call is the operator's, not the list's.
     names = Names("project_many_", "grads")
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        case.prepared.run_project_(names, case.grads)
+        prepared.run_project_(names, grads)
         torch.cuda.synchronize()
     events = [event.key for event in profile.key_averages()]
     assert any("update" in key for key in events)

@@ -195,6 +195,8 @@ class Executable:
                     self._kept[key] = records
                     if len(self._kept) > self._most_kept:
                         self._kept.popitem(last=False)
+            elif len(self._kept) > 1:
+                self._kept.move_to_end(key)
         parts = driver.parts(self._parts_elements, self.device)
         for (kernel, grid, _, counts, arguments), mine in zip(self._launches, records, strict=True):
             memory = (mine,) if kernel is update_kernel else (mine, parts)
