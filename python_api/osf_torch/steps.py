@@ -168,6 +168,7 @@ class Steps:
                         self.moved[id(item.weight)] = item
                     self.pin(at_once=self._restores is True)
             self.left.take()
+        self._stepping = []
 
     def _written_to(
         self, owned: Sequence[Protected], trained: Sequence[Protected]
