@@ -8,6 +8,7 @@ backends (``backends/``), and what a test of them needs (``testing.py``). It imp
 triton and the compiled extension lazily; imports run one way, downward in that order.
 """
 
+from osf_kernels._padding import padded
 from osf_kernels._version import __version__
 from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
@@ -36,6 +37,7 @@ __all__ = [
     "coefficients",
     "extend_basis",
     "orthonormalize",
+    "padded",
     "plan",
     "polar",
     "prepare",

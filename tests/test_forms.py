@@ -10,7 +10,7 @@ import torch
 from osf_kernels.backends import forms
 from osf_kernels.plan import Matrix, Step, choose, choose_pinned
 from osf_kernels.testing import project_reference, relative_error, restore_reference
-from tests.helpers import KINDS, draw_basis, generator_for, randn
+from tests.helpers import KINDS, draw_basis, generator_for, randn, run_eagerly
 
 
 class PlainKernels:
@@ -39,8 +39,8 @@ class PlainKernels:
         for out, x, L1, R1, L2, R2, alpha, beta, addend in jobs:
             assert (L1 is None) == (R1 is None)
             assert (L2 is None) == (R2 is None)
-            assert beta in (0.0, 1.0)
-            value = x.clone() if beta else torch.zeros_like(out)
+            assert beta in (0.0, 1.0, -1.0)
+            value = beta * x if beta else torch.zeros_like(out)
             if L1 is not None:
                 value = value + alpha * (L1 @ R1)
             if L2 is not None:
@@ -78,8 +78,8 @@ def test_projection(mode, left, right):
         in_place = g.clone()
         out = torch.full_like(g, float("nan"))
         kernels = PlainKernels()
-        forms.run([forms.Problem(in_place, in_place, held(U), held(V), step)], kernels)
-        forms.run([forms.Problem(g, out, held(U), held(V), step)], PlainKernels())
+        run_eagerly([forms.Problem(in_place, in_place, held(U), held(V), step)], kernels)
+        run_eagerly([forms.Problem(g, out, held(U), held(V), step)], PlainKernels())
         assert relative_error(in_place, reference, g) < 1e-14
         assert relative_error(out, reference, g) < 1e-14
         kinds = "".join(kind[0].upper() for kind, _ in kernels.launches)
@@ -105,7 +105,7 @@ def test_forms_the_planner_seldom_picks(form, first, beta):
     alpha = 1.0 if beta == 0.0 else -1.0
     step = Step(form, first, alpha, beta, 0, 0, 0, "", form)
     out = torch.full_like(g, float("nan"))
-    forms.run([forms.Problem(g, out, U, V, step)], PlainKernels())
+    run_eagerly([forms.Problem(g, out, U, V, step)], PlainKernels())
     assert relative_error(out, beta * g + alpha * value, g) < 1e-14
 
 
@@ -119,7 +119,7 @@ def test_restore(mode):
     matrix = Matrix(14, 11, 6, 6, dtype="float64")
     reference = restore_reference(W, U, V, S=S, mode=mode)
     pinned, dense = W.clone(), W.clone()
-    forms.run(
+    run_eagerly(
         [
             forms.Problem(pinned, pinned, U, V, choose_pinned(matrix, mode, "cpu"), S=S),
             forms.Problem(
@@ -150,7 +150,7 @@ def test_a_list_takes_the_launches_of_its_longest_form():
         step = choose(matrix_of(g, U, V), "complement", "cuda")
         problems.append(forms.Problem(g, g, held(U), held(V), step))
     kernels = PlainKernels()
-    forms.run(problems, kernels)
+    run_eagerly(problems, kernels)
     assert kernels.launches == [
         ("coefficients", 3),
         ("coefficients", 2),
@@ -174,5 +174,5 @@ def test_the_launches_of_a_plan_are_those_of_a_run(count):
             problems.append(
                 forms.Problem(x, x, U, V, Step(form, "left", 1.0, 0.0, 0, 0, 0, "", ""))
             )
-        forms.run(problems, kernels)
+        run_eagerly(problems, kernels)
         assert len(kernels.launches) == forms.launches(chosen)

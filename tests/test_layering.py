@@ -25,6 +25,7 @@ RANKS = {
     "osf_kernels.basis": 1,
     "osf_kernels.env": 1,
     "osf_kernels.errors": 0,
+    "osf_kernels._padding": 0,
     "osf_kernels._version": 0,
     "osf_kernels._cuda": 0,
 }

@@ -29,7 +29,7 @@ errs least where both sides hold most of g. Complement and core, high and low ba
 choices of form, alpha and beta (see ``osf_kernels/plan.py``); restoring is the same with an
 offset on the coefficients (S) or a dense addend.
 
-May import: torch and ``osf_kernels.plan``.
+May import: torch, ``osf_kernels.plan`` and ``osf_kernels._padding``.
 """
 
 from __future__ import annotations
@@ -145,11 +145,12 @@ def steps(problem: Problem, dtype: torch.dtype, new: New) -> Iterator[Coefficien
         yield Coefficients(x, U, None, A, None)
         yield Update(rest, x, U, A, None, None, -1.0, 1.0)
         yield Coefficients(rest, None, V, None, B)
-        yield Update(rest, rest, None, None, B, Vt, -1.0, 1.0, addend if step.beta else None)
-        if not step.beta:
-            yield less(out, x, rest)
-            if addend is not None:
-                yield plus(out, out, addend)
+        if step.beta:
+            yield Update(out, out, None, None, B, Vt, -1.0, 1.0, addend)
+            return
+        yield Update(out, rest, None, None, B, Vt, 1.0, -1.0, x)
+        if addend is not None:
+            yield plus(out, out, addend)
         return
 
     if form in ("mixed in turn", "inner in turn"):

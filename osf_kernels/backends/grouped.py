@@ -123,18 +123,17 @@ class ListProgram:
         *,
         halves: bool = False,
     ) -> None:
-        self._problems, self._kernels, self._limit = list(problems), kernels, limit
-        self._halves = halves
-        self._make()
+        self._kernels, self._limit, self._halves = kernels, limit, halves
+        self._problems, self._made = self._make(problems)
 
     @property
     def calls(self) -> int:
         """Of the two kernels."""
-        return self._program.calls
+        return self._made[1].calls
 
     @property
     def workspace_bytes(self) -> int:
-        return self._program.workspace_bytes
+        return self._made[1].workspace_bytes
 
     def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
         """``ready`` are A and B of each, where it was made with coefficients."""
@@ -144,30 +143,40 @@ class ListProgram:
                 t for x, pair in zip(xs, ready, strict=True) for t in (x, *pair) if t is not None
             ]
         addresses = [t.data_ptr() for t in tensors]
-        if [address % ALIGNMENT for address in addresses] != self._beyond:
+        lies, program = self._made
+        if _lies(tensors) != lies:
             pairs = ready or [(None, None)] * len(xs)
-            self._problems = [
+            problems = [
                 problem._replace(x=x, A=A, B=B)
                 for problem, x, (A, B) in zip(self._problems, xs, pairs, strict=True)
             ]
-            self._make()
-        self._program.run(addresses)
+            _, self._made = self._make(problems)
+            program = self._made[1]
+        program.run(addresses)
         if not self._halves:
             torch.autograd.graph.increment_version(xs)
 
-    def _make(self) -> None:
+    def _make(self, given: Sequence[Problem]) -> tuple[list[Problem], tuple[list[Any], Program]]:
+        """The problems without the tensors that a call brings; how these lie, and the program."""
         problems: list[Problem] = []
-        self._beyond: list[int] = []
-        for problem in self._problems:
+        tensors: list[Tensor] = []
+        for problem in given:
             places: dict[str, Any] = {}
             for name in ("x", "A", "B"):
                 t = getattr(problem, name)
                 if t is not None:
-                    places[name] = Operand.like(t, WORKSPACE + 1 + len(self._beyond))
-                    self._beyond.append(t.data_ptr() % ALIGNMENT)
+                    tensors.append(t)
+                    places[name] = Operand.like(t, WORKSPACE + len(tensors))
             problems.append(problem._replace(**places, out=places["x"]))
-        self._problems = problems  # without tensors of the caller's that a call brings
-        self._program = Program(problems, self._kernels, self._limit, halves=self._halves)
+        return problems, (
+            _lies(tensors),
+            Program(problems, self._kernels, self._limit, halves=self._halves),
+        )
+
+
+def _lies(tensors: Sequence[Tensor]) -> list[Any]:
+    """What of tensors of known shapes and dtypes a program depends on."""
+    return [(t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors]
 
 
 @functools.lru_cache(maxsize=512)

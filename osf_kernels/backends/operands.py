@@ -4,7 +4,7 @@ An :class:`Operand` has the shape, strides, dtype and device of a tensor, and an
 offset from one of a program's arguments. Programs (``grouped.py``) write the sums into their
 records when they run.
 
-May import: torch.
+May import: torch, ``osf_kernels._padding``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes of the vectors that kernels read; addresses of arguments are cut to it
+from osf_kernels import _padding
+
+ALIGNMENT = _padding.VECTOR_BYTES  # addresses of arguments are cut to it
 WORKSPACE = 0  # the argument in which an Arena lies
 
 
@@ -38,16 +40,18 @@ class Lie(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     beyond: int  # bytes of its address beyond a multiple of 16
+    is_padded: bool  # as ``_padding`` says
 
     @staticmethod
     def of(t: Tensor) -> Lie:
-        return Lie(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT)
+        padded = t.dim() > 1 and _padding.is_padded(t)
+        return Lie(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT, padded)
 
 
 class Operand:
     """A matrix, or a vector, at a place; answers what a planner asks of a tensor."""
 
-    __slots__ = ("_address", "_strides", "device", "dtype", "shape")
+    __slots__ = ("_address", "_strides", "device", "dtype", "is_padded", "shape")
 
     def __init__(
         self,
@@ -56,8 +60,10 @@ class Operand:
         strides: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        is_padded: bool = False,
     ) -> None:
-        self._address = address
+        self._address, self.is_padded = address, is_padded
         self.shape, self._strides = tuple(shape), tuple(strides)
         self.dtype, self.device = dtype, device
 
@@ -69,7 +75,8 @@ class Operand:
     @staticmethod
     def lying(as_: Lie, device: torch.device, argument: int) -> Operand:
         place = Placed.at(as_.beyond, argument)
-        return Operand(place, as_.shape, as_.strides, as_.dtype, device)
+        padded = as_.is_padded
+        return Operand(place, as_.shape, as_.strides, as_.dtype, device, is_padded=padded)
 
     def data_ptr(self) -> int:
         return self._address
@@ -84,6 +91,10 @@ class Operand:
         return count
 
     def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def itemsize(self) -> int:
         return self.dtype.itemsize
 
     @property
@@ -111,7 +122,8 @@ class Operand:
     def _view(self, steps: int, shape: Sequence[int], strides: Sequence[int]) -> Operand:
         offset = self._address + steps * self.dtype.itemsize
         place = Placed.at(offset, self._address.argument)
-        return Operand(place, shape, strides, self.dtype, self.device)
+        padded = self.is_padded and len(shape) > 1
+        return Operand(place, shape, strides, self.dtype, self.device, is_padded=padded)
 
 
 class Arena:
@@ -124,4 +136,6 @@ class Arena:
         pitch = -(-columns * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         place = Placed.at(self.bytes, WORKSPACE)
         self.bytes += rows * pitch
-        return Operand(place, (rows, columns), (pitch // dtype.itemsize, 1), dtype, self.device)
+        strides = pitch // dtype.itemsize, 1
+        padded = columns * dtype.itemsize != pitch
+        return Operand(place, (rows, columns), strides, dtype, self.device, is_padded=padded)

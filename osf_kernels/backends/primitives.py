@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends import choosing
 from osf_kernels.backends.precision import full_precision as full_precision
 
@@ -59,7 +60,9 @@ def multiply(
     name = products_backend(As[0])
     if name != "torch":
         rows = As[0].shape[1] if transpose else As[0].shape[0]
-        Y = Q.new_empty(len(As), rows, Q.shape[-1])
+        # A copy of a narrow Q costs less than products that read it element by element.
+        Q = _padding.padded(Q)
+        Y = _padding.empty(rows, Q.shape[-1], Q, batch=(len(As),))
         choosing.module(name).multiply(As, Q, Y, transpose=transpose)
         return Y if out is None else out.copy_(Y)
     if out is None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends import primitives
 from osf_kernels.errors import describe
 from osf_kernels.linalg import auto, methods
@@ -320,7 +321,7 @@ _TRANSPOSED_AT_ONCE = 64
 
 def _times(X: Tensor, signs: Tensor) -> Tensor:
     """X·signs in rows, whatever X was: one pass instead of a product and a copy."""
-    out = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+    out = _padding.empty_like(X)
     transposed = X.device.type == "cpu" and X.stride(-1) != 1
     step = _TRANSPOSED_AT_ONCE if transposed else max(1, X.shape[-1])
     parts = (x.split(step, -1) for x in (X, signs, out))
@@ -377,6 +378,12 @@ def _scaled_back(entry: Entry, S: Tensor) -> Tensor:
 
 def _own(x: Tensor) -> Tensor:
     """x in memory of its own size: a view would keep its whole group alive."""
+    if x.dim() == 2:
+        rows = x.shape[0]
+        width = _padding.leading_dimension(x.shape[1], x.device, x.dtype)
+        in_rows = x.is_contiguous() if width == x.shape[1] else x.stride() == (width, 1)
+        owns = in_rows and x.untyped_storage().nbytes() == rows * width * x.element_size()
+        return x if owns else _padding.empty_like(x).copy_(x)
     owns = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
     return x if owns else x.clone(memory_format=torch.contiguous_format)
 
@@ -407,7 +414,8 @@ def _stacked(results: Sequence[TruncatedSVD], batch: Sequence[int]) -> Truncated
         parts = [getattr(result, name) for result in results]
         if parts[0] is None:
             return None
-        return torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
+        whole = torch.stack(parts)[: math.prod(batch)].reshape(*batch, *parts[0].shape)
+        return _padding.padded(whole) if parts[0].dim() == 2 else whole
 
     tensors = {name: field(name) for name in TENSOR_FIELDS}
     return TruncatedSVD(

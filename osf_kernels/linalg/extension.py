@@ -8,6 +8,7 @@ from typing import NamedTuple, cast, overload
 import torch
 from torch import Tensor
 
+from osf_kernels._padding import padded
 from osf_kernels.backends import primitives
 from osf_kernels.basis import Basis, Spans
 from osf_kernels.errors import describe
@@ -95,7 +96,7 @@ def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
     if most == 0:
         return held if basis is None else basis
     grown = found.grown(range(len(X)), most)
-    grown = grown.reshape(*samples.shape[:-2], *grown.shape[-2:])
+    grown = padded(grown.reshape(*samples.shape[:-2], *grown.shape[-2:]))
     return Basis(grown, basis.spans) if isinstance(basis, Basis) else grown
 
 
@@ -119,7 +120,7 @@ def _extend_list(
         found = _directions(B, X, admitted[members[0]][1], energy, [f"[{i}]" for i in members])
         for k in set(found.counts):
             alike = [at for at, count in enumerate(found.counts) if count == k]
-            grown = found.grown(alike, k) if k else None
+            grown = padded(found.grown(alike, k)) if k else None
             for at, i in enumerate([members[j] for j in alike]):
                 before = bases[i]
                 if grown is None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends import primitives
 from osf_kernels.errors import describe
 from osf_kernels.ops._library import register
@@ -412,12 +413,12 @@ def _orthonormalize_impl(Y: Tensor) -> tuple[Tensor, Tensor]:
     rank = torch.full((len(batch),), Y.shape[-1], device=Y.device)
     if rest is not None:
         Q[rest], rank[rest] = orthonormal_columns_safe(batch[rest])
-    return Q.reshape(Y.shape), rank.reshape(Y.shape[:-2])
+    return _padding.padded_rows(Q.reshape(Y.shape)), rank.reshape(Y.shape[:-2])
 
 
 def _orthonormalize_fake(Y: Tensor) -> tuple[Tensor, Tensor]:
     _check("orthonormalize", Y)
-    Q = Y.new_empty(Y.shape, dtype=primitives.working_dtype(Y.dtype))
+    Q = _padding.empty_like(Y, primitives.working_dtype(Y.dtype))
     return Q, Y.new_empty(Y.shape[:-2], dtype=torch.int64)
 
 
@@ -436,12 +437,12 @@ def _polar_impl(Y: Tensor) -> Tensor:
     rest = _judge(op, batch, finite, ok)
     if rest is not None:
         Q[rest] = _polar_safe(batch[rest])
-    return Q.reshape(Y.shape)
+    return _padding.padded_rows(Q.reshape(Y.shape))
 
 
 def _polar_fake(Y: Tensor) -> Tensor:
     _check("polar", Y)
-    return Y.new_empty(Y.shape, dtype=primitives.working_dtype(Y.dtype))
+    return _padding.empty_like(Y, primitives.working_dtype(Y.dtype))
 
 
 def _polar_vmap(info: Any, in_dims: Any, Y: Tensor) -> tuple[Any, Any]:

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import coefficient_dtype
-from osf_kernels.backends.operands import ALIGNMENT
+from osf_kernels.backends.grouped import Ready
+from osf_kernels.errors import describe
+from osf_kernels.ops._validation import require_constant
 
 
 class CoefficientList(NamedTuple):
@@ -27,22 +30,24 @@ class CoefficientList(NamedTuple):
 
 
 def coefficient_shapes(
-    g: Tensor, U: Tensor | None, V: Tensor | None
+    shape: Sequence[int], U: Tensor | None, V: Tensor | None
 ) -> tuple[torch.Size, torch.Size]:
+    """Of A and B, for a matrix of that shape."""
     r = 0 if U is None else U.shape[-1]
     k = 0 if V is None else V.shape[-1]
-    batch = tuple(g.shape[:-2])
-    return torch.Size((*batch, r, g.shape[-1])), torch.Size((*batch, g.shape[-2], k))
+    *batch, m, n = shape
+    return torch.Size((*batch, r, n)), torch.Size((*batch, m, k))
 
 
 class Allocation:
     """Where the coefficients of a list lie: all of A in one piece a device and dtype, and all of B;
-    rows start on 16 bytes."""
+    on a GPU rows start on 16 bytes."""
 
     def __init__(
         self, xs: Sequence[Tensor], Us: Sequence[Tensor | None], Vs: Sequence[Tensor | None]
     ) -> None:
         self._kinds: list[tuple[torch.device, torch.dtype]] = []
+        self._sides = [(U is not None, V is not None) for U, V in zip(Us, Vs, strict=True)]
         self._sizes: list[list[int]] = []  # of the pieces of A and B of each kind
         self._places: list[tuple[int, list[tuple[Sequence[int], Sequence[int], int]]]] = []
         for x, U, V in zip(xs, Us, Vs, strict=True):
@@ -53,8 +58,8 @@ class Allocation:
             place = self._kinds.index(kind)
             sizes = self._sizes[place]
             views: list[tuple[Sequence[int], Sequence[int], int]] = []
-            for side, shape in enumerate(coefficient_shapes(x, U, V)):
-                strides, elements = _pitched(shape, kind[1])
+            for side, shape in enumerate(coefficient_shapes(x.shape, U, V)):
+                strides, elements = _pitched(shape, *kind)
                 views.append((shape, strides, sizes[side]))
                 sizes[side] += elements
             self._places.append((place, views))
@@ -71,19 +76,53 @@ class Allocation:
         )
         return CoefficientList(A, B, tuple(piece[0] for piece in pieces))
 
+    def checked(self, op: str, given: object) -> list[Ready]:
+        """A and B of each matrix as backends take them, where they are those of this list.
+
+        Raises:
+            ValueError: they aren't, naming the entry; one that autograd differentiates.
+        """
+        remedy = "take them from coefficients(xs) of this prepared list"
+        places, sides = self._places, self._sides
+        if not isinstance(given, CoefficientList) or not (
+            len(given.A) == len(given.B) == len(places)
+        ):
+            expected = f"those of {len(places)} matrices"
+            raise ValueError(describe(op, "coefficients", expected, "others", remedy))
+        found: list[Ready] = []
+        lists = zip(given.A, given.B, places, sides, strict=True)
+        for i, (A, B, (kind, views), (has_U, has_V)) in enumerate(lists):
+            device, dtype = self._kinds[kind]
+            for side, t in ((0, A), (1, B)):
+                shape = views[side][0]
+                if t.shape != shape or t.dtype != dtype or t.device != device:
+                    expected = f"{tuple(shape)} {dtype} on {device}"
+                    got = f"{tuple(t.shape)} {t.dtype} on {t.device}"
+                    name = f"coefficients.{'AB'[side]}[{i}]"
+                    raise ValueError(describe(op, name, expected, got, remedy))
+                if t.requires_grad:
+                    require_constant(op, [f"coefficients.{'AB'[side]}[{i}]"], t)
+            found.append((A if has_U else None, B if has_V else None))
+        return found
+
 
 def empty_coefficients(g: Tensor, U: Tensor | None, V: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A and B of one matrix without values, with the strides that an ``Allocation`` gives."""
+    """A and B of one matrix without values.
+
+    A is what shards all-reduce, which takes contiguous tensors only; its rows are as long as those
+    of g. B stays, and its width is a rank.
+    """
     dtype = coefficient_dtype(g)
-    shape_A, shape_B = coefficient_shapes(g, U, V)
-    A = g.new_empty_strided(shape_A, _pitched(shape_A, dtype)[0], dtype=dtype)
-    return A, g.new_empty_strided(shape_B, _pitched(shape_B, dtype)[0], dtype=dtype)
+    shape_A, shape_B = coefficient_shapes(g.shape, U, V)
+    A = g.new_empty(shape_A, dtype=dtype)
+    return A, _padding.empty(shape_B[-2], shape_B[-1], g, dtype=dtype, batch=shape_B[:-2])
 
 
-def _pitched(shape: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:
+def _pitched(
+    shape: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[list[int], int]:
     """Strides with padded rows, and how many elements that takes."""
-    vector = ALIGNMENT // dtype.itemsize
-    strides, step = [1], -(-shape[-1] // vector) * vector
+    strides, step = [1], _padding.leading_dimension(shape[-1], device, dtype)
     for size in reversed(shape[:-1]):
         strides.insert(0, step)
         step *= size

@@ -31,14 +31,14 @@ class Pin(NamedTuple):
     rest_A: Tensor | None = None
     rest_B: Tensor | None = None
 
-    def operands(self, dtype: torch.dtype) -> dict[str, Any]:
+    def operands(self, dtype: torch.dtype) -> Pin:
         """As a ``Problem`` takes it, for weights of a dtype."""
         S, addend = self.S, self.addend
         if dtype != torch.float64:
             S = None if S is None else S.float()
             if addend is not None and addend.dtype == torch.float64:
                 addend = addend.float()
-        return self._replace(S=S, addend=addend)._asdict()
+        return self._replace(S=S, addend=addend)
 
 
 def identities(
@@ -48,7 +48,7 @@ def identities(
     ids: list[int] = []
     for given in (S, residual, protected):
         for entry in given or ():
-            if type(entry) is tuple:
+            if isinstance(entry, (tuple, list)):
                 ids += map(id, entry)
             else:
                 ids.append(id(entry))

@@ -15,7 +15,7 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import ListProgram, Ready
 from osf_kernels.backends.operands import Lie
 from osf_kernels.ops._coefficient_list import CoefficientList
-from osf_kernels.ops._validation import Choice, Decision, admit, check
+from osf_kernels.ops._validation import Choice, Decision, admit, check, of_shard
 
 
 def decide(
@@ -34,7 +34,7 @@ def decide(
     try:
         return admit(op, g_meta, u_meta, v_meta, kind, choosing.requested(), choice)
     except (TypeError, ValueError):
-        check(op, names, g_meta, u_meta, v_meta, choice in ("shard", "shard pinned"))
+        check(op, names, g_meta, u_meta, v_meta, of_shard(choice))
         raise
 
 
@@ -116,7 +116,11 @@ class CoefficientRoute:
         names: Sequence[str],
         limit: int = grouped.WORKSPACE_BYTES,
     ) -> None:
-        self._Us, self._Vs = list(Us), list(Vs)
+        # As many batch dimensions as a matrix has.
+        self._Us, self._Vs = (
+            [None if t is None else t.expand(*x.shape[:-2], *t.shape[-2:]) for t, x in pairs]
+            for pairs in (zip(Us, xs, strict=True), zip(Vs, xs, strict=True))
+        )
         self._parts: list[tuple[list[int], ListProgram | None]] = []
         for (name, _), mine in _members(xs, names).items():
             if name == "torch":
@@ -138,12 +142,24 @@ class CoefficientRoute:
             As, Bs = [found.A[i] for i in mine], [found.B[i] for i in mine]
             if program is None:
                 Us, Vs = [self._Us[i] for i in mine], [self._Vs[i] for i in mine]
-                torch_backend.coefficients_of(chosen, Us, Vs, As, Bs)
+                lists = _of_one_batch(chosen, Us, Vs, As, Bs)
+                torch_backend.coefficients_of(*lists)
             else:
                 program.run(chosen, list(zip(As, Bs, strict=True)))
 
 
 _NO_STEP: Any = None
+
+
+def _of_one_batch(*lists: list[Any]) -> tuple[list[Any], ...]:
+    """The entries of lists with the batches of several dimensions, the first list's, unrolled."""
+    if all(x.dim() <= 3 for x in lists[0]):
+        return lists
+    entries = []
+    for entry in zip(*lists, strict=True):
+        for index in itertools.product(*map(range, entry[0].shape[:-3])):
+            entries.append([None if t is None else t[index] for t in entry])
+    return tuple(map(list, zip(*entries, strict=True)))
 
 
 def _members(xs: Sequence[Any], names: Sequence[str]) -> dict[tuple[str, torch.device], list[int]]:

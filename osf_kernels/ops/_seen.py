@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from osf_kernels.ops._memory import Range, ranges
 from osf_kernels.ops._pins import Pin
+from osf_kernels.ops._route import Route
 
 
 class Held:
@@ -42,12 +44,37 @@ class Admitted:
 
 
 class Pinned:
-    """The pins of the last call, and whether others are the very same tensors."""
+    """The pins of the last call, what they run, and whether others are the very same tensors.
 
-    def __init__(self, ids: list[int], pins: list[Pin], read: Sequence[Range]) -> None:
+    Attributes:
+        operands: the pins as problems of their weights take them.
+        read: the memory that restoring reads, the bases' included.
+        routes: by whether coefficients are given.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        pins: list[Pin],
+        dtypes: Sequence[torch.dtype],
+        read: Sequence[Range],
+    ) -> None:
         self.ids, self.pins = ids, pins
+        self.routes: dict[bool, Route] = {}
+        self.operands = [pin.operands(dtype) for pin, dtype in zip(pins, dtypes, strict=True)]
+        self._copies = [
+            (converted, t)
+            for pin, operands in zip(pins, self.operands, strict=True)
+            for t, converted in zip(pin, operands, strict=True)
+            if t is not None and converted is not None and converted is not t
+        ]
         self._held = Held([t for pin in pins for t in pin])
         self.read = [*read, *self._held.ranges]
 
     def holds(self, ids: list[int]) -> bool:
         return ids == self.ids and self._held.is_as_noted()
+
+    def copy(self) -> None:
+        """What is held in another dtype follows writes that no version counts, and a graph's."""
+        for converted, t in self._copies:
+            converted.copy_(t)

@@ -38,8 +38,9 @@ _PARTS: dict[str, tuple[Any, str, str]] = {kind: parts for parts, kind in _KINDS
 BasisLike = Tensor | Basis | None
 Meta = tuple[Any, ...]  # (shape, dtype, device) of a tensor
 # Which forms the planner may take: any, those that round once, those of ready coefficients of a
-# shard (whose bases may be wider than what is held of their side), those that pin to S.
-Choice = Literal["any", "once", "shard", "pinned", "shard pinned"]
+# shard (whose bases may be wider than what is held of their side), those that pin to S, and of a
+# shard.
+Choice = Literal["any", "once", "shard", "pinned", "pinned shard"]
 
 
 def meta(t: Tensor) -> Meta:
@@ -229,6 +230,11 @@ class Decision(NamedTuple):
     direct: bool  # on torch, one matrix, every operand in the working dtype
 
 
+def of_shard(choice: Choice) -> bool:
+    """Whether a basis may be wider than its side, of which these are some rows."""
+    return choice in ("shard", "pinned shard")
+
+
 @lru_cache(maxsize=8192)
 def admit(
     op: str,
@@ -241,7 +247,7 @@ def admit(
 ) -> Decision:
     """What one matrix runs, or the refusal."""
     mode, u_spans, v_spans = parts_of(op, kind)
-    check(op, ("g", "U", "V"), g, U, V, choice in ("shard", "shard pinned"))
+    check(op, ("g", "U", "V"), g, U, V, of_shard(choice))
     shape, dtype, device = g
     held = [t[1] for t in (U, V) if t is not None]
     x = Matrix(
@@ -257,7 +263,7 @@ def admit(
     )
     # Kernels for a GPU are planned for one, wherever they are interpreted.
     planned_for = "cuda" if request in ("triton", "cuda") else device.type
-    if choice in ("pinned", "shard pinned"):
+    if choice in ("pinned", "pinned shard"):
         step = choose_pinned(x, mode, planned_for)
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")

@@ -47,7 +47,8 @@ def coefficients(g: Tensor, U: BasisLike, V: BasisLike) -> tuple[Tensor, Tensor]
 
     Returns:
         (A, B): (..., r, n) and (..., m, k), float32 (float64 for float64 g); a missing side is
-        empty, with r = 0 or k = 0.
+        empty, with r = 0 or k = 0. A is contiguous; on a GPU the rows of B begin on 16-byte
+        boundaries, whatever k is.
 
     Raises:
         TypeError, ValueError: as project.
@@ -129,7 +130,7 @@ def _check_coefficients(
     g: Tensor, U: Tensor | None, V: Tensor | None, A: Tensor, B: Tensor
 ) -> None:
     op = "apply_"
-    wanted = zip("AB", (A, B), coefficient_shapes(g, U, V), strict=True)
+    wanted = zip("AB", (A, B), coefficient_shapes(g.shape, U, V), strict=True)
     for name, t, shape in wanted:
         if t.shape != shape:
             remedy = "take both from coefficients(g, U, V)"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels._padding import padded
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import Ready
 from osf_kernels.backends.precision import full_precision, lowered
@@ -64,7 +65,8 @@ def prepare(
         like: matrices (..., m, n) such as the weights or their gradients, of any mix of shapes and
             dtypes; only their shapes, dtypes and devices are kept.
         Us, Vs: a basis a matrix as in project, or None where a side is left alone. The tensors are
-            kept; what is written to them later holds from the next call on.
+            kept; what is written to them later holds from the next call on. On a GPU those whose
+            rows (or columns, where these are contiguous) aren't of whole 16 bytes are copied once.
         mode: "complement" or "core", for all.
         sharded: the matrices and Us are this rank's rows of larger ones, so that a basis may be
             wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
@@ -85,7 +87,7 @@ def prepare(
     held_U, held_V, kinds = held(names, Us, Vs, mode)
     if not kinds:
         kind_of(names.op, mode, "high", "high")
-    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded)
+    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded, copies=True)
     if not sharded:
         prepared.make(like)
     return prepared
@@ -113,14 +115,16 @@ class Prepared:
         *,
         mode: Mode,
         sharded: bool = False,
+        copies: bool = False,
     ) -> None:
         self.mode: Mode = mode
-        self._sharded = sharded
-        self._Us, self._Vs, self._kinds = list(Us), list(Vs), list(kinds)
+        self._sharded, self._copies = sharded, copies
+        self._given, self._kinds = (list(Us), list(Vs)), list(kinds)
+        self._Us, self._Vs = self._laid_out()
         self._metas = [meta(x) for x in like]
-        choice: Choice = "shard" if sharded else "any"
-        self._decisions = self._decided(names, like, choice)
-        self._bases = Held([*self._Us, *self._Vs])
+        self._choice: Choice = "shard" if sharded else "any"
+        self._decisions = self._decided(names, like, self._choice)
+        self._bases = Held([*Us, *Vs])
         self._admitted: dict[str, Admitted] = {}
         self._routes: dict[str, Any] = {}
         self._pinned: Pinned | None = None
@@ -132,7 +136,11 @@ class Prepared:
         device = str(self._metas[0][2]) if self._metas else "cpu"
         route = self._routes.get("project")
         grouped = (0, 0) if route is None else route.grouped
-        return summary([d[:4] for d in self._decisions], self.mode, device, grouped)
+        pairs = zip((*self._Us, *self._Vs), (*self._given[0], *self._given[1]), strict=True)
+        copied = sum(used is not given for used, given in pairs)
+        note = f"{copied} bases are copied once: their rows aren't of whole 16 bytes"
+        notes = [note] if copied else []
+        return summary([d[:4] for d in self._decisions], self.mode, device, grouped, notes)
 
     def __len__(self) -> int:
         return len(self._metas)
@@ -201,9 +209,7 @@ class Prepared:
         names = Names("Prepared.coefficients", "xs")
         self._admit(names, xs, written=False)
         route = self._routes.get("coefficients")
-        if self._allocation is None:
-            self._allocation = Allocation(xs, self._Us, self._Vs)
-        found = self._allocation.new()
+        found = self._places(xs).new()
         if route is None:
             decisions = self._decided(names, xs, "shard", _AS_HELD)
             backends = [decision.backend for decision in decisions]
@@ -223,7 +229,7 @@ class Prepared:
         """
         names = Names("Prepared.apply_", "xs")
         self._admit(names, xs)
-        ready = self._ready(names.op, coefficients)
+        ready = self._places(xs).checked(names.op, coefficients)
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
         self._run(route, xs, ready)
 
@@ -247,8 +253,7 @@ class Prepared:
 
         ``read`` are the ranges of memory that are read, those of the bases where it is None.
         """
-        if not self._bases.is_as_noted():
-            self._renew()
+        renewed = not self._bases.is_as_noted()
         try:
             lies: list[Any] = [
                 (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
@@ -258,15 +263,15 @@ class Prepared:
         except (AttributeError, RuntimeError, NotImplementedError):  # no tensor with memory
             lies, addresses, recorded = [], [], True
         known = self._admitted.get(names.op)
-        if known is not None and not recorded and lies == known.lies:
+        if known is not None and not recorded and not renewed and lies == known.lies:
             if addresses == known.addresses:
                 return False
             if not written or are_apart(addresses, known.spans, read or self._bases.ranges):
                 known.addresses = addresses
                 return False
         self._judge(names, xs, written)
-        if known is not None and [x[2] for x in known.lies] != [x[2] for x in lies]:
-            self._routes.clear()  # other strides
+        if renewed:
+            self._renew(names, xs)
         self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
         return True
 
@@ -287,18 +292,33 @@ class Prepared:
                 raise kind(describe(op, name, expected, got, "prepare the list again"))
             if written:
                 require_no_leaf(op, name, x)
-                require_constant(op, [name], x)
+            require_constant(op, [name], x)
         if written:
-            require_apart(names, xs, Us=self._Us, Vs=self._Vs)
+            require_apart(names, xs, Us=self._given[0], Vs=self._given[1])
 
-    def _renew(self) -> None:
+    def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
         """Something was written to a basis, or it was given other memory."""
+        self._Us, self._Vs = self._laid_out()
+        self._decisions = self._decided(names, xs, self._choice)
+        self._allocation = None
         self._routes.clear()
         self._admitted.clear()
         self._pinned = None
         self._bases.note()
 
+    def _laid_out(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The bases, those that kernels would read element by element as copies."""
+        if not self._copies:
+            return self._given
+        Us, Vs = ([None if t is None else _aligned(t) for t in side] for side in self._given)
+        return Us, Vs
+
     # --- what runs ---
+
+    def _places(self, xs: Sequence[Tensor]) -> Allocation:
+        if self._allocation is None:
+            self._allocation = Allocation(xs, self._Us, self._Vs)
+        return self._allocation
 
     def _decided(
         self, names: Names, xs: Sequence[Tensor], choice: Choice, kind: str | None = None
@@ -367,23 +387,28 @@ class Prepared:
         """``restore_`` as the operator that ``names`` says."""
         ids, pinned = identities(S, residual, protected), self._pinned
         if pinned is not None and not pinned.holds(ids):
-            pinned = self._pinned = None
-        if self._admit(names, weights, None if pinned is None else pinned.read) or pinned is None:
+            pinned = None
+        looked = self._admit(names, weights, None if pinned is None else pinned.read)
+        if pinned is None or pinned is not self._pinned:
+            looked = True
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
-            require_pins(names, weights, self._Us, self._Vs, self._kinds, pins)
-            if pins:
-                S, protected, first, second = map(list, zip(*pins, strict=True))
+            dtypes = [dtype for _, dtype, _ in self._metas]
+            pinned = Pinned(ids, pins, dtypes, self._bases.ranges)
+        if looked:
+            require_pins(names, weights, self._Us, self._Vs, self._kinds, pinned.pins)
+            if pinned.pins:
+                S, protected, first, second = map(list, zip(*pinned.pins, strict=True))
                 rests = {"residual": first, "second of residual": second}
                 require_apart(names, weights, S=S, protected=protected, **rests)
-            for key in ("restore", "restore from coefficients"):
-                self._routes.pop(key, None)
-            pinned = self._pinned = Pinned(ids, pins, self._bases.ranges)
-        ready = None if coefficients is None else self._ready(names.op, coefficients)
-        key = "restore" if ready is None else "restore from coefficients"
-        route = self._routes.get(key)
+            self._pinned = pinned
+        ready = None
+        if coefficients is not None:
+            ready = self._places(weights).checked(names.op, coefficients)
+        route = pinned.routes.get(ready is not None)
         if route is None:
-            route = self._restoring(names, weights, pinned.pins, ready)
-            self._routes[key] = route
+            route = self._restoring(names, weights, pinned.operands, ready)
+            pinned.routes[ready is not None] = route
+        pinned.copy()
         self._run(route, weights, ready)
 
     def _restoring(
@@ -393,6 +418,7 @@ class Prepared:
         pins: Sequence[Pin],
         ready: Sequence[Ready] | None,
     ) -> Route:
+        """``pins`` as problems take them."""
         problems, backend_names = [], []
         pairs = ready or [(None, None)] * len(weights)
         lists = zip(weights, self._Us, self._Vs, self._kinds, pins, pairs, strict=True)
@@ -400,25 +426,20 @@ class Prepared:
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
-                choice = "shard pinned" if self._sharded else "pinned"
+                choice = "pinned" if ready is None else "pinned shard"
             elif ready is not None:
                 choice = "shard"
             elif W.element_size() == 2:
                 choice = "once"
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
-            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin.operands(W.dtype)))
+            problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names)
 
-    def _ready(self, op: str, coefficients: CoefficientList) -> list[Ready]:
-        if not isinstance(coefficients, CoefficientList) or len(coefficients.A) != len(self):
-            expected = f"those of {len(self)} matrices"
-            remedy = "take them from coefficients(xs) of this prepared list"
-            raise ValueError(describe(op, "coefficients", expected, "others", remedy))
-        return [
-            (None if U is None else A, None if V is None else B)
-            for A, B, U, V in zip(coefficients.A, coefficients.B, self._Us, self._Vs, strict=True)
-        ]
+
+def _aligned(t: Tensor) -> Tensor:
+    # Of a tensor of inference mode nobody would know when its copy is out of date.
+    return t if t.is_inference() else padded(t)
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:

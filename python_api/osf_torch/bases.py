@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis
+from osf_kernels import Basis, padded
+from osf_torch.sharding import is_dtensor
 
 Held = Tensor | Basis | None
 
@@ -32,8 +33,14 @@ def mapped(basis: Held, change: Callable[[Tensor], Tensor]) -> Held:
 
 
 def moved(basis: Held, device: torch.device) -> Held:
-    """The basis on a device."""
-    return mapped(basis, lambda columns: columns.to(device))
+    """The basis on a device; itself where it is there."""
+
+    def move(columns: Tensor) -> Tensor:
+        if columns.device == device or is_dtensor(columns):
+            return columns.to(device)
+        return padded(columns, device)
+
+    return mapped(basis, move)
 
 
 def double(basis: Held) -> Held:
@@ -44,7 +51,7 @@ def double(basis: Held) -> Held:
 def fitting(basis: Held, dtype: torch.dtype) -> Held:
     """The basis in float64 for a float64 matrix, else in float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return mapped(basis, lambda columns: columns.to(wide))
+    return mapped(basis, lambda columns: padded(columns, dtype=wide))
 
 
 def constant(basis: Held) -> Held:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import TruncatedSVD, truncated_svd
+from osf_kernels import TruncatedSVD, padded, truncated_svd
 from osf_torch.batching import Batch, batches, factors_of, kind_of
 from osf_torch.coverage import left_out, log, log_left_out
 from osf_torch.progress import Show, progress_bar
@@ -176,7 +176,7 @@ def refresh(
                     if held is None:
                         held = torch.float64 if kind.dtype == torch.float64 else torch.float32
                     factors = {
-                        part: factor.detach().to(held if part != "S" else None)
+                        part: padded(factor.detach(), dtype=held if part != "S" else None)
                         for part, factor in factors.items()
                     }
                     factors, facts = sharers.send(owner, factors, facts, s.weight.device)
@@ -370,7 +370,7 @@ def _kept(factor: Tensor, device: torch.device | None) -> Tensor:
     """The factor where it is to stay, in memory of its own: a view would hold on to the rest."""
     moved = factor.to(device)
     shared = moved.untyped_storage().nbytes() > moved.nbytes
-    return moved.clone() if shared or moved.is_inference() else moved
+    return padded(moved.clone() if shared or moved.is_inference() else moved)
 
 
 def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, Any]]:

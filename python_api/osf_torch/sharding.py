@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osf_kernels import padded
+
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed lacks
 
 
@@ -35,7 +37,8 @@ class Sharding:
 
     def slice(self, t: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole tensor, in memory of its own."""
-        return t.narrow(dim, self.start, self.size).clone(memory_format=torch.contiguous_format)
+        part = t.narrow(dim, self.start, self.size)
+        return padded(part.clone(memory_format=torch.contiguous_format))
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels import padded
 from osf_torch.sharding import Group, is_dtensor, sharding_of
 
 METHODS = ("randomized", "gram", "warm", "deflated", "exact")
@@ -96,7 +97,7 @@ class Ranks:
         if columns is not None:
             sent.copy_(columns)
         dist.broadcast(sent, group_src=owner, group=self.group)
-        return sent
+        return padded(sent)
 
     def send(
         self,

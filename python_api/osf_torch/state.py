@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis
+from osf_kernels import Basis, padded
 from osf_torch.bases import Held
 from osf_torch.protected import Pinned, Protected
 from osf_torch.selection import listed
@@ -196,7 +196,7 @@ def _entry_state(s: Subspace) -> dict[str, Any]:
 
 
 class _Copies:
-    """Copies of tensors, one of each on a device, in the strides that it had.
+    """Copies of tensors, one of each on a device, in the order of strides that it had.
 
     Products of a transposed basis may round otherwise.
     """
@@ -207,7 +207,8 @@ class _Copies:
     def of(self, t: Tensor, device: torch.device) -> Tensor:
         key = id(t), device
         if key not in self._made:
-            self._made[key] = t.to(device, copy=True, memory_format=torch.preserve_format)
+            made = t.to(device, copy=True, memory_format=torch.preserve_format)
+            self._made[key] = padded(made)
         return self._made[key]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import osf_kernels
-from osf_kernels import Basis
+from osf_kernels import Basis, padded
 from osf_torch.bases import Held, columns_of
 from osf_torch.coverage import left_out
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
@@ -288,7 +288,7 @@ def _read(
             _require_fit(factors, got, facts.get("rank"), "load_subspaces", f"{name!r} in {path}")
             _require_as_saved(factors, facts.get("factors_sha256"), path, name)
             device = weights[name].device
-            loaded[name] = {part: factor.to(device) for part, factor in factors.items()}
+            loaded[name] = {part: padded(factor, device) for part, factor in factors.items()}
     return seed, described, loaded
 
 

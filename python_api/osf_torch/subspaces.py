@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis, TruncatedSVD
+from osf_kernels import Basis, TruncatedSVD, padded
 from osf_torch.bases import Held
 from osf_torch.selection import listed
 
@@ -211,7 +211,7 @@ class Subspaces(Mapping[str, Decomposition]):
         moved = {}
         for name, entry in self.items():
             factors = {
-                part: factor.to(device, dtype if part != "S" else None)
+                part: padded(factor, device, dtype if part != "S" else None)
                 for part, factor in entry.factors().items()
             }
             moved[name] = assemble(factors, **facts_of(entry))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from osf_kernels import BackendUnavailableError
 from osf_kernels.backends import cuda, cuda_factor
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.operands import Arena, Operand, Placed
 
 
 @pytest.fixture
@@ -114,6 +115,44 @@ def test_no_room_for_the_counters_empties_torchs_cache_once(
     with nullcontext() if freed else pytest.raises(MemoryError, match="cudaMalloc failed"):
         cuda.coefficients([job])
     assert done == ["call", "empty", "call"]
+
+
+def test_a_program_hands_over_the_records_of_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a call over tensors there would pack, whatever addresses a call brings."""
+    handed: list[bytes] = []
+    extension = SimpleNamespace(
+        coefficients=lambda records, *_: handed.append(records),
+        update=lambda records, *_: handed.append(records),
+        coefficients_workspace_bytes=lambda records, *_: len(records),
+    )
+    monkeypatch.setattr(cuda, "_load", lambda: extension)
+    monkeypatch.setattr(cuda, "_index", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    device = torch.device("cpu")
+    V, arena = torch.randn(12, 3), Arena(device)
+    batch, x = (
+        Operand.like(torch.empty(s)[..., 1:], i + 1) for i, s in enumerate(((2, 6, 13), (6, 13)))
+    )
+    B = arena.new(6, 3, torch.float32), arena.new(6, 3, torch.float32)
+    stages: list[list[Job]] = [
+        [
+            Coefficients(batch[(1,)], None, V, None, B[0]),
+            Coefficients(x, None, V, None, B[1]),
+        ],
+        [Update(x, x, None, None, B[1], V.mT, -1.0, 1.0)],
+        [Update(x.mT, batch[(0,)].mT, None, None, None, None, 1.0, -1.0, x.mT)],
+    ]
+    executable = cuda.compiled(stages, device, kept=1)
+    assert executable.parts_bytes == 2 * 26 * 8
+    for addresses in ([1 << 20, 1 << 40, (1 << 62) + 16], [1 << 21, 16, 32]) * 2:
+
+        def address(t: Tensor | Operand, at: list[int] = addresses) -> int:
+            place = t.data_ptr()
+            return at[place.argument] + place if isinstance(place, Placed) else place
+
+        handed.clear()
+        executable.run(addresses)
+        assert handed == [cuda.pack(stage, address) for stage in stages]
 
 
 def test_a_record_holds_sizes_addresses_strides_and_dtypes() -> None:

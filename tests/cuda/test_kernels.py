@@ -195,7 +195,10 @@ def test_addend_and_beta(dtype: torch.dtype, addend: torch.dtype | None) -> None
     )
     job.x.fill_(draws.NAN)
     assert check_update([job]).bytes_read[id(job.x)] == 0
-    check_update([draws.update_job(70, 45, 6, 9, dtype, g, alpha=-2.0, addend=addend)])
+    for beta in (1.0, -1.0):
+        check_update(
+            [draws.update_job(70, 45, 6, 9, dtype, g, alpha=-2.0, beta=beta, addend=addend)]
+        )
 
 
 def test_no_term_at_all() -> None:

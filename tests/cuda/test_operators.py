@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-
 import pytest
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis, backends, plan, project_many_, restore_, use_backend
-from osf_kernels.backends import cuda, forms
-from osf_kernels.backends.forms import Coefficients, Problem, Update
+from osf_kernels import Basis, plan, project_many_, restore_
+from osf_kernels.backends import forms
+from osf_kernels.backends.forms import Problem
 from osf_kernels.plan import Matrix, Mode, Step, choose
 from osf_kernels.testing import (
     leak,
@@ -20,49 +17,11 @@ from osf_kernels.testing import (
     random_basis,
     relative_error,
 )
-from tests.emulator.harness import compiler, run
+from tests.cuda.emulated import Emulated
+from tests.emulator.harness import compiler
+from tests.helpers import run_eagerly
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++)")
-
-
-class Emulated:
-    """The two entry points of the CUDA backend on CPU tensors, counting what they do."""
-
-    def __init__(self) -> None:
-        self.launches = 0
-        self.read: Counter[int] = Counter()
-        self.written: Counter[int] = Counter()
-
-    def coefficients(self, jobs: Sequence[Coefficients]) -> None:
-        self._run(jobs)
-
-    def update(self, jobs: Sequence[Update]) -> None:
-        self._run(jobs)
-
-    def _run(self, jobs: Sequence[Coefficients] | Sequence[Update]) -> None:
-        done = run(jobs, seeds=(5,), multiprocessors=6)[0]
-        self.launches += done.launches
-        for tensor in {id(t): t for job in jobs for t in job if isinstance(t, Tensor)}.values():
-            address = tensor.data_ptr()
-            self.read[address] += done.bytes_read[id(tensor)]
-            self.written[address] += done.bytes_written[id(tensor)]
-        for job in jobs:
-            outputs = (job.A, job.B) if isinstance(job, Coefficients) else (job.out,)
-            for out in outputs:
-                if out is not None:
-                    out.copy_(done[out])
-
-
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
-    kernels = Emulated()
-    monkeypatch.setattr(cuda, "coefficients", kernels.coefficients)
-    monkeypatch.setattr(cuda, "update", kernels.update)
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda device=None: None)
-    backends.unavailable_reason.cache_clear()
-    with use_backend("cuda"):
-        yield kernels
-    backends.unavailable_reason.cache_clear()
 
 
 def draw(
@@ -122,7 +81,7 @@ def test_a_list_of_every_form(dtype: torch.dtype, mode: Mode) -> None:
         )
         for x, U, V in drawn
     ]
-    forms.run(problems, Emulated())
+    run_eagerly(problems, Emulated())
     planned = {problem.step.form for problem in problems}
     assert planned >= ({"inner"} if mode == "core" else {"dual", "mixed", "left", "right"})
     for problem, (x, U, V) in zip(problems, drawn, strict=True):
@@ -139,7 +98,7 @@ def test_dual_reads_each_gradient_twice_and_writes_it_once(dtype: torch.dtype) -
     step = step_on_a_gpu(x, U, V, "complement")
     assert step.form == "dual"
     before, kernels = x.clone(), Emulated()
-    forms.run([Problem(x, x, U.columns, V.columns, step)], kernels)
+    run_eagerly([Problem(x, x, U.columns, V.columns, step)], kernels)
     size, address = x.numel() * x.element_size(), x.data_ptr()
     assert kernels.read[address] == 2 * size
     assert kernels.written[address] == size

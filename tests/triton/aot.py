@@ -73,15 +73,32 @@ class Compiled(NamedTuple):
     part_loads: int = 0  # of 16 bytes, of parts of sums; not among wide_loads
 
 
-def launches_of(config: configs.Config, kind: Class, *, aligned: bool = True) -> schedule.Launch:
-    """The launch a config makes of contiguous matrices, metadata and all."""
+def whole_width(columns: int) -> int:
+    """Rounded up to 16 bytes of any dtype."""
+    return -(-columns // 8) * 8
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+    """Rows ``width`` elements apart; contiguous where that is 0."""
+    return torch.empty(rows, width or columns, dtype=dtype)[:, :columns]
+
+
+def launches_of(
+    config: configs.Config, kind: Class, *, aligned: bool = True, padded: int = 0
+) -> schedule.Launch:
+    """The launch a config makes of contiguous matrices, metadata and all.
+
+    Padded: bases and coefficients of so many columns, in rows of whole 16-byte vectors.
+    """
     m, n = (512, 512) if aligned else (513, 511)  # long enough for every sum to be split
     rank = 64 if aligned else 63
     if isinstance(config, configs.OnePass):
         rank = config.block_r if aligned else config.block_r - 1
+    rank = padded or rank
+    width = padded and whole_width(padded)
     x = torch.empty(m, n, dtype=kind.x)
-    U, V = torch.empty(m, rank, dtype=kind.basis), torch.empty(n, rank, dtype=kind.basis)
-    A, B = torch.empty(rank, n), torch.empty(m, rank)
+    U, V = (matrix(rows, rank, kind.basis, width) for rows in (m, n))
+    A, B = torch.empty(rank, n), matrix(m, rank, torch.float32, width)
     if isinstance(config, configs.Update):
         (made,) = schedule.update_launches(
             [Update(x, x, U, A, B, V.mT, -1.0, 1.0)],
@@ -108,16 +125,18 @@ def products_of(
     aligned: bool = True,
     transposed: bool = False,
     rank: int = 128,
+    padded: bool = False,
 ) -> schedule.Launch:
     """The launch a config makes of A Q (or Aᵀ Q), or of Aᵀ A (or A Aᵀ), in float32 accuracy.
 
-    Not aligned: A has rows of odd width.
+    Not aligned: A has rows of odd width. Padded: Q has rows of whole 16-byte vectors.
     """
     m, n = (1024, 1024) if aligned else (1023, 1021)
     A = torch.empty(m, n, dtype=dtype)
     if isinstance(config, configs.TwoPass):
         products = config
-        Q, out = torch.empty(n, rank), torch.empty(m, rank)
+        width = padded and whole_width(rank)
+        Q, out = (matrix(rows, rank, torch.float32, width) for rows in (n, m))
         job = Coefficients(A, None, Q, None, out)
         if transposed:
             job = Coefficients(A, torch.empty(m, rank), None, torch.empty(rank, n), None)

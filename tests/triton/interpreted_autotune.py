@@ -7,26 +7,32 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import osf_kernels
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Coefficients, Update
-from osf_kernels.backends.triton import autotune, configs, dispatch, launch
+from osf_kernels.backends.triton import autotune, configs, dispatch
+from osf_kernels.testing import (
+    assert_error_within,
+    project_eager,
+    project_reference,
+    random_basis,
+)
 from tests.helpers import generator_for, randn
 from tests.triton.jobs import assert_coefficients, assert_gram, assert_multiply, assert_update
+from tests.triton.watching import Watching, watch
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Addresses in the metadata of every launch, in order, with a search switched on."""
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watching:
+    """Every launch, with a search switched on."""
     monkeypatch.setenv("OSF_AUTOTUNE", "1")
-    seen: list[list[int]] = []
-    ready = launch._launch
+    return watch(monkeypatch)
 
-    def watching(metadata: torch.Tensor, made: object, device: torch.device) -> object:
-        seen.append(list(made.metadata))  # type: ignore[attr-defined]
-        return ready(metadata, made, device)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(launch, "_launch", watching)
-    return seen
+def touching(watched: Watching, *tensors: torch.Tensor) -> list[bool]:
+    """Of every launch, in order, whether its records hold the address of a tensor."""
+    addresses = {t.data_ptr() for t in tensors}
+    return [bool(addresses & set(records.tolist())) for records in watched.records]
 
 
 def rank_by(monkeypatch: pytest.MonkeyPatch, wanted: int) -> list[int]:
@@ -43,7 +49,7 @@ def rank_by(monkeypatch: pytest.MonkeyPatch, wanted: int) -> list[int]:
     return runs
 
 
-def test_coefficients(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> None:
+def test_coefficients(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> None:
     runs = rank_by(monkeypatch, 2)
     g = generator_for("autotune")
     x = randn(40, 48, dtype=torch.float32, generator=g)
@@ -53,12 +59,12 @@ def test_coefficients(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]])
     assert_coefficients(job)
     pinned = configs.coefficients_config("sm_80", 4, 8, 8)
     assert len(runs) == len(configs.candidates(pinned))
-    touching = [any(t.data_ptr() in data for t in job if t is not None) for data in watched]
     # The search's launches know no address of the job, the last does.
-    assert touching == [False] * len(runs) + [True]
+    own = [t for t in job if t is not None]
+    assert touching(watched, *own) == [False] * len(runs) + [True]
 
 
-def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> None:
+def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> None:
     """An update searched on the caller's matrix would have been applied once a candidate."""
     runs = rank_by(monkeypatch, 1)
     g = generator_for("autotune update")
@@ -71,7 +77,7 @@ def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: list[list[int
     backend.update([job])
     assert_update(job, before)
     assert all(map(torch.equal, factors, kept))
-    assert [x.data_ptr() in data for data in watched] == [False] * len(runs) + [True]
+    assert touching(watched, x) == [False] * len(runs) + [True]
     job.x.copy_(before)
     count = len(runs)
     backend.update([job])
@@ -79,7 +85,7 @@ def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: list[list[int
     assert_update(job, before)
 
 
-def test_products(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> None:
+def test_products(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> None:
     """The products in float32 accuracy are searched on copies too, among configs of their own."""
     runs = rank_by(monkeypatch, 1)
     g = generator_for("autotune products")
@@ -94,8 +100,28 @@ def test_products(monkeypatch: pytest.MonkeyPatch, watched: list[list[int]]) -> 
     tried = len(configs.candidates(configs.gram_config("sm_80", "bfloat16", 24)))
     # The timer above ranks by the number of the run, so the second search keeps its first.
     assert len(runs) == len(configs.candidates(pinned)) + tried
-    touching = [A.data_ptr() in data for data in watched]
-    assert [i for i, own in enumerate(touching) if own] == [
+    assert [i for i, own in enumerate(touching(watched, A)) if own] == [
         len(configs.candidates(pinned)),
-        len(watched) - 1,
+        len(watched.records) - 1,
     ]
+
+
+def test_a_program_is_searched_once(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> None:
+    """Before its operands have addresses, on values of their layouts; its calls search no more."""
+    runs = rank_by(monkeypatch, 1)
+    g = generator_for("autotune program")
+    U, V = (random_basis(size, 8, generator=g) for size in (40, 48))
+    grads = [randn(40, 48, dtype=torch.float32, generator=g) for _ in range(3)]
+    with osf_kernels.use_backend("triton"):
+        prepared = osf_kernels.prepare(grads[:1], [U], [V])
+    for x in grads:
+        before = x.clone()
+        prepared.project_([x])
+        peer = project_eager(before, U, V)
+        assert_error_within(x, project_reference(before, U, V), peer, scale=before)
+        assert len(runs) == len(set(runs)), "a candidate was run again"
+        if x is grads[0]:
+            searched = len(runs)
+    assert len(runs) == searched > 0
+    launches = len(watched.records) - searched
+    assert touching(watched, *grads) == [False] * searched + [True] * launches

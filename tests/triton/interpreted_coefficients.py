@@ -12,6 +12,7 @@ from osf_kernels.backends.forms import Coefficients
 from osf_kernels.backends.triton import configs, schedule
 from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_coefficients, draw, draw_coefficients
+from tests.triton.watching import watch
 
 # Small tiles, so that small matrices have several and every edge is ragged.
 CONFIGS: dict[str, configs.OnePass | configs.TwoPass] = {
@@ -99,7 +100,10 @@ def test_expanded_and_transposed_views(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", [pytest.param("one_pass", marks=pytest.mark.slow), "two_pass"])
 def test_list_of_mixed_shapes(variant: str) -> None:
-    """Any mix of shapes, ranks and dtypes in one call, to the bit what a loop and a rerun give."""
+    """Any mix of shapes, ranks and dtypes in one call, to the bit what a rerun gives.
+
+    A loop gives these bits too where the launch of the list doesn't fill the machine, as here.
+    """
     g = generator_for("list", variant)
     shapes = [((33, 70), (5, 5)), ((8, 8), (1, 3)), ((100, 17), (17, 4)), ((64, 32), (32, 16))]
     jobs = [
@@ -135,6 +139,31 @@ def test_sums_are_split() -> None:
         parts = made.metadata[at + 9]  # of A, the first record of a sum
         assert parts == 3
         assert made.workspace_elements >= parts * 41 * 20
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_list_that_fills_the_machine_splits_no_sum(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone a matrix has parts; among others it has none, is as accurate, and has the same bits
+    in every run."""
+    monkeypatch.setitem(configs.FILL, "sm_80", 8 if variant == "one_pass" else 32)
+    watching = watch(monkeypatch)
+    g = generator_for("full", variant)
+    jobs = [draw_coefficients((130, 41), (20, 13), g) for _ in range(4)]
+    run(jobs[:1], variant)
+    assert_coefficients(jobs[0])
+    run(jobs, variant)
+    listed = [bits(job) for job in jobs]
+    run(jobs, variant)
+    for job, before in zip(jobs, listed, strict=True):
+        assert_coefficients(job)
+        assert all(map(torch.equal, bits(job), before))
+    alone, together, again = watching.planned
+    assert together.metadata == again.metadata
+    assert alone.tiles * 4 > together.tiles
+    # One read has parts of B, of its strips, whatever the list.
+    assert (alone.sums, together.sums) == ((2, 8) if variant == "one_pass" else (1, 0))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,9 +5,6 @@ The parts of a sum arrive in any order; the sum has the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import triton
@@ -17,12 +14,12 @@ from triton.runtime.errors import InterpreterError
 
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Coefficients
-from osf_kernels.backends.triton import configs, launch
+from osf_kernels.backends.triton import configs, dispatch, launch
 from osf_kernels.backends.triton.kernels import coefficients as kernels
-from osf_kernels.backends.triton.schedule import Launch
 from tests.helpers import generator_for
 from tests.triton.interleaving import Stuck, interleave
 from tests.triton.jobs import assert_coefficients, draw, draw_coefficients
+from tests.triton.watching import watch
 
 ONE_PASS = configs.OnePass(32, 16, 16, 4, 1)
 TWO_PASS = configs.TwoPass(32, 32, 16, 4, 1)
@@ -147,12 +144,12 @@ def test_a_wait_without_end_is_seen(
     name: str, mutant: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a product that does not count, or that nobody is left to claim."""
-    found = kept_metadata(monkeypatch)
+    watching = watch(monkeypatch)
     monkeypatch.setattr(kernels, name, mutant)
     interleave(monkeypatch, 0, resident=2)
     with pytest.raises(InterpreterError, match=Stuck.__name__):
         backend.coefficients(jobs_of(), config=TWO_PASS)
-    ((made, _),) = found
+    (made,) = watching.planned
     assert made.tiles + made.sum_tiles == LAST.value + 1
 
 
@@ -181,29 +178,16 @@ def test_parts_are_added_in_their_order(config: Config, monkeypatch: pytest.Monk
         assert torch.equal(job.A, expected.expand(4, -1))
 
 
-def kept_metadata(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Launch, Tensor]]:
-    """What every launch had for metadata, to look at afterwards."""
-    found = []
-    ready: Callable[..., object] = launch._launch
-
-    def watching(metadata: Tensor, each: Launch, device: torch.device) -> object:
-        found.append((each, metadata))
-        return ready(metadata, each, device)
-
-    monkeypatch.setattr(launch, "_launch", watching)
-    return found
-
-
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the same metadata serves the next call: nothing of it has changed."""
-    found = kept_metadata(monkeypatch)
+    watching = watch(monkeypatch)
     interleave(monkeypatch, 7)
     backend.coefficients(jobs_of(), config=ONE_PASS)
     backend.coefficients(jobs_of(), config=TWO_PASS)
     g = generator_for("squares")
     backend.gram([draw(130, 40, torch.float32, g)], torch.empty(1, 40, 40), config=GRAM)
-    assert len(found) == 3
-    for made, metadata in found:
+    assert len(watching.planned) == 3
+    for made, metadata in zip(watching.planned, watching.records, strict=True):
         assert made.sums > 0
         assert min(made.tiles, made.sum_tiles) > 0
         assert made.tiles + made.sum_tiles > PROGRAMS
@@ -211,33 +195,29 @@ def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_counters_that_are_not_reset_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kept_metadata(monkeypatch)
+    watching = watch(monkeypatch)
     monkeypatch.setattr(kernels, "finish", not_reset)
     backend.coefficients(jobs_of(), config=ONE_PASS)
-    ((made, metadata),) = found
+    (made,), (metadata,) = watching.planned, watching.records
     claims = made.tiles + made.sum_tiles + PROGRAMS
     assert metadata[: len(made.metadata)].tolist() == [claims, made.tiles, *made.metadata[2:]]
 
 
 @pytest.mark.slow
-def test_a_kept_launch_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where a repeated call copies no metadata."""
-    kept: list[list[launch._Ready]] = []
-    make = launch._ready
-
-    def keeping(*args: Any) -> list[launch._Ready]:
-        kept.append(make(*args))
-        return kept[-1]
-
-    monkeypatch.setattr(launch, "_ready", keeping)
+def test_kept_records_serve_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated call copies no records to the device, and its counters start at zero."""
+    watching = watch(monkeypatch)
     jobs = jobs_of()
-    backend.coefficients(jobs, config=TWO_PASS)
+    device = torch.device("cpu")
+    plan = dispatch._plan_coefficients(device, jobs, None, TWO_PASS, "tf32x3", False)
+    executable = launch.Executable(plan, device, kept=1)
+    executable.run()
     expected = bits(jobs)
     for seed in SEEDS:
         for out in (t for job in jobs for t in (job.A, job.B) if t is not None):
             out.fill_(torch.nan)
         with monkeypatch.context() as patch:
             interleave(patch, seed)
-            for each in kept[0]:
-                each(torch.device("cpu"))
+            executable.run()
         assert all(map(torch.equal, bits(jobs), expected)), seed
+    assert watching.uploads == 1

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.triton import configs, gram_schedule, launch
+from osf_kernels.backends.triton import configs, gram_schedule
 from osf_kernels.testing import assert_error_within
 from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_gram, assert_multiply, draw
+from tests.triton.watching import watch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What float16 shares with bfloat16 runs for it in the full suite.
@@ -359,14 +360,7 @@ def test_sums_are_split_and_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_matmul_precision_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 is taken by tf32x3 where torch's own products may be TF32, and everywhere else."""
-    made: list[tuple[str, object]] = []
-    ready = launch._launch
-
-    def watching(metadata: Tensor, each: object, device: torch.device) -> object:
-        made.append((each.kernel, each.constants["PRECISION"]))  # type: ignore[attr-defined]
-        return ready(metadata, each, device)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(launch, "_launch", watching)
+    watching = watch(monkeypatch)
     A, Q, out = torch.randn(16, 16), torch.randn(1, 16, 4), torch.empty(1, 16, 4)
     square = torch.empty(1, 16, 16)
     before = torch.backends.cuda.matmul.fp32_precision
@@ -377,6 +371,7 @@ def test_torch_matmul_precision_changes_nothing(monkeypatch: pytest.MonkeyPatch)
             backend.gram([A], square)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+    made = [(each.kernel, each.constants["PRECISION"]) for each in watching.planned]
     assert made == [("two_pass", "tf32x3"), ("gram", "tf32x3")] * 2
 
 

@@ -33,7 +33,7 @@ def draw_update(
     beta: float = 1.0,
     addend: bool = False,
 ) -> Update:
-    """A job in place (with beta = 1) or into a guarded NaN matrix (with beta = 0)."""
+    """A job in place (with beta = 1 or −1) or into a guarded NaN matrix (with beta = 0)."""
     (m, n), (r, k) = shape, ranks
     basis = basis or dtype
 
@@ -63,7 +63,7 @@ def run(*jobs: Update, **options: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 1.0, -1.0])
 def test_against_float64(dtype: torch.dtype, beta: float) -> None:
     """With beta = 0 both x and out hold NaN, so that a read of either shows."""
     g = generator_for(dtype, beta)
@@ -150,7 +150,7 @@ def test_transposed_list_equals_loop_and_rerun() -> None:
 @pytest.mark.parametrize("ranks", [(None, 9), (9, None), (0, 9), (9, 0), (None, None), (0, 0)])
 def test_missing_terms(ranks: tuple[int | None, int | None]) -> None:
     g = generator_for(ranks)
-    for beta in (0.0, 1.0):
+    for beta in (0.0, 1.0, -1.0):
         run(draw_update((24, 33), ranks, g, beta=beta, dtype=torch.bfloat16))
 
 

@@ -134,7 +134,7 @@ def expected_update(job: Update, x: Tensor) -> tuple[Tensor, Tensor]:
             products = products + left.double().abs() @ right.double().abs()
     truth, products = job.alpha * truth, abs(job.alpha) * products
     if job.beta:
-        truth = truth + x.double()
+        truth = truth + job.beta * x.double()
     if job.addend is not None:
         truth = truth + job.addend.double()
     return truth, products

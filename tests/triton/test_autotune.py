@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.operands import Operand
 from osf_kernels.backends.triton import autotune, configs
 
 
@@ -114,28 +112,36 @@ def test_median_of_times() -> None:
 def test_a_search_runs_its_candidates_inside_the_call_it_is_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On CUDA the search is part of building a call's launches. Device and uploads are fakes."""
-    launch = pytest.importorskip("osf_kernels.backends.triton.launch", exc_type=ImportError)
-    stream = SimpleNamespace(cuda_stream=7)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(launch, "_Uploads", SimpleNamespace)
-    monkeypatch.setattr(launch, "_calls", OrderedDict())
-    device = torch.device("cuda", 0)
-    built: list[str] = []
+    """A search is part of planning a call, so that it launches while that call has begun."""
+    dispatch = pytest.importorskip("osf_kernels.backends.triton.dispatch", exc_type=ImportError)
+    monkeypatch.setenv("OSF_AUTOTUNE", "1")
+    launched: list[str] = []
 
-    def candidate() -> list[object]:
-        built.append("candidate")
-        return []
+    class Driver(dispatch.launch.Driver):  # type: ignore[name-defined, misc]
+        def launch(self, kernel: object, grid: object, *_: object, **options: object) -> None:
+            launched.append(str(options["num_warps"]))
 
-    def call() -> list[object]:
-        launch.run(("candidate",), device, candidate)
-        built.append("call")
-        return []
-
-    thread = threading.Thread(target=launch.run, args=(("call",), device, call), daemon=True)
+    tuner = autotune.Tuner(lambda run: float(run() or 1))
+    monkeypatch.setattr(dispatch, "_tuner", lambda: tuner)
+    monkeypatch.setattr(dispatch.launch, "driver", Driver())
+    x, V = torch.randn(64, 32), torch.randn(32, 8)
+    jobs = [Coefficients(x, None, V, None, torch.empty(64, 8))]
+    call = (jobs, None, None, None)
+    thread = threading.Thread(target=dispatch.coefficients, args=call, daemon=True)
     thread.start()
     thread.join(timeout=20)
     assert not thread.is_alive(), "the search waits for its own call"
-    assert built == ["candidate", "call"]
+    pinned = configs.coefficients_config("sm_80", 4, 0, 8)
+    assert len(launched) == len(configs.candidates(pinned)) + 1
+
+
+def test_scratch_of_operands_is_in_place_where_the_job_is() -> None:
+    """One place behind two arguments isn't one memory."""
+    device = torch.device("cpu")
+    like = torch.empty(8, 6)
+    x, other = (Operand.like(like, argument) for argument in (1, 2))
+    assert x.data_ptr() == other.data_ptr()
+    for out, in_place in ((x, True), (x.mT.mT, True), (other, False)):
+        job = autotune.scratch_update(Update(out, x, None, None, None, None, 1.0, 1.0))
+        assert (job.out is job.x) == in_place
+        assert job.out.device == device

@@ -3,14 +3,26 @@ offsets. Those of the products in float32 accuracy are in ``test_gpu_products``.
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
+import osf_kernels
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.forms import Coefficients, Update
 from osf_kernels.backends.triton import configs
+from osf_kernels.ops._names import Names
+from osf_kernels.testing import (
+    assert_error_within,
+    project_eager,
+    project_reference,
+    random_basis,
+)
 from tests.helpers import generator_for, randn
 from tests.triton.jobs import assert_coefficients, assert_update
+
+launch = pytest.importorskip("osf_kernels.backends.triton.launch", exc_type=ImportError)
 
 pytestmark = pytest.mark.gpu
 
@@ -95,7 +107,8 @@ def test_variants_and_offset(dtype: torch.dtype, variant: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_in_a_list_a_loop_and_again(dtype: torch.dtype) -> None:
+def test_same_bits_again_and_updates_in_a_loop(dtype: torch.dtype) -> None:
+    """Sums of a list are split otherwise than a loop's; what is updated from them is the same."""
     g = generator_for("gpu bits", dtype)
     jobs = [draw(shape, ranks, dtype, g) for shape, ranks in SHAPES]
     inputs = [job.x.clone() for job in jobs]
@@ -103,12 +116,16 @@ def test_same_bits_in_a_list_a_loop_and_again(dtype: torch.dtype) -> None:
     for batches in ([jobs], [jobs], [[job] for job in jobs]):
         for job, x in zip(jobs, inputs, strict=True):
             job.x.copy_(x)
+        backend.coefficients(jobs)
         for batch in batches:
-            backend.coefficients(batch)
             backend.update([update_of(job) for job in batch])
         outcomes.append([t.clone() for job in jobs for t in (job.x, job.A, job.B) if t is not None])
     for other in outcomes[1:]:
         assert all(map(torch.equal, outcomes[0], other))
+    for job, x in zip(jobs, inputs, strict=True):
+        job.x.copy_(x)
+        backend.coefficients([job])
+        assert_coefficients(job, "tf32x3")
 
 
 def test_non_finite_values_stay() -> None:
@@ -128,7 +145,7 @@ def test_non_finite_values_stay() -> None:
 def test_graph_capture_and_replay(warm: bool) -> None:
     """Replays follow new contents of the same tensors, whether or not the call had run before."""
     g = generator_for("gpu graph", warm)
-    # Compiles kernels and reserves pinned memory: a capture can do neither.
+    # Compiles kernels, which a capture can't.
     compiled = [draw((512, 640), (32, 48), torch.bfloat16, g)]
     backend.coefficients(compiled)
     backend.update([update_of(compiled[0])])
@@ -150,6 +167,88 @@ def test_graph_capture_and_replay(warm: bool) -> None:
         torch.cuda.synchronize()
         assert_coefficients(job._replace(x=fresh))
         assert_update(update_of(job), fresh)
+
+
+def test_records_of_a_capture_are_those_of_a_copy() -> None:
+    """To the bit, also beyond the integers that a double holds."""
+    device = torch.device("cuda")
+    driver = launch.Driver()
+    records = array("q", [0, 1, -1, 2**53 + 1, -(2**53) - 1, 2**63 - 1, -(2**63), 2**47 + 3])
+    driver.upload(records, device, True)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = driver.upload(records, device, True)
+    for _ in range(2):
+        captured.fill_(7)
+        graph.replay()
+        assert captured.tolist() == records.tolist()
+    assert driver.upload(records, device, False).tolist() == records.tolist()
+
+
+class List:
+    """A prepared list of three shapes on the GPU, its oracle and its peer."""
+
+    def __init__(self, *key: object) -> None:
+        g = generator_for(*key)
+        self.g, shapes = g, [(512, 384), (96, 640), (257, 131)]
+        self.Us, self.Vs = (
+            [
+                random_basis(s[axis], 24, dtype=torch.bfloat16, generator=g, device="cuda")
+                for s in shapes
+            ]
+            for axis in (0, 1)
+        )
+        self.grads = [self.like(s) for s in shapes]
+        with osf_kernels.use_backend("triton"):
+            self.prepared = osf_kernels.prepare(self.grads, self.Us, self.Vs)
+
+    def like(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return randn(*shape, dtype=torch.bfloat16, generator=self.g).cuda()
+
+    def refill(self) -> list[torch.Tensor]:
+        """New values in the same memory; returns copies."""
+        for x in self.grads:
+            x.copy_(self.like(tuple(x.shape)))
+        return [x.clone() for x in self.grads]
+
+    def check(self, grads: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+        for x, old, U, V in zip(grads, before, self.Us, self.Vs, strict=True):
+            assert_error_within(
+                x, project_reference(old, U, V), project_eager(old, U, V), scale=old
+            )
+
+
+def test_a_hundred_captures_of_a_prepared_call() -> None:
+    """Each has records of its own, of which none runs out; all replay, the first ones last."""
+    case = List("gpu captures")
+    before = case.refill()
+    case.prepared.project_(case.grads)
+    case.check(case.grads, before)
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(100):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            case.prepared.project_(case.grads)
+    for graph in graphs[::-1]:
+        before = case.refill()
+        graph.replay()
+        torch.cuda.synchronize()
+        case.check(case.grads, before)
+
+
+def test_a_prepared_call_follows_new_addresses() -> None:
+    """As after zero_grad(set_to_none=True): each call is of other memory, some of it kept alive."""
+    case = List("gpu addresses")
+    held, seen = [], set()
+    for _ in range(20):
+        grads = [case.like(tuple(x.shape)) for x in case.grads]
+        before = [x.clone() for x in grads]
+        case.prepared.project_(grads)
+        case.check(grads, before)
+        held.append(grads[0])
+        seen.add(grads[0].data_ptr())
+    assert len(seen) == len(held)
 
 
 def test_stream_of_the_caller() -> None:
@@ -197,16 +296,18 @@ def test_sums_of_calls_in_flight_on_several_streams() -> None:
 
 
 def test_repeated_call_copies_nothing() -> None:
-    """The second call with the same tensors finds its metadata on the device."""
-    g = generator_for("gpu cache")
-    job = draw((512, 512), (16, 16), torch.bfloat16, g)
-    backend.coefficients([job])
+    """The second call of a prepared list with the same tensors finds its records on the device."""
+    case = List("gpu cache")
+    case.prepared.project_(case.grads)
+    # acc_events: torch 2.11 warns without it. A profiled call is the operator's, not the list's.
+    names = Names("project_many_", "grads")
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    # acc_events: torch 2.11 warns without it.
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        backend.coefficients([job])
+        case.prepared.run_project_(names, case.grads)
         torch.cuda.synchronize()
-    assert not [event.key for event in profile.key_averages() if "Memcpy" in event.key]
+    events = [event.key for event in profile.key_averages()]
+    assert any("update" in key for key in events)
+    assert not [key for key in events if "Memcpy" in key]
 
 
 def test_search_leaves_the_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +348,6 @@ def test_more_than_two_to_the_31_elements() -> None:
 @pytest.mark.parametrize("width", [2, 4])
 def test_every_pinned_config_of_this_device(width: int) -> None:
     """Whatever the rules choose among, forced in turn."""
-    from osf_kernels.backends.triton import launch
-
     g = generator_for("gpu configs", width)
     dtype = torch.bfloat16 if width == 2 else torch.float32
     for row_width, config in configs.shipped(launch.architecture(torch.device("cuda"))):

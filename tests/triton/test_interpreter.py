@@ -22,6 +22,7 @@ FILES = (
     "interpreted_coefficients",
     "interpreted_ordered",
     "interpreted_update",
+    "interpreted_padding",
     "interpreted_projection",
     "interpreted_products",
     "interpreted_autotune",

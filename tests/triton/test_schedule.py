@@ -193,18 +193,38 @@ def test_columns_of_products_are_scheduled_as_rows() -> None:
         assert (first.tiles, first.sum_tiles) == (second.tiles, second.sum_tiles)
 
 
-def test_split_depends_on_the_matrix_alone() -> None:
-    """Each side of a matrix takes as many tiles in a list as by itself."""
+def tiles_of(made: schedule.Launch) -> list[int]:
+    """Of each problem's products."""
+    starts = made.metadata[2 : made.problems + 3]
+    return [after - before for before, after in itertools.pairwise(starts)]
+
+
+def test_a_list_that_fills_the_machine_splits_no_sum() -> None:
+    """Matrices that by themselves would leave processors idle are split only by themselves."""
     jobs = [job(4096, 512, 128, 128), job(512, 4096, 128, 104), job(64, 64, 96, 72)]
+    alone = [launches([each])[0] for each in jobs]
+    assert [made.sums > 0 for made in alone] == [True, True, False]
+    (few,) = launches(jobs)
+    assert sum(map(sum, map(tiles_of, alone))) > few.tiles > 0
+    (many,) = launches(jobs * 8)
+    assert many.sums == 0
+    assert many.tiles >= configs.FILL["sm_90"]
+    assert many.workspace_elements == 0
+    # Those of one read have the parts of B of their strips, and those of A are one.
+    (one_read,) = launches([job(4096, 4096, 32, 32)] * 8)
+    assert one_read.kernel == "one_pass"
+    strips = 4096 // one_read.config.block_n  # type: ignore[union-attr]
+    assert one_read.workspace_elements == 8 * (4096 * 32 + strips * 4096 * 32)
 
-    def tiles(products: schedule.Launch) -> list[int]:
-        starts = products.metadata[2 : products.problems + 3]
-        return [after - before for before, after in itertools.pairwise(starts)]
 
-    alone = [tiles(launches([each])[0]) for each in jobs]
-    (together,) = launches(jobs)
-    assert tiles(together) == list(itertools.chain(*alone))
-    assert max(map(max, alone)) > 1
+def test_split_of_a_product_depends_on_the_matrix_alone() -> None:
+    """Each takes as many tiles in a list as by itself, and so has the same bits."""
+    As = weights(1, 4096, 512)
+    for transpose in (False, True):
+        (alone,) = products(As, 96, transpose)[0]
+        (together,) = products(As * 24, 96, transpose)[0]
+        assert tiles_of(together) == 24 * tiles_of(alone)
+        assert (together.sums, alone.sums) == (24, 1)
 
 
 def test_parts_cover_the_sum_once() -> None:
@@ -234,6 +254,14 @@ def test_small_output_fills_the_machine() -> None:
         (torch.zeros(64, 72)[:, 4:68], Layout.ROW),
         (torch.zeros(64, 128)[:, ::2], Layout.GENERAL),
         (torch.zeros(1, 64).expand(64, 64), Layout.ROW),
+        (torch.zeros(64, 80)[:, :77], Layout.PADDED_ROW),
+        (torch.zeros(64, 80)[:, 4:77], Layout.PADDED_ROW),
+        (torch.zeros(64, 80)[1:, :79], Layout.PADDED_ROW),
+        (torch.zeros(64 * 80 - 1).as_strided((64, 77), (80, 1)), Layout.UNALIGNED_ROW),
+        (torch.zeros(64 * 80 - 4).as_strided((64, 76), (80, 1)), Layout.ROW),
+        (torch.zeros(64, 76).as_strided((60, 77), (76, 1)), Layout.UNALIGNED_ROW),  # overlap
+        (torch.zeros(64, 80, dtype=torch.bfloat16)[:, :76], Layout.PADDED_ROW),
+        (torch.zeros(64, 84, dtype=torch.bfloat16)[:, :77], Layout.UNALIGNED_ROW),
     ],
 )
 def test_layout(view: Tensor, layout: Layout) -> None:
@@ -241,6 +269,7 @@ def test_layout(view: Tensor, layout: Layout) -> None:
     turned = {
         Layout.ROW: Layout.COLUMN,
         Layout.UNALIGNED_ROW: Layout.UNALIGNED_COLUMN,
+        Layout.PADDED_ROW: Layout.PADDED_COLUMN,
         Layout.GENERAL: Layout.GENERAL,
     }
     flipped = turned.get(layout, Layout.ROW)
@@ -282,7 +311,7 @@ def test_refusals() -> None:
         launches([job(8, 8, 2, 2, torch.float64)])
     with pytest.raises(TypeError, match="expected S to be float32"):
         launches([job(8, 8, 2, 2)._replace(S=torch.zeros(2, dtype=torch.float64))])
-    with pytest.raises(ValueError, match="beta to be 0 or 1"):
+    with pytest.raises(ValueError, match="beta to be 0, 1 or -1"):
         update_launches([update_job(job(8, 8, 2, 2), beta=0.5)])
     long = torch.zeros(1).expand(1, 2**31)
     with pytest.raises(ValueError, match="no dimension beyond"):

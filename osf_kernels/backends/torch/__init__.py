@@ -9,7 +9,7 @@ overflow where g itself doesn't: it is as large as √m·max|g|.
 
 A form is a function of ``loops.py`` over a list; here is what each list runs and in what dtype.
 
-May import: torch, ``osf_kernels.backends.forms``.
+May import: torch, ``osf_kernels.backends.forms``, ``osf_kernels._padding``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import Coefficients, Problem
 from osf_kernels.backends.torch import sixteen_bit
 from osf_kernels.backends.torch.loops import FORMS
@@ -160,7 +161,7 @@ class _Group:
 def run_one(step: Step, x: Tensor, out: Tensor, U: Tensor | None, V: Tensor | None) -> None:
     """One matrix of which :func:`needs_no_conversion` holds."""
     sides = (U,), (None if U is None else U.mT,), (V,), (None if V is None else V.mT,)
-    FORMS[step.form](step, (torch.mm, torch.addmm), (x,), (out,), *sides, _NO_PINS, _NOT_READY)
+    FORMS[step.form](step, _products(x), (x,), (out,), *sides, _NO_PINS, _NOT_READY)
 
 
 def _run(
@@ -228,7 +229,9 @@ def needs_no_conversion(x: torch.dtype, U: torch.dtype | None, V: torch.dtype | 
 def _converted(held: Sequence[Tensor | None], dtype: torch.dtype) -> Sequence[Any]:
     if held[0] is None or held[0].dtype == dtype:
         return held
-    return [t.to(dtype) for t in held if t is not None]
+    if not _padding.pads(held[0].device):
+        return [t.to(dtype) for t in held if t is not None]
+    return [_padding.padded(t, dtype=dtype) for t in held if t is not None]
 
 
 def _dense(held: Sequence[Any]) -> Sequence[Any]:
@@ -242,5 +245,12 @@ def _transposed(held: Sequence[Any]) -> Sequence[Any]:
     return held if held[0] is None else [t.mT for t in held]
 
 
-def _products(x: Tensor) -> tuple[Any, Any]:
-    return (torch.mm, torch.addmm) if x.dim() == 2 else (torch.bmm, torch.baddbmm)
+def _products(x: Tensor) -> tuple[Any, Any, Any]:
+    """a b and x + alpha·a b of matrices or of batches, and a concatenation; with padded rows where
+    those of cuBLAS gain by it."""
+    if not _padding.pads(x.device):
+        return _OF_MATRICES if x.dim() == 2 else (torch.bmm, torch.baddbmm, torch.cat)
+    return _padding.matmul, torch.addmm if x.dim() == 2 else torch.baddbmm, _padding.cat
+
+
+_OF_MATRICES = (torch.mm, torch.addmm, torch.cat)

@@ -6,9 +6,9 @@ which a small matrix would feel. A Python function runs for a matrix only in the
 for sums that cancelled.
 
 A form takes (step, products, xs, outs, Us, Uts, Vs, Vts, pins, ready), all of one working dtype.
-``products`` are those of 2-D matrices or of batches, ``out`` may be x, and Ut is Uᵀ. ``pins`` are
-S, rest_A and rest_B of a problem or None, ``ready`` its A and B or a pair of None, which are not
-written. With beta = 0 x is not read by the update.
+``products`` are mm, addmm and cat of 2-D matrices or of batches, ``out`` may be x, and Ut is Uᵀ.
+``pins`` are S, rest_A and rest_B of a problem or None, ``ready`` its A and B or a pair of None,
+which are not written. With beta = 0 x is not read by the update.
 
 May import: torch, ``osf_kernels.plan``.
 """
@@ -50,7 +50,7 @@ def _left(
     pins: Any,
     ready: Any,
 ) -> None:
-    (mm, addmm), alpha, beta = products, step.alpha, step.beta
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     for x, out, U, Ut, (A, _) in _rows(xs, outs, Us, Uts, ready):
         if A is None:
             A = mm(Ut, x)
@@ -69,7 +69,7 @@ def _right(
     pins: Any,
     ready: Any,
 ) -> None:
-    (mm, addmm), alpha, beta = products, step.alpha, step.beta
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     for x, out, V, Vt, (_, B) in _rows(xs, outs, Vs, Vts, ready):
         if B is None:
             B = mm(x, V)
@@ -88,7 +88,7 @@ def _dual(
     pins: Any,
     ready: Any,
 ) -> None:
-    (mm, addmm), alpha, beta, cat = products, step.alpha, step.beta, torch.cat
+    (mm, addmm, cat), alpha, beta = products, step.alpha, step.beta
     for x, out, U, Ut, V, Vt, pin, (A, B) in _rows(xs, outs, Us, Uts, Vs, Vts, pins, ready):
         kept = A is not None  # the caller's
         if not kept:
@@ -121,7 +121,7 @@ def _sequential(
     pins: Any,
     ready: Any,
 ) -> None:
-    mm, addmm = products
+    mm, addmm, _ = products
     for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
         if step.beta:
             addmm(x, U, mm(Ut, x), alpha=-1.0, out=out)
@@ -144,7 +144,7 @@ def _mixed(
     ready: Any,
 ) -> None:
     """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
-    (mm, addmm), alpha, beta = products, step.alpha, step.beta
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     watched = _is_float32_on_cpu(xs[0])
     for x, out, U, Ut, V, Vt, (A, B) in _rows(xs, outs, Us, Uts, Vs, Vts, ready):
         if step.first == "left":
@@ -199,7 +199,7 @@ _norm = partial(torch.linalg.vector_norm, dim=(-2, -1))
 def _mixed_in_turn(
     step: Step, products: Any, xs: Any, outs: Any, Us: Any, Uts: Any, Vs: Any, Vts: Any, *_: Any
 ) -> None:
-    (mm, addmm), alpha, beta = products, step.alpha, step.beta
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
         rest = addmm(x, U, mm(Ut, x), alpha=-1.0)
         core = mm(rest, V)
@@ -209,7 +209,7 @@ def _mixed_in_turn(
 def _inner_in_turn(
     step: Step, products: Any, xs: Any, outs: Any, Us: Any, Uts: Any, Vs: Any, Vts: Any, *_: Any
 ) -> None:
-    (mm, addmm), alpha, beta = products, step.alpha, step.beta
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
         rest = mm(U, mm(Ut, x))
         core = mm(rest, V)
@@ -228,7 +228,7 @@ def _inner(
     pins: Any,
     ready: Any,
 ) -> None:
-    (mm, addmm), alpha, beta = products, step.alpha, step.beta
+    (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     left_first = step.first == "left"
     watched = not left_first and _is_float32_on_cpu(xs[0])
     for x, out, U, Ut, V, Vt, pin, (A, _) in _rows(xs, outs, Us, Uts, Vs, Vts, pins, ready):

@@ -7,7 +7,7 @@ its rounded value and what that misses, which keep 16 of its 24 bits in bfloat16
 
 On a CPU, where tests alone come here, ``product32`` multiplies the same operands as float32.
 
-May import: torch, ``osf_kernels.plan``.
+May import: torch, ``osf_kernels.plan``, ``osf_kernels._padding``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.plan import Step
 
 DTYPES = frozenset((torch.bfloat16, torch.float16))
@@ -56,10 +57,10 @@ def split(t: Tensor, dtype: torch.dtype, count: int = 2) -> Parts:
         largest = torch.nan_to_num(rest, 0.0, 0.0, 0.0).abs().amax((-2, -1), keepdim=True)
         exponent = torch.frexp(largest).exponent.clamp(min=-_SMALLEST) - _LARGEST
         rest = torch.ldexp(rest, -exponent)
-    parts = [rest.to(dtype)]
+    parts = [_padding.padded(rest, dtype=dtype)]
     while len(parts) < count:
         rest = rest - parts[-1]
-        parts.append(rest.to(dtype))
+        parts.append(_padding.padded(rest, dtype=dtype))
     return Parts(tuple(parts), exponent)
 
 
@@ -69,7 +70,8 @@ def product32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if a.device.type == "cpu":
         return multiply(a.float(), b.float(), out=out)
     if out is None:
-        return multiply(a, b, out_dtype=torch.float32)
+        batch = a.shape[:-2]
+        out = _padding.empty(a.shape[-2], b.shape[-1], a, dtype=torch.float32, batch=batch)
     return multiply(a, b, out_dtype=torch.float32, out=out)
 
 
@@ -193,7 +195,7 @@ def _join(terms: Sequence[tuple[Parts, Parts]]) -> tuple[Tensor, Tensor]:
     if len(pairs) == 1:
         return pairs[0]
     lefts, rights = zip(*pairs, strict=True)
-    return torch.cat(lefts, -1), torch.cat(rights, -2)
+    return _padding.cat(lefts, -1), _padding.cat(rights, -2)
 
 
 def _update(

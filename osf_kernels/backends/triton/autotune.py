@@ -114,6 +114,12 @@ def scratch(tensor: Tensor | Operand) -> Tensor:
     return tensor.clone() if 0 in tensor.stride() else copy.copy_(tensor)
 
 
+def _place(matrix: Tensor | Operand) -> tuple[int | None, int]:
+    """An address, and of an operand the argument that it is behind."""
+    address = matrix.data_ptr()
+    return getattr(address, "argument", None), address
+
+
 def _scratch_or_none(tensor: Tensor | Operand | None) -> Tensor | None:
     return None if tensor is None else scratch(tensor)
 
@@ -126,7 +132,7 @@ def scratch_coefficients(job: Coefficients) -> Coefficients:
 def scratch_update(job: Update) -> Update:
     """A job over copies of every tensor of ``job``; in place where ``job`` is."""
     out = scratch(job.out)
-    in_place = job.out.data_ptr() == job.x.data_ptr()
+    in_place = _place(job.out) == _place(job.x)
     return Update(
         out,
         out if in_place else scratch(job.x),

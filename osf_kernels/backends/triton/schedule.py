@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import Coefficients, Update
 
 from . import configs
@@ -61,14 +62,19 @@ class Layout(IntEnum):
     COLUMN = 2  # the same along dim 0
     UNALIGNED_ROW = 3  # unit stride along dim 1 and no more
     UNALIGNED_COLUMN = 4  # unit stride along dim 0 and no more
+    # As ROW and COLUMN but for the width. The last 16 bytes of a line hold padding, which may be
+    # read (it is in the storage) and holds anything.
+    PADDED_ROW = 5
+    PADDED_COLUMN = 6
 
     @property
     def aligned(self) -> bool:
-        return self in (Layout.ROW, Layout.COLUMN)
+        """Whether every line can be read in aligned pieces of 16 bytes."""
+        return self in (Layout.ROW, Layout.COLUMN, Layout.PADDED_ROW, Layout.PADDED_COLUMN)
 
 
 class View(NamedTuple):
-    """A 2-D tensor's address, shape and strides."""
+    """A 2-D tensor's address, shape and strides, and whether its last line has its padding."""
 
     address: int
     rows: int
@@ -76,6 +82,7 @@ class View(NamedTuple):
     row_stride: int
     column_stride: int
     dtype: torch.dtype
+    padded: bool = False  # looked up only where the layout depends on it
 
     @staticmethod
     def of(tensor: Tensor) -> View:
@@ -90,7 +97,11 @@ class View(NamedTuple):
                 "osf_kernels.backends.triton: expected no dimension beyond "
                 f"{_LONGEST}, got {tuple(tensor.shape)}; use the torch backend"
             )
-        return View(tensor.data_ptr(), rows, columns, row_stride, column_stride, tensor.dtype)
+        width = columns if column_stride == 1 else rows
+        ragged = width * tensor.itemsize % _padding.VECTOR_BYTES != 0
+        padded = ragged and _padding.is_padded(tensor)
+        address = tensor.data_ptr()
+        return View(address, rows, columns, row_stride, column_stride, tensor.dtype, padded)
 
     @property
     def mT(self) -> View:
@@ -101,6 +112,7 @@ class View(NamedTuple):
             self.column_stride,
             self.row_stride,
             self.dtype,
+            self.padded,
         )
 
     @property
@@ -109,12 +121,18 @@ class View(NamedTuple):
 
     @property
     def layout(self) -> Layout:
-        vector = 16 // self.dtype.itemsize
-        if self.address % 16 == 0:
-            if self.column_stride == 1 and not (self.row_stride % vector or self.columns % vector):
-                return Layout.ROW
-            if self.row_stride == 1 and not (self.column_stride % vector or self.rows % vector):
-                return Layout.COLUMN
+        vector = _padding.VECTOR_BYTES // self.dtype.itemsize
+        if self.address % _padding.VECTOR_BYTES == 0:
+            if self.column_stride == 1 and not self.row_stride % vector:
+                if not self.columns % vector:
+                    return Layout.ROW
+                if self.padded:
+                    return Layout.PADDED_ROW
+            if self.row_stride == 1 and not self.column_stride % vector:
+                if not self.rows % vector:
+                    return Layout.COLUMN
+                if self.padded:
+                    return Layout.PADDED_COLUMN
         if self.column_stride == 1:
             return Layout.UNALIGNED_ROW
         return Layout.UNALIGNED_COLUMN if self.row_stride == 1 else Layout.GENERAL

@@ -40,7 +40,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from osf_kernels import truncated_svd
+from osf_kernels import padded, truncated_svd
 from osf_torch.integrations._peer import require_peer
 from osf_torch.integrations._switch import Replacement, Switch
 
@@ -216,10 +216,10 @@ class GaLoreProjector:
                 "leave the step out (GradScaler), lower the loss scale",
             ) from None
         self.method, self.captured = found.method, found.captured
-        V = found.V.to(weights.dtype)
+        V = padded(found.V, dtype=weights.dtype)
         if type == "left":
             return V
-        return V.mT if type == "right" else [found.U.to(weights.dtype), V.mT]
+        return V.mT if type == "right" else [padded(found.U, dtype=weights.dtype), V.mT]
 
     def _side_of(self, grad: Tensor) -> Side:
         tall = grad.shape[0] >= grad.shape[1]

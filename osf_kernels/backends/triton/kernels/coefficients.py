@@ -184,8 +184,8 @@ def one_pass_kernel(
         for row in range(first, tl.minimum(first + split_rows, x[3]), BLOCK_M):
             rows = row + tl.arange(0, BLOCK_M)
             x_tile = operand(load_tile(x, rows, columns, X_LAYOUT), DOT, INTERPRET)
-            u_tile = operand(load_tile(u, rows, ranks, U_LAYOUT), DOT, INTERPRET)
-            v_tile = operand(load_tile(v, columns, ranks, V_LAYOUT), DOT, INTERPRET)
+            u_tile = operand(load_tile(u, rows, ranks, U_LAYOUT, U_LAYOUT == 6), DOT, INTERPRET)
+            v_tile = operand(load_tile(v, columns, ranks, V_LAYOUT, V_LAYOUT == 6), DOT, INTERPRET)
             a = tl.dot(tl.trans(x_tile), u_tile, a, input_precision=PRECISION)
             b = tl.dot(x_tile, v_tile, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R)
             store_part(b_parts, strip, b, rows, ranks, x[3], v[4])
@@ -259,7 +259,7 @@ def reduction_tile(
             x_tile = load_tile(x, steps, rows, X_LAYOUT)
         else:
             x_tile = load_tile(x, rows, steps, X_LAYOUT)
-        basis_tile = load_tile(basis, steps, ranks, BASIS_LAYOUT)
+        basis_tile = load_tile(basis, steps, ranks, BASIS_LAYOUT, BASIS_LAYOUT == 6)
         if not ACCURATE:
             x_tile = operand(x_tile, DOT, INTERPRET)
             basis_tile = operand(basis_tile, DOT, INTERPRET)

@@ -44,13 +44,15 @@ def load_view(
     # No dimension passes 2³¹; offsets do, so strides and addresses stay int64.
     row_count = tl.load(record + ROWS).to(tl.int32)
     column_count = tl.load(record + COLUMNS).to(tl.int32)
-    if LAYOUT == 1:
+    if LAYOUT == 1 or LAYOUT == 5:
         base = tl.multiple_of(base, 16)
         row_stride = tl.multiple_of(row_stride, VECTOR)
-        column_count = tl.multiple_of(column_count, VECTOR)
-    if LAYOUT == 2:
+    if LAYOUT == 2 or LAYOUT == 6:
         base = tl.multiple_of(base, 16)
         column_stride = tl.multiple_of(column_stride, VECTOR)
+    if LAYOUT == 1:
+        column_count = tl.multiple_of(column_count, VECTOR)
+    if LAYOUT == 2:
         row_count = tl.multiple_of(row_count, VECTOR)
     return base, row_stride, column_stride, row_count, column_count
 
@@ -60,9 +62,9 @@ def tile_pointers(view, rows, columns, LAYOUT: tl.constexpr):
     """Addresses of the tile rows[:, None], columns[None, :] of a view."""
     wide_rows = rows.to(tl.int64)[:, None]
     wide_columns = columns.to(tl.int64)[None, :]
-    if LAYOUT == 1 or LAYOUT == 3:
+    if LAYOUT == 1 or LAYOUT == 3 or LAYOUT == 5:
         pointers = view[0] + wide_rows * view[1] + wide_columns
-    elif LAYOUT == 2 or LAYOUT == 4:
+    elif LAYOUT == 2 or LAYOUT == 4 or LAYOUT == 6:
         pointers = view[0] + wide_columns * view[2] + wide_rows
     else:
         pointers = view[0] + wide_rows * view[1] + wide_columns * view[2]
@@ -76,11 +78,37 @@ def tile_mask(view, rows, columns):
 
 
 @triton.jit
-def load_tile(view, rows, columns, LAYOUT: tl.constexpr):
-    """A tile of a view in its own dtype, zero outside of the matrix."""
-    return tl.load(
-        tile_pointers(view, rows, columns, LAYOUT), mask=tile_mask(view, rows, columns), other=0.0
+def load_mask(view, rows, columns, LAYOUT: tl.constexpr):
+    """Which elements of a tile are read: all that exist, and the padding of padded lines.
+
+    With it 16 bytes are read or not as one.
+    """
+    VECTOR: tl.constexpr = 128 // view[0].dtype.element_ty.primitive_bitwidth
+    row_end = view[3]
+    column_end = view[4]
+    if LAYOUT == 5:
+        column_end = tl.cdiv(column_end, VECTOR) * VECTOR
+    if LAYOUT == 6:
+        row_end = tl.cdiv(row_end, VECTOR) * VECTOR
+    return (rows < row_end)[:, None] & (columns < column_end)[None, :]
+
+
+@triton.jit
+def load_tile(view, rows, columns, LAYOUT: tl.constexpr, CLEAR: tl.constexpr = True):
+    """A tile of a view in its own dtype, zero outside of the matrix.
+
+    Without CLEAR, padding comes as it is: for a product's rows and columns that are not stored.
+    """
+    values = tl.load(
+        tile_pointers(view, rows, columns, LAYOUT),
+        mask=load_mask(view, rows, columns, LAYOUT),
+        other=0.0,
     )
+    if CLEAR and LAYOUT == 5:
+        values = tl.where((columns < view[4])[None, :], values, 0.0)
+    if CLEAR and LAYOUT == 6:
+        values = tl.where((rows < view[3])[:, None], values, 0.0)
+    return values
 
 
 @triton.jit

@@ -11,16 +11,42 @@ import triton.language as tl
 
 from .tiles import (
     find_problem,
+    load_mask,
     load_tile,
     load_view,
     operand,
     store_tile,
-    tile_mask,
     tile_pointers,
     widen,
 )
 
 __all__ = ["update_kernel"]
+
+
+@triton.jit
+def add_chunk(
+    accumulator,
+    left,
+    right,
+    rows,
+    ranks,
+    columns,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LEFT_LAYOUT: tl.constexpr,
+    RIGHT_LAYOUT: tl.constexpr,
+    CLEAR: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """accumulator + L[rows, ranks] R[ranks, columns]."""
+    left_tile = load_tile(left, rows, ranks, LEFT_LAYOUT, CLEAR)  # (BLOCK_M, BLOCK_R)
+    right_tile = load_tile(right, ranks, columns, RIGHT_LAYOUT, CLEAR)  # (BLOCK_R, BLOCK_N)
+    return tl.dot(
+        operand(left_tile, DOT, INTERPRET),
+        operand(right_tile, DOT, INTERPRET),
+        accumulator,
+        input_precision=PRECISION,
+    )
 
 
 @triton.jit
@@ -39,19 +65,51 @@ def add_product(
     BLOCK_R: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """accumulator + L[rows, :] R[:, columns], in chunks of the rank."""
+    """accumulator + L[rows, :] R[:, columns], in chunks of the rank.
+
+    Padding beyond the rank is cleared in a last chunk apart: in the loop, where loads are under
+    way side by side, that would take more registers than there are.
+    """
+    PADDED: tl.constexpr = LEFT_LAYOUT == 5 or RIGHT_LAYOUT == 6
     left = load_view(record, LEFT_FIELD, 6, LEFT_FIELD + 6, LEFT, LEFT_LAYOUT)
     right = load_view(record, LEFT_FIELD + 3, LEFT_FIELD + 6, 7, RIGHT, RIGHT_LAYOUT)
-    for chunk in range(0, left[4], BLOCK_R):
+    rank = left[4]
+    end = rank
+    if PADDED:
+        end = rank // BLOCK_R * BLOCK_R
+    for chunk in range(0, end, BLOCK_R):
         ranks = chunk + tl.arange(0, BLOCK_R)
-        left_tile = load_tile(left, rows, ranks, LEFT_LAYOUT)  # (BLOCK_M, BLOCK_R)
-        right_tile = load_tile(right, ranks, columns, RIGHT_LAYOUT)  # (BLOCK_R, BLOCK_N)
-        accumulator = tl.dot(
-            operand(left_tile, DOT, INTERPRET),
-            operand(right_tile, DOT, INTERPRET),
+        accumulator = add_chunk(
             accumulator,
-            input_precision=PRECISION,
+            left,
+            right,
+            rows,
+            ranks,
+            columns,
+            DOT,
+            PRECISION,
+            LEFT_LAYOUT,
+            RIGHT_LAYOUT,
+            False,
+            INTERPRET,
         )
+    if PADDED:  # noqa: SIM102 (the outer test is taken while compiling)
+        if end < rank:
+            ranks = end + tl.arange(0, BLOCK_R)
+            accumulator = add_chunk(
+                accumulator,
+                left,
+                right,
+                rows,
+                ranks,
+                columns,
+                DOT,
+                PRECISION,
+                LEFT_LAYOUT,
+                RIGHT_LAYOUT,
+                True,
+                INTERPRET,
+            )
     return accumulator
 
 
@@ -101,11 +159,11 @@ def update_kernel(
         columns = inside // height * BLOCK_N + tl.arange(0, BLOCK_N)
 
         # Asked for before the products, so that the read of x overlaps with them. With beta = 0
-        # the mask is empty: x is not read.
+        # the mask is empty: x is not read. Beside the products its padding is not stored.
         x = load_view(record, 3, 6, 7, X, X_LAYOUT)
         x_tile = tl.load(
             tile_pointers(x, rows, columns, X_LAYOUT),
-            mask=tile_mask(x, rows, columns) & (beta != 0),
+            mask=load_mask(x, rows, columns, X_LAYOUT) & (beta != 0),
             other=0.0,
         )  # (BLOCK_M, BLOCK_N)
         products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from osf_kernels import orthonormalize, project_
+from osf_kernels import orthonormalize, padded, project_
 from osf_torch.integrations.mini_trainer.layout import whole
 from osf_torch.lists import Lists
 from osf_torch.sharding import is_dtensor, local
@@ -64,7 +64,9 @@ def low_basis(high: Tensor, dim: int) -> Tensor | None:
     columns = whole(high).detach()
     low = _complement(columns if dim == 0 else columns.mT)
     low = (low if dim == 0 else low.mT).to(high.dtype).contiguous()
-    if is_dtensor(high):
+    if not is_dtensor(high):
+        low = padded(low)
+    else:
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = high.device_mesh, high.placements  # type: ignore[attr-defined]

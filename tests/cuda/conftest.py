@@ -1,0 +1,27 @@
+"""Backend "cuda" without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from osf_kernels import backends, use_backend
+from osf_kernels.backends import cuda, grouped
+from tests.cuda.emulated import Emulated
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
+    """Backend "cuda" is chosen, and runs in the emulator."""
+    kernels = Emulated()
+    monkeypatch.setattr(cuda, "coefficients", kernels.coefficients)
+    monkeypatch.setattr(cuda, "update", kernels.update)
+    monkeypatch.setattr(cuda, "compiled", kernels.compiled)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda device=None: None)
+    backends.unavailable_reason.cache_clear()
+    grouped.single.cache_clear()
+    with use_backend("cuda"):
+        yield kernels
+    backends.unavailable_reason.cache_clear()
+    grouped.single.cache_clear()

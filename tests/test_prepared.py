@@ -1,0 +1,459 @@
+"""Lists that are decided once and run at every step, on the torch backend."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+import osf_kernels
+from osf_kernels import prepare
+from osf_kernels.ops.prepared import CoefficientList
+from osf_kernels.testing import random_basis
+from tests import lists
+from tests.lists import F32, F64, MIXED, PINNED, Entry, List
+
+MODES = ("complement", "core")
+SEVERAL = (
+    *MIXED,
+    Entry((14, 12), F64, "high low", (3, 8)),
+    Entry((2, 3, 12, 9), F32, "high high", (2, 3)),
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_projects_wherever_the_matrices_lie(mode):
+    lists.follows_every_address_and_layout(List(MIXED, "project", mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_restores_what_is_pinned(mode):
+    lists.restores_what_is_pinned(List(PINNED, "restore", mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_restores_dense_parts_of_any_basis(mode):
+    case = List(MIXED, "dense", mode=mode)
+    prepared = case.prepare()
+    for layout in ("rows", "columns", "rows"):
+        dense, protected = case.dense()
+        weights = case.draw(layout)
+        before = [x.clone() for x in weights]
+        prepared.restore_(weights, protected=dense)
+        case.assert_restored(weights, before, protected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_halves_make_the_whole(mode):
+    lists.halves_make_the_whole(List(MIXED, "halves", mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("way", ["project", "S", "residual", "protected"])
+def test_shards_make_the_whole(mode, way):
+    case = List(PINNED, "shards", way, mode=mode)
+    S, pinned = case.triplets()
+    pins = {"S": S} if way in ("S", "residual") else {}
+    if way == "residual":
+        pins["residual"], added = case.residuals()
+        pinned = [p + a for p, a in zip(pinned, added, strict=True)]
+    if way == "protected":
+        pins["protected"], pinned = case.dense()
+    lists.shards_make_the_whole(case, 3, pins, pinned)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_written_to_bases_and_pins_counts(mode):
+    lists.writes_to_bases_count(List(MIXED, "bases", mode=mode))
+    for dtype in (F32, F64):
+        lists.writes_to_pins_count(List(PINNED, "pins", mode=mode), dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_dtype_and_batches_of_batches(mode):
+    case = List(SEVERAL, "several", mode=mode)
+    lists.follows_every_address_and_layout(case)
+    lists.halves_make_the_whole(case)
+
+
+def test_pairs_of_rests_are_told_apart_whatever_holds_them():
+    """A list that is written to, or another at its address, isn't the pair of before."""
+    case = List(PINNED[:1], "pairs")
+    S, pinned = case.triplets()
+    prepared, weights = case.prepare(), case.draw()
+    for kind in (list, tuple):
+        box = None
+        for _ in range(3):
+            ((A, B),), added = case.residuals()
+            box = kind((A, B)) if box is None or kind is tuple else box
+            if kind is list:
+                box[:] = A, B
+            before = [x.clone() for x in weights]
+            prepared.restore_(weights, S=S, residual=[box])
+            case.assert_restored(weights, before, [pinned[0] + added[0]])
+
+
+@pytest.mark.parametrize("way", ["project_", "restore_", "coefficients", "apply_"])
+def test_keeps_no_matrix_alive(way):
+    case = List(MIXED, "alive")
+    prepared = case.prepare()
+    dense, _ = case.dense()
+
+    def call():
+        xs = case.draw()
+        halves = prepared.coefficients(xs)
+        if way == "project_":
+            prepared.project_(xs)
+        elif way == "restore_":
+            prepared.restore_(xs, protected=dense)
+        elif way == "apply_":
+            prepared.apply_(xs, halves)
+        return [weakref.ref(t) for t in (*xs, *halves.A, *halves.B)]
+
+    watched = call()
+    gc.collect()
+    assert not any(ref() is not None for ref in watched)
+
+
+# --- refusals ------------------------------------------------------------------------------
+
+LEAF = Entry((24, 18), F32, "high high", (4, 5))
+
+
+class Refused:
+    """A prepared list of three that has run, its matrices and what is pinned."""
+
+    def __init__(self) -> None:
+        self.case = List([LEAF] * 3, "refused")
+        self.prepared = self.case.prepare()
+        self.xs = self.case.draw()
+        self.halves = self.prepared.coefficients(self.xs)
+        self.dense, _ = self.case.dense()
+        for call in self.calls().values():
+            call(self.xs)
+
+    def calls(self):
+        return {
+            "project_": self.prepared.project_,
+            "restore_": lambda xs: self.prepared.restore_(xs, protected=self.dense),
+            "apply_": lambda xs: self.prepared.apply_(xs, self.halves),
+        }
+
+    def with_(self, x):
+        return [*self.xs[:1], x, *self.xs[2:]]
+
+
+def leaf(r):
+    return r.xs[1].clone().requires_grad_()
+
+
+def recorded(r):
+    return leaf(r) * 1
+
+
+def of_inference(r):
+    with torch.inference_mode():
+        return r.xs[1].clone()
+
+
+def overlapping_a_pin(r):
+    flat = torch.cat([r.dense[0].flatten(), r.xs[1].flatten()])
+    r.dense[0] = flat[: 24 * 18].view(24, 18)
+    return flat[10 : 10 + 24 * 18].view(24, 18)
+
+
+def overlapping_a_basis(r):
+    held = r.case.Us[2].columns
+    flat = torch.cat([held.flatten(), torch.zeros(24 * 18)])
+    held.data = flat[: held.numel()].view(held.shape)
+    return flat[held.numel() - 1 :][: 24 * 18].view(24, 18)
+
+
+ENTRIES = {
+    "shape": (lambda r: r.xs[1][:, 1:], ValueError, r"xs\[1\] to be \(24, 18\) .* as it was prep"),
+    "dtype": (lambda r: r.xs[1].double(), TypeError, r"xs\[1\] to be .* as it was prepared"),
+    "batch": (lambda r: r.xs[1][None], ValueError, r"xs\[1\] to be .* as it was prepared"),
+    "device": (lambda r: r.xs[1].to("meta"), ValueError, r"xs\[1\] to be .* got .* on meta"),
+    "twice": (lambda r: r.xs[0], ValueError, r"xs\[1\] to be apart from xs\[0\], got over"),
+    "basis": (overlapping_a_basis, ValueError, r"xs\[1\] to be apart from Us\[2\], got over"),
+    "leaf": (leaf, ValueError, r"xs\[1\] to be a tensor that may be written in place, got a leaf"),
+    "recorded": (recorded, ValueError, r"xs\[1\] to be a tensor without gradient"),
+    "expanded": (
+        lambda r: r.xs[1][:1].expand(24, 18),
+        ValueError,
+        r"xs\[1\] to be a tensor whose elements have memory of their own",
+    ),
+    "sparse": (lambda r: r.xs[1].to_sparse(), TypeError, r"xs\[1\] to be a dense tensor"),
+    "inference": (of_inference, ValueError, r"xs\[1\] to be a tensor that may be written here"),
+    "no tensor": (lambda r: r.xs[1].tolist(), TypeError, r"xs\[1\] to be a tensor"),
+    "none": (lambda r: None, TypeError, r"xs\[1\] to be a tensor"),
+}
+NAMES = {"project_": "grads", "restore_": "weights", "apply_": "xs"}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("way", NAMES)
+def test_what_differs_is_refused_and_nothing_is_written(way, name):
+    """The entry is named, also after calls that were admitted, and those go on as before."""
+    r = Refused()
+    make, error, text = ENTRIES[name]
+    bad = make(r)
+    xs = r.with_(bad)
+    before = [x.clone() if torch.is_tensor(x) else x for x in xs]
+    match = rf"osf_kernels\.Prepared\.{way}: expected {text.replace('xs', NAMES[way])}"
+    for _ in range(2):
+        with pytest.raises(error, match=match):
+            r.calls()[way](xs)
+        for x, old in zip(xs, before, strict=True):
+            if torch.is_tensor(x) and not x.is_meta and not x.is_sparse:
+                assert torch.equal(x, old)
+    if name != "basis":
+        r.calls()[way](r.xs)
+
+
+def test_a_pin_that_shares_memory_is_refused():
+    r = Refused()
+    bad = overlapping_a_pin(r)
+    before = bad.clone()
+    match = r"Prepared\.restore_: expected weights\[1\] to be apart from protected\[0\]"
+    with pytest.raises(ValueError, match=match):
+        r.calls()["restore_"](r.with_(bad))
+    assert torch.equal(bad, before)
+
+
+@pytest.mark.parametrize("way", NAMES)
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_another_count_is_refused(way, count):
+    r = Refused()
+    xs = (r.xs * 2)[:count]
+    with pytest.raises(ValueError, match=rf"Prepared\.{way}: expected {NAMES[way]} to be as long"):
+        r.calls()[way](xs)
+
+
+def test_coefficients_of_other_matrices_are_refused():
+    r = Refused()
+    entries = [LEAF, Entry((18, 24), F32, "high high", (5, 4)), LEAF]
+    other = List(entries, "other")
+    halves = other.prepare().coefficients(other.draw())
+    before = [x.clone() for x in r.xs]
+    wide = r.halves._replace(A=[A.double() for A in r.halves.A])
+    short = r.halves._replace(B=r.halves.B[:2])
+    recorded = r.halves._replace(B=[B.clone().requires_grad_() for B in r.halves.B])
+    for bad, error, text in (
+        (halves, ValueError, r"coefficients\.A\[1\] to be \(4, 18\) torch.float32 on cpu, got \(5"),
+        (wide, ValueError, r"coefficients\.A\[0\] to be .*float32 on cpu, got .*float64"),
+        (short, ValueError, "coefficients to be those of 3 matrices"),
+        (tuple(r.halves)[:2], ValueError, "coefficients to be those of 3 matrices"),
+        (recorded, ValueError, r"coefficients\.B\[0\] to be a tensor without gradient"),
+    ):
+        for call in (
+            r.prepared.apply_,
+            lambda xs, c: r.prepared.restore_(xs, protected=r.dense, coefficients=c),
+        ):
+            with pytest.raises(error, match=rf"expected {text}"):
+                call(r.xs, bad)
+    assert all(map(torch.equal, r.xs, before))
+    spread = CoefficientList(
+        [A.mT.clone().mT for A in r.halves.A],
+        [torch.cat([B, B], -1)[:, ::2].copy_(B) for B in r.halves.B],
+        (),
+    )
+    with torch.no_grad():
+        r.prepared.apply_(r.xs, spread)
+    again = [x.clone() for x in before]
+    r.prepared.apply_(again, r.halves)
+    assert all(map(torch.allclose, r.xs, again))
+
+
+def test_coefficients_are_of_what_autograd_does_not_record():
+    r = Refused()
+    with pytest.raises(ValueError, match=r"coefficients: expected xs\[1\] to be a tensor without"):
+        r.prepared.coefficients(r.with_(recorded(r)))
+    with torch.no_grad():
+        halves = r.prepared.coefficients([x.requires_grad_() for x in r.xs])
+    assert not any(t.requires_grad for t in (*halves.A, *halves.B))
+
+
+def test_a_basis_that_no_longer_fits_is_refused():
+    r = Refused()
+    held = r.case.Us[1].columns
+    kept = held.data
+    held.data = torch.zeros(23, 4)
+    before = [x.clone() for x in r.xs]
+    for way, call in r.calls().items():
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=rf"Prepared\.{way}: expected Us\[1\] to be .*m=24"
+            ):
+                call(r.xs)
+    assert all(map(torch.equal, r.xs, before))
+    held.data = kept
+    for call in r.calls().values():
+        call(r.xs)
+
+
+def test_a_basis_of_another_rank_is_planned_anew():
+    case = List([LEAF], "rank")
+    prepared, xs = case.prepare(), case.draw()
+    prepared.project_(xs)
+    assert "U 4 high" in str(prepared)
+    case.Us[0].columns.data = random_basis(24, 9, generator=case.generator).columns
+    before = [x.clone() for x in xs]
+    prepared.project_(xs)
+    case.assert_projected(xs, before)
+    assert "U 9 high" in str(prepared)
+    halves = prepared.coefficients(before)
+    assert halves.A[0].shape == (9, 18)
+    prepared.apply_(before, halves)
+
+
+# --- what goes on around a call ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.profiler.profile,
+        lambda: pytest.MonkeyPatch.context(),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "profiler", "nothing"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_in_force_changes_nothing(around):
+    case = List(PINNED, "around")
+    prepared = case.prepare()
+    S, pinned = case.triplets()
+    for context in (around, lambda: pytest.MonkeyPatch.context(), around):
+        with context():
+            xs = case.draw()
+            before = [x.clone() for x in xs]
+            prepared.project_(xs)
+            case.assert_projected(xs, before)
+            halves = prepared.coefficients(before)
+            again = [x.clone() for x in before]
+            prepared.apply_(again, halves)
+            case.assert_projected(again, before)
+            restored = [x.clone() for x in before]
+            prepared.restore_(restored, S=S)
+            case.assert_restored(restored, before, pinned)
+
+
+def test_float32_products_stay_float32():
+    case = List([Entry((64, 48), F32, "high high", (16, 16))], "precision")
+    prepared = case.prepare()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        lists.follows_every_address_and_layout(case)
+        xs = case.draw()
+        old = [x.clone() for x in xs]
+        prepared.apply_(xs, prepared.coefficients(xs))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    case.assert_projected(xs, old)
+
+
+def test_deterministic_algorithms():
+    case = List(MIXED, "deterministic")
+    torch.use_deterministic_algorithms(True)
+    lists.follows_every_address_and_layout(case)
+    lists.halves_make_the_whole(case)
+
+
+def test_a_compiled_step_runs_it():
+    """Dynamo traces into the operator, or breaks there: either way the call has its effect."""
+    case = List(MIXED[:3], "compiled")
+    prepared, xs = case.prepare(), case.draw()
+
+    @torch.compile(backend="eager")
+    def step(grads):
+        scaled = [g * 2 for g in grads]
+        prepared.project_(scaled)
+        return [g + 1 for g in scaled]
+
+    for _ in range(2):
+        doubled = [x * 2 for x in xs]
+        after = step(xs)
+        case.assert_projected([y - 1 for y in after], doubled)
+        xs = case.draw()
+
+
+def test_differentiated_gradients_go_by_the_operators():
+    """Under grad mode plain gradients are written; versions count, so autograd sees the writes."""
+    case = List([LEAF], "versions")
+    prepared, xs = case.prepare(), case.draw()
+    seen = xs[0]._version
+    prepared.project_(xs)
+    assert xs[0]._version > seen
+    weight = torch.randn(24, 18, requires_grad=True)
+    saved = (weight * xs[0]).sum()
+    prepared.project_(xs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def run_side_by_side(bodies):
+    """Each in a thread of its own; raises what one of them raised."""
+    errors = []
+
+    def guarded(body):
+        try:
+            body()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_side_by_side():
+    """Of one prepared list: other matrices, other layouts, other pins."""
+    case = List(PINNED, "threads")
+    prepared = case.prepare()
+    work = []
+    for layout in ("rows", "columns", "odd offset"):
+        S, pinned = case.triplets()
+        fresh = [case.draw(layout) for _ in range(20)]
+        work.append((S, pinned, fresh, [[x.clone() for x in xs] for xs in fresh]))
+
+    def body(S, _, fresh, __):
+        def run():
+            for i, xs in enumerate(fresh):
+                if i % 2:
+                    prepared.project_(xs)
+                else:
+                    prepared.restore_(xs, S=S)
+
+        return run
+
+    run_side_by_side([body(*each) for each in work])
+    for _, pinned, fresh, old in work:
+        for i, (xs, before) in enumerate(zip(fresh, old, strict=True)):
+            if i % 2:
+                case.assert_projected(xs, before)
+            else:
+                case.assert_restored(xs, before, pinned)
+
+
+def test_an_empty_list():
+    prepared = prepare([], [], [])
+    prepared.project_([])
+    prepared.restore_([], S=[])
+    halves = prepared.coefficients([])
+    assert tuple(halves) == ([], [], ())
+    prepared.apply_([], halves)
+    with pytest.raises(ValueError, match="mode"):
+        prepare([], [], [], mode="other")
+    assert len(prepared) == 0
+    assert osf_kernels.Prepared is type(prepared)
