@@ -119,6 +119,16 @@ def test_a_sharded_step_launches_as_an_unsharded_one_and_sums(kernels, restore, 
     assert parts == whole + offset
 
 
+def test_a_list_runs_on_the_backend_that_is_asked_for_now(kernels):
+    ready, xs = Lists(), [x.float() for x in matrices(2)]
+    of, keys = bases(xs, torch.float32), [(0, 0), (1, 0)]
+    for backend, launched in (("torch", False), ("triton", True), ("torch", False)):
+        before = kernels.launches
+        with use_backend(backend):
+            run(ready, keys, xs, of)
+        assert (kernels.launches > before) is launched
+
+
 def whole_group():
     assert dist.group.WORLD is not None
     return (dist.group.WORLD,)
