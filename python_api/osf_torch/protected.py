@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Basis, Mode
+from osf_kernels import Mode
 from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved
 from osf_torch.lists import Entry
 from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of
@@ -56,8 +56,7 @@ class Pinned(Subspace):
     def tensors(self) -> list[Tensor]:
         """All that is held."""
         parts = [getattr(self, field.name) for field in fields(self)]
-        tensors = [part.columns if isinstance(part, Basis) else part for part in parts]
-        return [t for t in tensors if t is not None]
+        return [columns_of(part) for part in parts if part is not None]
 
     def residual(self, mode: Mode) -> tuple[Tensor, Tensor] | Tensor | None:
         """The argument of ``restore_many_``."""
