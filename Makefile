@@ -77,6 +77,7 @@ bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CS
 	run() { echo "$(BIN)/python -m $$*"; $(BIN)/python -m "$$@" || failed="$$failed $$1 $$2;"; }; \
 	run bench cpu-suite; \
 	run bench overhead --csv bench/results/overhead_cpu.csv; \
+	run bench host --csv bench/results/host_cpu.csv; \
 	run bench protect --csv bench/results/protect_cpu.csv; \
 	for peer in peft mini_trainer galore stiefel; do \
 	    run bench.integrations_$$peer --csv bench/results/integrations_$${peer}_cpu.csv; done; \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 import osf_kernels
-from osf_kernels import prepare
+from osf_kernels import Prepared, prepare
 from osf_kernels.ops.prepared import CoefficientList
 from osf_kernels.testing import random_basis
 from tests import lists
-from tests.lists import F32, F64, MIXED, PINNED, Entry, List
+from tests.lists import F32, F64, MIXED, PINNED, SPLIT, Entry, List
 
 MODES = ("complement", "core")
 SEVERAL = (
@@ -48,7 +49,7 @@ def test_restores_dense_parts_of_any_basis(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_halves_make_the_whole(mode):
-    lists.halves_make_the_whole(List(MIXED, "halves", mode=mode))
+    lists.halves_make_the_whole(List(SPLIT, "halves", mode=mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -74,9 +75,8 @@ def test_what_is_written_to_bases_and_pins_counts(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_dtype_and_batches_of_batches(mode):
-    case = List(SEVERAL, "several", mode=mode)
-    lists.follows_every_address_and_layout(case)
-    lists.halves_make_the_whole(case)
+    lists.follows_every_address_and_layout(List(SEVERAL, "several", mode=mode))
+    lists.halves_make_the_whole(List(SEVERAL[len(MIXED) :], "several halves", mode=mode))
 
 
 def test_pairs_of_rests_are_told_apart_whatever_holds_them():
@@ -360,7 +360,7 @@ def test_float32_products_stay_float32():
 
 
 def test_deterministic_algorithms():
-    case = List(MIXED, "deterministic")
+    case = List(SPLIT, "deterministic")
     torch.use_deterministic_algorithms(True)
     lists.follows_every_address_and_layout(case)
     lists.halves_make_the_whole(case)
@@ -437,13 +437,41 @@ def test_threads_side_by_side():
 
         return run
 
-    run_side_by_side([body(*each) for each in work])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        run_side_by_side([body(*each) for each in work])
+    finally:
+        sys.setswitchinterval(interval)
     for _, pinned, fresh, old in work:
         for i, (xs, before) in enumerate(zip(fresh, old, strict=True)):
             if i % 2:
                 case.assert_projected(xs, before)
             else:
                 case.assert_restored(xs, before, pinned)
+
+
+def test_a_call_that_another_overtakes_keeps_its_pins(monkeypatch):
+    """One while the other is planned, then both again."""
+    case = List(PINNED, "overtaken")
+    prepared = case.prepare()
+    (S, pinned), (other, others) = case.triplets(), case.triplets()
+    restoring = Prepared._restoring
+
+    def overtaken(*args):
+        monkeypatch.setattr(Prepared, "_restoring", restoring)
+        restore(other, others)
+        return restoring(*args)
+
+    def restore(pins, expected):
+        before = [x.clone() for x in weights[id(pins)]]
+        prepared.restore_(weights[id(pins)], S=pins)
+        case.assert_restored(weights[id(pins)], before, expected)
+
+    weights = {id(S): case.draw(), id(other): case.draw()}
+    monkeypatch.setattr(Prepared, "_restoring", overtaken)
+    for pins, expected in ((S, pinned), (other, others), (S, pinned)):
+        restore(pins, expected)
 
 
 def test_an_empty_list():

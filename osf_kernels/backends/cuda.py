@@ -358,7 +358,8 @@ def parts_bytes(job: Coefficients) -> int:
     rank = max(r, k)
     if not (m and n and rank):
         return 0
-    half = {t.dtype for t in (job.x, U, V) if t is not None} in ({torch.bfloat16}, {torch.float16})
+    present = (t for t in (U, V) if t is not None and t.shape[1])
+    half = {job.x.dtype, *(t.dtype for t in present)} in ({torch.bfloat16}, {torch.float16})
     rank_block = 128 if half and rank > 64 else 64
     rows, columns = _SHAPES["float32" if not half else "wide" if rank > 64 else "narrow"]
     row_blocks, tiles = -(-m // rows), -(-n // columns)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from osf_kernels._padding import padded
 from osf_kernels.backends.forms import Problem
-from osf_kernels.backends.grouped import Ready
+from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import describe
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
@@ -54,6 +54,7 @@ def prepare(
     *,
     mode: Mode = "complement",
     sharded: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Prepared:
     """Decides once what projecting or restoring a list of matrices runs, for all steps to come.
 
@@ -72,6 +73,10 @@ def prepare(
             wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
             coefficients run.
 
+        workspace_bytes: what coefficients and partial sums may take at once on Triton and CUDA
+            (256 MiB); a list that needs more runs in slices, and a matrix that does alone. What
+            ``coefficients`` returns is beside it.
+
     Returns:
         A :class:`Prepared`. It runs on the backend that ``use_backend`` names now.
 
@@ -87,7 +92,20 @@ def prepare(
     held_U, held_V, kinds = held(names, Us, Vs, mode)
     if not kinds:
         kind_of(names.op, mode, "high", "high")
-    prepared = Prepared(names, like, held_U, held_V, kinds, mode=mode, sharded=sharded, copies=True)
+    if not isinstance(workspace_bytes, int) or workspace_bytes < 1:
+        expected, got = "a positive number of bytes", repr(workspace_bytes)
+        raise ValueError(describe(names.op, "workspace_bytes", expected, got))
+    prepared = Prepared(
+        names,
+        like,
+        held_U,
+        held_V,
+        kinds,
+        mode=mode,
+        sharded=sharded,
+        copies=True,
+        workspace_bytes=workspace_bytes,
+    )
     if not sharded:
         prepared.make(like)
     return prepared
@@ -116,8 +134,10 @@ class Prepared:
         mode: Mode,
         sharded: bool = False,
         copies: bool = False,
+        workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         self.mode: Mode = mode
+        self._workspace_bytes = workspace_bytes
         self._sharded, self._copies = sharded, copies
         self._given, self._kinds = (list(Us), list(Vs)), list(kinds)
         self._Us, self._Vs = self._laid_out()
@@ -213,7 +233,7 @@ class Prepared:
         if route is None:
             decisions = self._decided(names, xs, "shard", _AS_HELD)
             backends = [decision.backend for decision in decisions]
-            route = CoefficientRoute(xs, self._Us, self._Vs, found, backends)
+            route = CoefficientRoute(xs, self._Us, self._Vs, found, backends, self._workspace_bytes)
             self._routes["coefficients"] = route
         self._run(route, xs, found)
         return found
@@ -350,7 +370,9 @@ class Prepared:
                     xs, self._Us, self._Vs, decisions, pairs, strict=True
                 )
             ]
-            route = self._routes[key] = Route(problems, [d.backend for d in decisions])
+            route = self._routes[key] = Route(
+                problems, [d.backend for d in decisions], self._workspace_bytes
+            )
         return route
 
     def _run(
@@ -434,7 +456,7 @@ class Prepared:
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice)
             problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
-        return Route(problems, backend_names)
+        return Route(problems, backend_names, self._workspace_bytes)
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -111,11 +111,27 @@ def run(
     header += [len(seeds), len(storages.found), len(jobs), *seeds]
     blobs = [_bytes_of(storage) for storage in storages.found.values()]
     header += [len(blob) for blob in blobs]
+    request = struct.pack(f"<{len(header)}q", *header) + b"".join(blobs) + records
+    result = _call_emulator(request, emulator)
+    if kind == KINDS[Coefficients]:
+        result = result[8 * len(jobs) :]  # as in workspace_bytes
+    return _read(result, [len(blob) for blob in blobs], storages, len(seeds))
+
+
+def workspace_bytes(jobs: Sequence[Coefficients], multiprocessors: int) -> list[int]:
+    """What each job takes by itself for partial sums; its tensors need no memory."""
+    records = b"".join(pack([job], lambda _: 1 << 40) for job in jobs)
+    header = [KINDS[Coefficients], multiprocessors, 0, SHARED_LIMIT[80], 0, 1, len(jobs), 0]
+    data = _call_emulator(struct.pack(f"<{len(header)}q", *header) + records)
+    return list(struct.unpack(f"<{len(jobs)}q", data))
+
+
+def _call_emulator(request: bytes, emulator: Path | None = None) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
-        request, result = Path(scratch) / "request", Path(scratch) / "result"
-        request.write_bytes(struct.pack(f"<{len(header)}q", *header) + b"".join(blobs) + records)
+        asked, result = Path(scratch) / "request", Path(scratch) / "result"
+        asked.write_bytes(request)
         done = subprocess.run(
-            [str(emulator or build()), str(request), str(result)],
+            [str(emulator or build()), str(asked), str(result)],
             capture_output=True,
             text=True,
             timeout=300,
@@ -124,7 +140,7 @@ def run(
         )
         if done.returncode != 0:
             raise EmulatorError(done.stderr.strip() or f"exit code {done.returncode}")
-        return _read(result.read_bytes(), [len(blob) for blob in blobs], storages, len(seeds))
+        return result.read_bytes()
 
 
 def _record(job: Job, address: Address) -> bytes:

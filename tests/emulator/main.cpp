@@ -5,7 +5,8 @@
 // REQUEST, in 8-byte integers: kind (0 coefficients, 1 update, 2 inverse Cholesky factors, 3 SVD),
 // multiprocessors, allow_tf32, shared memory limit, number of seeds, of buffers and of jobs; the
 // seeds; the buffers' sizes; the buffers' bytes one after another; the jobs as in csrc/api.h, where
-// a pointer is (1 + buffer) << 40 | offset. RESULT, a seed: per buffer the bytes read and written
+// a pointer is (1 + buffer) << 40 | offset. RESULT: of coefficients, the workspace that each job takes
+// by itself; then, a seed: per buffer the bytes read and written
 // by the kernels; the number of launches; the buffers' bytes.
 #include <cstdio>
 #include <cstdlib>
@@ -103,6 +104,10 @@ int main(int argc, char** argv) try {
   const int64_t counter_bytes = 4 * osf::coefficients_counters();
   const Bytes counters = allocate(counter_bytes);
   std::memset(counters.get(), 0, counter_bytes);
+
+  for (const auto& job : coefficients_jobs) {
+    write_integer(out, osf::coefficients_workspace_bytes(&job, 1, allow_tf32, machine));
+  }
 
   for (const uint64_t seed : seeds) {
     simt::machine.seed = seed;

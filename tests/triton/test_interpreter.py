@@ -25,6 +25,7 @@ FILES = (
     "interpreted_padding",
     "interpreted_projection",
     "interpreted_products",
+    "interpreted_prepared",
     "interpreted_autotune",
 )
 
