@@ -174,8 +174,11 @@ class Together:
             return []
         return [item for item in self.items if [t._version for t in item.tensors] != item.versions]
 
-    def follow(self) -> None:
-        """Has each follow its weight; see :meth:`Protected.follow`."""
+    def follow(self, some: Sequence[Protected]) -> None:
+        """Has some follow their weights, or all; see :meth:`Protected.follow`."""
+        if len(some) == 1:  # as of a hook that projects each gradient as it comes
+            some[0].follow()
+            return
         places = [(weight.device, weight.dtype) for weight in self._weights]
         if places != self._places:
             for item in self.items:

@@ -256,7 +256,7 @@ class Steps:
             The imprints of the gradients as they were, where nothing is pinned.
         """
         try:
-            self.together.follow()
+            self.together.follow([*items, *moved])
             if self._record:
                 for item in items:
                     self._raw[item.name] = self._share(item)
