@@ -24,8 +24,8 @@ def _layout(aligned: bool) -> str:
 def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
     """Every pinned config with each class of operands it serves, and its launch.
 
-    The launches are those that the test suite gates. Of odd widths the main classes alone: tf32
-    and mixed dtypes take the same configs there.
+    The launches are those that the test suite gates. Of odd widths, and of ragged ranks in padded
+    rows, the main classes alone: tf32 and mixed dtypes take the same configs there.
     """
     from osf_kernels.backends.triton import configs
     from tests.triton import aot
@@ -60,6 +60,11 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
                 if width == aot.operand_bytes(config, kind):
                     made = aot.launches_of(config, kind, aligned=aligned)
                     yield described(made, made.kernel, dtype, _layout(aligned))
+    for dtype in ("bf16", "fp32 (tf32x3)"):
+        for width, config in configs.shipped(architecture):
+            if width == aot.operand_bytes(config, classes[dtype]):
+                made = aot.launches_of(config, classes[dtype], padded=77)
+                yield described(made, made.kernel, dtype, "padded")
     for aligned in (True, False):
         for x in (bf16, fp16, fp32):
             name = str(x).removeprefix("torch.")

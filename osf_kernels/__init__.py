@@ -13,11 +13,12 @@ from osf_kernels._version import __version__
 from osf_kernels.backends.choosing import requested as requested_backend
 from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
-from osf_kernels.errors import BackendUnavailableError
-from osf_kernels.linalg.extension import extend_basis
-from osf_kernels.linalg.orthonormal import orthonormalize, polar
-from osf_kernels.linalg.result import TruncatedSVD
-from osf_kernels.linalg.truncated import truncated_svd
+from osf_kernels.errors import BackendUnavailableError, ConvergenceWarning, Refusal
+from osf_kernels.linalg.extend_basis import extend_basis
+from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
+from osf_kernels.linalg.orthonormal.polar import polar
+from osf_kernels.linalg.svd.result import TruncatedSVD
+from osf_kernels.linalg.svd.truncated_svd import truncated_svd
 from osf_kernels.ops._coefficient_list import CoefficientList
 from osf_kernels.ops.coefficients import apply_, coefficients
 from osf_kernels.ops.prepared import Prepared, prepare
@@ -29,9 +30,11 @@ __all__ = [
     "BackendUnavailableError",
     "Basis",
     "CoefficientList",
+    "ConvergenceWarning",
     "Mode",
     "Plan",
     "Prepared",
+    "Refusal",
     "TruncatedSVD",
     "__version__",
     "apply_",

@@ -7,7 +7,7 @@ elements apart every row begins on a boundary, and 16 bytes are read at a time.
 The rule: the lines of a matrix (its rows, or its columns where those are contiguous) begin on
 16-byte boundaries, and its storage holds the last line's padding too, so that a kernel may read it.
 
-May import: torch.
+May import: torch, ``osf_kernels.errors``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["VECTOR_BYTES", "empty", "is_aligned", "is_padded", "padded", "pads"]
+from osf_kernels.errors import TypeRefusal
+
+__all__ = [
+    "VECTOR_BYTES",
+    "empty",
+    "empty_like",
+    "is_aligned",
+    "is_padded",
+    "leading_dimension",
+    "padded",
+    "padded_rows",
+    "pads",
+]
 
 VECTOR_BYTES = 16
 
@@ -82,8 +94,13 @@ def padded(
         padded), else a copy. The copy's padding holds zeros, and its contiguous dimension is that
         of ``t``. Of (m, 77) bfloat16 on a GPU the strides are (80, 1): it is not contiguous.
 
+    Raises:
+        TypeError: t is no tensor; of a Basis pass its columns.
+
     Doesn't change ``t``; draws no random numbers; synchronises as ``Tensor.to`` does.
     """
+    if not isinstance(t, Tensor):
+        raise TypeRefusal.of("padded", "t", "a tensor", type(t).__name__)
     device = t.device if device is None else torch.device(device)
     dtype = dtype or t.dtype
     if not pads(device) or t.dim() < 2 or not t.numel():

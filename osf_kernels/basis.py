@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 
 Spans = Literal["high", "low"]
 
@@ -37,6 +37,6 @@ class Basis:
     def __post_init__(self) -> None:
         columns: object = self.columns
         if not isinstance(columns, Tensor):
-            raise TypeError(describe("Basis", "columns", "a tensor", type(columns).__name__))
+            raise TypeRefusal.of("Basis", "columns", "a tensor", type(columns).__name__)
         if self.spans not in ("high", "low"):
-            raise ValueError(describe("Basis", "spans", '"high" or "low"', repr(self.spans)))
+            raise ValueRefusal.of("Basis", "spans", '"high" or "low"', repr(self.spans))

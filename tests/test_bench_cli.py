@@ -118,6 +118,23 @@ def test_overhead_compares_like_with_like(spans: str) -> None:
     torch.testing.assert_close(results["project_"], results["bare, in place"], atol=1e-5, rtol=0)
 
 
+def test_host_times_every_call_without_a_device(root: Path, tmp_path: Path) -> None:
+    """In a process of its own, since Triton has to be told to interpret before it is imported."""
+    path = tmp_path / "host.csv"
+    command = [sys.executable, "-m", "bench", "host", "--layers", "1", "--rounds", "2"]
+    done = subprocess.run(
+        [*command, "--csv", str(path)], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode in (0, 1), done.stderr  # 1: slower than it is to be
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    calls = {row["contender"] for row in rows}
+    assert calls >= {"prepared, g as before", "prepared, g elsewhere", "project_, g elsewhere"}
+    assert all(float(row["median_ms"]) > 0 for row in rows)
+    named = done.stdout.count("above what it is to be")
+    assert (named > 0) == (done.returncode == 1)
+
+
 # progress
 
 
@@ -176,6 +193,7 @@ def test_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
 
 def test_committed_results_have_todays_columns(root: Path) -> None:
     kinds = {
+        "host_cpu.csv": report.Row,
         "overhead_cpu.csv": report.Row,
         "projection_cpu.csv": report.Row,
         "refresh_cpu.csv": refresh.RefreshRow,

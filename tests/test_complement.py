@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osf_kernels.linalg.complement import complement
+from osf_kernels.linalg.orthonormal.complement import complement
 from osf_kernels.testing import orthonormality_ratio
 from tests.helpers import generator_for
 

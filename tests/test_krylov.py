@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from osf_kernels import truncated_svd
-from osf_kernels.linalg import krylov
+from osf_kernels.linalg import cpu
+from osf_kernels.linalg.orthonormal import block_gram_schmidt
+from osf_kernels.linalg.svd.group import Group
+from osf_kernels.linalg.svd.methods import krylov, subspace_iteration
 from osf_kernels.testing import matrix_with_spectrum, orthonormality_ratio
 from tests.helpers import generator_for
 from tests.triplets import SPECTRA, assert_sound, draw, measured_residual
@@ -19,7 +22,7 @@ def test_a_gpus_two_passes_give_what_one_gives(
     """Where no number may be looked at, each block takes float32 Gram matrices, twice."""
     A, _, S, _ = draw(130, 90, spectrum)
     free = truncated_svd(A, 20, method="randomized", generator=generator_for(spectrum))
-    monkeypatch.setattr(krylov, "looks_are_free", lambda Y: False)
+    monkeypatch.setattr(cpu, "looks_are_free", lambda Y: False)
     for rank in (1, 7, 33, 60):
         assert_sound(A, truncated_svd(A, rank, method="randomized"))
     twice = truncated_svd(A, 20, method="randomized", generator=generator_for(spectrum))
@@ -37,13 +40,18 @@ def test_a_pass_is_taken_again_where_it_loses_more_than_rounding() -> None:
     eps = torch.finfo(torch.float32).eps
     for scale in (1.0, 1e-2, 1e-4, 1e-6, 0.0):
         Y = inside + scale * outside
-        found = krylov.orthonormal_against(Y, basis, safe=False, generator=g, growth=1.0)
+        found = block_gram_schmidt.orthonormal_against(
+            Y, basis, safe=False, generator=g, growth=1.0
+        )
         if scale >= 1e-4:
             assert bool(found.ok.all())
         whole = torch.cat([basis, found.Q], -1)[found.ok].double()
         for Q in whole:
             defect = Q.mT @ Q - torch.eye(32, dtype=torch.float64)
-            assert float(torch.linalg.matrix_norm(defect, ord=2)) < 3 * krylov.GROWTH_LIMIT * eps
+            assert (
+                float(torch.linalg.matrix_norm(defect, ord=2))
+                < 3 * block_gram_schmidt.GROWTH_LIMIT * eps
+            )
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -108,13 +116,12 @@ def test_columns_of_a_warm_start_need_not_be_orthogonal(
     truth = torch.linalg.qr((A @ V).double())[0]  # float32 keeps what turns it, to rounding
     turned = V @ (torch.eye(20) + mixed * torch.randn(20, 20, generator=g))
     taken = []
-    whole = krylov.orthonormal_against
+    whole = block_gram_schmidt.orthonormal_against
     monkeypatch.setattr(
-        krylov, "orthonormal_against", lambda *a, **k: taken.append(1) or whole(*a, **k)
+        block_gram_schmidt, "orthonormal_against", lambda *a, **k: taken.append(1) or whole(*a, **k)
     )
-    found = krylov.subspace_iteration(
-        [A], turned[None], 20, tol=None, niter=1, safe=False, generator=g
-    )
+    group = Group([A], [float(A.norm())], 20, generator=torch.Generator().manual_seed)
+    found = subspace_iteration.run(group, turned[None], niter=1, safe=False, generator=g)
     assert bool(found.ok.all())
     assert bool(taken) == (mixed > 0.1)
     Q = found.U[0].double()
@@ -129,5 +136,6 @@ def test_columns_that_depend_on_each_other_are_not_believed() -> None:
     A, _, _, _ = draw(60, 50)
     V = torch.randn(1, 50, 8, generator=g)
     V[..., 5] = V[..., 2]
-    found = krylov.subspace_iteration([A], V, 8, tol=None, niter=1, safe=False, generator=g)
+    group = Group([A], [float(A.norm())], 8, generator=torch.Generator().manual_seed)
+    found = subspace_iteration.run(group, V, niter=1, safe=False, generator=g)
     assert not bool(found.ok.any())

@@ -24,8 +24,8 @@ RANKS = {
     "osf_kernels.plan": 2,
     "osf_kernels.basis": 1,
     "osf_kernels.env": 1,
+    "osf_kernels._padding": 1,
     "osf_kernels.errors": 0,
-    "osf_kernels._padding": 0,
     "osf_kernels._version": 0,
     "osf_kernels._cuda": 0,
 }

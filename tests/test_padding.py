@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import osf_kernels
+import osf_kernels.backends.torch as torch_backend
 import osf_torch
 from osf_kernels import Basis, _padding
 from osf_kernels._padding import empty, is_aligned, is_padded, padded
 from osf_kernels.backends import forms
+from osf_kernels.backends.operands import Arena
 from osf_kernels.backends.triton import configs, schedule
 from osf_kernels.plan import Matrix, Mode, choose
 from osf_torch.protected import columns_of
@@ -91,6 +93,9 @@ def test_padded_converts_in_one_copy() -> None:
     assert made.stride() == (80, 1)
     assert is_aligned(made)
     assert padded(torch.empty(9, 0), dtype=BF16).dtype == BF16
+    assert padded(torch.ones(7), dtype=BF16).stride() == (1,)  # a vector has no lines
+    with pytest.raises(TypeError, match=r"osf_kernels\.padded: expected t to be a tensor"):
+        padded(Basis(source))  # type: ignore[arg-type]
 
 
 def test_padding_lies_in_the_storage() -> None:
@@ -109,6 +114,10 @@ UNALIGNED = [
 ]
 
 
+def torch_new(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype)
+
+
 def configs_of(problem: forms.Problem) -> list[configs.Config]:
     """The configs of all launches of one matrix, nothing run."""
     chosen: list[configs.Config] = []
@@ -119,7 +128,8 @@ def configs_of(problem: forms.Problem) -> list[configs.Config]:
     def update(_: object, width: int, rank: int, aligned: bool) -> configs.Update:
         return configs.update_config("sm_90", width, rank, aligned)
 
-    for job in forms.steps(problem, torch.float32):
+    new = torch_new if not _padding.pads(problem.x.device) else Arena(problem.x.device).new
+    for job in forms.steps(problem, torch.float32, new):
         if isinstance(job, forms.Coefficients):
             made = schedule.coefficients_launches(
                 [job],
@@ -252,9 +262,12 @@ def test_torch_backend_computes_the_same_with_padding(
 ) -> None:
     g = generator_for(mode, batch)
     x = torch.randn(*batch, 48, 40, generator=g)
+    products = _padding.matmul, torch.addmm, _padding.cat
     U, V = (torch.linalg.qr(torch.randn(*batch, size, 7, generator=g))[0] for size in (48, 40))
     for bases in ((U, V), (Basis(U, "low"), Basis(V, "low")), (U, Basis(V, "low")), (None, V)):
-        actual = osf_kernels.project(x, *bases, mode=mode)
+        with monkeypatch.context() as on_a_gpu:
+            on_a_gpu.setattr(torch_backend, "_OF_MATRICES", products)
+            actual = osf_kernels.project(x, *bases, mode=mode)
         with monkeypatch.context() as plain:
             plain.setattr(_padding, "pads", lambda device: False)
             expected = osf_kernels.project(x, *bases, mode=mode)

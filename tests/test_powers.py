@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from osf_kernels import truncated_svd
-from osf_kernels.linalg import methods
-from osf_kernels.linalg.factors import Factors
-from osf_kernels.linalg.powers import ROUNDING_SHARE, from_powers
+from osf_kernels.linalg.svd.factors import Factors
+from osf_kernels.linalg.svd.group import Group
+from osf_kernels.linalg.svd.methods import powers
+from osf_kernels.linalg.svd.methods.krylov import KrylovSpace
 from osf_kernels.testing import orthonormality_ratio
 from tests.helpers import generator_for
 from tests.triplets import SPECTRA, assert_sound, draw, measured_residual, overlap
@@ -19,17 +20,22 @@ from tests.triplets import SPECTRA, assert_sound, draw, measured_residual, overl
 FEW = {"method": "randomized", "oversample": 14}
 
 
+def from_powers(A: Tensor, noise: Tensor, rank: int, *, steps: int) -> Factors:
+    group = Group([A], [float(A.norm())], rank, generator=torch.Generator().manual_seed)
+    return powers.run(group, noise, steps=steps)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """``ok`` of every call."""
-    seen: list[Tensor] = []
+    run, seen = powers.run, []
 
-    def spied(*args: object, **kwargs: object) -> Factors:
-        found = from_powers(*args, **kwargs)  # type: ignore[arg-type]
+    def spied(*args: Any, **kwargs: Any) -> Factors:
+        found = run(*args, **kwargs)
         seen.append(found.ok)
         return found
 
-    monkeypatch.setattr(methods, "from_powers", spied)
+    monkeypatch.setattr(powers, "run", spied)
     return seen
 
 
@@ -69,7 +75,7 @@ def test_the_triplets_are_the_best_of_their_space(steps: int) -> None:
     """Against the same space by QR, and its Rayleigh–Ritz step, in float64."""
     A, _, _, _ = draw(120, 90)
     noise = torch.randn(1, 120, 12, generator=generator_for("powers"))
-    found = from_powers([A], noise, [float(A.norm())], 5, steps=steps)
+    found = from_powers(A, noise, 5, steps=steps)
     assert bool(found.ok)
     X, blocks = A.double(), []
     block = X @ (X.mT @ noise[0].double())
@@ -87,10 +93,8 @@ def test_they_miss_less_than_an_orthonormal_basis_on_the_right() -> None:
     """Of as many columns: the step on the left is one product further."""
     A, U, _, V = draw(300, 260)
     noise = torch.randn(1, 300, 12, generator=generator_for("left"))
-    found = from_powers([A], noise, [float(A.norm())], 5, steps=2)
-    space = methods.KrylovSpace(
-        [A], (A.mT @ noise[0])[None], safe=False, generator=generator_for("unused")
-    )
+    found = from_powers(A, noise, 5, steps=2)
+    space = KrylovSpace([A], (A.mT @ noise[0])[None], safe=False, generator=generator_for("unused"))
     space.grow(24)
     other = space.factors(5)
 
@@ -166,7 +170,7 @@ def test_the_rounding_that_is_let_through_is_a_small_share_of_the_residual() -> 
         right = torch.linalg.qr(torch.randn(90, 90, generator=g).double())[0]
         A = ((left * decay**q) @ right.mT).float()
         noise = torch.randn(1, 120, 16, generator=g)
-        found = from_powers([A], noise, [float(A.norm())], 8, steps=2)
+        found = from_powers(A, noise, 8, steps=2)
         if not bool(found.ok):
             shares.append(None)
             continue
@@ -175,4 +179,4 @@ def test_the_rounding_that_is_let_through_is_a_small_share_of_the_residual() -> 
         shares.append(float(off / found.residual[0]))
     believed = [share for share in shares if share is not None]
     assert 0 < len(believed) < len(shares)
-    assert max(believed) < 5 * ROUNDING_SHARE
+    assert max(believed) < 5 * powers.ROUNDING_SHARE

@@ -282,7 +282,7 @@ def test_advice_is_of_arguments_that_refresh_takes():
 
 def test_an_error_of_the_solver_names_the_parameters(monkeypatch):
     model = small_model()
-    with pytest.raises(ValueError, match=r"max_workspace_bytes.*'0\.weight' \(24, 16\)"):
+    with pytest.raises(ValueError, match=r"max_workspace_bytes for '0\.weight' .* \(24 × 16, "):
         refresh(model, 4, max_workspace_bytes=100)
 
     def fail(*_, **__):

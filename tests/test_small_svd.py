@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from osf_kernels import truncated_svd
-from osf_kernels.backends import primitives
-from osf_kernels.linalg.inputs import _frobenius_norm
-from osf_kernels.linalg.small import POLISH_GROWTH, leading_svd
+from osf_kernels.linalg import primitives
+from osf_kernels.linalg.orthonormal.cholesky_qr import POLISH_GROWTH
+from osf_kernels.linalg.svd.arguments import _frobenius_norm
+from osf_kernels.linalg.svd.rayleigh_ritz import leading_svd
 from tests.helpers import generator_for
 
 EPS = torch.finfo(torch.float32).eps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.timing import peak_extra_bytes
 from osf_kernels import TruncatedSVD, truncated_svd
-from osf_kernels.linalg import dense, spread
+from osf_kernels.linalg.svd.methods import gram, steep
 from osf_kernels.testing import matrix_with_spectrum, orthonormality_ratio
 from tests.helpers import generator_for
 from tests.triplets import COLD, draw, measured_residual, overlap
@@ -93,11 +93,11 @@ def test_matrices_of_a_batch_are_each_as_right() -> None:
 
 def test_a_steep_gram_matrix_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it is lowered for: the way in float64 isn't taken, and the result would need it."""
-    monkeypatch.setattr(dense, "_gram_in_double", None)
+    monkeypatch.setattr(gram, "_in_double", None)
     A, _, _, _ = draw(400, 400)
     assert_as_right(A, truncated_svd(A, 200, method="gram"))
-    monkeypatch.setattr(spread, "lower", lambda G: None)
-    monkeypatch.setattr(dense, "limit", lambda *_: 1e9)
+    monkeypatch.setattr(steep, "lower", lambda G: None)
+    monkeypatch.setattr(gram, "limit", lambda *_: 1e9)
     unmended = truncated_svd(A, 200, method="gram")
     assert float(unmended.residual) > 2 * float(by_lapack(A, 200).residual)
 
@@ -105,7 +105,7 @@ def test_a_steep_gram_matrix_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_few_large_values_stay_in_float32(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer are set than a block finds: those between them and the wanted ones are coupled too."""
-    monkeypatch.setattr(dense, "_gram_in_double", None)
+    monkeypatch.setattr(gram, "_in_double", None)
     sigma = torch.linspace(1, 0.1, 400, dtype=torch.float64)
     sigma[:count] = 30
     A, _, _ = matrix_with_spectrum(400, 400, sigma, generator=generator_for("spikes", count))
@@ -122,7 +122,7 @@ def test_eigenvalues_far_above_the_others_are_found_in_every_matrix(p: float) ->
         A, _, _ = matrix_with_spectrum(400, 400, sigma, generator=generator_for("found", seed))
         G = A.mT @ A
         before = torch.linalg.eigh(G.double())[1]
-        lowered = spread.lower(G.unsqueeze(0))
+        lowered = steep.lower(G.unsqueeze(0))
         assert lowered is not None
         assert lowered.most >= 8
         # The others' eigenvectors are what they were.
@@ -389,13 +389,13 @@ def _graded(m: int, n: int, dtype: torch.dtype, steep: float) -> Tensor:
 def test_the_least_cap_that_is_taken_holds(method: str, dtype: torch.dtype, m: int, n: int) -> None:
     """With low bases, in the safe way, and where a warm start goes on."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    for steep, tol, rank in ((12, None, 30), (1, 1e-4, 4)):
-        As = [_graded(m, n, dtype, steep) for _ in range(2)]
+    for decades, tol, rank in ((12, None, 30), (1, 1e-4, 4)):
+        As = [_graded(m, n, dtype, decades) for _ in range(2)]
         options = {"method": method, "complement": True, "tol": tol}
         if method in ("warm", "deflated"):
             earlier = [A.to(work) for A in As]
             options["warm_start"] = truncated_svd(earlier, rank, method="exact", complement=True)
-            As = [A + 0.01 * _graded(m, n, dtype, steep + 1) for A in As]
+            As = [A + 0.01 * _graded(m, n, dtype, decades + 1) for A in As]
         with pytest.raises(ValueError, match="at least") as refused:
             truncated_svd(As, rank, max_workspace_bytes=1, **options)
         cap = int(re.findall(r"at least (\d+)", str(refused.value))[0])

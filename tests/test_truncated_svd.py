@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osf_kernels import TruncatedSVD, extend_basis, orthonormalize, polar, truncated_svd
-from osf_kernels.linalg import auto, methods
+from osf_kernels.linalg.svd import auto, methods
+from osf_kernels.linalg.svd.group import Group
 from osf_kernels.testing import hard_matrices, orthonormality_ratio, svd_ratio
 from tests.helpers import generator_for
 from tests.triplets import COLD, SPECTRA, assert_sound, draw, overlap
@@ -220,7 +221,7 @@ def test_running_out_of_memory_takes_smaller_parts_with_one_warning(
     whole = truncated_svd(As, 6, method="gram")
     run, sizes = methods.run, []
 
-    def cramped(method: str, group: methods.Group, safe: bool) -> object:
+    def cramped(method: str, group: Group, safe: bool) -> object:
         sizes.append(len(group.As))
         if len(group.As) > 2:
             raise torch.OutOfMemoryError("out of memory")
@@ -238,7 +239,7 @@ def test_running_out_of_memory_takes_smaller_parts_with_one_warning(
 def test_a_workspace_without_room_for_one_is_refused() -> None:
     A = draw(60, 60)[0]
     with pytest.raises(
-        ValueError, match=r"max_workspace_bytes to be at least \d+ for A \(60, 60\)"
+        ValueError, match=r"max_workspace_bytes for A to be at least \d+ \(60 × 60, "
     ):
         truncated_svd(A, 6, max_workspace_bytes=1000)
 
@@ -295,7 +296,7 @@ BAD = {
     "tol": ({"A": A, "rank": 1, "tol": 0.0}, "tol to be a positive number"),
     "niter": ({"A": A, "rank": 1, "niter": 0}, "niter to be at least 1"),
     "oversample": ({"A": A, "rank": 1, "oversample": 2.5}, "oversample to be an int"),
-    "warm without a start": ({"A": A, "rank": 1, "method": "warm"}, "warm_start to be given"),
+    "warm without a start": ({"A": A, "rank": 1, "method": "warm"}, "warm_start of A to be given"),
     "warm of rows": (
         {"A": A, "rank": 1, "warm_start": torch.zeros(2, 4)},
         "Vh.mT if it holds rows",

@@ -123,7 +123,9 @@ def test_a_warm_start_that_is_not_finite_is_refused(bad: float, field: str) -> N
     start = V if field == "columns" else earlier
     methods = ("warm",) if field in ("columns", "V") else ("deflated", "auto")
     for method, tol in itertools.product(methods, (None, 1e-3)):
-        with pytest.raises(ValueError, match=rf"warm_start to be finite.*A has 1 of {V.numel()}"):
+        with pytest.raises(
+            ValueError, match=rf"warm_start of A to be finite.*A has 1 of {V.numel()}"
+        ):
             truncated_svd(A, 30, method=method, warm_start=start, tol=tol)
 
 

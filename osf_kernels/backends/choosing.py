@@ -19,7 +19,7 @@ from torch import device as Device  # the name torch is this package's backend
 from torch.cuda import is_available as is_cuda_available
 
 from osf_kernels import env
-from osf_kernels.errors import BackendUnavailableError, describe
+from osf_kernels.errors import BackendUnavailableError, TypeRefusal, ValueRefusal
 from osf_kernels.plan import GROUPED_RANK_LIMIT, Matrix, Step
 
 # "projection": the forms of ``plan.py``, grouped. "products": those of ``primitives.py`` with a
@@ -74,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != "auto" and name not in NAMES:
         expected = 'one of "torch", "triton", "cuda" and "auto"'
-        raise ValueError(describe("use_backend", "name", expected, repr(name)))
+        raise ValueRefusal.of("use_backend", "name", expected, repr(name))
     if name in NAMES:
         _require(name, None)
     token = _choice.set(name)
@@ -96,14 +96,12 @@ def _require(name: str, device: Device | None) -> None:
 
 def _require_no_float64(name: str, dtype: str) -> None:
     if dtype == "float64":
-        raise TypeError(
-            describe(
-                "use_backend",
-                "a dtype this backend computes",
-                "float32, float16 or bfloat16",
-                f'float64 with backend "{name}"',
-                'float64 runs on "torch" or "auto"',
-            )
+        raise TypeRefusal.of(
+            "use_backend",
+            "a dtype this backend computes",
+            "float32, float16 or bfloat16",
+            f'float64 with backend "{name}"',
+            'float64 runs on "torch" or "auto"',
         )
 
 

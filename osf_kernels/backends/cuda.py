@@ -37,7 +37,7 @@ from torch import Tensor
 from osf_kernels.backends import cuda_factor
 from osf_kernels.backends.forms import Coefficients, Job, Update
 from osf_kernels.backends.operands import Placed
-from osf_kernels.errors import BackendUnavailableError, describe
+from osf_kernels.errors import BackendUnavailableError, TypeRefusal, ValueRefusal
 from osf_kernels.plan import Matrix
 
 __all__ = [
@@ -274,9 +274,7 @@ def largest_jacobi(device: torch.device, square: bool = True, *, rows: int | Non
     if square:
         rows = 0
     elif rows is None or rows < 1:
-        raise ValueError(
-            describe("largest_jacobi", "rows", "a positive number with square=False", rows)
-        )
+        raise ValueRefusal.of("largest_jacobi", "rows", "a positive number with square=False", rows)
     largest: int = _extension().largest_jacobi(_cuda_index("largest_jacobi", device), rows)
     return largest
 
@@ -417,7 +415,7 @@ def _coefficient_words(job: Coefficients, address: Address) -> list[int]:
     m, n = job.x.shape
     S = job.S
     if S is not None and S.dtype is not torch.float32:
-        raise TypeError(describe("coefficients", "S", "float32", S.dtype))
+        raise TypeRefusal.of("coefficients", "S", "float32", S.dtype)
     return [
         m,
         n,
@@ -458,14 +456,14 @@ def _matrix(name: str, tensor: Any, address: Address) -> tuple[int, int, int, in
     if dtype is None:
         expected = 'bfloat16, float16 or float32 with backend "cuda"'
         remedy = 'other dtypes run on "torch" or "auto"'
-        raise TypeError(describe("use_backend", name, expected, tensor.dtype, remedy))
+        raise TypeRefusal.of("use_backend", name, expected, tensor.dtype, remedy)
     return address(tensor), tensor.stride(0), tensor.stride(1), dtype
 
 
 def _cuda_index(op: str, device: torch.device) -> int:
     device = torch.device(device)
     if device.type != "cuda":
-        raise ValueError(describe(op, "device", "a CUDA device", device))
+        raise ValueRefusal.of(op, "device", "a CUDA device", device)
     return _index(device)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 
 _CHOLESKY = struct.Struct("<8q")
 _JACOBI = struct.Struct("<11q")
@@ -64,7 +64,7 @@ def check_gram(G: Tensor) -> None:
     """Refuses what is not a batch of square float32 matrices on a CUDA device."""
     _check_batch("cholesky_inverse", "G", G)
     if G.shape[1] != G.shape[2]:
-        raise ValueError(describe("cholesky_inverse", "G", "(b, l, l)", tuple(G.shape)))
+        raise ValueRefusal.of("cholesky_inverse", "G", "(b, l, l)", tuple(G.shape))
     _check_device("cholesky_inverse", "G", G)
 
 
@@ -73,7 +73,7 @@ def check_square_size(G: Tensor, limit: int) -> None:
     if G.shape[2] > limit:
         expected = f"(b, l, l) with l <= {limit}, which fits in the shared memory of {G.device}"
         remedy = "use torch.linalg.cholesky_ex"
-        raise ValueError(describe("cholesky_inverse", "G", expected, tuple(G.shape), remedy))
+        raise ValueRefusal.of("cholesky_inverse", "G", expected, tuple(G.shape), remedy)
 
 
 def check_tall(M: Tensor) -> None:
@@ -81,9 +81,7 @@ def check_tall(M: Tensor) -> None:
     _check_batch("jacobi_svd", "M", M)
     if M.shape[1] < M.shape[2]:
         remedy = "pass M.mT, whose U is V"
-        raise ValueError(
-            describe("jacobi_svd", "M", "(b, p, l) with p >= l", tuple(M.shape), remedy)
-        )
+        raise ValueRefusal.of("jacobi_svd", "M", "(b, p, l) with p >= l", tuple(M.shape), remedy)
     _check_device("jacobi_svd", "M", M)
 
 
@@ -95,20 +93,20 @@ def check_columns(M: Tensor, limit: int) -> None:
             f"which fits in the shared memory of {M.device}"
         )
         remedy = "use torch.linalg.svd"
-        raise ValueError(describe("jacobi_svd", "M", expected, tuple(M.shape), remedy))
+        raise ValueRefusal.of("jacobi_svd", "M", expected, tuple(M.shape), remedy)
 
 
 def _check_batch(op: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(describe(op, name, "a torch.Tensor", type(tensor).__name__))
+        raise TypeRefusal.of(op, name, "a torch.Tensor", type(tensor).__name__)
     if tensor.dtype is not torch.float32:
-        raise TypeError(describe(op, name, "float32", tensor.dtype, f"pass {name}.float()"))
+        raise TypeRefusal.of(op, name, "float32", tensor.dtype, f"pass {name}.float()")
     if tensor.ndim != 3:
         remedy = f"pass {name}[None] for a single matrix" if tensor.ndim == 2 else ""
         expected = "a batch of matrices, (b, rows, columns)"
-        raise ValueError(describe(op, name, expected, tuple(tensor.shape), remedy))
+        raise ValueRefusal.of(op, name, expected, tuple(tensor.shape), remedy)
 
 
 def _check_device(op: str, name: str, tensor: Tensor) -> None:
     if tensor.device.type != "cuda":
-        raise ValueError(describe(op, name, "on a CUDA device", tensor.device))
+        raise ValueRefusal.of(op, name, "on a CUDA device", tensor.device)

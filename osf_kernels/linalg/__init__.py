@@ -1,10 +1,8 @@
-"""Drivers of numerical linear algebra: what refreshes a model's bases.
+"""Numerical linear algebra, which refreshes a model's bases.
 
-``truncated.py`` decomposes weights: ``inputs.py`` checks them, ``driver.py`` groups them,
-``auto.py`` chooses a method, ``methods.py`` runs it from ``krylov.py`` or ``dense.py``,
-``result.py`` is what comes out.
-``spread.py`` prepares the Gram matrices of steep spectra for float32.
-``orthonormal.py`` orthonormalizes columns, ``complement.py`` completes them, ``extension.py`` grows
-a basis. No kernels: products and factorizations come from ``backends/primitives.py``. May import:
-torch, ``osf_kernels.ops``, ``osf_kernels.backends`` and below.
+``svd/`` has truncated_svd, ``orthonormal/`` makes orthonormal columns of any, ``extend_basis.py``
+grows a basis. ``primitives.py`` has the products and the small factorizations that all of them
+consist of, and leaves the kernels to the backends. ``cpu.py`` has every number that is tuned to a
+CPU.
+May import: torch, ``osf_kernels.ops``, ``osf_kernels.backends`` and below.
 """

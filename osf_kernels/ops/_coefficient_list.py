@@ -11,7 +11,7 @@ from torch import Tensor
 from osf_kernels import _padding
 from osf_kernels.backends.forms import coefficient_dtype
 from osf_kernels.backends.grouped import Ready
-from osf_kernels.errors import describe
+from osf_kernels.errors import ValueRefusal
 from osf_kernels.ops._validation import require_constant
 
 
@@ -88,7 +88,7 @@ class Allocation:
             len(given.A) == len(given.B) == len(places)
         ):
             expected = f"those of {len(places)} matrices"
-            raise ValueError(describe(op, "coefficients", expected, "others", remedy))
+            raise ValueRefusal.of(op, "coefficients", expected, "others", remedy)
         found: list[Ready] = []
         lists = zip(given.A, given.B, places, sides, strict=True)
         for i, (A, B, (kind, views), (has_U, has_V)) in enumerate(lists):
@@ -99,7 +99,7 @@ class Allocation:
                     expected = f"{tuple(shape)} {dtype} on {device}"
                     got = f"{tuple(t.shape)} {t.dtype} on {t.device}"
                     name = f"coefficients.{'AB'[side]}[{i}]"
-                    raise ValueError(describe(op, name, expected, got, remedy))
+                    raise ValueRefusal.of(op, name, expected, got, remedy)
                 if t.requires_grad:
                     require_constant(op, [f"coefficients.{'AB'[side]}[{i}]"], t)
             found.append((A if has_U else None, B if has_V else None))

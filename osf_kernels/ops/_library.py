@@ -16,7 +16,7 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from osf_kernels.backends.precision import full_precision, lowered
-from osf_kernels.errors import describe
+from osf_kernels.errors import ValueRefusal
 
 NAMESPACE = "osf_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -123,7 +123,7 @@ def require_vmapped(op: str, name: str, dim: int | None) -> None:
     """What is written has an element for each of a batch that is read."""
     if dim is None:
         expected = "vmapped where an argument is"
-        raise ValueError(describe(op, name, expected, "one for the whole batch"))
+        raise ValueRefusal.of(op, name, expected, "one for the whole batch")
 
 
 def aligned(info: Any, in_dims: Any, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._validation import require_dense, require_tensor
 
 _autograd = torch._C._autograd
@@ -28,7 +28,7 @@ def require_target(op: str, name: str, g: object) -> None:
     kind = type(g)
     if kind is not Tensor and is_traceable_wrapper_subclass(g):
         remedy = "pass the tensor that it holds here, as .to_local() of a DTensor"
-        raise TypeError(describe(op, name, "a plain tensor", kind.__name__, remedy))
+        raise TypeRefusal.of(op, name, "a plain tensor", kind.__name__, remedy)
 
 
 def require_no_meta_among(op: str, name: str, written: Sequence[Tensor]) -> None:
@@ -37,7 +37,7 @@ def require_no_meta_among(op: str, name: str, written: Sequence[Tensor]) -> None
     if any(meta) and not all(meta):
         expected = f"on a device with memory, as {name}[{meta.index(False)}] is"
         got, remedy = "a meta tensor", "leave it out"
-        raise ValueError(describe(op, f"{name}[{meta.index(True)}]", expected, got, remedy))
+        raise ValueRefusal.of(op, f"{name}[{meta.index(True)}]", expected, got, remedy)
 
 
 def require_writable(op: str, names: Sequence[str], g: Tensor, *read: Tensor | None) -> None:
@@ -67,11 +67,11 @@ def require_own_memory(op: str, name: str, g: Tensor) -> None:
     if not g.is_contiguous() and _overlaps_itself(g):
         expected = "a tensor whose elements have memory of their own"
         got = f"{tuple(g.shape)} by strides {g.stride()}"
-        raise ValueError(describe(op, name, expected, got, "write to .clone()"))
+        raise ValueRefusal.of(op, name, expected, got, "write to .clone()")
     if g.is_inference() and not torch.is_inference_mode_enabled():
         expected, got = "a tensor that may be written here", "one of inference mode outside of it"
         remedy = "call inside torch.inference_mode() or write to .clone()"
-        raise ValueError(describe(op, name, expected, got, remedy))
+        raise ValueRefusal.of(op, name, expected, got, remedy)
 
 
 def require_distinct(
@@ -145,7 +145,7 @@ def are_apart(addresses: Sequence[int], spans: Sequence[int], read: Sequence[Ran
 
 
 def _refuse_overlap(op: str, name: str, other: str, remedy: str) -> NoReturn:
-    raise ValueError(describe(op, name, f"apart from {other}", "overlapping memory", remedy))
+    raise ValueRefusal.of(op, name, f"apart from {other}", "overlapping memory", remedy)
 
 
 def _range(t: Tensor) -> tuple[int, int]:
@@ -244,7 +244,7 @@ def require_recordable(op: str, names: Sequence[str], g: Tensor, *read: Tensor |
 def _refuse_in_place(op: str, name: str, got: str) -> NoReturn:
     expected = "a tensor that may be written in place"
     remedy = "use torch.no_grad() or the out-of-place operator"
-    raise ValueError(describe(op, name, expected, got, remedy))
+    raise ValueRefusal.of(op, name, expected, got, remedy)
 
 
 def unwrapped(t: Any) -> Any:

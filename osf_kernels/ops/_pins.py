@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._validation import (
     DTYPES,
@@ -86,11 +86,11 @@ def _refuse_unpinned(names: Names, i: int, S: object, residual: object) -> NoRet
     name_S, name_H, name_R = (names.pin(name, i) for name in ("S", "protected", "residual"))
     if S is None and residual is not None:
         remedy = f"pass {name_S}, or leave {name_R} out"
-        raise ValueError(describe(names.op, name_R, f"beside {name_S}", "one alone", remedy))
+        raise ValueRefusal.of(names.op, name_R, f"beside {name_S}", "one alone", remedy)
     got = "neither" if S is None else "both"
     remedy = "S for singular triplets, protected = W_ref − P(W_ref) for any basis"
     argument = f"exactly one of {name_S} and {name_H}"
-    raise ValueError(describe(names.op, argument, "given", got, remedy))
+    raise ValueRefusal.of(names.op, argument, "given", got, remedy)
 
 
 def _rests(
@@ -109,7 +109,7 @@ def _rests(
         ):
             return residual[0], residual[1]
         expected = "a pair of tensors (..., r, n) and (..., m, r)"
-    raise TypeError(describe(op, names.pin("residual", i), expected, type(residual).__name__))
+    raise TypeRefusal.of(op, names.pin("residual", i), expected, type(residual).__name__)
 
 
 def require_pins(
@@ -141,13 +141,13 @@ def require_pin(
     mode, *spans = parts_of(op, kind)
     for name, t in zip(names.pins(i), pin, strict=True):
         if t is not None and t.dtype not in DTYPES:
-            raise TypeError(describe(op, name, "a floating dtype", t.dtype, "convert it first"))
+            raise TypeRefusal.of(op, name, "a floating dtype", t.dtype, "convert it first")
         if t is not None and t.device != W.device:
-            raise ValueError(describe(op, name, f"on {W.device} like the weight", f"on {t.device}"))
+            raise ValueRefusal.of(op, name, f"on {W.device} like the weight", f"on {t.device}")
     name_S, name_H, name_R, _ = names.pins(i)
     if pin.addend is not None and pin.addend.shape != W.shape:
         expected = f"{tuple(W.shape)} like the weight"
-        raise ValueError(describe(op, name_H, expected, tuple(pin.addend.shape)))
+        raise ValueRefusal.of(op, name_H, expected, tuple(pin.addend.shape))
     if S is None:
         return
     _, name_U, name_V = names.entry(i)
@@ -155,17 +155,17 @@ def require_pin(
     for name, t, held in ((name_U, U, spans[0]), (name_V, V, spans[1])):
         if t is None or held != "high":
             got = "no basis" if t is None else "a low basis"
-            raise ValueError(describe(op, name, f"a high basis beside {name_S}", got, remedy))
+            raise ValueRefusal.of(op, name, f"a high basis beside {name_S}", got, remedy)
     assert U is not None
     assert V is not None
     r, k = U.shape[-1], V.shape[-1]
     if r != k:
-        raise ValueError(describe(op, name_V, f"as wide as {name_U} (r={r}) beside S", f"k={k}"))
+        raise ValueRefusal.of(op, name_V, f"as wide as {name_U} (r={r}) beside S", f"k={k}")
     if S.dim() < 1 or S.shape[-1] != r or S.dim() > W.dim() - 1:
-        raise ValueError(describe(op, name_S, f"(..., r) with r={r}", tuple(S.shape)))
+        raise ValueRefusal.of(op, name_S, f"(..., r) with r={r}", tuple(S.shape))
     *batch, m, n = W.shape
     shapes = [(r, n), (r, r) if mode == "core" else (m, r)]
     for rest, (rows, width) in zip((pin.rest_A, pin.rest_B), shapes, strict=True):
         if rest is not None and rest.shape != (*batch, rows, width):
             expected = f"of shape {(*batch, rows, width)}"
-            raise ValueError(describe(op, name_R, expected, tuple(rest.shape)))
+            raise ValueRefusal.of(op, name_R, expected, tuple(rest.shape))

@@ -16,7 +16,7 @@ from torch import Tensor
 import osf_kernels.backends.torch as torch_backend
 from osf_kernels.backends.choosing import choose_for, module
 from osf_kernels.basis import Basis
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._library import has_tangent
 from osf_kernels.ops._names import Names
 from osf_kernels.plan import MODES, Matrix, Mode, Step, choose, choose_pinned, on_backend
@@ -55,28 +55,28 @@ def columns(op: str, name: str, basis: BasisLike) -> tuple[Tensor | None, str]:
     if isinstance(held, Tensor):
         require_dense(op, name, held)
         return held, spans
-    raise TypeError(
-        describe(op, name, "a tensor, a Basis or None", type(basis).__name__, "wrap it in a tensor")
+    raise TypeRefusal.of(
+        op, name, "a tensor, a Basis or None", type(basis).__name__, "wrap it in a tensor"
     )
 
 
 def require_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(describe(op, name, "a tensor", type(value).__name__))
+        raise TypeRefusal.of(op, name, "a tensor", type(value).__name__)
     require_dense(op, name, value)
 
 
 def require_dense(op: str, name: str, t: Tensor) -> None:
     # Dynamo has no layouts in a backward pass that it traces.
     if not torch.compiler.is_compiling() and t.layout != torch.strided:
-        raise TypeError(describe(op, name, "a dense tensor", t.layout, f"pass {name}.to_dense()"))
+        raise TypeRefusal.of(op, name, "a dense tensor", t.layout, f"pass {name}.to_dense()")
 
 
 def kind_of(op: str, mode: str, u_spans: str, v_spans: str) -> str:
     """Mode and spans as one word, "complement:high:low"."""
     kind = _KINDS.get((mode, u_spans, v_spans))
     if kind is None:
-        raise ValueError(describe(op, "mode", '"complement" or "core"', repr(mode)))
+        raise ValueRefusal.of(op, "mode", '"complement" or "core"', repr(mode))
     return kind
 
 
@@ -106,7 +106,7 @@ def parts_of(op: str, kind: str) -> tuple[Mode, str, str]:
     parts = _PARTS.get(kind)
     if parts is None:
         expected = f"one of {', '.join(_PARTS)}"
-        raise ValueError(describe(op, "kind", expected, repr(kind)))
+        raise ValueRefusal.of(op, "kind", expected, repr(kind))
     return parts
 
 
@@ -114,30 +114,28 @@ def require_lengths(op: str, **lists: Sequence[object]) -> None:
     """All lists of a list operator have one length."""
     for name, value in lists.items():
         if not isinstance(value, (list, tuple)):
-            raise TypeError(describe(op, name, "a list or a tuple", type(value).__name__))
+            raise TypeRefusal.of(op, name, "a list or a tuple", type(value).__name__)
     (first, reference), *others = lists.items()
     for name, value in others:
         if len(value) != len(reference):
-            raise ValueError(
-                describe(
-                    op,
-                    name,
-                    f"as long as {first} ({len(reference)})",
-                    f"{len(value)} entries",
-                    "pass None where a matrix has no such argument",
-                )
+            raise ValueRefusal.of(
+                op,
+                name,
+                f"as long as {first} ({len(reference)})",
+                f"{len(value)} entries",
+                "pass None where a matrix has no such argument",
             )
 
 
 def check_matrix(op: str, name: str, g: Meta) -> None:
     shape, dtype, _ = g
     if dtype not in DTYPES:
-        raise TypeError(
-            describe(op, name, "float32, bfloat16, float16 or float64", dtype, "convert it first")
+        raise TypeRefusal.of(
+            op, name, "float32, bfloat16, float16 or float64", dtype, "convert it first"
         )
     if len(shape) < 2:
-        raise ValueError(
-            describe(op, name, "(..., m, n)", tuple(shape), "a vector has no two-sided projection")
+        raise ValueRefusal.of(
+            op, name, "(..., m, n)", tuple(shape), "a vector has no two-sided projection"
         )
 
 
@@ -149,43 +147,39 @@ def check_basis(
     letters = ("(..., m, r)", "m") if left else ("(..., n, k)", "n")
     expected = f"{letters[0]} with {letters[1]}={size}"
     if dtype not in DTYPES:
-        raise TypeError(
-            describe(op, name, "float32, bfloat16, float16 or float64", dtype, "convert it first")
+        raise TypeRefusal.of(
+            op, name, "float32, bfloat16, float16 or float64", dtype, "convert it first"
         )
     if len(shape) < 2:
-        raise ValueError(describe(op, name, expected, tuple(shape)))
+        raise ValueRefusal.of(op, name, expected, tuple(shape))
     if shape[-2] != size:
         rows = shape[-1] == size
         remedy = f"pass {name}.mT if it holds rows" if rows else ""
-        raise ValueError(describe(op, name, expected, tuple(shape), remedy))
+        raise ValueRefusal.of(op, name, expected, tuple(shape), remedy)
     if shape[-1] > size and not shard:
-        raise ValueError(
-            describe(
-                op,
-                name,
-                f"no wider than its side, {expected}",
-                tuple(shape),
-                "orthonormal columns can't outnumber their rows",
-            )
+        raise ValueRefusal.of(
+            op,
+            name,
+            f"no wider than its side, {expected}",
+            tuple(shape),
+            "orthonormal columns can't outnumber their rows",
         )
     lead, batch = shape[:-2], g[0][:-2]
     if len(lead) > len(batch) or any(
         a != b and a != 1 for a, b in zip(reversed(lead), reversed(batch), strict=False)
     ):
-        raise ValueError(
-            describe(op, name, f"broadcastable to batch dimensions {tuple(batch)}", tuple(shape))
+        raise ValueRefusal.of(
+            op, name, f"broadcastable to batch dimensions {tuple(batch)}", tuple(shape)
         )
     if device != g[2]:
-        raise ValueError(describe(op, name, f"on {g[2]} like the matrix", f"on {device}"))
+        raise ValueRefusal.of(op, name, f"on {g[2]} like the matrix", f"on {device}")
     if (dtype == torch.float64) != (g[1] == torch.float64):
-        raise TypeError(
-            describe(
-                op,
-                name,
-                "float64 together with its matrix or not at all",
-                f"{dtype} beside {g[1]}",
-                "convert one of them",
-            )
+        raise TypeRefusal.of(
+            op,
+            name,
+            "float64 together with its matrix or not at all",
+            f"{dtype} beside {g[1]}",
+            "convert one of them",
         )
 
 
@@ -285,4 +279,4 @@ def require_constant(op: str, names: Sequence[str], *tensors: Tensor | None) -> 
             got = "one with a tangent of forward mode"
         if got:
             remedy = f"pass {name}.detach()"
-            raise ValueError(describe(op, name, "a tensor without gradient", got, remedy))
+            raise ValueRefusal.of(op, name, "a tensor without gradient", got, remedy)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends.forms import Problem, coefficient_dtype
-from osf_kernels.errors import describe
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._coefficient_list import (
     CoefficientList,
     coefficient_shapes,
@@ -134,11 +134,11 @@ def _check_coefficients(
     for name, t, shape in wanted:
         if t.shape != shape:
             remedy = "take both from coefficients(g, U, V)"
-            raise ValueError(describe(op, name, str(tuple(shape)), tuple(t.shape), remedy))
+            raise ValueRefusal.of(op, name, str(tuple(shape)), tuple(t.shape), remedy)
         if t.device != g.device:
-            raise ValueError(describe(op, name, f"on {g.device} like g", f"on {t.device}"))
+            raise ValueRefusal.of(op, name, f"on {g.device} like g", f"on {t.device}")
         if t.dtype != coefficient_dtype(g):
-            raise TypeError(describe(op, name, f"{coefficient_dtype(g)}", t.dtype))
+            raise TypeRefusal.of(op, name, f"{coefficient_dtype(g)}", t.dtype)
 
 
 def _apply__impl(

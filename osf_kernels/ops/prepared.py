@@ -12,7 +12,7 @@ from osf_kernels._padding import padded
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
-from osf_kernels.errors import describe
+from osf_kernels.errors import ValueRefusal, describe
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
 from osf_kernels.ops._library import observed
 from osf_kernels.ops._memory import (
@@ -94,7 +94,7 @@ def prepare(
         kind_of(names.op, mode, "high", "high")
     if not isinstance(workspace_bytes, int) or workspace_bytes < 1:
         expected, got = "a positive number of bytes", repr(workspace_bytes)
-        raise ValueError(describe(names.op, "workspace_bytes", expected, got))
+        raise ValueRefusal.of(names.op, "workspace_bytes", expected, got)
     prepared = Prepared(
         names,
         like,
@@ -258,7 +258,7 @@ class Prepared:
     def _require_whole(self, op: str) -> None:
         if self._sharded:
             got, remedy = "one of sharded matrices", "use coefficients and apply_"
-            raise ValueError(describe(op, "the list", "of whole matrices", got, remedy))
+            raise ValueRefusal.of(op, "the list", "of whole matrices", got, remedy)
 
     def _admit(
         self,
@@ -300,7 +300,7 @@ class Prepared:
         require_lengths(op, **{names.xs: xs})
         if len(xs) != len(self):
             expected = f"as long as what was prepared ({len(self)})"
-            raise ValueError(describe(op, names.xs, expected, f"{len(xs)} entries"))
+            raise ValueRefusal.of(op, names.xs, expected, f"{len(xs)} entries")
         for i, (x, known) in enumerate(zip(xs, self._metas, strict=True)):
             name = names.entry(i)[0]
             require_target(op, name, x)

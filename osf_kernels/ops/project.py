@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends import choosing
-from osf_kernels.errors import describe
+from osf_kernels.errors import ValueRefusal
 from osf_kernels.ops._library import (
     aligned,
     has_tangent,
@@ -90,14 +90,12 @@ def project(
         return _projected(g, U, V, kind)
     require_target("project", "out", out)
     if _needs_grad(g, U, V, out) or has_tangent(g, U, V, out):
-        raise ValueError(
-            describe(
-                "project",
-                "out",
-                "used without autograd",
-                "an argument that requires grad or has a tangent",
-                "use torch.no_grad() or leave out unset",
-            )
+        raise ValueRefusal.of(
+            "project",
+            "out",
+            "used without autograd",
+            "an argument that requires grad or has a tangent",
+            "use torch.no_grad() or leave out unset",
         )
     _project_out(g, U, V, kind, out)
     return out
@@ -267,7 +265,7 @@ def _require_like(out: Tensor, g: Tensor) -> None:
     if meta(out) != meta(g):
         expected = f"{tuple(g.shape)} {g.dtype} on {g.device} like g"
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}"
-        raise ValueError(describe("project", "out", expected, got))
+        raise ValueRefusal.of("project", "out", expected, got)
 
 
 def _project_out_impl(

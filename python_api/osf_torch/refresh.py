@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import TruncatedSVD, padded, truncated_svd
+from osf_kernels import ConvergenceWarning, Refusal, TruncatedSVD, padded, truncated_svd
 from osf_torch.batching import Batch, batches, factors_of, kind_of
 from osf_torch.coverage import left_out, log, log_left_out
 from osf_torch.progress import Show, progress_bar
@@ -30,11 +29,12 @@ Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 FACTOR_BYTES = 1 << 30  # what one call may hold where no max_workspace_bytes is given
 CHECKED_AT_ONCE = 1 << 20  # elements: what looks for NaN and Inf takes seven bytes for each
 
-INDEXED = re.compile(r"\bA\[(\d+)\]")  # how truncated_svd names a matrix of a list
-# What truncated_svd advises by arguments that refresh doesn't take, and what does the same here.
-ADVICE = {
-    "lower rank or oversample": "lower ranks",
-    "pass float64": "take compute_dtype=torch.float64",
+# Remedies in refresh's own arguments, by truncated_svd's argument and by methods that miss tol.
+ROOM = {"max_workspace_bytes for A": "raise it, or lower ranks"}
+CLOSER = {
+    (
+        "exact",
+    ): "no method comes closer in this dtype; raise tol, or take compute_dtype=torch.float64"
 }
 
 _Result = tuple[dict[str, Tensor], dict[str, Any]]  # factors and facts
@@ -398,7 +398,7 @@ def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, Any]]:
 
 
 class _Named:
-    """Errors and warnings of one batch, with parameters' names where they count matrices."""
+    """Errors and warnings of one batch, with the names of its parameters and refresh's remedies."""
 
     def __init__(self, batch: Sequence[Selected]) -> None:
         self._names = [s.name for s in batch]
@@ -415,14 +415,25 @@ class _Named:
         trace: TracebackType | None,
     ) -> None:
         self._caught.__exit__(kind, error, trace)
+        if isinstance(error, Refusal):
+            remedy = ROOM.get(error.argument, "")
+            raise error.renamed(self._label, op="osf_torch.refresh", remedy=remedy) from error
         if isinstance(error, ValueError | TypeError | RuntimeError):
             raise type(error)(self._named(error)) from error
         for warning in self._log or ():
             # Past this method and _decomposed, to the caller of refresh.
-            warnings.warn(self._named(warning.message), warning.category, stacklevel=4)
+            warnings.warn(self._renamed(warning.message), warning.category, stacklevel=4)
+
+    def _renamed(self, warning: Warning | str) -> Warning | str:
+        if not isinstance(warning, ConvergenceWarning):
+            return self._named(warning)
+        remedy = CLOSER.get(tuple({one.method for one in warning.missed.values()}), "")
+        return warning.renamed(self._label, op="osf_torch.refresh", remedy=remedy)
+
+    def _label(self, argument: str, index: Any) -> str:
+        """``rank of A`` of the list that truncated_svd was given, as ``rank of '0.weight'``."""
+        argument = argument.replace("warm_start", "previous")
+        return argument if index is None else argument.removesuffix("A") + repr(self._names[index])
 
     def _named(self, message: object) -> str:
-        text, count = INDEXED.subn(lambda found: repr(self._names[int(found[1])]), str(message))
-        for theirs, ours in ADVICE.items():
-            text = text.replace(theirs, ours)
-        return f"osf_torch.refresh: {text if count else f'{listed(self._names)}: {text}'}"
+        return f"osf_torch.refresh: {listed(self._names)}: {message}"

@@ -288,6 +288,26 @@ def test_what_no_machine_would_run(mutation: Callable[[str], str], message: str)
         run([update_job()], emulator=emulator)
 
 
+@pytest.mark.slow
+def test_padded_rows_come_in_16_bytes_whatever_their_width() -> None:
+    """Where copies of 16 bytes bring zeros, bases of padded rows are zero, and no others."""
+    copy = "ptx::cp_async<16>(shared, global, valid * size);"
+    zeros = {"tile.cuh": replaced(copy, "ptx::cp_async<16>(shared, global, 0 * valid * size);")}
+    emulator = build(mutations=zeros, only="inst/coefficients_bf16_64.cu")
+    for layout in ("padded", "unaligned"):
+        g = torch.Generator().manual_seed(7)
+        layouts = ("unaligned", layout, layout)
+        job = draws.coefficients_job(70, 90, 13, 11, torch.bfloat16, g, layouts=layouts)
+        assert job.A is not None
+        assert job.B is not None
+        done = run([job], emulator=emulator)[0]
+        for got, truth in zip(
+            (done[job.A], done[job.B]), draws.true_coefficients(job, torch.float64), strict=True
+        ):
+            expected = torch.zeros_like(truth) if layout == "padded" else truth
+            assert float((got.double() - expected).norm()) <= 1e-2 * float(truth.norm())
+
+
 # One line more than the matrix has.
 BEYOND = replaced("row0, rank0, p.m, p.rank[term]", "row0, rank0, p.m + 1, p.rank[term]")
 

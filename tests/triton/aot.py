@@ -88,14 +88,16 @@ def launches_of(
 ) -> schedule.Launch:
     """The launch a config makes of contiguous matrices, metadata and all.
 
-    Padded: bases and coefficients of so many columns, in rows of whole 16-byte vectors.
+    Padded: bases and coefficients of so many columns, or as many as a one_pass config can take,
+    in rows of whole 16-byte vectors.
     """
     m, n = (512, 512) if aligned else (513, 511)  # long enough for every sum to be split
     rank = 64 if aligned else 63
     if isinstance(config, configs.OnePass):
         rank = config.block_r if aligned else config.block_r - 1
-    rank = padded or rank
-    width = padded and whole_width(padded)
+    if padded:
+        rank = min(padded, config.block_r - 3) if isinstance(config, configs.OnePass) else padded
+    width = padded and whole_width(rank)
     x = torch.empty(m, n, dtype=kind.x)
     U, V = (matrix(rows, rank, kind.basis, width) for rows in (m, n))
     A, B = torch.empty(rank, n), matrix(m, rank, torch.float32, width)

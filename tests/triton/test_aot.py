@@ -101,8 +101,7 @@ def check_padded(architecture: str, name: str, rank: int) -> int:
     for width, config in configs.shipped(architecture):
         if width != aot.operand_bytes(config, kind):
             continue
-        fitting = min(rank, config.block_r - 3) if isinstance(config, configs.OnePass) else rank
-        made = aot.launches_of(config, kind, padded=fitting)
+        made = aot.launches_of(config, kind, padded=rank)
         assert Layout.PADDED_ROW in made.constants.values()
         compiled = aot.compile_launch(made, architecture)
         wrong += [f"{compiled.name}: {fault}" for fault in aot.faults(compiled, config)]

@@ -91,6 +91,34 @@ def test_list_of_mixed_shapes(dtype: torch.dtype, precision: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_rows(dtype: torch.dtype) -> None:
+    """Ragged ranks in rows of whole vectors, whose padding holds NaN and stays as it is."""
+
+    def padded(t: torch.Tensor | None) -> torch.Tensor | None:
+        if t is None or t.dim() < 2:
+            return t
+        wide = torch.full((t.shape[0], -(-t.shape[1] // 8) * 8 + 8), torch.nan, device="cuda")
+        return wide.to(t.dtype)[:, : t.shape[1]].copy_(t)
+
+    g = generator_for("gpu padded", dtype)
+    drawn = [draw((512, 768), ranks, dtype, g) for ranks in ((77, 100), (20, 13), (301, 5))]
+    jobs = [Coefficients(*map(padded, job)) for job in drawn]  # type: ignore[arg-type]
+    backend.coefficients(jobs)
+    for job in jobs:
+        assert_coefficients(job, "tf32x3")
+    before = [job.x.clone() for job in jobs]
+    updates = [update_of(job) for job in jobs]
+    backend.update(updates)
+    for update, x in zip(updates, before, strict=True):
+        assert_update(update, x, "tf32x3")
+        for t in (update.out, update.L2):
+            assert t is not None
+            rows, columns = t.shape
+            beside = t.as_strided((rows, t.stride(0) - columns), t.stride(), columns)
+            assert bool(beside.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["one_pass", "two_pass"])
 def test_variants_and_offset(dtype: torch.dtype, variant: str) -> None:
     g = generator_for("gpu", dtype, variant)

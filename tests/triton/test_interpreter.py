@@ -28,6 +28,7 @@ FILES = (
     "interpreted_prepared",
     "interpreted_autotune",
 )
+WITHOUT_SLOW = ("interpreted_autotune", "interpreted_padding")
 
 
 def run_interpreted(root: Path, names: Sequence[str], marker: str) -> None:
@@ -67,6 +68,6 @@ def slow_runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FILES if name != "interpreted_autotune"])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in WITHOUT_SLOW])
 def test_interpreted_slow(slow_runs: dict[str, Future[None]], name: str) -> None:
     slow_runs[name].result()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from osf_kernels._padding import is_aligned
 from osf_kernels.backends.forms import Coefficients, Update
 from osf_kernels.backends.triton import configs, gram_schedule, schedule
 from osf_kernels.backends.triton.schedule import Layout, View
@@ -266,6 +267,7 @@ def test_small_output_fills_the_machine() -> None:
 )
 def test_layout(view: Tensor, layout: Layout) -> None:
     assert View.of(view).layout is layout
+    assert is_aligned(view) is layout.aligned
     turned = {
         Layout.ROW: Layout.COLUMN,
         Layout.UNALIGNED_ROW: Layout.UNALIGNED_COLUMN,

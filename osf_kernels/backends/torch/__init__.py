@@ -161,7 +161,8 @@ class _Group:
 def run_one(step: Step, x: Tensor, out: Tensor, U: Tensor | None, V: Tensor | None) -> None:
     """One matrix of which :func:`needs_no_conversion` holds."""
     sides = (U,), (None if U is None else U.mT,), (V,), (None if V is None else V.mT,)
-    FORMS[step.form](step, _products(x), (x,), (out,), *sides, _NO_PINS, _NOT_READY)
+    products = _OF_MATRICES if x.is_cpu else _products(x)
+    FORMS[step.form](step, products, (x,), (out,), *sides, _NO_PINS, _NOT_READY)
 
 
 def _run(

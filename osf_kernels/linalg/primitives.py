@@ -1,22 +1,21 @@
-"""What the factorizations of ``osf_kernels.linalg`` are made of, and which backend computes it.
+"""The primitives of ``osf_kernels.linalg``, and which backend computes each.
 
 Four primitives over batches of matrices of one shape, each float32 in and out (float64 stays):
 products with a sketch, Gram matrices, Cholesky with the triangular inverse, a small SVD. torch
 serves all of them on any device; on a GPU Triton computes products and the compiled extension
-factorizes what its shared memory holds.
+factorizes the matrices that its shared memory holds.
 
 ``use_backend`` names who computes the products, or raises. Factorizations exist in torch and
 cuda alone: "triton" leaves them to torch, "cuda" computes them where a block's shared memory holds
 the matrix, as ``largest_cholesky`` and ``largest_jacobi`` say.
 
-May import: torch, ``osf_kernels.backends``, ``osf_kernels.plan`` and below.
+May import: torch, ``osf_kernels.linalg.cpu``, ``osf_kernels.backends`` and below.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,12 +23,11 @@ from torch import Tensor
 from osf_kernels import _padding
 from osf_kernels.backends import choosing
 from osf_kernels.backends.precision import full_precision as full_precision
-
-Side = Literal["left", "right"]
+from osf_kernels.linalg import cpu
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for all but float64: what factors are computed and returned in."""
+    """The dtype that factors are computed and returned in: float32 for all but float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -120,16 +118,16 @@ def power_products(
 
 
 def _chained(As: Sequence[Tensor], chain: Sequence[Tensor], *, transpose: bool) -> None:
-    """Writes to each of a chain but the first A_i or A_iᵀ, by turns, times the one before it.
+    """Writes to each tensor of a chain A_i or A_iᵀ, by turns, times the one before it.
 
-    By torch, one matrix after another. ``transpose`` has Aᵀ the first turn.
+    By torch, one matrix after another; with ``transpose`` Aᵀ has the first turn.
     """
-    # Views of all matrices at once: one by one they would take as long as small products.
+    # Views are made for all matrices at once: one by one they take as long as small products.
     columns = _in_columns(As[0])
     links: list[tuple[bool, Sequence[Tensor], Sequence[Tensor]]] = []
     for x, y in itertools.pairwise(chain):
-        # What is multiplied lies in columns: (Qᵀ Aᵀ)ᵀ takes 0.4 to 0.8 of the time of A Q for the
-        # narrow Q of a sketch on a CPU.
+        # Both factors and the product lie in columns, or all in rows: (Qᵀ Aᵀ)ᵀ takes 0.4 to 0.8 of
+        # the time of A Q for the narrow Q of a sketch on a CPU.
         turned = columns != transpose
         if turned:
             x, y = x.mT, y.mT
@@ -146,7 +144,7 @@ def _chained(As: Sequence[Tensor], chain: Sequence[Tensor], *, transpose: bool) 
 def empty_product(
     As: Sequence[Tensor], Q: Tensor, *, width: int | None = None, transpose: bool = False
 ) -> Tensor:
-    """For A_i Q_i, or another ``width`` of columns, in the order of strides that suits torch."""
+    """Memory for A_i Q_i, or for ``width`` columns, in the order of strides that suits torch."""
     rows = As[0].shape[1] if transpose else As[0].shape[0]
     width = Q.shape[-1] if width is None else width
     if _in_columns(As[0]) != transpose:
@@ -159,7 +157,7 @@ def _in_columns(A: Tensor) -> bool:
 
 
 def _rows(As: Sequence[Tensor], Q: Tensor) -> Iterator[Tensor]:
-    """The matrices, or where the first lies in columns their transposes, in the dtype of Q."""
+    """The matrices in the dtype of Q, or their transposes if the first lies in columns."""
     columns, same = _in_columns(As[0]), As[0].dtype == Q.dtype
     for A in As:
         R = A.mT if columns else A
@@ -170,53 +168,38 @@ def _each(Q: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
     return Q.unbind() if len(Q) > 1 else [Q[0]] * len(As)
 
 
-# Widths at which A Q takes .6 to .8 of the time on a CPU where Q lies in columns, with the copy.
-_WANTED_IN_COLUMNS = range(32, 56)
-
-
 def _turned(Q: Tensor) -> Tensor:
-    wanted = Q.shape[-1] in _WANTED_IN_COLUMNS and Q.stride(-1) == 1
+    wanted = Q.shape[-1] in cpu.WANTED_IN_COLUMNS and Q.stride(-1) == 1
     return Q.mT.contiguous().mT if wanted else Q
 
 
-# Blocks a side that are multiplied one triangle at a time: 9/16 of the products, of which BLAS at
-# 2048² makes 0.7 of the time; fewer blocks multiply more, more run slower.
-_GRAM_BLOCKS = 8
-GRAM_BLOCKED_FROM = 1024
-
-
-def gram(As: Sequence[Tensor], *, side: Side = "right", upper: bool = False) -> Tensor:
-    """A_iᵀA_i, or on the left A_iA_iᵀ: exactly symmetric, one triangle of it computed.
+def gram(As: Sequence[Tensor]) -> Tensor:
+    """A_iᵀA_i, exactly symmetric, by one triangle of it.
 
     Args:
         As: b matrices (m, n) of one shape, dtype and device, any strides.
-        upper: what is below the diagonal may be left as it is, for solvers that don't read it.
 
     Returns:
-        (b, n, n), or (b, m, m), of the working dtype.
+        (b, n, n) of the working dtype.
     """
-    first = As[0]
-    size = first.shape[1 if side == "right" else 0]
-    out = first.new_empty(len(As), size, size, dtype=working_dtype(first.dtype))
+    first, n = As[0], As[0].shape[1]
+    out = first.new_empty(len(As), n, n, dtype=working_dtype(first.dtype))
     name = products_backend(first)
     if name != "torch":
-        choosing.module(name).gram(As, out, side=side)
+        choosing.module(name).gram(As, out)
         return out
-    for i, A in enumerate(As):
-        A = A.to(out.dtype)
-        _gram(A if side == "right" else A.mT, out[i], upper=upper)
+    for A, G in zip(As, out, strict=True):
+        _gram(A.to(out.dtype), G)
     return out
 
 
-def _gram(X: Tensor, out: Tensor, *, upper: bool) -> None:
+def _gram(X: Tensor, out: Tensor) -> None:
     """out = XᵀX by the blocks of its upper triangle."""
     n = X.shape[1]
-    blocks = _GRAM_BLOCKS if n >= GRAM_BLOCKED_FROM else 1
+    blocks = cpu.GRAM_BLOCKS if n >= cpu.GRAM_BLOCKED_FROM else 1
     bounds = [n * i // blocks for i in range(blocks + 1)]
     for a, b in itertools.pairwise(bounds):
         torch.matmul(X[:, a:b].mT, X[:, a:], out=out[a:b, a:])
-        if upper:
-            continue
         out[b:, a:b] = out[a:b, b:].mT
         block = out[a:b, a:b]
         block.copy_((block + block.mT) / 2)  # a sum that is the same in either order
@@ -236,7 +219,7 @@ def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
     if cholesky_backend(G) == "cuda":
         pair: tuple[Tensor, Tensor] = choosing.module("cuda").cholesky_inverse(G)
         return pair
-    # Lower triangles are what LAPACK takes without a copy: .6 of the time of upper ones.
+    # LAPACK takes lower triangles without a copy, in .6 of the time of upper ones.
     L, info = torch.linalg.cholesky_ex(G)
     eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G)
     inverse = torch.linalg.solve_triangular(L, eye, upper=False).mT

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from osf_kernels._padding import padded
-from osf_kernels.backends import primitives
 from osf_kernels.basis import Basis, Spans
-from osf_kernels.errors import describe
-from osf_kernels.linalg.complement import complement
-from osf_kernels.linalg.orthonormal import orthonormalize, rank_tolerance, scale_columns
-from osf_kernels.ops._validation import (
-    DTYPES,
-    columns,
-    require_constant,
-    require_dense,
-    require_lengths,
-    require_tensor,
-)
+from osf_kernels.errors import Index, TypeRefusal, ValueRefusal
+from osf_kernels.linalg import primitives
+from osf_kernels.linalg.orthonormal.cholesky_qr import rank_tolerance, scale_columns
+from osf_kernels.linalg.orthonormal.complement import complement
+from osf_kernels.linalg.orthonormal.operator import require_dtype
+from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
+from osf_kernels.ops._validation import columns, require_constant, require_lengths, require_tensor
 
 _OP = "extend_basis"
 BasisLike = Tensor | Basis | None
@@ -41,7 +36,7 @@ def extend_basis(
     *,
     energy: float,
 ) -> Tensor | Basis | list[Tensor | Basis]:
-    """The least B' = [B, N] with ‖B'B'ᵀX‖²_F ≥ energy·‖X‖²_F, N of the residual's directions.
+    """The narrowest B' = [B, N] with ‖B'B'ᵀX‖²_F ≥ energy·‖X‖²_F.
 
     N are the leading left singular vectors of X − BBᵀX, as few as reach the energy. A direction
     below 4·√m·eps·‖X‖_F is rounding and never added, so energy = 1 ends at the range of X.
@@ -53,14 +48,15 @@ def extend_basis(
         energy: in (0, 1].
 
     Returns:
-        (..., m, r'): the columns of ``basis`` as they were, bit for bit, and orthonormal ones,
-        orthogonal to them to rounding. float32 (float64 where all is), or ``basis`` itself where
-        it holds the energy. Of a Basis a Basis that spans alike: from a low one the new
-        directions are taken away, m − r' columns span what is left, and none is as it was.
+        (..., m, r'): the columns of ``basis`` bit for bit, and orthonormal ones, orthogonal to them
+        to rounding; float32, or float64 where all arguments are. Where ``basis`` holds the energy,
+        it is returned itself. A Basis gives a Basis that spans alike: from a low one the new
+        directions are taken away, and m − r' new columns span the rest.
 
-        From a list each matrix grows by what it needs. A batch has one r', that of the matrix
-        that needs most: the others take more directions than asked for, of their own residual
-        while it has any, arbitrary orthonormal ones beyond. Pass a list where that matters.
+        In a list each matrix grows by as many columns as it needs. A batch has one r', that of the
+        matrix that needs most: the others take more directions than the energy asks for, of their
+        own residual while it has any, then arbitrary orthonormal ones. Pass a list where that
+        matters.
 
     Raises:
         TypeError: another type, dtype, or float64 beside another dtype.
@@ -73,10 +69,10 @@ def extend_basis(
     Source: Saha et al. 2021, Gradient Projection Memory (arXiv 2103.09762), equations 8 and 9.
     """
     if not isinstance(energy, (int, float)) or not 0 < energy <= 1:
-        raise ValueError(describe(_OP, "energy", "in (0, 1]", energy, "0.97 is usual"))
+        raise ValueRefusal.of(_OP, "energy", "in (0, 1]", energy, "0.97 is usual")
     if isinstance(basis, (list, tuple)) and isinstance(samples, Tensor):
         got = "one tensor beside a list of bases"
-        raise TypeError(describe(_OP, "samples", "a list", got, "pass samples.unbind()"))
+        raise TypeRefusal.of(_OP, "samples", "a list", got, "pass samples.unbind()")
     if isinstance(basis, (list, tuple)) or isinstance(samples, (list, tuple)):
         return _extend_list(
             cast(Sequence[BasisLike], basis), cast(Sequence[Tensor], samples), energy
@@ -86,12 +82,12 @@ def extend_basis(
 
 @primitives.full_precision()
 def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
-    held, spans = _admit(basis, samples, "")
+    held, spans = _admit(basis, samples, None)
     count = samples.shape[:-2].numel()
     B = held.reshape(count, *held.shape[-2:])
     X = samples.reshape(count, *samples.shape[-2:])
-    entries = [""] if samples.dim() == 2 else [f"[{i}]" for i in range(count)]
-    found = _directions(B, X, spans, energy, entries)
+    indices = [None] if samples.dim() == 2 else range(count)
+    found = _directions(B, X, spans, energy, indices)
     most = max(found.counts, default=0)
     if most == 0:
         return held if basis is None else basis
@@ -105,74 +101,65 @@ def _extend_list(
     bases: Sequence[BasisLike], samples: Sequence[Tensor], energy: float
 ) -> list[Tensor | Basis]:
     require_lengths(_OP, basis=bases, samples=samples)
-    admitted = [_admit(b, x, f"[{i}]") for i, (b, x) in enumerate(zip(bases, samples, strict=True))]
+    admitted = [_admit(b, x, i) for i, (b, x) in enumerate(zip(bases, samples, strict=True))]
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, ((held, spans), x) in enumerate(zip(admitted, samples, strict=True)):
         if x.dim() != 2:
             got = tuple(x.shape)
-            raise ValueError(describe(_OP, f"samples[{i}]", "(m, s)", got, "unbind the batch"))
+            raise ValueRefusal.of(_OP, "samples", "(m, s)", got, "unbind the batch", index=i)
         key = (held.shape, held.dtype, spans, x.shape, x.dtype, x.device)
         groups.setdefault(key, []).append(i)
-    result: list[Tensor | Basis] = [held for held, _ in admitted]
+    result: list[Tensor | Basis]
+    result = [held if b is None else b for b, (held, _) in zip(bases, admitted, strict=True)]
     for members in groups.values():
         B = torch.stack([admitted[i][0] for i in members])
         X = torch.stack([samples[i] for i in members])
-        found = _directions(B, X, admitted[members[0]][1], energy, [f"[{i}]" for i in members])
-        for k in set(found.counts):
+        found = _directions(B, X, admitted[members[0]][1], energy, members)
+        for k in set(found.counts) - {0}:
             alike = [at for at, count in enumerate(found.counts) if count == k]
-            grown = padded(found.grown(alike, k)) if k else None
-            for at, i in enumerate([members[j] for j in alike]):
-                before = bases[i]
-                if grown is None:
-                    result[i] = admitted[i][0] if before is None else before
-                elif isinstance(before, Basis):
-                    result[i] = Basis(grown[at], before.spans)
-                else:
-                    result[i] = grown[at]
+            for at, grown in zip(alike, padded(found.grown(alike, k)), strict=True):
+                before = bases[members[at]]
+                wrapped = Basis(grown, before.spans) if isinstance(before, Basis) else grown
+                result[members[at]] = wrapped
     return result
 
 
-def _admit(basis: BasisLike, samples: Tensor, at: str) -> tuple[Tensor, Spans]:
-    """(columns, what they span), or the refusal; an empty basis where there is none."""
+def _admit(basis: BasisLike, samples: Tensor, index: int | None) -> tuple[Tensor, Spans]:
+    """(columns, spans) of the basis, empty for None; refuses all that doesn't fit."""
+    at = "" if index is None else f"[{index}]"
+    name = f"basis{at}"
     require_tensor(_OP, f"samples{at}", samples)
-    require_dense(_OP, f"samples{at}", samples)
-    if samples.dtype not in DTYPES:
-        expected = "float32, bfloat16, float16 or float64"
-        raise TypeError(describe(_OP, f"samples{at}", expected, samples.dtype, "convert it first"))
+    require_dtype(_OP, "samples", samples, index)
     if samples.dim() < 2:
-        raise ValueError(describe(_OP, f"samples{at}", "(..., m, s)", tuple(samples.shape)))
+        raise ValueRefusal.of(_OP, "samples", "(..., m, s)", tuple(samples.shape), index=index)
     *batch, m, _ = samples.shape
-    held, _ = columns(_OP, f"basis{at}", basis)
+    held, _ = columns(_OP, name, basis)
     spans: Spans = basis.spans if isinstance(basis, Basis) else "high"
     if held is None:
         dtype = primitives.working_dtype(samples.dtype)
         held = samples.new_empty(*batch, m, 0, dtype=dtype)
-    name = f"basis{at}"
-    require_dense(_OP, name, held)
-    if held.dtype not in DTYPES:
-        expected = "float32, bfloat16, float16 or float64"
-        raise TypeError(describe(_OP, name, expected, held.dtype, "convert it first"))
+    require_dtype(_OP, "basis", held, index)
     if (held.dtype == torch.float64) != (samples.dtype == torch.float64):
         expected = "float64 together with its samples or not at all"
         got = f"{held.dtype} beside {samples.dtype}"
-        raise TypeError(describe(_OP, name, expected, got, "convert one of them"))
+        raise TypeRefusal.of(_OP, "basis", expected, got, "convert one of them", index=index)
     if held.shape[:-1] != samples.shape[:-1]:
         expected = f"{(*batch, m)} and its columns, as samples"
         remedy = "both hold vectors of length m as columns; transpose what holds rows"
-        raise ValueError(describe(_OP, name, expected, tuple(held.shape), remedy))
+        raise ValueRefusal.of(_OP, "basis", expected, tuple(held.shape), remedy, index=index)
     if held.shape[-1] > m:
         expected = f"no wider than its side, (..., m, r) with m={m}"
         remedy = "orthonormal columns can't outnumber their rows"
-        raise ValueError(describe(_OP, name, expected, tuple(held.shape), remedy))
+        raise ValueRefusal.of(_OP, "basis", expected, tuple(held.shape), remedy, index=index)
     if held.device != samples.device:
         expected = f"on {samples.device} like its samples"
-        raise ValueError(describe(_OP, name, expected, f"on {held.device}"))
+        raise ValueRefusal.of(_OP, "basis", expected, f"on {held.device}", index=index)
     require_constant(_OP, (f"samples{at}", name), samples, held)
     return held, spans
 
 
 class _Directions(NamedTuple):
-    """What the samples of a batch add to their bases, leading first."""
+    """The directions that the samples of a batch add to their bases, leading first."""
 
     held: Tensor  # (b, m, r) as given
     spans: Spans
@@ -189,7 +176,7 @@ class _Directions(NamedTuple):
         N = self.U[at, :, :k]
         for j, i in enumerate(which):
             own = min(self.real[i], k)
-            if own < k:  # the others of the batch have more to add
+            if own < k:  # another matrix of the batch has more to add
                 found = N[j : j + 1, :, :own]
                 taken = found if low else torch.cat([Q[j : j + 1], found], -1)
                 N[j, :, own:] = complement(taken, k - own)[0]
@@ -202,7 +189,7 @@ class _Directions(NamedTuple):
 
 
 def _directions(
-    held: Tensor, samples: Tensor, spans: Spans, energy: float, at: Sequence[str]
+    held: Tensor, samples: Tensor, spans: Spans, energy: float, indices: Sequence[Index]
 ) -> _Directions:
     """The residual's left singular vectors of (b, m, r) bases and (b, m, s) samples."""
     for name, t in (("basis", held), ("samples", samples)):
@@ -210,7 +197,7 @@ def _directions(
         for i, count in enumerate(bad):
             if count:
                 got = f"{count} of {t[i].numel()} entries NaN or Inf"
-                raise ValueError(describe(_OP, f"{name}{at[i]}", "finite", got))
+                raise ValueRefusal.of(_OP, name, "finite", got, index=indices[i])
     m, r = held.shape[-2:]
     Q = orthonormalize(held.double())
     X = samples.double()
@@ -234,8 +221,8 @@ def _directions(
 def _left_singular(R: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
     """(U, σ²) of R (b, a, s), σ descending.
 
-    Of what was given in float32 a float64 Gram matrix of the shorter side loses nothing that is
-    over its rounding; ``exact`` takes the SVD.
+    By a float64 Gram matrix of the shorter side, which loses nothing of float32 samples that is
+    above their rounding; or by the SVD if ``exact``.
     """
     if exact:
         U, S, _ = torch.linalg.svd(R, full_matrices=False)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from osf_kernels.backends import primitives
-
-# Columns that are factorized by Householder reflections; between blocks everything is products.
-_BLOCK = 64
+from osf_kernels.linalg import primitives
+from osf_kernels.linalg.cpu import HOUSEHOLDER_BLOCK as BLOCK
 
 
 def complement(Q: Tensor, columns: int | None = None) -> Tensor:
@@ -43,7 +41,7 @@ def complement(Q: Tensor, columns: int | None = None) -> Tensor:
     LU, Z = _factors(Q[:, :r])
     # M = Zᵀ(Q₁ + Z) = Zᵀ L Z U, so M⁻ᵀ = Zᵀ L⁻ᵀ Z U⁻ᵀ.
     X = torch.linalg.solve_triangular(LU.mT, Q[:, r : r + wanted].mT, upper=False)
-    blocks = [slice(i, min(i + _BLOCK, r)) for i in range(0, r, _BLOCK)]
+    blocks = [slice(i, min(i + BLOCK, r)) for i in range(0, r, BLOCK)]
     for i, at in enumerate(blocks):
         X[:, at] = Z[i] @ X[:, at]
     X = torch.linalg.solve_triangular(LU.mT, X, upper=True, unitriangular=True)
@@ -65,15 +63,15 @@ def _factors(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     LU = A.clone()
     r = A.shape[-1]
     Zs: list[Tensor] = []
-    for start in range(0, r, _BLOCK):
-        at, after = slice(start, start + _BLOCK), slice(start + _BLOCK, r)
+    for start in range(0, r, BLOCK):
+        at, after = slice(start, start + BLOCK), slice(start + BLOCK, r)
         Z, R = torch.linalg.qr(LU[:, at, at])
         sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
         Z, R = Z * sign[:, None, :], R * sign[:, :, None]
         R.diagonal(dim1=-2, dim2=-1).add_(1)
         Zs.append(Z)
         LU[:, at, at] = R
-        if start + _BLOCK < r:
+        if start + BLOCK < r:
             right = Z.mT @ LU[:, at, after]
             under = torch.linalg.solve_triangular(R, LU[:, after, at], upper=True, left=False)
             LU[:, after, after].baddbmm_(under, right, alpha=-1)

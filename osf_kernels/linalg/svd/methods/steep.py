@@ -1,11 +1,10 @@
-"""Gram matrices of a steep spectrum: taken down to where float32 eigenvectors tell more apart.
+"""Gram matrices of a steep spectrum, lowered so that float32 tells more eigenvectors apart.
 
-An eigensolver is wrong by a few eps of the largest eigenvalue, in eigenvectors by that over the gap
-to the next. Where a few eigenvalues stand far above the others, they are found first, by Lanczos
-steps, and set to a value just above the rest: the same eigenvectors, of a matrix whose largest
-eigenvalue is smaller. What that leaves between those that were set and the others is taken back by
-products with A. Beside them only the columns around the last wanted one, whose gaps are the least,
-are solved for again.
+An eigensolver errs by a few eps of the largest eigenvalue, and in eigenvectors by that over the gap
+to the next eigenvalue. Where a few eigenvalues stand far above the others, Lanczos steps find them
+first, and they are set to a value just above the rest: the eigenvectors stay, and the largest
+eigenvalue becomes smaller. Products with A then remove the coupling that this leaves between the
+eigenvectors that were set and the others.
 """
 
 from __future__ import annotations
@@ -16,27 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels.backends import primitives
+from osf_kernels.linalg import cpu, primitives
+from osf_kernels.linalg.cpu import LANCZOS_BLOCK as BLOCK
 
-# n Σλ² / (Σλ)², 1 of equal eigenvalues, 2 of a square matrix of noise, 2 to 5 of MiniLM's weights:
-# below this the largest is too small a multiple of the others for a lower one to be worth finding.
+# Lower limit of n Σλ² / (Σλ)², which is 1 for equal eigenvalues, 2 for a square matrix of noise and
+# 2 to 5 for MiniLM's weights: below it lowering the largest eigenvalue isn't worth its time.
 STEEP = 8.0
-# Below it a Gram matrix in float64 takes no longer than Lanczos steps beside one in float32.
-SIZE = 256
-# At λ_i = 1/i of 2048 six steps find 4 or 5 of them to rounding, seven 9, nine all sixteen. A step
-# takes 3 ms of a second (two cores), and the lower the largest eigenvalue is set the less the
-# eigensolver deflates: by 7 % of its time with sixteen. At λ_i = i^-1.4 six steps leave twice the
-# residual that is allowed in float32 at rank n/2, seven two thirds of it.
-BLOCK = 16
-STEPS = 7
-# ‖G q − λ q‖ of what is set, in eps of the largest: what rounding of G leaves of it.
+# Upper limit of ‖G q − λ q‖ for a pair that is set, in eps of the largest eigenvalue: the rounding
+# of G leaves up to that.
 FOUND_TO = 16.0
-# Couplings up to this are taken back by a rotation of the first order, which leaves their square.
+# Couplings up to this are removed by a rotation of the first order, which leaves their square.
 FIRST_ORDER = 1e-3
-# What is set, relative to the largest eigenvalue left: far enough above it not to mix with it.
+# The value that is set, relative to the largest eigenvalue left: far enough above it not to mix.
 SET_TO = 1.5
-# Columns on each side of the last wanted one that are solved for again.
-EDGE = 64
 
 
 class Lowered(NamedTuple):
@@ -53,13 +44,15 @@ class Lowered(NamedTuple):
 def lower(G: Tensor) -> Lowered | None:
     """Sets the largest eigenvalues of Gram matrices (b, n, n), in place, to one above the rest.
 
-    With Q a basis that Lanczos steps found, M = QᵀGQ and F = GQ − QM, G is
-    QMQᵀ + QFᵀ + FQᵀ + PGP, P = I − QQᵀ. What is left is τQQᵀ + PGP: its eigenvectors are those
-    of G but for F / gap, where F is rounding; those that were set come out in any order, and
-    ``rotate`` tells them apart. None where no matrix gains by it.
+    With a basis Q that Lanczos steps found, M = QᵀGQ, F = GQ − QM and P = I − QQᵀ, G is
+    QMQᵀ + QFᵀ + FQᵀ + PGP. It becomes τQQᵀ + PGP, with the same eigenvectors but for F / gap, where
+    F is rounding. Those of τ come out in any order, and ``rotate`` tells them apart.
+
+    Returns:
+        None where no matrix gains by it.
     """
     n = G.shape[-1]
-    if n < SIZE:
+    if n < cpu.LANCZOS_FROM:
         return None
     trace = G.diagonal(dim1=-2, dim2=-1).sum(-1)
     norm = torch.linalg.vector_norm(G, dim=(-2, -1))
@@ -93,15 +86,15 @@ def _leading(G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns:
         Q (b, n, BLOCK), G Q, the Ritz values (b, BLOCK), and of each the next smaller one.
     """
-    b, n, width = len(G), G.shape[-1], BLOCK * STEPS
-    # Column by column: what is read and written at a time are columns.
+    b, n, width = len(G), G.shape[-1], BLOCK * cpu.LANCZOS_STEPS
+    # In columns, since columns are read and written at a time.
     V, GV = G.new_empty(2, b, width, n).mT
     generator = torch.Generator(G.device).manual_seed(n)
     Y = torch.randn(1, n, BLOCK, dtype=G.dtype, device=G.device, generator=generator)
     for begin in range(0, width, BLOCK):
         basis, new = V[..., :begin], slice(begin, begin + BLOCK)
-        # Twice, with unit columns the second time: else a space that has ended, whose last block
-        # is rounding, would lose its orthogonality.
+        # Twice, with unit columns the second time: the last block of a space that has ended is
+        # rounding, and would lose its orthogonality otherwise.
         for _ in range(2 if begin else 1):
             Y = torch.linalg.qr(Y - basis @ (basis.mT @ Y))[0]
         V[..., new] = Y
@@ -114,18 +107,18 @@ def _leading(G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def couple(A: Sequence[Tensor], W: Tensor, B: Tensor, lowered: Lowered, *, first: int) -> None:
-    """Takes back what lowering left between the eigenvectors it set and the others: rounding of G
-    beside the largest eigenvalue, which is large beside small ones, by products with A itself.
+    """Removes the coupling between eigenvectors that were set and the others, by products with A.
 
-    W and B are rotated in place, but for a matrix of which a rotation of the first order isn't
-    enough: its residual says so.
+    The coupling is rounding of G, small beside the largest eigenvalue and large beside small ones.
+    W and B are rotated in place, except where a rotation of the first order isn't enough: there
+    the residual will be large.
 
     Args:
         W: (b, n, n) eigenvectors, ascending.
         B: (b, m, t) A times the last t of them.
         first: the column of W from which on the others are rotated as well.
     """
-    # All that might have been set: BLAS takes six times as long for ten columns as for sixteen.
+    # All BLOCK columns that may have been set.
     n, t, k = W.shape[-1], B.shape[-1], BLOCK
     top = W[..., n - k :]
     lead, before = B[..., t - k :].clone(), top.clone()

@@ -1,9 +1,9 @@
 """How nearly U, S, V are singular triplets: ‖R‖₂ / σ₁ of R = [A V − U Σ; AᵀU − V Σ].
 
 The 2-norm bounds √(‖A v − σ u‖² + ‖Aᵀu − σ v‖²) of every triplet, and with the gap to the next
-singular value the angle between the subspaces (Wedin 1972). It is had by block power iteration,
-which takes products with a few columns where each triplet's own residual takes one with all r, and
-which comes from below: where a decision hangs on it, ``confirmed`` takes more steps.
+singular value the angle between the subspaces (Wedin 1972). Block power iteration finds it by
+products with a few columns, where the residuals of the triplets themselves take a product with all
+r. It finds it from below: where a decision hangs on it, ``confirmed`` takes more steps.
 """
 
 from __future__ import annotations
@@ -14,34 +14,32 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels.backends import primitives
-from osf_kernels.linalg.factors import Factors
+from osf_kernels.linalg import cpu, primitives
+from osf_kernels.linalg.svd.factors import Factors
 
-# Sixteen columns and one step come within 17 % of the norm of a 2048 × 1024 matrix of pure noise,
-# the flattest of spectra (two steps: 10 %). Of one singular value of 2 to 3 beside r − 1 of one
-# they see .93, .82, .63 for r = 64, 256, 1000 in nine draws of ten, four steps all of it. Eight
-# columns see .87, .67, .55 and take longer, 36 ms for 33: BLAS is slow with few columns.
-PROBES = 16
-STEPS = 1
+# Steps of the power iteration where a decision hangs on the residual: four see all of the values
+# that ``cpu.RESIDUAL_STEPS`` see a share of.
 CONFIRMING_STEPS = 4
 # A residual below this share of the tolerance stays below it.
 SURELY_MET = 1 / 3
-# Below this, in eps, what float64 finds of an iterative method's residual is rounding as well, up
-# to 50 eps of it, which the expressions that are zero but for rounding don't see.
+# Tolerances below this, in eps, are near the rounding of an iterative method's residual: up to 50
+# eps of it, measured in float64. The parts of R that are zero in exact arithmetic aren't computed,
+# so that they don't show it.
 NEAR_ROUNDING = 128.0
-# In eps·√min(m, n): what a result may have that is called as right as an SVD's where no tolerance
-# is given. torch.linalg.svd has .28 of it where one value stands far above the rest (n = 160, 512),
-# .3 to .6 on power laws, 1.2 on flat spectra. Nothing is called wrong below LEAST_TOL eps.
+# Upper limit of the residual, in eps·√min(m, n), of a result that is called as right as an SVD's
+# where no tolerance is given. torch.linalg.svd has .28 where one value stands far above the rest
+# (n = 160, 512), .3 to .6 on power laws, 1.2 on flat spectra. Below LEAST_TOL eps every result is
+# called right.
 DEFAULT_TOL = 2.5
 LEAST_TOL = 10.0
-# What float64 finds of it on random and on trained weights is 2 to 10 eps.
+# Stands for the parts of R that are zero in exact arithmetic, in eps: measured in float64 on random
+# and on trained weights they are 2 to 10.
 ROUNDING = 8.0
 
 
 def confirmed(As: Sequence[Tensor], factors: Factors, tol: float | None) -> Factors:
-    """The factors with residuals measured anew where ``tol`` would be called met too easily.
-
-    That is, where the residual is within a factor of three of it, or it is near rounding.
+    """The factors with residuals measured anew where ``tol`` would be called met too easily: where
+    the residual is within a factor of three of ``tol``, or ``tol`` is near rounding.
     """
     S = factors.S
     if tol is None or not S.shape[-1]:
@@ -60,7 +58,7 @@ def confirmed(As: Sequence[Tensor], factors: Factors, tol: float | None) -> Fact
 
 
 def limit(tol: float | None, dtype: torch.dtype, size: int) -> float:
-    """Up to which residual a result of a matrix of min(m, n) = size is called right."""
+    """The largest residual of a result that is called right, for min(m, n) = size."""
     if tol is not None:
         return tol
     return max(LEAST_TOL, DEFAULT_TOL * math.sqrt(size)) * torch.finfo(dtype).eps
@@ -74,16 +72,17 @@ def residual_of(
     *,
     AV: Tensor | None = None,
     right_is_exact: bool = False,
-    steps: int = STEPS,
+    steps: int = cpu.RESIDUAL_STEPS,
 ) -> Tensor:
-    """‖R‖₂ / σ₁, (b,), of triplets of b matrices; of A V − U Σ alone where AᵀU = V Σ is known.
+    """‖R‖₂ / σ₁, (b,), of triplets of b matrices; of A V − U Σ alone if ``right_is_exact``.
 
     Args:
-        AV: A V, where it is at hand: half of the products with A.
+        AV: A V, which saves half of the products with A.
+        right_is_exact: AᵀU = V Σ holds by construction.
     """
     m, scale = U.shape[-2], S.unsqueeze(-1)
 
-    # [X, Σ X] in one product: the passes over U, V and A are what this costs.
+    # [X, Σ X] in one product, since the passes over U, V and A take most of the time.
     def apply(X: Tensor) -> Tensor:
         k, both = X.shape[-1], torch.cat([X, scale * X], -1)
         right, left = V @ both, U @ both
@@ -112,15 +111,16 @@ def residual_of(
 def residual_in(
     apply: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], S: Tensor
 ) -> Tensor:
-    """The same of an R that is known by R X and RᵀY: all of it that isn't zero but for rounding.
+    """Relative 2-norm of an implicit R, given by X ↦ R X and Y ↦ RᵀY.
 
-    Of that, ``ROUNDING`` stands in, so that no tolerance below it is called met.
+    The part of R that is zero in exact arithmetic is not computed; a floor of ROUNDING·eps stands
+    for it, so that no tolerance below the floor is called met.
     """
     return torch.hypot(_relative(_norm(apply, transposed, S), S), rounding(S))
 
 
 def residual_through(outer: Tensor, inner: Tensor | None, S: Tensor) -> Tensor:
-    """The same of an R that is a product of factors with few columns between them, exactly.
+    """Relative 2-norm of R = outer · inner, exactly, with the floor of :func:`residual_in`.
 
     Args:
         outer: (b, m, k).
@@ -135,13 +135,13 @@ def residual_through(outer: Tensor, inner: Tensor | None, S: Tensor) -> Tensor:
 
 
 def residual_from_gram(G: Tensor, S: Tensor) -> Tensor:
-    """The same of an R that is known by G = RᵀR (b, r, r), in float64."""
+    """Relative 2-norm of an R with G = RᵀR (b, r, r) in float64, floored alike."""
     squares = largest_eigenvalue(G)
     return torch.hypot(_relative(squares.sqrt().to(S.dtype), S), rounding(S))
 
 
 def rounding(S: Tensor) -> Tensor:
-    """What a residual is that is zero but for rounding, (b,)."""
+    """The floor of residuals, (b,)."""
     return torch.full_like(S[:, 0], ROUNDING * torch.finfo(S.dtype).eps)
 
 
@@ -149,15 +149,18 @@ def _norm(
     apply: Callable[[Tensor], Tensor],
     transposed: Callable[[Tensor], Tensor],
     S: Tensor,
-    steps: int = STEPS,
+    steps: int = cpu.RESIDUAL_STEPS,
 ) -> Tensor:
-    """‖R‖₂ from below, (b,), by R and Rᵀ times a few columns; infinite where R isn't finite."""
+    """A lower bound of ‖R‖₂, (b,), by power iteration on a few columns; infinite where R isn't
+    finite."""
     b, r = S.shape
     if r == 0:
         return S.new_zeros(b)
-    # Always the same probes: the caller's generator is for sketches.
+    # The same probes in every call: the caller's generator is for sketches.
     generator = torch.Generator(S.device).manual_seed(r)
-    X = torch.randn(b, r, min(PROBES, r), dtype=S.dtype, device=S.device, generator=generator)
+    X = torch.randn(
+        b, r, min(cpu.RESIDUAL_PROBES, r), dtype=S.dtype, device=S.device, generator=generator
+    )
     for _ in range(steps):
         X = torch.linalg.qr(transposed(apply(torch.linalg.qr(X)[0])))[0]
     Y = apply(X).double()
@@ -165,9 +168,9 @@ def _norm(
 
 
 def largest_eigenvalue(G: Tensor) -> Tensor:
-    """Of Gram matrices (b, k, k); infinite of one that isn't finite."""
+    """λ_max of Gram matrices (b, k, k); infinite for one that isn't finite."""
     finite = G.isfinite().all(-1).all(-1)
-    G = torch.nan_to_num(G)  # eigvalsh raises for what a breakdown leaves
+    G = torch.nan_to_num(G)  # eigvalsh raises for the NaN of a breakdown
     values: Tensor = torch.linalg.eigvalsh(G)[:, -1]
     return torch.where(finite, values.clamp_min(0), math.inf)
 
