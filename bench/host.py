@@ -2,7 +2,8 @@
 
 Of a GPU: the public operators on backend "triton", over CPU tensors that nobody touches, with a
 driver that launches nothing (``backends.triton.launch.Driver``). Of the CPU: many small matrices,
-prepared against the loop by hand, with all of their products.
+prepared against the loop by hand, with all of their products. Of a guard: the Python calls of a
+step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import report
+from bench import guarded_calls, report
 from bench.models import shapes_of
 from bench.overhead import bare_sequential
 from bench.timing import Summary, rotation
@@ -178,9 +179,11 @@ def run(rounds: int, layers: int | None, csv: Path | None) -> int:
     add(f"{SMALL} matrices of {SIZE}x{SIZE}", small_case(), "cpu", "float32", SMALL_RANK)
     print(f"host time in us, medians of {rounds} rounds, one thread")
     print(report.table(("case", "call", "us", "p20", "p80", "at most"), lines))
-    for name in missed:
+    line, over = guarded_calls.table()
+    print(line)
+    for name in (*missed, *over):
         print(f"above what it is to be: {name}")
     if csv is not None:
         csv.unlink(missing_ok=True)
         report.append_csv(csv, rows, report.environment(torch.device("cpu")))
-    return 1 if missed else 0
+    return 1 if missed or over else 0

@@ -10,6 +10,7 @@ triton and the compiled extension lazily; imports run one way, downward in that 
 
 from osf_kernels._padding import padded
 from osf_kernels._version import __version__
+from osf_kernels.backends.choosing import requested as requested_backend
 from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError, ConvergenceWarning, Refusal
@@ -47,6 +48,7 @@ __all__ = [
     "project",
     "project_",
     "project_many_",
+    "requested_backend",
     "restore_",
     "restore_many_",
     "truncated_svd",

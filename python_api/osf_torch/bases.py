@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +21,14 @@ def columns_of(basis: Held) -> Tensor:
     return basis.columns if isinstance(basis, Basis) else basis
 
 
+def spans_of(basis: Held) -> Literal["high", "low"]:
+    """Which side of the split the columns span; of no basis "high"."""
+    return basis.spans if isinstance(basis, Basis) else "high"
+
+
 def is_high(basis: Held) -> bool:
-    """Whether the columns span what is protected."""
-    return basis is not None and (not isinstance(basis, Basis) or basis.spans == "high")
+    """Whether there is a basis, and its columns span what is protected."""
+    return basis is not None and spans_of(basis) == "high"
 
 
 def mapped(basis: Held, change: Callable[[Tensor], Tensor]) -> Held:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Mode
+from osf_kernels import Mode, plan
 from osf_torch import measures
 from osf_torch.hooks import Hooks
 from osf_torch.lists import MatrixList
@@ -117,13 +117,21 @@ def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Excepti
         for x in (item.weight, item.weight.grad):
             try:
                 if x is not None:
-                    MatrixList([item.view(x)], [item.entry(mode, pinned=False)], mode)
+                    _require_plan(item, item.view(x), mode)
             except (TypeError, ValueError) as found:
                 return type(found)(
                     f"osf_torch.Guard: parameter {item.name!r}: {found}; after converting the "
                     "model protect it again"
                 )
     return error
+
+
+def _require_plan(item: Protected, x: Tensor, mode: Mode) -> None:
+    """Refuses a view of the weight or its gradient that what is held doesn't fit."""
+    if item.group is None:
+        plan(x, item.held.U, item.held.V, mode=mode)
+    else:  # of a shard, whose basis may be wider than it
+        MatrixList([x], [item.entry(mode, pinned=False)], mode)
 
 
 # --- Guard.verify ---

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, Mode, plan, project
+from osf_torch.bases import Held, columns_of, spans_of
 
 
 def project_grad(
@@ -43,8 +44,8 @@ def project_grad(
     return result
 
 
-def _split(basis: Tensor | Basis | None) -> tuple[Tensor | None, str]:
-    return (basis.columns, basis.spans) if isinstance(basis, Basis) else (basis, "high")
+def _split(basis: Held) -> tuple[Tensor | None, str]:
+    return None if basis is None else columns_of(basis), spans_of(basis)
 
 
 class _ProjectGrad(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, extend_basis, padded
 from osf_torch.activations import Forward, activations, require_reached, watch
-from osf_torch.bases import Held, columns_of, moved
+from osf_torch.bases import Held, columns_of, moved, spans_of
 from osf_torch.coverage import left_out, log_left_out
 from osf_torch.kinds import is_conv1d, is_weight, owners
 from osf_torch.masks import Masks, Padding
@@ -170,7 +170,7 @@ def _start(V: Held, rows: Tensor) -> Basis:
         V = rows.new_empty(rows.shape[-1], 0)
     columns = columns_of(V)
     dtype = torch.promote_types(columns.dtype, torch.float32)
-    return Basis(padded(columns, dtype=dtype), V.spans if isinstance(V, Basis) else "high")
+    return Basis(padded(columns, dtype=dtype), spans_of(V))
 
 
 class _Inputs:

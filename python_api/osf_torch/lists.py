@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels import CoefficientList, Mode, prepare
+from osf_kernels import CoefficientList, Mode, prepare, requested_backend
 from osf_torch.bases import Held
 from osf_torch.sharding import Group, sum_over_
 
@@ -210,7 +210,8 @@ class Lists:
         """
         if not xs:
             return
-        key, kinds = tuple(keys), tuple([(x.shape, x.dtype, x.device) for x in xs])
+        key = tuple(keys)
+        kinds = requested_backend(), [(x.shape, x.dtype, x.device) for x in xs]
         known, ready, _ = self._kept.pop(key, (None, None, None))
         if ready is None or known != kinds:
             self._forget(key)

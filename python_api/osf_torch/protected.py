@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Basis, Mode
+from osf_kernels import Mode
 from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved
 from osf_torch.lists import Entry
 from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of
@@ -56,8 +56,7 @@ class Pinned(Subspace):
     def tensors(self) -> list[Tensor]:
         """All that is held."""
         parts = [getattr(self, field.name) for field in fields(self)]
-        tensors = [part.columns if isinstance(part, Basis) else part for part in parts]
-        return [t for t in tensors if t is not None]
+        return [columns_of(part) for part in parts if part is not None]
 
     def residual(self, mode: Mode) -> tuple[Tensor, Tensor] | Tensor | None:
         """The argument of ``restore_many_``."""
@@ -175,8 +174,11 @@ class Together:
             return []
         return [item for item in self.items if [t._version for t in item.tensors] != item.versions]
 
-    def follow(self) -> None:
-        """Has each follow its weight; see :meth:`Protected.follow`."""
+    def follow(self, some: Sequence[Protected]) -> None:
+        """Has some follow their weights, or all; see :meth:`Protected.follow`."""
+        if len(some) == 1:  # as of a hook that projects each gradient as it comes
+            some[0].follow()
+            return
         places = [(weight.device, weight.dtype) for weight in self._weights]
         if places != self._places:
             for item in self.items:

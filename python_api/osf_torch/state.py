@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, padded
-from osf_torch.bases import Held
+from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.protected import Pinned, Protected
 from osf_torch.selection import listed
 from osf_torch.sharding import as_dtensor, is_dtensor, lies_as, local
@@ -183,9 +183,8 @@ def _read_pinned(item: Protected, saved: Mapping[str, Any], copies: _Copies) -> 
 def _subspace_state(s: Subspace) -> dict[str, Any]:
     state: dict[str, Any] = {"S": s.S, "protected": s.protected}
     for side, basis in (("U", s.U), ("V", s.V)):
-        low = isinstance(basis, Basis) and basis.spans == "low"
-        state[side] = basis.columns if isinstance(basis, Basis) else basis
-        state[f"{side}_spans"] = "low" if low else "high"
+        state[side] = None if basis is None else columns_of(basis)
+        state[f"{side}_spans"] = spans_of(basis)
     return state
 
 

@@ -168,6 +168,7 @@ class Steps:
                         self.moved[id(item.weight)] = item
                     self.pin(at_once=self._restores is True)
             self.left.take()
+        self._stepping = []
 
     def _written_to(
         self, owned: Sequence[Protected], trained: Sequence[Protected]
@@ -255,7 +256,7 @@ class Steps:
             The imprints of the gradients as they were, where nothing is pinned.
         """
         try:
-            self.together.follow()
+            self.together.follow([*items, *moved])
             if self._record:
                 for item in items:
                     self._raw[item.name] = self._share(item)

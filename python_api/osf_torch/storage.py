@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis, padded
-from osf_torch.bases import Held, columns_of
+from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.coverage import left_out
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.scalars import read
@@ -198,7 +198,7 @@ def _contents(entry: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return entry.factors(), facts_of(entry)
     found = {"S": entry.S, "protected": entry.protected}
     for side, basis in (("U", entry.U), ("V", entry.V)):
-        low = isinstance(basis, Basis) and basis.spans == "low"
+        low = spans_of(basis) == "low"
         found[f"{side}_low" if low else side] = None if basis is None else columns_of(basis)
     return {part: factor for part, factor in found.items() if factor is not None}, {}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, TruncatedSVD, padded
-from osf_torch.bases import Held
+from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.selection import listed
 
 Keep = Literal["smaller", "all"]
@@ -288,8 +288,8 @@ def _side(basis: Held) -> str:
     """How many directions of how many are protected, and whether they or the others are held."""
     if basis is None:
         return "none"
-    columns, spans = (basis.columns, basis.spans) if isinstance(basis, Basis) else (basis, "high")
-    size, width = columns.shape[-2:]
+    spans = spans_of(basis)
+    size, width = columns_of(basis).shape[-2:]
     return f"{width if spans == 'high' else size - width} of {size} {spans}"
 
 
@@ -337,5 +337,4 @@ def _ran(entry: Decomposition) -> str:
 
 
 def _spans(entry: Decomposition) -> str:
-    sides = (entry.U, entry.V)
-    return "/".join(basis.spans if isinstance(basis, Basis) else "high" for basis in sides)
+    return "/".join(map(spans_of, (entry.U, entry.V)))

@@ -119,11 +119,11 @@ class _Group:
             return set()
         every = len(mine) == len(self._at)
         now = self._norms(self._weights if every else [self._weights[j] for j in mine])
-        left = self._left if every else self._left[mine]
+        left = (self._left if every else self._left[mine]).to(now.device)  # it may have moved
         # NaN is as NaN was: weights that aren't finite are for verify to tell.
         differ = (now != left) & ~(now.isnan() & left.isnan())
         if not self._at_once:
-            self._seen[mine] = self._seen[mine] | differ
+            self._seen[mine] |= differ.to(self._seen.device)
             return set()
         return {self._at[j] for j, differs in zip(mine, differ.tolist(), strict=True) if differs}
 

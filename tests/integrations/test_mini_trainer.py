@@ -179,6 +179,32 @@ def test_the_low_basis_is_kept_renewed_and_dropped_with_its_high_basis():
     assert len(low_bases._kept) == 0
 
 
+def test_the_lists_of_a_model_are_made_once_and_go_with_it(made):
+    shapes = [(24, 24, 18), (20, 16, 5)]
+    model = OSFTModel([drawn(*shape, torch.float64, i) for i, shape in enumerate(shapes)])
+    for _ in range(3):
+        osft.project_gradients(model)
+        osft.project_parameters(model)
+    assert made == [4], "gradients and parameters are projected alike"
+    model.layers[1].osft_params.U_low.grad = None
+    osft.project_gradients(model)
+    osft.project_gradients(model)
+    osft.project_parameters(model)
+    assert made == [4, 3]
+    with torch.no_grad():
+        model.layers[0].osft_U_high.copy_(torch.linalg.qr(model.layers[0].osft_U_high.flip(0)).Q)
+    osft.project_parameters(model)
+    assert made == [4, 3, 4], "the low basis is another"
+    assert len(low_bases.lists_of(model)._kept) == 1, "the lists with the earlier one are gone"
+    osft.drop_low_bases()
+    osft.project_parameters(model)
+    assert made == [4, 3, 4, 4]
+    assert len(low_bases._lists) == 1
+    del model
+    gc.collect()
+    assert len(low_bases._lists) == 0
+
+
 def test_no_low_basis_without_a_holder_or_where_it_is_no_smaller():
     osft.project_gradient_to_orthogonal_space(drawn(24, 24, 18, torch.float64))
     d = drawn(24, 24, 12, torch.float64)

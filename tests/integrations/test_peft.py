@@ -407,6 +407,21 @@ def test_nothing_keeps_a_model_alive(peft):
 
 
 @pytest.mark.slow
+def test_lists_are_made_once_and_anew_for_other_bases(peft, made):
+    osf_peft.enable(restore=True)
+    model = wrapped(peft)
+    train(model, optimizer_of(model), 3)
+    assert sorted(made) == [1] * 6 + [6], "a gradient as it comes, and all that a step has moved"
+    made.clear()
+    model.double()
+    x = inputs(0, dtype=torch.float64)
+    for _ in range(2):
+        loss_of(model, x).backward()
+    assert made == [1] * 6
+    assert max(shares(model, "grad")) < 1e-6
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter second was active:UserWarning")
 def test_adapters_take_turns(peft):
     osf_peft.enable()

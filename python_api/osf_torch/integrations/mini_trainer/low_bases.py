@@ -81,7 +81,8 @@ def lists_of(holder: nn.Module) -> Lists:
 
 
 def drop_low_bases() -> None:
-    """Frees the complements that are kept; the next projections compute those they need.
+    """Frees the complements that are kept, and the lists that hold bases; the next projections make
+    those they need.
 
     For memory, and after a write to a high basis that autograd doesn't count; see the module. Every
     rank calls it.
