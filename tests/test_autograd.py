@@ -234,7 +234,7 @@ def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
         asked.append(request)
         return "torch", "asked for"
 
-    monkeypatch.setattr("osf_kernels.ops._validation.select", select)
+    monkeypatch.setattr("osf_kernels.ops._validation.choose_for", select)
     g = torch.randn(23, 12, requires_grad=True)
     U = torch.linalg.qr(torch.randn(23, 3))[0].requires_grad_()
     with use_backend("torch"):

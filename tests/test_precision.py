@@ -19,6 +19,7 @@ from osf_kernels import (
     restore_many_,
 )
 from osf_kernels.backends import precision
+from osf_kernels.backends import torch as torch_backend
 from osf_kernels.backends.precision import full_precision, lowered
 from tests.helpers import generator_for, randn
 
@@ -65,6 +66,7 @@ class Products(TorchDispatchMode):
         for name in PRODUCTS:
             owner = torch.Tensor if name.endswith("_") else torch
             monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
+        monkeypatch.setattr(torch_backend, "_OF_MATRICES", (torch.mm, torch.addmm, torch.cat))
 
     def watched(self, product):
         def run(*arguments, **options):

@@ -25,10 +25,10 @@ LIMIT = grouped.WORKSPACE_BYTES
 # How many slices Llama-2-7B's 224 matrices take, by backend, rank and dtype of the bases. Those of
 # "cuda" are many at rank 128, as it has a part of A for each 256 (float32: 128) rows of a matrix.
 SLICES = {
-    ("triton", 128, BF16): 5,
-    ("triton", 128, F32): 5,
-    ("triton", 2048, BF16): 80,
-    ("triton", 2048, F32): 80,
+    ("triton", 128, BF16): 6,
+    ("triton", 128, F32): 6,
+    ("triton", 2048, BF16): 96,
+    ("triton", 2048, F32): 96,
     ("cuda", 128, BF16): 80,
     ("cuda", 128, F32): 160,
     ("cuda", 2048, BF16): 160,
@@ -85,7 +85,8 @@ def test_a_model_is_cut_to_the_workspace(kernels: Any, rank: int, basis_dtype: t
     assert len(slices) == SLICES[name, rank, basis_dtype]
 
     def needed(arena: Arena, calls: Sequence[Sequence[Job]]) -> int:
-        return arena.bytes + sum(map(kernels.parts_bytes, sums_in(calls)))
+        parts = sum(map(kernels.parts_bytes, sums_in(calls)))
+        return arena.bytes + parts + kernels.spare_bytes(arena.device)
 
     assert max(itertools.starmap(needed, slices)) <= LIMIT
     for (_, calls), (_, following) in itertools.pairwise(slices[:12]):
@@ -100,7 +101,7 @@ def assert_unsplit(dispatch: Any, slices: Sequence[tuple[Arena, list[list[Job]]]
     """Sums over a model's matrix are split in no slice that is full.
 
     Those of the small C = A V may be, where even a full slice has fewer tiles of C than there are
-    processors: to 16 MiB beyond what is planned at most.
+    processors: within what is spared for that.
     """
     device, fill = torch.device("meta"), configs.FILL["sm_90"]
 
@@ -121,12 +122,14 @@ def assert_unsplit(dispatch: Any, slices: Sequence[tuple[Arena, list[list[Job]]]
                 else:
                     assert i > 0, "sums over a model's matrix"
                     assert made.tiles <= 2 * fill
-                    assert 4 * made.workspace_elements <= 16 << 20
+                    assert 4 * made.workspace_elements <= dispatch.spare_bytes(device)
+                assert arena.bytes + 4 * made.workspace_elements <= LIMIT
 
 
 def test_a_matrix_beyond_the_workspace_has_a_slice_of_its_own(kernels: Any) -> None:
     shapes = [(4096, 4096), (4096, 11008), (512, 512), (512, 512), (11008, 4096), (512, 512)]
-    slices = grouped.sliced(problems_of(shapes, 64, BF16), kernels, 29 << 17)
+    spare = kernels.spare_bytes(torch.device("meta"))
+    slices = grouped.sliced(problems_of(shapes, 64, BF16), kernels, (29 << 17) + spare)
     assert [shapes_in(calls) for _, calls in slices] == [
         [(4096, 4096)],
         [(4096, 11008)],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -83,7 +83,7 @@ class Program:
         halves: bool = False,
     ) -> None:
         self.device = problems[0].x.device
-        slices = sliced(problems, kernels, limit, _halves if halves else _calls)
+        slices = sliced(problems, kernels, limit, halves=halves)
         stages = [list(in_stages(map(iter, calls))) for _, calls in slices]
         self.calls = sum(map(len, stages))
         self._arena_bytes = max(arena.bytes for arena, _ in slices)
@@ -201,13 +201,11 @@ def single(
     return Program([problem], kernels, kept=256)
 
 
-Calls = Callable[[Problem, Arena], list[Job]]
-
-
 def sliced(
-    problems: Sequence[Problem], kernels: Kernels, limit: int, calls_of: Calls
+    problems: Sequence[Problem], kernels: Kernels, limit: int, *, halves: bool = False
 ) -> list[tuple[Arena, list[list[Job]]]]:
     """The kernel calls of each matrix, in slices as large as the workspace holds."""
+    calls_of = _halves if halves else _calls
     arena = Arena(problems[0].x.device)
     slices: list[tuple[Arena, list[list[Job]]]] = [(arena, [])]
     parts = 0
