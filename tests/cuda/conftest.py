@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from osf_kernels import backends, use_backend
-from osf_kernels.backends import cuda, grouped
+from osf_kernels import use_backend
+from osf_kernels.backends import choosing, cuda, grouped
 from tests.cuda.emulated import Emulated
 
 
@@ -19,9 +19,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     monkeypatch.setattr(cuda, "update", kernels.update)
     monkeypatch.setattr(cuda, "compiled", kernels.compiled)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda device=None: None)
-    backends.unavailable_reason.cache_clear()
+    choosing.unavailable_reason.cache_clear()
     grouped.single.cache_clear()
     with use_backend("cuda"):
         yield kernels
-    backends.unavailable_reason.cache_clear()
+    choosing.unavailable_reason.cache_clear()
     grouped.single.cache_clear()

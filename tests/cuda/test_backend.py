@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from osf_kernels import BackendUnavailableError
-from osf_kernels.backends import cuda, cuda_factor
+from osf_kernels.backends import cuda
+from osf_kernels.backends.cuda import factorizations
 from osf_kernels.backends.forms import Coefficients, Job, Update
 from osf_kernels.backends.operands import Arena, Operand, Placed
 
@@ -193,14 +194,14 @@ def test_a_dtype_the_kernels_lack_is_refused(dtype: torch.dtype) -> None:
 
 def test_a_record_of_a_factorization() -> None:
     G = torch.empty(4, 6, 6).mT
-    cholesky = cuda_factor.cholesky_job(G)
+    cholesky = factorizations.cholesky_job(G)
     (record,) = struct.iter_unpack("<8q", cholesky.pack(Tensor.data_ptr))
     assert record[:6] == (4, 6, G.data_ptr(), 36, 1, 6)
     assert record[6:] == (cholesky.inverse.data_ptr(), cholesky.info.data_ptr())
     assert cholesky.inverse.shape == (4, 6, 6)
 
     M = torch.empty(4, 8, 6)
-    jacobi = cuda_factor.jacobi_job(M)
+    jacobi = factorizations.jacobi_job(M)
     (record,) = struct.iter_unpack("<11q", jacobi.pack(Tensor.data_ptr))
     assert record[:7] == (4, 8, 6, M.data_ptr(), 48, 6, 1)
     assert record[7:] == tuple(x.data_ptr() for x in jacobi[1:])
@@ -231,11 +232,11 @@ def test_matrices_of_a_wrong_shape_or_too_large_are_refused() -> None:
     with pytest.raises(ValueError, match=r"M to be \(b, p, l\) with p >= l, got .*; pass M.mT"):
         cuda.jacobi_svd(torch.zeros(1, 3, 4))
     with pytest.raises(ValueError, match=r"l <= 8, which .* memory of cpu, .*linalg.cholesky_ex"):
-        cuda_factor.check_square_size(torch.zeros(1, 9, 9), 8)
+        factorizations.check_square_size(torch.zeros(1, 9, 9), 8)
     with pytest.raises(ValueError, match=r"l <= 8 for p=10, .*got \(1, 10, 9\); use torch.linalg"):
-        cuda_factor.check_columns(torch.zeros(1, 10, 9), 8)
-    cuda_factor.check_square_size(torch.zeros(1, 8, 8), 8)
-    cuda_factor.check_columns(torch.zeros(1, 10, 8), 8)
+        factorizations.check_columns(torch.zeros(1, 10, 9), 8)
+    factorizations.check_square_size(torch.zeros(1, 8, 8), 8)
+    factorizations.check_columns(torch.zeros(1, 10, 8), 8)
 
 
 def test_the_largest_sizes_are_asked_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

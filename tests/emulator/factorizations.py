@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.cuda_factor import CholeskyJob, JacobiJob
+from osf_kernels.backends.cuda.factorizations import CholeskyJob, JacobiJob
 from tests.emulator.draws import NAN, columns
 
 EPS = torch.finfo(torch.float32).eps

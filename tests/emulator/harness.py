@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.cuda import Address, pack
-from osf_kernels.backends.cuda_factor import CholeskyJob, JacobiJob
+from osf_kernels.backends.cuda.factorizations import CholeskyJob, JacobiJob
+from osf_kernels.backends.cuda.records import Address, pack
 from osf_kernels.backends.forms import Coefficients, Update
 
 HERE = Path(__file__).resolve().parent

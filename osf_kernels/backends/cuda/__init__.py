@@ -25,19 +25,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import struct
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from osf_kernels.backends import cuda_factor
+from osf_kernels.backends.cuda import factorizations
+from osf_kernels.backends.cuda.records import Call, address_of, pack
 from osf_kernels.backends.forms import Coefficients, Job, Update
-from osf_kernels.backends.operands import Placed
-from osf_kernels.errors import BackendUnavailableError, TypeRefusal, ValueRefusal
+from osf_kernels.errors import BackendUnavailableError, ValueRefusal
 from osf_kernels.plan import Matrix
 
 __all__ = [
@@ -59,10 +57,7 @@ __all__ = [
 ]
 
 JobT = TypeVar("JobT", Coefficients, Update)
-Address = Callable[[Any], int]
 
-_DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-_ABSENT = (0, 0, 0, 0)
 # The kernels could round float32 operands to TF32; what is projected is never rounded so.
 _ALLOW_TF32 = False
 
@@ -142,7 +137,7 @@ def coefficients(jobs: Sequence[Coefficients]) -> None:
     """
     extension = _extension()
     for device, mine in _by_device(jobs).items():
-        records = pack(mine, _address)
+        records = pack(mine, address_of)
         with torch.cuda.device(device):
             size = extension.coefficients_workspace_bytes(records, _index(device), _ALLOW_TF32)
             stream = torch.cuda.current_stream(device).cuda_stream
@@ -160,7 +155,7 @@ def update(jobs: Sequence[Update]) -> None:
     """
     extension = _extension()
     for device, mine in _by_device(jobs).items():
-        records = pack(mine, _address)
+        records = pack(mine, address_of)
         stream = torch.cuda.current_stream(device).cuda_stream
         extension.update(records, _index(device), _ALLOW_TF32, stream)
 
@@ -211,9 +206,9 @@ def cholesky_inverse(G: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: right-looking blocked Cholesky, Golub & Van Loan, Matrix Computations, 4.2.6.
     """
-    cuda_factor.check_gram(G)
-    cuda_factor.check_square_size(G, largest_cholesky(G.device))
-    job = cuda_factor.cholesky_job(G)
+    factorizations.check_gram(G)
+    factorizations.check_square_size(G, largest_cholesky(G.device))
+    job = factorizations.cholesky_job(G)
     stream = torch.cuda.current_stream(G.device).cuda_stream
     _extension().cholesky_inverse(job.pack(Tensor.data_ptr), _index(G.device), stream)
     return job.inverse, job.info
@@ -254,9 +249,9 @@ def jacobi_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Source: Hestenes 1958; the order of pairs, Brent & Luk 1985; the triangular start, Drmač &
     Veselić 2008; relative accuracy, Demmel & Veselić 1992 and Cox & Higham 1998.
     """
-    cuda_factor.check_tall(M)
-    cuda_factor.check_columns(M, largest_jacobi(M.device, square=False, rows=max(M.shape[1], 1)))
-    job = cuda_factor.jacobi_job(M)
+    factorizations.check_tall(M)
+    factorizations.check_columns(M, largest_jacobi(M.device, square=False, rows=max(M.shape[1], 1)))
+    job = factorizations.jacobi_job(M)
     stream = torch.cuda.current_stream(M.device).cuda_stream
     _extension().jacobi_svd(job.pack(Tensor.data_ptr), _index(M.device), stream)
     return job.Ut.mT, job.S, job.Vt.mT, job.info
@@ -287,12 +282,12 @@ class Executable:
 
     def __init__(self, stages: Sequence[Sequence[Job]], device: torch.device) -> None:
         self._device = device
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         for stage in stages:
             for kind in (Coefficients, Update):
                 jobs = [job for job in stage if isinstance(job, kind)]
                 if jobs:
-                    self._calls.append(_Call(kind is Coefficients, jobs))
+                    self._calls.append(Call(kind is Coefficients, jobs))
         extension, index = _extension(), _index(device)
         self._workspaces = [
             extension.coefficients_workspace_bytes(call.words.tobytes(), index, _ALLOW_TF32)
@@ -310,27 +305,6 @@ class Executable:
                 _run_coefficients(records, size, self._device, stream)
             else:
                 _extension().update(records, _index(self._device), _ALLOW_TF32, stream)
-
-
-class _Call:
-    """Records of one call of the extension, and which of their words wait for an address."""
-
-    def __init__(self, sums: bool, jobs: Sequence[Job]) -> None:
-        self.sums = sums
-        words = [word for job in jobs for word in _words(job, _address)]
-        self.words = array("q", words)
-        self._waiting = [(i, v, v.argument) for i, v in enumerate(words) if type(v) is Placed]
-        self._last: tuple[list[int], bytes] = [], b""
-
-    def placed(self, addresses: Sequence[int]) -> bytes:
-        known, records = self._last
-        if known != addresses or not records:
-            words = array("q", self.words)
-            for i, offset, argument in self._waiting:
-                words[i] = addresses[argument] + offset
-            records = words.tobytes()
-            self._last = list(addresses), records
-        return records
 
 
 def compiled(stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int) -> Executable:
@@ -389,75 +363,6 @@ def _run_coefficients(records: bytes, size: int, device: torch.device, stream: i
     except MemoryError:  # counters are not of torch's pool, which may hold all there is
         torch.cuda.empty_cache()
         extension.coefficients(*arguments)
-
-
-def pack(jobs: Iterable[Job], address: Address) -> bytes:
-    """The jobs as records of ``csrc/api.h``; ``address`` gives a tensor's first element.
-
-    Raises:
-        TypeError: a dtype the kernels do not compute.
-    """
-    return array("q", [word for job in jobs for word in _words(job, address)]).tobytes()
-
-
-def _address(t: Any) -> int:
-    found: int = t.data_ptr()
-    return found
-
-
-def _words(job: Job, address: Address) -> list[int]:
-    if isinstance(job, Coefficients):
-        return _coefficient_words(job, address)
-    return _update_words(job, address)
-
-
-def _coefficient_words(job: Coefficients, address: Address) -> list[int]:
-    m, n = job.x.shape
-    S = job.S
-    if S is not None and S.dtype is not torch.float32:
-        raise TypeRefusal.of("coefficients", "S", "float32", S.dtype)
-    return [
-        m,
-        n,
-        0 if job.U is None else job.U.shape[1],
-        0 if job.V is None else job.V.shape[1],
-        *_matrix("x", job.x, address),
-        *_matrix("U", job.U, address),
-        *_matrix("V", job.V, address),
-        *_matrix("A", job.A, address),
-        *_matrix("B", job.B, address),
-        0 if S is None else address(S),
-        0 if S is None else S.stride(0),
-    ]
-
-
-def _update_words(job: Update, address: Address) -> list[int]:
-    m, n = job.out.shape
-    return [
-        m,
-        n,
-        0 if job.L1 is None else job.L1.shape[1],
-        0 if job.L2 is None else job.L2.shape[1],
-        *_matrix("out", job.out, address),
-        *_matrix("x", job.x, address),
-        *_matrix("addend", job.addend, address),
-        *_matrix("L1", job.L1, address),
-        *_matrix("R1", job.R1, address),
-        *_matrix("L2", job.L2, address),
-        *_matrix("R2", job.R2, address),
-        *struct.unpack("<2q", struct.pack("<2d", job.alpha, job.beta)),
-    ]
-
-
-def _matrix(name: str, tensor: Any, address: Address) -> tuple[int, int, int, int]:
-    if tensor is None:
-        return _ABSENT
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        expected = 'bfloat16, float16 or float32 with backend "cuda"'
-        remedy = 'other dtypes run on "torch" or "auto"'
-        raise TypeRefusal.of("use_backend", name, expected, tensor.dtype, remedy)
-    return address(tensor), tensor.stride(0), tensor.stride(1), dtype
 
 
 def _cuda_index(op: str, device: torch.device) -> int:
