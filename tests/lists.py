@@ -5,7 +5,6 @@ The scenarios take the backend that is in use where they are called.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 import osf_kernels
-from osf_kernels import Basis, Prepared
+from osf_kernels import Basis, Prepared, requested_backend
 from osf_kernels.backends import grouped
-from osf_kernels.ops import prepared as prepared_module
-from osf_kernels.ops._route import Route
+from osf_kernels.backends.choosing import module
 from osf_kernels.testing import (
     assert_error_within,
     project_eager,
@@ -271,13 +269,15 @@ def slices_share_the_workspace(case: List, monkeypatch: pytest.MonkeyPatch, limi
         programs.append(self)
 
     monkeypatch.setattr(grouped.Program, "__init__", making)
-    monkeypatch.setattr(prepared_module, "Route", functools.partial(Route, limit=limit))
-    prepared, grads = case.prepare(), case.draw()
+    grads = case.draw()
+    spare = module(requested_backend()).spare_bytes(grads[0].device)
+    prepared = case.prepare(workspace_bytes=limit + spare)
     for _ in range(2):
         before = case.refill(grads)
         prepared.project_(grads)
         case.assert_projected(grads, before)
     (program,) = programs
+    assert prepared.plan.workspace_bytes <= max(limit + spare, program._arena_bytes)
     return len(program._slices)
 
 

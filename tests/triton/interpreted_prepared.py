@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis, backends, use_backend
+from osf_kernels import Basis, requested_backend, use_backend
 from osf_kernels.backends.triton import launch
 from tests import lists
 from tests.lists import F16, F32, MIXED, PINNED, SPLIT, Entry, List
@@ -346,10 +346,10 @@ def test_launches_of_a_list_do_not_grow_with_it(monkeypatch: pytest.MonkeyPatch)
     for count in (3, 12):
         case = List(entries[:count], "launches", count)
         xs = case.draw()
-        prepared = case.prepare(xs)
         watching.records.clear()
         watching.planned.clear()
+        prepared = case.prepare(xs)
         prepared.project_(xs)
         assert len(watching.records) == len(watching.planned) == prepared.plan.launches == 4
         assert [made.problems for made in watching.planned] == [count, count, count, count]
-    assert backends.requested() == "triton"
+    assert requested_backend() == "triton"

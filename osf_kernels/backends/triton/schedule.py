@@ -535,6 +535,7 @@ def update_launches(
             "R2_LAYOUT": int(second[1].layout) if second else 0,
             "ADDEND_LAYOUT": int(addend.layout) if addend else 0,
             "HAS_ADDEND": addend is not None,
+            "NEGATIVE": job.beta < 0,
         }
         key = (config, *constants.values())
         if key not in groups:

@@ -135,6 +135,7 @@ def update_kernel(
     R2_LAYOUT: tl.constexpr,
     ADDEND_LAYOUT: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # beta is -1
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -197,7 +198,10 @@ def update_kernel(
             BLOCK_R,
             INTERPRET,
         )
-        values = beta.to(tl.float32) * widen(x_tile, INTERPRET) + alpha * products
+        if NEGATIVE:
+            values = alpha * products - widen(x_tile, INTERPRET)
+        else:
+            values = widen(x_tile, INTERPRET) + alpha * products
         if HAS_ADDEND:
             addend = load_view(record, 24, 6, 7, ADDEND, ADDEND_LAYOUT)
             values += widen(load_tile(addend, rows, columns, ADDEND_LAYOUT), INTERPRET)
