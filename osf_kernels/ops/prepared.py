@@ -13,24 +13,15 @@ from osf_kernels.backends import choosing
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
-from osf_kernels.errors import ValueRefusal, describe
+from osf_kernels.errors import ValueRefusal
+from osf_kernels.ops._admission import Admission, require_apart
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
 from osf_kernels.ops._library import observed
-from osf_kernels.ops._memory import (
-    Range,
-    are_apart,
-    require_distinct,
-    require_no_leaf,
-    require_no_meta_among,
-    require_own_memory,
-    require_target,
-    require_writable,
-    span,
-)
+from osf_kernels.ops._memory import Range
 from osf_kernels.ops._names import Names
+from osf_kernels.ops._pinned import Pinned
 from osf_kernels.ops._pins import Pin, Residual, identities, pins_of, require_pins
 from osf_kernels.ops._route import CoefficientRoute, Route, decide
-from osf_kernels.ops._seen import Admitted, Held, Pinned
 from osf_kernels.ops._summary import summary
 from osf_kernels.ops._validation import (
     BasisLike,
@@ -39,7 +30,6 @@ from osf_kernels.ops._validation import (
     held,
     kind_of,
     meta,
-    require_constant,
     require_lengths,
     require_tensor,
 )
@@ -146,8 +136,7 @@ class Prepared:
         self._metas = [meta(x) for x in like]
         self._choice: Choice = "shard" if sharded else "any"
         self._decisions = self._decided(names, like, self._choice)
-        self._bases = Held([*Us, *Vs])
-        self._admitted: dict[str, Admitted] = {}
+        self._admission = Admission(self._metas, Us, Vs)
         self._routes: dict[str, Any] = {}
         self._pinned: Pinned | None = None
         self._allocation: Allocation | None = None
@@ -211,8 +200,9 @@ class Prepared:
             self._require_whole(names.op)
         if observed() and coefficients is None:
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
+            columns = [[pin[j] for pin in pins] for j in range(len(Pin._fields))]
             torch.ops.osf_kernels.restore_many_(
-                weights, self._Us, self._Vs, *map(list, zip(*pins, strict=True)), self._kinds, False
+                weights, self._Us, self._Vs, *columns, self._kinds, False
             )
         else:
             self.run_restore_(names, weights, S, residual, protected, coefficients)
@@ -270,53 +260,12 @@ class Prepared:
         *,
         written: bool = True,
     ) -> bool:
-        """Refuses matrices that differ from those that were prepared; whether all was looked at,
-        since more than addresses differed from the last call or memory may overlap.
-
-        ``read`` are the ranges of memory that are read, those of the bases where it is None.
-        """
-        renewed = not self._bases.is_as_noted()
-        try:
-            lies: list[Any] = [
-                (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
-            ]
-            addresses = [x.data_ptr() for x in xs]
-            recorded = torch.is_grad_enabled() and True in [x.requires_grad for x in xs]
-        except (AttributeError, RuntimeError, NotImplementedError):  # no tensor with memory
-            lies, addresses, recorded = [], [], True
-        known = self._admitted.get(names.op)
-        if known is not None and not recorded and not renewed and lies == known.lies:
-            if addresses == known.addresses:
-                return False
-            if not written or are_apart(addresses, known.spans, read or self._bases.ranges):
-                known.addresses = addresses
-                return False
-        self._judge(names, xs, written)
+        """Refuses matrices that differ from those that were prepared; as ``Admission.admit``."""
+        renewed = not self._admission.bases.is_as_noted()
+        looked = self._admission.admit(names, xs, read, written=written, anew=renewed)
         if renewed:
             self._renew(names, xs)
-        self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
-        return True
-
-    def _judge(self, names: Names, xs: Sequence[Tensor], written: bool) -> None:
-        op = names.op
-        require_lengths(op, **{names.xs: xs})
-        if len(xs) != len(self):
-            expected = f"as long as what was prepared ({len(self)})"
-            raise ValueRefusal.of(op, names.xs, expected, f"{len(xs)} entries")
-        for i, (x, known) in enumerate(zip(xs, self._metas, strict=True)):
-            name = names.entry(i)[0]
-            require_target(op, name, x)
-            if meta(x) != known:
-                shape, dtype, device = known
-                expected = f"{tuple(shape)} {dtype} on {device} as it was prepared"
-                got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-                kind = TypeError if x.dtype != dtype else ValueError
-                raise kind(describe(op, name, expected, got, "prepare the list again"))
-            if written:
-                require_no_leaf(op, name, x)
-            require_constant(op, [name], x)
-        if written:
-            require_apart(names, xs, Us=self._given[0], Vs=self._given[1])
+        return looked
 
     def _renew(self, names: Names, xs: Sequence[Tensor]) -> None:
         """Something was written to a basis, or it was given other memory."""
@@ -324,9 +273,8 @@ class Prepared:
         self._decisions = self._decided(names, xs, self._choice)
         self._allocation = None
         self._routes.clear()
-        self._admitted.clear()
         self._pinned = None
-        self._bases.note()
+        self._admission.bases.note()
 
     def _laid_out(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The bases, those that kernels would read element by element as copies."""
@@ -417,7 +365,7 @@ class Prepared:
             looked = True
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             dtypes = [dtype for _, dtype, _ in self._metas]
-            pinned = Pinned(ids, pins, dtypes, self._bases.ranges)
+            pinned = Pinned(ids, pins, dtypes, self._admission.bases.ranges)
         if looked:
             require_pins(names, weights, self._Us, self._Vs, self._kinds, pinned.pins)
             if pinned.pins:
@@ -464,17 +412,3 @@ class Prepared:
 def _aligned(t: Tensor) -> Tensor:
     # Of a tensor of inference mode nobody would know when its copy is out of date.
     return t if t.is_inference() else padded(t)
-
-
-def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
-    """No matrix shares memory with itself, with another, nor with what is read."""
-    if names.single:
-        operands = ["U" if name == "Us" else "V" if name == "Vs" else name for name in read]
-        require_writable(
-            names.op, [names.xs, *operands], written[0], *(t[0] for t in read.values())
-        )
-        return
-    for i, x in enumerate(written):
-        require_own_memory(names.op, names.entry(i)[0], x)
-    require_no_meta_among(names.op, names.xs, written)
-    require_distinct(names.op, names.xs, written, read)
