@@ -5,7 +5,8 @@ Imports nothing of ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,16 @@ class Refusal(Exception):
         """The same refusal, of an entry of a list."""
         parts = self.op, self.argument, self.expected, self.got, self.remedy
         return self.of(*parts, index=index, each=self.each)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_entry(cls, index: int) -> Iterator[None]:
+        """Has refusals that are raised inside tell the entry, which their text names already."""
+        try:
+            yield
+        except Refusal as refusal:
+            refusal.index = index
+            raise
 
     def renamed(self, label: Label, *, op: str = "", remedy: str = "") -> Self:
         """The same refusal in a caller's words; ``label`` names an argument and its index."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels.errors import TypeRefusal, ValueRefusal
+from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
 from osf_kernels.ops._memory import (
     Range,
     are_apart,
@@ -124,19 +124,23 @@ class Admission:
             raise ValueRefusal.of(op, names.xs, expected, f"{len(xs)} entries")
         lists = zip(xs, self._metas, self._Us, self._Vs, strict=True)
         for i, (x, known, U, V) in enumerate(lists):
-            name = names.entry(i)[0]
-            require_target(op, name, x)
-            if meta(x) != known:
-                shape, dtype, device = known
-                expected = f"{tuple(shape)} {dtype} on {device} as it was prepared"
-                got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
-                refusal = TypeRefusal if x.dtype != dtype else ValueRefusal
-                raise refusal.of(op, name, expected, got, "prepare the list again")
-            if written:
-                require_no_leaf(op, name, x)
-            require_constant(op, names.entry(i), x, U, V)
+            with Refusal.of_entry(i):
+                _judge_one(op, names.entry(i), x, known, written)
+                require_constant(op, names.entry(i), x, U, V)
         if written:
             require_apart(names, xs, Us=self._Us, Vs=self._Vs)
+
+
+def _judge_one(op: str, entry: Sequence[str], x: Tensor, known: Meta, written: bool) -> None:
+    require_target(op, entry[0], x)
+    if meta(x) != known:
+        shape, dtype, device = known
+        expected = f"{tuple(shape)} {dtype} on {device} as it was prepared"
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        refusal = TypeRefusal if x.dtype != dtype else ValueRefusal
+        raise refusal.of(op, entry[0], expected, got, "prepare the list again")
+    if written:
+        require_no_leaf(op, entry[0], x)
 
 
 def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tensor | None]) -> None:
@@ -148,6 +152,7 @@ def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tens
         )
         return
     for i, x in enumerate(written):
-        require_own_memory(names.op, names.entry(i)[0], x)
+        with Refusal.of_entry(i):
+            require_own_memory(names.op, names.entry(i)[0], x)
     require_no_meta_among(names.op, names.xs, written)
     require_distinct(names.op, names.xs, written, read)

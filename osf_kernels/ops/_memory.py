@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from osf_kernels.errors import TypeRefusal, ValueRefusal
+from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
 from osf_kernels.ops._validation import require_dense, require_tensor
 
 _autograd = torch._C._autograd
@@ -107,8 +107,10 @@ def require_distinct(
                     layouts[k] = _layout(tensors[k])
             if _meet(start - there[0], layouts[there[2]], layouts[i]):
                 if second < len(written):
-                    _refuse_overlap(op, names[second], names[first], "pass a tied weight once")
-                _refuse_overlap(op, names[first], names[second], f"clone {names[second]} first")
+                    with Refusal.of_entry(second):
+                        _refuse_overlap(op, names[second], names[first], "pass a tied weight once")
+                with Refusal.of_entry(first):
+                    _refuse_overlap(op, names[first], names[second], f"clone {names[second]} first")
         reaching.append(here)
 
 

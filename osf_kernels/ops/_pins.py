@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from osf_kernels.errors import TypeRefusal, ValueRefusal
+from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._validation import (
     DTYPES,
@@ -122,8 +122,8 @@ def require_pins(
 ) -> None:
     """Refuses pins that don't fit their weights, or share memory with one."""
     for i, (W, U, V, kind, pin) in enumerate(zip(weights, Us, Vs, kinds, pins, strict=True)):
-        require_pin(names, i, W, U, V, kind, pin)
-        if not torch.compiler.is_compiling():
+        with Refusal.of_entry(i):
+            require_pin(names, i, W, U, V, kind, pin)
             require_constant(names.op, [*names.entry(i), *names.pins(i)], W, U, V, *pin)
 
 

@@ -13,7 +13,7 @@ from osf_kernels.backends import choosing
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
-from osf_kernels.errors import ValueRefusal
+from osf_kernels.errors import Refusal, ValueRefusal
 from osf_kernels.ops._admission import Admission, require_apart
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
 from osf_kernels.ops._library import observed
@@ -298,8 +298,9 @@ class Prepared:
         for i, (x, U, V, kind) in enumerate(zip(xs, self._Us, self._Vs, kinds, strict=True)):
             try:
                 decisions.append(decide(names.op, "gUV", x, U, V, kind, choice, self._request))
-            except (TypeError, ValueError):
-                decide(names.op, names.entry(i), x, U, V, kind, choice, self._request)
+            except Refusal:
+                with Refusal.of_entry(i):  # with the caller's names
+                    decide(names.op, names.entry(i), x, U, V, kind, choice, self._request)
                 raise
         return decisions
 

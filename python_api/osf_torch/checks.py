@@ -9,10 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import Mode, plan
+from osf_kernels import Mode, Refusal
 from osf_torch import measures
 from osf_torch.hooks import Hooks
-from osf_torch.lists import MatrixList
 from osf_torch.protected import Protected, Together, zero3_shape
 from osf_torch.selection import listed, named_weights
 from osf_torch.subspaces import Subspace
@@ -111,27 +110,14 @@ def require_state_of_weights(
             )
 
 
-def refused(error: Exception, items: Sequence[Protected], mode: Mode) -> Exception:
+def refused(error: Exception, items: Sequence[Protected]) -> Exception:
     """An operator's refusal of a list, with the name of the parameter that is at fault."""
-    for item in items:
-        for x in (item.weight, item.weight.grad):
-            try:
-                if x is not None:
-                    _require_plan(item, item.view(x), mode)
-            except (TypeError, ValueError) as found:
-                return type(found)(
-                    f"osf_torch.Guard: parameter {item.name!r}: {found}; after converting the "
-                    "model protect it again"
-                )
-    return error
-
-
-def _require_plan(item: Protected, x: Tensor, mode: Mode) -> None:
-    """Refuses a view of the weight or its gradient that what is held doesn't fit."""
-    if item.group is None:
-        plan(x, item.held.U, item.held.V, mode=mode)
-    else:  # of a shard, whose basis may be wider than it
-        MatrixList([x], [item.entry(mode, pinned=False)], mode)
+    if not isinstance(error, Refusal) or not isinstance(error.index, int):
+        return error
+    return type(error)(
+        f"osf_torch.Guard: parameter {items[error.index].name!r}: {error}; after converting the "
+        "model protect it again"
+    )
 
 
 # --- Guard.verify ---

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels import CoefficientList, Mode, prepare, requested_backend
+from osf_kernels import CoefficientList, Mode, Refusal, prepare, requested_backend
 from osf_torch.bases import Held
 from osf_torch.sharding import Group, sum_over_
 
@@ -110,7 +110,7 @@ class MatrixList:
             part.finish_([xs[i] for i in part.at])
         for groups, parts in self._halved.items():
             taken = [[xs[i] for i in part.at] for part in parts]
-            ready = [part.prepared.coefficients(x) for part, x in zip(parts, taken, strict=True)]
+            ready = [part.coefficients(x) for part, x in zip(parts, taken, strict=True)]
             if groups:
                 _sum_(groups, ready)
             for part, mine, found in zip(parts, taken, ready, strict=True):
@@ -136,13 +136,12 @@ class _Part:
     ) -> None:
         mine = [entries[i] for i in at]
         self.at = at
-        self.prepared = prepare(
-            [like[i] for i in at],
-            [entry.U for entry in mine],
-            [entry.V for entry in mine],
-            mode=mode,
-            sharded=sharded,
-        )
+        Us, Vs = [entry.U for entry in mine], [entry.V for entry in mine]
+        try:
+            xs = [like[i] for i in at]
+            self.prepared = prepare(xs, Us, Vs, mode=mode, sharded=sharded)
+        except Refusal as refusal:
+            raise self._of_list(refusal) from None
         pins: dict[str, list[Any]] = {
             "S": [entry.S for entry in mine],
             "residual": [entry.residual for entry in mine],
@@ -155,18 +154,34 @@ class _Part:
             (i, entry.inverse) for i, entry in enumerate(mine) if entry.inverse is not None
         ]
 
+    def _of_list(self, refusal: Refusal) -> Refusal:
+        """With the place of the entry in the whole list."""
+        if isinstance(refusal.index, int):
+            refusal.index = self.at[refusal.index]
+        return refusal
+
+    def coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
+        """Those of this rank's rows."""
+        try:
+            return self.prepared.coefficients(xs)
+        except Refusal as refusal:
+            raise self._of_list(refusal) from None
+
     def finish_(self, xs: Sequence[Tensor], found: CoefficientList | None = None) -> None:
         """Projects or restores them, from their coefficients where these come in halves."""
         if found is not None:
             for i, inverse in self._inverses:
                 A = found.A[i]
                 A.copy_(inverse.to(A) @ A)
-        if self._pins:
-            self.prepared.restore_(xs, coefficients=found, **self._pins)
-        elif found is None:
-            self.prepared.project_(xs)
-        else:
-            self.prepared.apply_(xs, found)
+        try:
+            if self._pins:
+                self.prepared.restore_(xs, coefficients=found, **self._pins)
+            elif found is None:
+                self.prepared.project_(xs)
+            else:
+                self.prepared.apply_(xs, found)
+        except Refusal as refusal:
+            raise self._of_list(refusal) from None
 
 
 def _sum_(groups: Sequence[Group], found: Sequence[CoefficientList]) -> None:

@@ -273,7 +273,7 @@ class Steps:
 
             self._lists.run_(keys, xs, entries)
         except (TypeError, ValueError) as error:
-            raise checks.refused(error, [*items, *moved], self._mode) from None
+            raise checks.refused(error, [*items, *moved]) from None
         return before
 
     def _note_leaks(self, items: Sequence[Protected]) -> None:
