@@ -18,6 +18,7 @@ from osf_kernels.backends import forms
 from osf_kernels.backends.operands import Arena
 from osf_kernels.backends.triton import configs, schedule
 from osf_kernels.plan import Matrix, Mode, choose
+from osf_kernels.testing import project_reference
 from osf_torch.protected import columns_of
 from tests.helpers import generator_for
 
@@ -272,6 +273,46 @@ def test_torch_backend_computes_the_same_with_padding(
             plain.setattr(_padding, "pads", lambda device: False)
             expected = osf_kernels.project(x, *bases, mode=mode)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_prepare_copies_a_ragged_basis_once_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = generator_for("prepare")
+
+    def drawn(size: int, rank: int) -> Tensor:
+        made: Tensor = torch.linalg.qr(torch.randn(size, rank, generator=g))[0]
+        return made.contiguous()
+
+    U, V, whole = drawn(48, 7), drawn(40, 7), drawn(40, 8)
+    made: list[Tensor] = []
+    copy = _padding.padded
+
+    def watched(t: Tensor) -> Tensor:
+        found = copy(t)
+        if found is not t:
+            made.append(found)
+        return found
+
+    monkeypatch.setattr("osf_kernels.ops.prepared.padded", watched)
+    x = torch.randn(48, 40, generator=g)
+    prepared = osf_kernels.prepare([x, x], [U, None], [V, whole])
+    assert "2 bases are copied once" in str(prepared)
+    assert "copied" not in str(osf_kernels.prepare([x], [None], [whole]))
+    assert len(made) == 2
+
+    def assert_projects() -> None:
+        grads = [torch.randn(48, 40, generator=g) for _ in range(2)]
+        before = [grad.clone() for grad in grads]
+        prepared.project_(grads)
+        for grad, given, bases in zip(grads, before, ((U, V), (None, whole)), strict=True):
+            torch.testing.assert_close(grad, project_reference(given, *bases).float())
+
+    for _ in range(3):
+        assert_projects()
+    assert len(made) == 2
+    U.copy_(drawn(48, 7))  # holds from the next call on
+    assert_projects()
+    assert len(made) == 4
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import osf_torch
 from osf_kernels import apply_, coefficients, restore_
 from osf_kernels.backends import torch as torch_backend
 from osf_kernels.backends.forms import Coefficients, Problem
@@ -173,6 +174,36 @@ def test_a_plain_bfloat16_projection_is_as_it_was(monkeypatch):
     with Operands() as operands:
         torch_backend.run([Problem(x, x, U, V, step)])
     assert {result for _, result, _ in operands.products} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("basis_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guarded_step_multiplies_no_float32_operand(mode, basis_dtype, served, monkeypatch):
+    """Gradients projected, weights restored from S with what they have beside it, and densely."""
+    seen = []
+
+    def watched(name, multiply):
+        def run(*arguments, **options):
+            seen.append((name, [t.dtype for t in arguments if isinstance(t, torch.Tensor)]))
+            return multiply(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(sixteen_bit, "product32", watched("product32", sixteen_bit.product32))
+    plain = watched("mm", torch.mm), watched("addmm", torch.addmm), torch.cat
+    monkeypatch.setattr(torch_backend, "_OF_MATRICES", plain)
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Linear(64, 40)).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found = osf_torch.refresh(model, {"0.weight": 12, "1.weight": 30}, progress=False)
+    guard = osf_torch.protect(model, found.to(basis_dtype), optimizer=optimizer, mode=mode)
+    for _ in range(2):
+        model(torch.randn(8, 48, dtype=torch.bfloat16)).square().mean().backward()
+        seen.clear()
+        optimizer.step()
+        assert {name for name, _ in seen} >= {"product32"}
+        assert {dtype for _, dtypes in seen for dtype in dtypes} == {torch.bfloat16}
+    guard.verify()
 
 
 def test_float32_matrices_keep_float32_products(monkeypatch):
