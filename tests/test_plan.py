@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from osf_kernels import Basis, plan
-from osf_kernels.plan import Matrix, choose
+from osf_kernels.backends import choosing
+from osf_kernels.plan import Matrix, choose, on_backend
 
 
 def bases(size: int, protected: int, spans: str, device: str = "meta") -> Basis:
@@ -96,3 +99,26 @@ def test_meta_tensors_plan_what_lists_of_them_cost():
     assert two.bytes == 2 * one.bytes
     batch = plan(torch.empty(5, 512, 256, device="meta"), U, V)
     assert batch.flops == 5 * one.flops
+
+
+def test_passes_are_those_of_the_backend_that_runs():
+    """g is read once for both coefficients where a kernel does, else twice; and torch adds the two
+    terms of an update one after another where it doesn't join them."""
+    reads = {
+        (name, rank): choosing.module(name).coefficient_reads(
+            Matrix(4096, 4096, rank, rank, dtype="bfloat16", basis_dtype="bfloat16")
+        )
+        for name, rank in itertools.product(choosing.NAMES, (16, 64, 200))
+    }
+    assert [reads["triton", rank] for rank in (16, 64, 200)] == [1, 2, 2]
+    assert [reads["cuda", rank] for rank in (16, 64, 200)] == [1, 1, 2]
+    assert [reads["torch", rank] for rank in (16, 64, 200)] == [2, 2, 2]
+    for rank, joined in ((64, True), (1024, False)):
+        x = Matrix(4096, 4096, rank, rank)
+        step = choose(x, "complement", "cuda", once=True)
+        assert (step.form, step.joined, step.passes) == ("dual", joined, 3)
+        size = 4 * x.m * x.n
+        for count, composed in itertools.product((1, 2), (False, True)):
+            told = on_backend(x, step, count, composed)
+            more = count - 1 + (2 if composed and not joined else 0)
+            assert (told.passes, told.bytes) == (3 + more, step.bytes + more * size)
