@@ -305,3 +305,48 @@ def test_a_model_may_be_converted_to_another_precision(start, then, ratio, resto
     train(model, optimizer, 2)
     guard.verify()
     assert max(guard.drift().values()) <= 1e-6
+
+
+def rewrite(how, subspace):
+    """Writes to what is protected in a way that torch doesn't count."""
+    other = torch.linalg.qr(torch.randn_like(subspace.U))[0]
+    if how == "data":
+        subspace.U.data.copy_(other)
+    elif how == "other data":
+        subspace.U.data = other
+    elif how == "numpy":
+        subspace.U.numpy()[:] = other.numpy()
+    else:
+        subspace.S.data.mul_(1.05)
+
+
+@pytest.mark.parametrize("how", ["data", "other data", "numpy", "S"])
+@pytest.mark.parametrize("restore", [True, False])
+def test_verify_sees_bases_that_were_written_to_past_torchs_count(how, restore):
+    if how == "S" and not restore:
+        pytest.skip("nothing is pinned to S")
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24))
+    subspaces = refresh(model, 6, progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = protect(model, subspaces, optimizer=optimizer, restore=restore)
+
+    def step():
+        model(torch.randn(4, 24)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    guard.verify()
+    rewrite(how, subspaces["0.weight"])
+    step()
+    with pytest.raises(RuntimeError, match=r"got others of '0\.weight': something has written"):
+        guard.verify()
+
+
+def test_a_basis_in_the_memory_of_its_weight_is_refused():
+    model = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(8))
+    U = model.weight.detach()[:, :3]
+    with pytest.raises(ValueError, match="a view of the weight, which training moves"):
+        protect(model, {"weight": Subspace(U, None)}, restore=False)

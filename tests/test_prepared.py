@@ -6,15 +6,21 @@ import gc
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import osf_kernels
 from osf_kernels import Prepared, prepare
 from osf_kernels.ops.prepared import CoefficientList
 from osf_kernels.testing import random_basis
 from tests import lists
+from tests.helpers import generator_for, randn
 from tests.lists import F32, F64, MIXED, PINNED, SPLIT, Entry, List
 
 MODES = ("complement", "core")
@@ -484,3 +490,127 @@ def test_an_empty_list():
         prepare([], [], [], mode="other")
     assert len(prepared) == 0
     assert osf_kernels.Prepared is type(prepared)
+
+
+# --- where something watches -------------------------------------------------------------------
+
+
+def one(rows: int = 12) -> tuple[Tensor, Tensor, Tensor, Prepared]:
+    generator = generator_for("one", rows)
+    U, V = (
+        torch.linalg.qr(randn(size, 3, dtype=torch.float32, generator=generator))[0]
+        for size in (rows, 8)
+    )
+    g = randn(rows, 8, dtype=torch.float32, generator=generator)
+    return g, U, V, prepare([g], [U], [V])
+
+
+@contextmanager
+def default_device() -> Iterator[None]:
+    with torch.device("cpu"):
+        yield
+
+
+WATCHED = {
+    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "default device": default_device,
+    "flops": lambda: FlopCounterMode(display=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("watching", WATCHED)
+def test_what_watches_a_call_opens_no_other_door(watching: str) -> None:
+    """The same refusals, the same backend and the same bits as unwatched."""
+    g, U, V, prepared = one()
+    expected = g.clone()
+    prepared.project_([expected])
+    sharded = prepare([g[:6]], [U[:6]], [V], sharded=True)
+    before = g.clone()
+    with WATCHED[watching]():
+        with pytest.raises(ValueError, match="expected the list to be of whole matrices"):
+            sharded.project_([g[:6]])
+        for bad in ([], [g, g], [None], [g.to(torch.bfloat16)], [g[None]]):
+            with pytest.raises((TypeError, ValueError), match=r"osf_kernels\.Prepared\.project_"):
+                prepared.project_(bad)  # type: ignore[arg-type]
+        assert torch.equal(g, before)
+        prepared.project_([g])
+    assert torch.equal(g, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_nothing_differentiates_through_a_prepared_list() -> None:
+    g, _, _, prepared = one()
+
+    def through(a: Tensor) -> Tensor:
+        b = a * 1
+        prepared.project_([b])
+        return b.square().sum()
+
+    refused = pytest.raises(ValueError, match=r"outside of torch\.func and of forward mode")
+    with refused:
+        torch.func.grad(through)(g)
+    with refused:
+        torch.func.jvp(through, (g,), (g,))
+    with refused:
+        torch.func.vmap(lambda a: prepared.project_([a]))(g[None])
+    with pytest.raises(ValueError, match=r"grads\[0\] to be a tensor without gradient"):
+        through(g.clone().requires_grad_())
+    compiled = torch.compile(through, backend="aot_eager")
+    with pytest.raises(Exception, match="without gradient"):
+        compiled(g.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(compiled(g), through(g))
+
+
+def test_inference_tensors_are_refused_outside_of_inference_mode_each_time() -> None:
+    g, U, V, _ = one()
+    with torch.inference_mode():
+        made = g.clone()
+    prepared = prepare([g, g], [U, U], [V, V])
+    with torch.inference_mode():
+        prepared.project_([g, made])
+    before = g.clone()
+    with pytest.raises(ValueError, match=r"grads\[1\] to be a tensor that may be written here"):
+        prepared.project_([g.mul_(2), made])
+    assert torch.equal(g, 2 * before)
+
+
+def test_coefficients_serve_again() -> None:
+    """Restoring from S leaves them as they were."""
+    generator = generator_for("again")
+    W = randn(12, 8, dtype=torch.float32, generator=generator)
+    u, s, vt = torch.linalg.svd(W)
+    prepared = prepare([W], [u[:, :3]], [vt[:3].mT])
+    moved = W + randn(12, 8, dtype=torch.float32, generator=generator)
+    found = prepared.coefficients([moved])
+    kept = found.A[0].clone(), found.B[0].clone()
+    first, second = moved.clone(), moved.clone()
+    for x in (first, second):
+        prepared.restore_([x], S=[s[:3]], coefficients=found)
+    assert torch.equal(first, second)
+    assert torch.equal(found.A[0], kept[0])
+    assert torch.equal(found.B[0], kept[1])
+
+
+@pytest.mark.parametrize("bad", [iter([1]), None, {1: 2}.values(), 3])
+def test_no_list_is_refused_by_name_the_second_time_too(bad: object) -> None:
+    g, _, _, prepared = one()
+    for _ in range(2):
+        with pytest.raises(TypeError, match="expected grads to be a list or a tuple"):
+            prepared.project_(bad)  # type: ignore[arg-type]
+        prepared.project_([g])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sharded": "no"}, "sharded to be True or False"),
+        ({"workspace_bytes": True}, "workspace_bytes to be a positive number"),
+        ({"workspace_bytes": 0}, "workspace_bytes to be a positive number"),
+    ],
+)
+def test_options_are_looked_at(options: dict[str, Any], match: str) -> None:
+    g, U, V, _ = one()
+    with pytest.raises((TypeError, ValueError), match=match):
+        prepare([g], [U], [V], **options)

@@ -125,7 +125,8 @@ def choose(
         return "torch", "triton factorizes nothing, cuda float32 on CUDA devices"
     if request != "auto":
         if request != "torch":
-            _require(request, device)
+            # What is planned on meta tensors runs on a device of the machine.
+            _require(request, None if device.type == "meta" else device)
             _require_no_float64(request, dtype)
         return request, "asked for"
     if device.type == "meta" and is_cuda_available():

@@ -95,10 +95,13 @@ class Admission:
         """
         if anew:
             self._admitted.clear()
+        if not isinstance(xs, (list, tuple)):
+            require_lengths(names.op, **{names.xs: xs})
         try:
             lies: list[Any] = [
                 (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in xs
             ]
+            lies.append(torch.is_inference_mode_enabled())
             addresses = [x.data_ptr() for x in xs]
             recorded = torch.is_grad_enabled() and (
                 True in [x.requires_grad for x in xs] or self.bases.require_grad()
@@ -125,13 +128,14 @@ class Admission:
         lists = zip(xs, self._metas, self._Us, self._Vs, strict=True)
         for i, (x, known, U, V) in enumerate(lists):
             with Refusal.of_entry(i):
-                _judge_one(op, names.entry(i), x, known, written)
+                require_like(op, names.entry(i), x, known, written=written)
                 require_constant(op, names.entry(i), x, U, V)
         if written:
             require_apart(names, xs, Us=self._Us, Vs=self._Vs)
 
 
-def _judge_one(op: str, entry: Sequence[str], x: Tensor, known: Meta, written: bool) -> None:
+def require_like(op: str, entry: Sequence[str], x: Tensor, known: Meta, *, written: bool) -> None:
+    """Refuses what isn't a matrix of the shape, dtype and device that were prepared."""
     require_target(op, entry[0], x)
     if meta(x) != known:
         shape, dtype, device = known

@@ -87,6 +87,16 @@ def observed() -> bool:
     )
 
 
+def unobserved_types(tensors: Sequence[object]) -> bool:
+    """Whether all are plain tensors, which have memory."""
+    return False not in [type(t) in _PLAIN for t in tensors]
+
+
+def within_transform() -> bool:
+    """Whether torch.func or forward mode takes the call."""
+    return forward_ad._current_level >= 0 or _transform() is not None
+
+
 _DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 
 

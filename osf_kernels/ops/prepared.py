@@ -13,10 +13,10 @@ from osf_kernels.backends import choosing
 from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
-from osf_kernels.errors import Refusal, ValueRefusal
-from osf_kernels.ops._admission import Admission, require_apart
+from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
+from osf_kernels.ops._admission import Admission, require_apart, require_like
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
-from osf_kernels.ops._library import observed
+from osf_kernels.ops._library import observed, unobserved_types, within_transform
 from osf_kernels.ops._memory import Range
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pinned import Pinned
@@ -30,6 +30,7 @@ from osf_kernels.ops._validation import (
     held,
     kind_of,
     meta,
+    require_constant,
     require_lengths,
     require_tensor,
 )
@@ -58,7 +59,8 @@ def prepare(
             dtypes; only their shapes, dtypes and devices are kept.
         Us, Vs: a basis a matrix as in project, or None where a side is left alone. The tensors are
             kept; what is written to them later holds from the next call on. On a GPU those whose
-            rows (or columns, where these are contiguous) aren't of whole 16 bytes are copied once.
+            rows (or columns, where these are contiguous) aren't of whole 16 bytes are copied once,
+            and again when torch has counted a write to them: a write through ``.data`` it doesn't.
         mode: "complement" or "core", for all.
         sharded: the matrices and Us are this rank's rows of larger ones, so that a basis may be
             wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
@@ -74,6 +76,9 @@ def prepare(
     Raises:
         TypeError, ValueError: as project_many_, naming the entry.
 
+    Nothing differentiates through what it runs: it refuses what autograd records, and calls inside
+    of torch.func; ``project_many_`` is differentiable.
+
     Mutates nothing; doesn't synchronise; draws no random numbers.
     """
     names = Names("prepare", "like")
@@ -83,7 +88,9 @@ def prepare(
     held_U, held_V, kinds = held(names, Us, Vs, mode)
     if not kinds:
         kind_of(names.op, mode, "high", "high")
-    if not isinstance(workspace_bytes, int) or workspace_bytes < 1:
+    if not isinstance(sharded, bool):
+        raise TypeRefusal.of(names.op, "sharded", "True or False", repr(sharded))
+    if type(workspace_bytes) is not int or workspace_bytes < 1:
         expected, got = "a positive number of bytes", repr(workspace_bytes)
         raise ValueRefusal.of(names.op, "workspace_bytes", expected, got)
     prepared = Prepared(
@@ -168,10 +175,12 @@ class Prepared:
 
         Mutates every matrix of grads; doesn't synchronise; draws no random numbers.
         """
-        if observed():
-            torch.ops.osf_kernels.project_many_(grads, self._Us, self._Vs, self._kinds)
+        names = Names("osf_kernels.Prepared.project_", "grads")
+        if self._is_traced(names, grads):
+            self._require_whole(names.op)
+            torch.ops.osf_kernels.project_many_(list(grads), *self._given, self._kinds)
         else:
-            self.run_project_(Names("osf_kernels.Prepared.project_", "grads"), grads)
+            self.run_project_(names, grads)
 
     def restore_(
         self,
@@ -188,7 +197,7 @@ class Prepared:
             S, residual, protected: as in restore_many_; what the same tensors decide is kept from
                 one call to the next.
             coefficients: of ``self.coefficients(weights)``, A summed over the shards; without, they
-                are computed here. Their memory may be written to.
+                are computed here.
 
         Raises:
             TypeError, ValueError: as project_ and restore_many_.
@@ -198,11 +207,11 @@ class Prepared:
         names = Names("osf_kernels.Prepared.restore_", "weights")
         if coefficients is None:
             self._require_whole(names.op)
-        if observed() and coefficients is None:
+        if coefficients is None and self._is_traced(names, weights):
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             columns = [[pin[j] for pin in pins] for j in range(len(Pin._fields))]
             torch.ops.osf_kernels.restore_many_(
-                weights, self._Us, self._Vs, *columns, self._kinds, False
+                list(weights), *self._given, *columns, self._kinds, False
             )
         else:
             self.run_restore_(names, weights, S, residual, protected, coefficients)
@@ -219,6 +228,7 @@ class Prepared:
         Mutates nothing; doesn't synchronise; draws no random numbers.
         """
         names = Names("osf_kernels.Prepared.coefficients", "xs")
+        self._require_eager(names.op)
         self._admit(names, xs, written=False)
         route = self._routes.get("coefficients")
         found = self._places(xs).new()
@@ -240,12 +250,32 @@ class Prepared:
         numbers.
         """
         names = Names("osf_kernels.Prepared.apply_", "xs")
+        self._require_eager(names.op)
         self._admit(names, xs)
         ready = self._places(xs).checked(names.op, coefficients)
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
         self._run(route, xs, ready)
 
     # --- what a call checks ---
+
+    def _is_traced(self, names: Names, xs: Sequence[Tensor]) -> bool:
+        """Whether a compiler or a mode of tensors without values takes the call, to which it is an
+        operator of its own: then nothing is known of memory."""
+        self._require_eager(names.op)
+        if not torch.compiler.is_compiling() and (not observed() or unobserved_types(xs)):
+            return False
+        require_lengths(names.op, **{names.xs: xs, "what was prepared": self._kinds})
+        for i, (x, known, U, V) in enumerate(zip(xs, self._metas, *self._given, strict=True)):
+            require_like(names.op, names.entry(i), x, known, written=True)
+            require_constant(names.op, names.entry(i), x, U, V)
+        return True
+
+    def _require_eager(self, op: str) -> None:
+        """torch.func would differentiate, or batch, and see nothing of what is written."""
+        if not torch.compiler.is_compiling() and within_transform():
+            expected, got = "outside of torch.func and of forward mode", "a call inside"
+            remedy = "use project_many_, which is differentiable, or project under vmap"
+            raise ValueRefusal.of(op, "the call", expected, got, remedy)
 
     def _require_whole(self, op: str) -> None:
         if self._sharded:

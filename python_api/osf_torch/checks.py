@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from osf_kernels import Mode, Refusal
 from osf_torch import measures
 from osf_torch.hooks import Hooks
-from osf_torch.protected import Protected, Together, zero3_shape
+from osf_torch.protected import Protected, Together, contents, zero3_shape
 from osf_torch.selection import listed, named_weights
 from osf_torch.subspaces import Subspace
 
@@ -72,6 +72,24 @@ def require_bases(items: Together) -> None:
         )
 
 
+def require_contents(items: Iterable[Protected]) -> None:
+    """Refuses bases and pinned parts whose values aren't those that were taken, whoever wrote them:
+    torch counts no writes through ``.data``, numpy or another storage."""
+    names = []
+    for item in items:
+        then, now = item.contents.view(-1, 2), contents(item.held.tensors()).view(-1, 2)
+        # Sums in another order, as other numbers of threads take them, are off by rounding.
+        if not bool(((then - now).abs() <= 1e-9 * then[:, :1]).all()):
+            names.append(item.name)
+    if names:
+        raise RuntimeError(
+            "osf_torch.Guard.verify: expected the tensors that say what is protected to be as they "
+            f"were given, got others of {listed(names)}: something has written to them in a way "
+            "that torch doesn't count (.data, numpy), and steps since have protected what they say "
+            "now; protect the model again"
+        )
+
+
 def require_own(changed: Iterable[Protected], mode: Mode) -> None:
     """Refuses weights that were replaced: restoring would mix two of them."""
     for item in changed:
@@ -114,10 +132,10 @@ def refused(error: Exception, items: Sequence[Protected]) -> Exception:
     """An operator's refusal of a list, with the name of the parameter that is at fault."""
     if not isinstance(error, Refusal) or not isinstance(error.index, int):
         return error
-    return type(error)(
-        f"osf_torch.Guard: parameter {items[error.index].name!r}: {error}; after converting the "
-        "model protect it again"
-    )
+    text = f"osf_torch.Guard: parameter {items[error.index].name!r}: {error}"
+    if error.remedy.startswith("prepare"):
+        text += "; after converting the model protect it again"
+    return type(error)(text)
 
 
 # --- Guard.verify ---

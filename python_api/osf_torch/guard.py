@@ -277,6 +277,7 @@ class Guard:
         owned = None if self._optimizer is None else owned_by(self._optimizer)
         checks.require_present(self._model, items, owned)
         checks.require_bases(steps.together)
+        checks.require_contents(items)
         checks.require_hooks(items, self._hooks)
         checks.require_covered(self._model, self.subspaces, _guarded())
         checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)

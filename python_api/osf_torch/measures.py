@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from osf_kernels import Mode, apply_, coefficients, project
+from osf_kernels import Mode, apply_, coefficients, project, use_backend
 from osf_torch.bases import Held, columns_of, double, is_high
 from osf_torch.protected import Pinned, Protected, gradients_of, readable, zero3_shape
 from osf_torch.sharding import Group, sum_over
@@ -45,15 +45,17 @@ def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:
     """x − P(x) in float64, of what this rank holds; ``x`` is the view of a weight or gradient."""
     x = x.double()
     bases = double(item.held.U), double(item.held.V)
-    if item.group is None:
-        return x - project(x, *bases, mode=mode)
-    A, B = _coefficients(item, x, bases)
-    return x - apply_(x.clone(), *bases, A, B, mode=mode)
+    with use_backend("torch"):  # float64 is computed by no other, whatever is asked for
+        if item.group is None:
+            return x - project(x, *bases, mode=mode)
+        A, B = _coefficients(item, x, bases)
+        return x - apply_(x.clone(), *bases, A, B, mode=mode)
 
 
 def _coefficients(item: Protected, x: Tensor, bases: tuple[Held, Held]) -> tuple[Tensor, Tensor]:
     """A = Uᵀ x of the whole matrix and B = x V of what this rank holds."""
-    A, B = coefficients(x, *bases)
+    with use_backend("torch"):
+        A, B = coefficients(x, *bases)
     if item.group is not None:
         (A,) = sum_over(item.group, [A])
     return A, B

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class Protected:
         self.held = held
         self.tensors = [t for t in held.tensors() if not t.is_inference()]
         self.versions = [t._version for t in self.tensors]
+        self.contents = contents(held.tensors())
         self.key = self._number, next(_epochs)
         self.pinned_key = *self.key, "pinned"
 
@@ -133,6 +135,7 @@ class Protected:
         U, V = (moved(constant(basis), device) for basis in (s.U, s.V))
         for side, basis in (("U", U), ("V", V)):
             _require_orthonormal(side, basis)
+            _require_apart(side, basis, self.weight)
         S = None if s.S is None else s.S.to(device)
         protected = None if s.protected is None else s.protected.to(device)
         cut = self.sharding
@@ -250,6 +253,44 @@ def readable(items: Sequence[Protected]) -> list[Protected]:
 
 
 # --- what a subspace must be, and how it is cut ---
+
+
+def contents(tensors: Iterable[Tensor]) -> Tensor:
+    """Figures (2k,) of k tensors that are others when any value is: sums of their entries times
+    random numbers, and norms, in float64 on their device."""
+    figures = []
+    for t in tensors:
+        x = t.detach().double()
+        figures.append(x.norm())
+        for _ in range(x.dim()):
+            x = x @ _random(x.shape[-1], x.device)
+        figures.append(x)
+    return torch.stack(figures) if figures else torch.zeros(0, dtype=torch.float64)
+
+
+@lru_cache(maxsize=64)
+def _random(n: int, device: torch.device) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(n)
+    numbers = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(device)
+
+
+def _require_apart(side: str, basis: Held, weight: Tensor) -> None:
+    """Refuses a basis in the memory of its weight, which steps write to."""
+    if basis is None or not columns_of(basis).numel() or not weight.numel():
+        return
+    (start, end), (first, last) = map(_memory, (columns_of(basis), weight))
+    if max(start, first) < min(end, last):
+        raise ValueError(
+            f"expected {side} to have memory of its own, got a view of the weight, which training "
+            f"moves; pass {side}.clone()"
+        )
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    t = local(t)
+    reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
 
 
 def _require_orthonormal(side: str, basis: Held) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import osf_torch
 from osf_kernels import Basis, requested_backend, use_backend
 from osf_kernels.backends.triton import launch
 from tests import lists
@@ -352,4 +353,20 @@ def test_launches_of_a_list_do_not_grow_with_it(monkeypatch: pytest.MonkeyPatch)
         prepared.project_(xs)
         assert len(watching.records) == len(watching.planned) == prepared.plan.launches == 4
         assert [made.problems for made in watching.planned] == [count, count, count, count]
+    assert requested_backend() == "triton"
+
+
+def test_a_guard_under_an_explicit_backend() -> None:
+    """Protected, trained, measured and refreshed: what is float64 inside is torch's."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = osf_torch.refresh(model, 4, progress=False)
+    guard = osf_torch.protect(model, found, optimizer=optimizer, record=True)
+    for _ in range(2):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    assert max(guard.drift().values()) < 1e-5
+    assert max(leak.applied for leak in guard.leak().values()) < 1e-5
+    guard.verify()
     assert requested_backend() == "triton"

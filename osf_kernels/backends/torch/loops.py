@@ -95,8 +95,13 @@ def _dual(
             A, B = mm(Ut, x), mm(x, V)
         if pin is not None:
             S, rest_A, rest_B = pin
-            A.addcmul_(S.unsqueeze(-1), Vt, value=-1.0)
-            B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
+            if kept:
+                A = torch.addcmul(A, S.unsqueeze(-1), Vt, value=-1.0)
+                B = torch.addcmul(B, U, S.unsqueeze(-2), value=-1.0)
+                kept = False
+            else:
+                A.addcmul_(S.unsqueeze(-1), Vt, value=-1.0)
+                B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
             if rest_A is not None:
                 A.sub_(rest_A)
                 B.sub_(rest_B)

@@ -160,8 +160,8 @@ def _terms(
         B = product(whole, right)
     if both and pin is not None:
         S, rest_A, rest_B = pin
-        A.addcmul_(S.unsqueeze(-1), V.mT, value=-1.0)
-        B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
+        A = torch.addcmul(A, S.unsqueeze(-1), V.mT, value=-1.0)  # ready ones stay the caller's
+        B = torch.addcmul(B, U, S.unsqueeze(-2), value=-1.0)
         if rest_A is not None:
             A.sub_(rest_A)
             B.sub_(rest_B)
