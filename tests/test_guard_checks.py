@@ -309,13 +309,14 @@ def test_a_model_may_be_converted_to_another_precision(start, then, ratio, resto
 
 def rewrite(how, subspace):
     """Writes to what is protected in a way that torch doesn't count."""
-    other = torch.linalg.qr(torch.randn_like(subspace.U))[0]
+    U = subspace.U if isinstance(subspace.U, torch.Tensor) else subspace.U.columns
+    other = torch.linalg.qr(torch.randn_like(U))[0]
     if how == "data":
-        subspace.U.data.copy_(other)
+        U.data.copy_(other)
     elif how == "other data":
-        subspace.U.data = other
+        U.data = other
     elif how == "numpy":
-        subspace.U.numpy()[:] = other.numpy()
+        U.numpy()[:] = other.numpy()
     else:
         subspace.S.data.mul_(1.05)
 
@@ -339,7 +340,7 @@ def test_verify_sees_bases_that_were_written_to_past_torchs_count(how, restore):
     guard.verify()
     rewrite(how, subspaces["0.weight"])
     step()
-    with pytest.raises(RuntimeError, match=r"got others of '0\.weight': something has written"):
+    with pytest.raises(RuntimeError, match=r"got others of 0\.weight: something has written"):
         guard.verify()
 
 

@@ -538,7 +538,7 @@ def test_what_watches_a_call_opens_no_other_door(watching: str) -> None:
     assert torch.equal(g, expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 def test_nothing_differentiates_through_a_prepared_list() -> None:
     g, _, _, prepared = one()
 
