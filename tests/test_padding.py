@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import osf_kernels.backends.torch as torch_backend
 import osf_torch
 from osf_kernels import Basis, _padding
 from osf_kernels._padding import empty, is_aligned, is_padded, padded
-from osf_kernels.backends import forms
+from osf_kernels.backends import forms, grouped
 from osf_kernels.backends.operands import Arena
 from osf_kernels.backends.triton import configs, schedule
 from osf_kernels.plan import Matrix, Mode, choose
@@ -345,3 +346,15 @@ def test_subspaces_stay_padded(tmp_path: Path) -> None:
     assert len(held(guard)) == 4
     assert all(held(guard))
     guard.remove()
+
+
+def test_a_program_that_reads_padding_takes_no_matrix_without() -> None:
+    """Same shape, strides and alignment; but the storage ends with the last element."""
+    flat = torch.zeros(9 * 80)
+    with_padding = flat.as_strided((9, 77), (80, 1))
+    without = flat[:-3].clone().as_strided((9, 77), (80, 1))
+    program: Any = None  # isn't asked
+    made = grouped._Made([with_padding], program)
+    assert made.serves([torch.zeros(9, 80)[:, :77]])
+    assert not made.serves([without])
+    assert grouped._Made([without], program).serves([with_padding])

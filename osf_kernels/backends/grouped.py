@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from osf_kernels import _padding
 from osf_kernels.backends.forms import (
     Coefficients,
     Job,
@@ -129,11 +130,11 @@ class ListProgram:
     @property
     def calls(self) -> int:
         """Of the two kernels."""
-        return self._made[1].calls
+        return self._made.program.calls
 
     @property
     def workspace_bytes(self) -> int:
-        return self._made[1].workspace_bytes
+        return self._made.program.workspace_bytes
 
     def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
         """``ready`` are A and B of each, where it was made with coefficients."""
@@ -143,21 +144,21 @@ class ListProgram:
                 t for x, pair in zip(xs, ready, strict=True) for t in (x, *pair) if t is not None
             ]
         addresses = [t.data_ptr() for t in tensors]
-        lies, program = self._made
-        if _lies(tensors) != lies:
+        made = self._made
+        if not made.serves(tensors):
             pairs = ready or [(None, None)] * len(xs)
             problems = [
                 problem._replace(x=x, A=A, B=B)
                 for problem, x, (A, B) in zip(self._problems, xs, pairs, strict=True)
             ]
-            _, self._made = self._make(problems)
-            program = self._made[1]
-        program.run(addresses)
+            _, made = self._make(problems)
+            self._made = made
+        made.program.run(addresses)
         if not self._halves:
             torch.autograd.graph.increment_version(xs)
 
-    def _make(self, given: Sequence[Problem]) -> tuple[list[Problem], tuple[list[Any], Program]]:
-        """The problems without the tensors that a call brings; how these lie, and the program."""
+    def _make(self, given: Sequence[Problem]) -> tuple[list[Problem], _Made]:
+        """The problems without the tensors that a call brings, and what is made for these."""
         problems: list[Problem] = []
         tensors: list[Tensor] = []
         for problem in given:
@@ -168,15 +169,23 @@ class ListProgram:
                     tensors.append(t)
                     places[name] = Operand.like(t, WORKSPACE + len(tensors))
             problems.append(problem._replace(**places, out=places["x"]))
-        return problems, (
-            _lies(tensors),
-            Program(problems, self._kernels, self._limit, halves=self._halves),
-        )
+        program = Program(problems, self._kernels, self._limit, halves=self._halves)
+        return problems, _Made(tensors, program)
 
 
-def _lies(tensors: Sequence[Tensor]) -> list[Any]:
-    """What of tensors of known shapes and dtypes a program depends on."""
-    return [(t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors]
+class _Made:
+    """A program, and how tensors of known shapes and dtypes have to lie for it."""
+
+    def __init__(self, tensors: Sequence[Tensor], program: Program) -> None:
+        self.program = program
+        self._lies = [(t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors]
+        # Whose last line's padding is read.
+        self._padded = [i for i, t in enumerate(tensors) if _padding.is_padded(t)]
+
+    def serves(self, tensors: Sequence[Tensor]) -> bool:
+        if [(t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors] != self._lies:
+            return False
+        return all(_padding.is_padded(tensors[i]) for i in self._padded)
 
 
 @functools.lru_cache(maxsize=512)
