@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from osf_kernels import truncated_svd
-from osf_torch import Subspace, protect, refresh
+from osf_torch import Subspace, checks, protect, refresh
 from tests.helpers import generator_for
 from tests.small_guard import adamw, drawn, train
 
@@ -351,3 +351,30 @@ def test_a_basis_in_the_memory_of_its_weight_is_refused():
     U = model.weight.detach()[:, :3]
     with pytest.raises(ValueError, match="a view of the weight, which training moves"):
         protect(model, {"weight": Subspace(U, None)}, restore=False)
+
+
+def test_verify_sees_a_square_tensor_that_was_turned():
+    torch.manual_seed(2)
+    model = nn.Linear(12, 12, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = protect(model, refresh(model, 1.0, progress=False), optimizer=optimizer)
+    model(torch.randn(4, 12)).square().mean().backward()
+    optimizer.step()
+    guard.verify()
+    (item,) = guard._steps.together.items
+    square = next(t for t in item.held.tensors() if t.shape == (12, 12))
+    square.data.copy_(square.clone().mT)
+    with pytest.raises(RuntimeError, match="got others of weight: something has written"):
+        guard.verify()
+
+
+def test_verify_says_nothing_of_values_whose_norm_overflows():
+    torch.manual_seed(2)
+    model = nn.Linear(12, 10, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.mul_(1e160)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    guard = protect(model, refresh(model, 3, progress=False), optimizer=optimizer, restore=False)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    checks.require_contents(guard._steps.together.items)

@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import osf_kernels
 from osf_kernels import Prepared, prepare
 from osf_kernels.ops.prepared import CoefficientList
-from osf_kernels.testing import random_basis
+from osf_kernels.testing import (
+    assert_error_within,
+    project_eager,
+    project_reference,
+    random_basis,
+)
 from tests import lists
 from tests.helpers import generator_for, randn
 from tests.lists import F32, F64, MIXED, PINNED, SPLIT, Entry, List
@@ -547,7 +553,9 @@ def test_nothing_differentiates_through_a_prepared_list() -> None:
         prepared.project_([b])
         return b.square().sum()
 
-    refused = pytest.raises(ValueError, match=r"outside of torch\.func and of forward mode")
+    refused = pytest.raises(
+        ValueError, match=r"outside of torch\.func, of forward mode and of traces"
+    )
     with refused:
         torch.func.grad(through)(g)
     with refused:
@@ -614,3 +622,27 @@ def test_options_are_looked_at(options: dict[str, Any], match: str) -> None:
     g, U, V, _ = one()
     with pytest.raises((TypeError, ValueError), match=match):
         prepare([g], [U], [V], **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit's own
+def test_what_has_no_values_leaves_nothing_behind() -> None:
+    """Routes and allocations are kept: those of fake tensors or of a trace would serve later."""
+    g, U, V, prepared = one()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        calls = (
+            lambda: prepare([g], [U], [V]),
+            lambda: prepared.project_([g]),
+            lambda: prepared.coefficients([g]),
+            lambda: prepared.restore_([g], protected=[g.clone()]),
+        )
+        for call in calls:
+            with pytest.raises(ValueError, match="outside of FakeTensorMode"):
+                call()
+    with pytest.raises(ValueError, match=r"outside of torch\.func, of forward mode and of traces"):
+        torch.jit.trace(lambda a: prepared.coefficients([a]).A[0], (g,), check_trace=False)
+    expected, halves = g.clone(), g.clone()
+    prepared.project_([expected])
+    prepared.apply_([halves], prepared.coefficients([halves]))
+    truth, peer = project_reference(g, U, V), project_eager(g, U, V)
+    assert_error_within(expected, truth, peer, scale=g)
+    assert_error_within(halves, truth, peer, scale=g)

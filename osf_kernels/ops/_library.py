@@ -57,6 +57,8 @@ _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
+_fake_mode = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -90,6 +92,16 @@ def observed() -> bool:
 def unobserved_types(tensors: Sequence[object]) -> bool:
     """Whether all are plain tensors, which have memory."""
     return False not in [type(t) in _PLAIN for t in tensors]
+
+
+def within_fake_mode() -> bool:
+    """Whether a mode is on in which new tensors have no values."""
+    return _fake_mode(_FAKE) is not None
+
+
+def within_trace() -> bool:
+    """Whether torch.jit.trace is on, where sizes are tensors."""
+    return _tracing() is not None
 
 
 def within_transform() -> bool:

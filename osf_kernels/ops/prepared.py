@@ -16,7 +16,13 @@ from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
 from osf_kernels.ops._admission import Admission, require_apart, require_like
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
-from osf_kernels.ops._library import observed, unobserved_types, within_transform
+from osf_kernels.ops._library import (
+    observed,
+    unobserved_types,
+    within_fake_mode,
+    within_trace,
+    within_transform,
+)
 from osf_kernels.ops._memory import Range
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._pinned import Pinned
@@ -82,6 +88,7 @@ def prepare(
     Mutates nothing; doesn't synchronise; draws no random numbers.
     """
     names = Names("prepare", "like")
+    _require_values(names.op)
     require_lengths(names.op, like=like, Us=Us, Vs=Vs)
     for i, x in enumerate(like):
         require_tensor(names.op, f"like[{i}]", x)
@@ -228,7 +235,7 @@ class Prepared:
         Mutates nothing; doesn't synchronise; draws no random numbers.
         """
         names = Names("osf_kernels.Prepared.coefficients", "xs")
-        self._require_eager(names.op)
+        _require_eager(names.op, alone=True)
         self._admit(names, xs, written=False)
         route = self._routes.get("coefficients")
         found = self._places(xs).new()
@@ -250,7 +257,7 @@ class Prepared:
         numbers.
         """
         names = Names("osf_kernels.Prepared.apply_", "xs")
-        self._require_eager(names.op)
+        _require_eager(names.op, alone=True)
         self._admit(names, xs)
         ready = self._places(xs).checked(names.op, coefficients)
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
@@ -261,21 +268,15 @@ class Prepared:
     def _is_traced(self, names: Names, xs: Sequence[Tensor]) -> bool:
         """Whether a compiler or a mode of tensors without values takes the call, to which it is an
         operator of its own: then nothing is known of memory."""
-        self._require_eager(names.op)
+        _require_eager(names.op)
         if not torch.compiler.is_compiling() and (not observed() or unobserved_types(xs)):
+            _require_values(names.op)
             return False
         require_lengths(names.op, **{names.xs: xs, "what was prepared": self._kinds})
         for i, (x, known, U, V) in enumerate(zip(xs, self._metas, *self._given, strict=True)):
             require_like(names.op, names.entry(i), x, known, written=True)
             require_constant(names.op, names.entry(i), x, U, V)
         return True
-
-    def _require_eager(self, op: str) -> None:
-        """torch.func would differentiate, or batch, and see nothing of what is written."""
-        if not torch.compiler.is_compiling() and within_transform():
-            expected, got = "outside of torch.func and of forward mode", "a call inside"
-            remedy = "use project_many_, which is differentiable, or project under vmap"
-            raise ValueRefusal.of(op, "the call", expected, got, remedy)
 
     def _require_whole(self, op: str) -> None:
         if self._sharded:
@@ -438,6 +439,30 @@ class Prepared:
             problems.append(Problem(W, W, U, V, decision.step, A=A, B=B, **pin._asdict()))
             backend_names.append(decision.backend)
         return Route(problems, backend_names, self._workspace_bytes)
+
+
+def _require_eager(op: str, *, alone: bool = False) -> None:
+    """torch.func would differentiate, or batch, and see nothing of what is written.
+
+    ``alone``: the call is no operator that a compiler or a trace could take instead.
+    """
+    if torch.compiler.is_compiling():
+        return
+    got = "a call inside" if within_transform() else ""
+    if alone:
+        _require_values(op)
+        got = got or ("a call inside of torch.jit.trace" if within_trace() else "")
+    if got:
+        expected = "outside of torch.func, of forward mode and of traces"
+        remedy = "use the operators of single tensors, such as project, or project_many_"
+        raise ValueRefusal.of(op, "the call", expected, got, remedy)
+
+
+def _require_values(op: str) -> None:
+    """What is decided and allocated now is kept, and has to have memory."""
+    if within_fake_mode() and not torch.compiler.is_compiling():
+        expected, got = "outside of FakeTensorMode", "a call inside"
+        raise ValueRefusal.of(op, "the call", expected, got, "use plan, or meta tensors")
 
 
 def _aligned(t: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from osf_torch import measures
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected, Together, contents, zero3_shape
 from osf_torch.selection import listed, named_weights
+from osf_torch.sharding import Group, any_rank
 from osf_torch.subspaces import Subspace
 
 log = logging.getLogger("osf_torch")
@@ -72,22 +73,36 @@ def require_bases(items: Together) -> None:
         )
 
 
-def require_contents(items: Iterable[Protected]) -> None:
+def require_contents(items: Sequence[Protected]) -> None:
     """Refuses bases and pinned parts whose values aren't those that were taken, whoever wrote them:
-    torch counts no writes through ``.data``, numpy or another storage."""
-    names = []
+    torch counts no writes through ``.data``, numpy or another storage.
+
+    Of sharded weights the ranks agree, so that all of them refuse.
+    """
+    others = [item for item in items if not _is_as_taken(item)]
+    flags: dict[Group, bool] = {}
     for item in items:
-        then, now = item.contents.view(-1, 2), contents(item.held.tensors()).view(-1, 2)
-        # Sums in another order, as other numbers of threads take them, are off by rounding.
-        if not bool(((then - now).abs() <= 1e-9 * then[:, :1]).all()):
-            names.append(item.name)
-    if names:
+        if item.group is not None:
+            flags[item.group] = flags.get(item.group, False) or item in others
+    device = next((item.contents.device for item in items), torch.device("cpu"))
+    told = [
+        any_rank(group, torch.tensor(float(flag), device=device)) for group, flag in flags.items()
+    ]
+    if others or any(told):
+        names = listed([item.name for item in others]) if others else "weights on another rank"
         raise RuntimeError(
             "osf_torch.Guard.verify: expected the tensors that say what is protected to be as they "
-            f"were given, got others of {listed(names)}: something has written to them in a way "
+            f"were given, got others of {names}: something has written to them in a way "
             "that torch doesn't count (.data, numpy), and steps since have protected what they say "
             "now; protect the model again"
         )
+
+
+def _is_as_taken(item: Protected) -> bool:
+    then, now = item.contents.view(-1, 2), contents(item.held.tensors()).view(-1, 2)
+    # Sums in another order, as other numbers of threads take them, are off by rounding.
+    near = (then - now).abs() <= 1e-9 * then[:, :1]
+    return bool((near | (then == now) | (then.isnan() & now.isnan())).all())
 
 
 def require_own(changed: Iterable[Protected], mode: Mode) -> None:

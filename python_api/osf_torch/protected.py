@@ -262,15 +262,16 @@ def contents(tensors: Iterable[Tensor]) -> Tensor:
     for t in tensors:
         x = t.detach().double()
         figures.append(x.norm())
-        for _ in range(x.dim()):
-            x = x @ _random(x.shape[-1], x.device)
+        for dim in range(x.dim()):
+            x = x @ _random(x.shape[-1], dim, x.device)
         figures.append(x)
     return torch.stack(figures) if figures else torch.zeros(0, dtype=torch.float64)
 
 
 @lru_cache(maxsize=64)
-def _random(n: int, device: torch.device) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(n)
+def _random(n: int, dim: int, device: torch.device) -> Tensor:
+    """Others for each dimension: a square matrix and its transpose have different figures."""
+    generator = torch.Generator("cpu").manual_seed(8 * n + dim)
     numbers = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
     return numbers.to(device)
 
