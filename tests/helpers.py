@@ -13,6 +13,7 @@ from torch import Tensor
 from osf_kernels import Basis
 from osf_kernels.backends import torch as torch_backend
 from osf_kernels.backends.forms import (
+    SEQUENCES,
     Coefficients,
     Job,
     Problem,
@@ -116,3 +117,14 @@ def _extent_bytes(operand: Operand) -> int:
         return 0
     steps = zip(operand.shape, operand.stride(), strict=True)
     return (sum((size - 1) * stride for size, stride in steps) + 1) * operand.element_size()
+
+
+def launches(chosen: Iterable[str]) -> int:
+    """How many stages ``forms.in_stages`` makes of a list of these forms."""
+    wanting = [SEQUENCES[form] for form in chosen]
+    count = 0
+    while wanting := [rest for rest in wanting if rest]:
+        ran = "C" if any(rest[0] == "C" for rest in wanting) else "U"
+        wanting = [rest[1:] if rest[0] == ran else rest for rest in wanting]
+        count += 1
+    return count

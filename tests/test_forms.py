@@ -10,7 +10,7 @@ import torch
 from osf_kernels.backends import forms
 from osf_kernels.plan import Matrix, Step, choose, choose_pinned
 from osf_kernels.testing import project_reference, relative_error, restore_reference
-from tests.helpers import KINDS, draw_basis, generator_for, randn, run_eagerly
+from tests.helpers import KINDS, draw_basis, generator_for, launches, randn, run_eagerly
 
 
 class PlainKernels:
@@ -161,7 +161,7 @@ def test_a_list_takes_the_launches_of_its_longest_form():
         ("update", 3),
         ("update", 2),
     ]
-    assert forms.launches(problem.step.form for problem in problems) == 4
+    assert launches(problem.step.form for problem in problems) == 4
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -179,4 +179,4 @@ def test_the_launches_of_a_plan_are_those_of_a_run(count):
                 forms.Problem(x, x, U, V, Step(form, "left", 1.0, 0.0, 0, 0, 0, "", ""))
             )
         run_eagerly(problems, kernels)
-        assert len(kernels.launches) == forms.launches(chosen)
+        assert len(kernels.launches) == launches(chosen)

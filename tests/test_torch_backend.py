@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.guarded_calls import python_calls
 from osf_kernels import plan
 from osf_kernels.backends import torch as torch_backend
 from osf_kernels.backends.forms import Coefficients, Problem
@@ -171,19 +171,7 @@ def test_halves_of_a_list(dtype):
 
 def calls_of(run):
     """How many Python functions ``run`` enters."""
-    entered = []
-
-    def note(frame, event, argument):
-        if event == "call":
-            entered.append(frame.f_code.co_qualname)
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-    return len(entered)
+    return len(python_calls(run))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -34,12 +34,14 @@ May import: torch, ``osf_kernels.plan`` and ``osf_kernels._padding``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from osf_kernels.backends.operands import Operand
 from osf_kernels.plan import Step
 
 # A tensor, or an ``Operand`` that stands for one of which the address comes later.
@@ -115,6 +117,25 @@ class Problem(NamedTuple):
     # Beside S: UᵀW is pinned to S Vᵀ + rest_A, W V to U S + rest_B; of "inner" UᵀWV to S + rest_B.
     rest_A: Tensor | None = None  # (r, n)
     rest_B: Tensor | None = None  # (m, k); of "inner" (r, k)
+
+
+def each_of_batch(problem: Problem, kept: int = 0) -> Iterator[Problem]:
+    """The problems of a batch: of matrices, or of batches of the last ``kept`` dimensions."""
+    batch = problem.x.shape[:-2]
+    if not batch:
+        yield problem
+        return
+    whole: dict[str, Any] = {}
+    for name, t in problem._asdict().items():
+        if isinstance(t, Tensor):
+            whole[name] = t.expand(*batch, *t.shape[t.dim() - (1 if name == "S" else 2) :])
+        elif isinstance(t, Operand):
+            whole[name] = t
+    for index in itertools.product(*map(range, batch[: len(batch) - kept])):
+        part = {name: t[index] for name, t in whole.items()}
+        if problem.out is problem.x:  # the same object still, or torch would copy x onto itself
+            part["out"] = part["x"]
+        yield problem._replace(**part)
 
 
 def coefficient_dtype(x: Tensor) -> torch.dtype:
@@ -239,17 +260,6 @@ def in_stages(generators: Iterable[Iterator[Job]]) -> Iterator[list[Any]]:
             for steps_, job in wanting
             if (following := next(steps_, None) if isinstance(job, ran) else job)
         ]
-
-
-def launches(forms: Iterable[str]) -> int:
-    """How many stages :func:`in_stages` makes of a list of these forms."""
-    wanting = [SEQUENCES[form] for form in forms]
-    count = 0
-    while wanting := [rest for rest in wanting if rest]:
-        ran = "C" if any(rest[0] == "C" for rest in wanting) else "U"
-        wanting = [rest[1:] if rest[0] == ran else rest for rest in wanting]
-        count += 1
-    return count
 
 
 def library_calls(form: str) -> int:

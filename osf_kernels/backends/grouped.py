@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from osf_kernels.backends.forms import (
     Job,
     Problem,
     coefficient_dtype,
+    each_of_batch,
     in_stages,
     steps,
 )
@@ -219,7 +220,7 @@ def sliced(
     slices: list[tuple[Arena, list[list[Job]]]] = [(arena, [])]
     parts = 0
     limit -= kernels.spare_bytes(arena.device)
-    for matrix in itertools.chain.from_iterable(map(matrices, problems)):
+    for matrix in itertools.chain.from_iterable(map(each_of_batch, problems)):
         before = arena.bytes
         calls = calls_of(matrix, arena)
         own = sum(kernels.parts_bytes(job) for job in calls if isinstance(job, Coefficients))
@@ -243,19 +244,3 @@ def _halves(problem: Problem, arena: Arena) -> list[Job]:
     left = (problem.U, problem.A) if problem.A.numel() else (None, None)
     right = (problem.V, problem.B) if problem.B.numel() else (None, None)
     return [Coefficients(problem.x, left[0], right[0], left[1], right[1])]
-
-
-def matrices(problem: Problem) -> Iterator[Problem]:
-    """The problem of each matrix of a batch."""
-    batch = problem.x.shape[:-2]
-    if not batch:
-        yield problem
-        return
-    whole: dict[str, Any] = {}
-    for name, t in problem._asdict().items():
-        if isinstance(t, Tensor):
-            whole[name] = t.expand(*batch, *t.shape[t.dim() - (1 if name == "S" else 2) :])
-        elif isinstance(t, Operand):
-            whole[name] = t
-    for index in itertools.product(*map(range, batch)):
-        yield problem._replace(**{name: t[index] for name, t in whole.items()})

@@ -133,9 +133,8 @@ class Arena:
         self.device, self.bytes = device, 0
 
     def new(self, rows: int, columns: int, dtype: torch.dtype) -> Operand:
-        pitch = -(-columns * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        width = _padding.padded_width(columns, dtype.itemsize)
         place = Placed.at(self.bytes, WORKSPACE)
-        self.bytes += rows * pitch
-        strides = pitch // dtype.itemsize, 1
-        padded = columns * dtype.itemsize != pitch
-        return Operand(place, (rows, columns), strides, dtype, self.device, is_padded=padded)
+        self.bytes += rows * width * dtype.itemsize
+        padded = columns != width
+        return Operand(place, (rows, columns), (width, 1), dtype, self.device, is_padded=padded)

@@ -115,11 +115,15 @@ class Admission:
             if not written or are_apart(addresses, known.spans, read or self.bases.ranges):
                 known.addresses = addresses
                 return False
-        self._judge(names, xs, written)
+        self.require_alike(names, xs, written=written)
+        if written:
+            require_apart(names, xs, Us=self._Us, Vs=self._Vs)
         self._admitted[names.op] = Admitted(lies, addresses, [span(x) for x in xs])
         return True
 
-    def _judge(self, names: Names, xs: Sequence[Tensor], written: bool) -> None:
+    def require_alike(self, names: Names, xs: Sequence[Tensor], *, written: bool) -> None:
+        """Refuses matrices of another number, shape, dtype or device, and those that autograd
+        records; of memory nothing is asked."""
         op, count = names.op, len(self._metas)
         require_lengths(op, **{names.xs: xs})
         if len(xs) != count:
@@ -128,14 +132,11 @@ class Admission:
         lists = zip(xs, self._metas, self._Us, self._Vs, strict=True)
         for i, (x, known, U, V) in enumerate(lists):
             with Refusal.of_entry(i):
-                require_like(op, names.entry(i), x, known, written=written)
+                _require_like(op, names.entry(i), x, known, written=written)
                 require_constant(op, names.entry(i), x, U, V)
-        if written:
-            require_apart(names, xs, Us=self._Us, Vs=self._Vs)
 
 
-def require_like(op: str, entry: Sequence[str], x: Tensor, known: Meta, *, written: bool) -> None:
-    """Refuses what isn't a matrix of the shape, dtype and device that were prepared."""
+def _require_like(op: str, entry: Sequence[str], x: Tensor, known: Meta, *, written: bool) -> None:
     require_target(op, entry[0], x)
     if meta(x) != known:
         shape, dtype, device = known

@@ -89,7 +89,7 @@ def observed() -> bool:
     )
 
 
-def unobserved_types(tensors: Sequence[object]) -> bool:
+def are_plain(tensors: Sequence[object]) -> bool:
     """Whether all are plain tensors, which have memory."""
     return False not in [type(t) in _PLAIN for t in tensors]
 

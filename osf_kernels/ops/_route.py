@@ -11,7 +11,7 @@ from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
 from osf_kernels.backends import choosing, grouped
-from osf_kernels.backends.forms import Problem
+from osf_kernels.backends.forms import Problem, each_of_batch
 from osf_kernels.backends.grouped import ListProgram, Ready
 from osf_kernels.backends.operands import Lie
 from osf_kernels.ops._coefficient_list import CoefficientList
@@ -50,7 +50,7 @@ def execute_one(
     if decided.direct:
         torch_backend.run_one(step, g, out, U, V)
     elif backend == "torch":
-        torch_backend.run(unbatch(Problem(g, out, U, V, step), backend))
+        torch_backend.run(list(each_of_batch(Problem(g, out, U, V, step), kept=1)))
     else:
         in_place = out is g
         if g.dim() > 2:
@@ -120,15 +120,16 @@ class CoefficientRoute:
         names: Sequence[str],
         limit: int = grouped.WORKSPACE_BYTES,
     ) -> None:
-        # As many batch dimensions as a matrix has.
-        self._Us, self._Vs = (
-            [None if t is None else t.expand(*x.shape[:-2], *t.shape[-2:]) for t, x in pairs]
-            for pairs in (zip(Us, xs, strict=True), zip(Vs, xs, strict=True))
-        )
-        self._parts: list[tuple[list[int], ListProgram | None]] = []
+        self._on_torch: list[tuple[list[int], list[Tensor | None], list[Tensor | None]]] = []
+        self._parts: list[tuple[list[int], ListProgram]] = []
         for (name, _), mine in _members(xs, names).items():
             if name == "torch":
-                self._parts.append((mine, None))
+                # As many batch dimensions as a matrix has.
+                held_U, held_V = (
+                    [t if t is None else t.expand(*x.shape[:-2], *t.shape[-2:]) for t, x in pairs]
+                    for pairs in ([(side[i], xs[i]) for i in mine] for side in (Us, Vs))
+                )
+                self._on_torch.append((mine, held_U, held_V))
                 continue
             mine = [i for i in mine if found.A[i].numel() or found.B[i].numel()]
             problems = [
@@ -141,15 +142,12 @@ class CoefficientRoute:
 
     def run(self, xs: Sequence[Tensor], found: CoefficientList) -> None:
         """Writes the coefficients of ``xs``, which lie as those it was made for."""
-        for mine, program in self._parts:
-            chosen = [xs[i] for i in mine]
+        for mine, Us, Vs in self._on_torch:
             As, Bs = [found.A[i] for i in mine], [found.B[i] for i in mine]
-            if program is None:
-                Us, Vs = [self._Us[i] for i in mine], [self._Vs[i] for i in mine]
-                lists = _of_one_batch(chosen, Us, Vs, As, Bs)
-                torch_backend.coefficients_of(*lists)
-            else:
-                program.run(chosen, list(zip(As, Bs, strict=True)))
+            lists = _of_one_batch([xs[i] for i in mine], Us, Vs, As, Bs)
+            torch_backend.coefficients_of(*lists)
+        for mine, program in self._parts:
+            program.run([xs[i] for i in mine], [(found.A[i], found.B[i]) for i in mine])
 
 
 _NO_STEP: Any = None
@@ -181,12 +179,8 @@ def _program(
         return ListProgram(problems, choosing.module(name), limit)
     if any(problem.x.dim() > 3 for problem in problems):
         return _Unrolled(problems)
-    return torch_backend.Program([_broadcast(problem) for problem in problems])
-
-
-def _broadcast(problem: Problem) -> Problem:
-    """With as many batch dimensions of the bases as x has."""
-    return unbatch(problem, "torch")[0]
+    # With as many batch dimensions of the bases as x has.
+    return torch_backend.Program([next(each_of_batch(problem, kept=1)) for problem in problems])
 
 
 class _Unrolled:
@@ -198,25 +192,5 @@ class _Unrolled:
     def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
         for i, (x, problem) in enumerate(zip(xs, self._problems, strict=True)):
             A, B = (None, None) if ready is None else ready[i]
-            torch_backend.run(unbatch(problem._replace(x=x, out=x, A=A, B=B), "torch"))
-
-
-def unbatch(item: Problem, backend: str) -> list[Problem]:
-    """An item as the backend takes it: torch with one batch dimension, the kernels with none."""
-    batch = item.x.shape[:-2]
-    if not batch:
-        return [item]
-    lead = batch[:-1] if backend == "torch" else batch
-    whole: dict[str, Any] = {
-        name: t.expand(*batch, *t.shape[t.dim() - (1 if name == "S" else 2) :])
-        for name, t in item._asdict().items()
-        if isinstance(t, Tensor)
-    }
-    in_place = item.out is item.x
-    parts = []
-    for index in itertools.product(*map(range, lead)):
-        part = {name: t[index] for name, t in whole.items()}
-        if in_place:  # the same object still, or a backend would copy x onto itself
-            part["out"] = part["x"]
-        parts.append(item._replace(**part))
-    return parts
+            problem = problem._replace(x=x, out=x, A=A, B=B)
+            torch_backend.run(list(each_of_batch(problem, kept=1)))

@@ -14,11 +14,11 @@ from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
 from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
-from osf_kernels.ops._admission import Admission, require_apart, require_like
+from osf_kernels.ops._admission import Admission, require_apart
 from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
 from osf_kernels.ops._library import (
+    are_plain,
     observed,
-    unobserved_types,
     within_fake_mode,
     within_trace,
     within_transform,
@@ -36,7 +36,6 @@ from osf_kernels.ops._validation import (
     held,
     kind_of,
     meta,
-    require_constant,
     require_lengths,
     require_tensor,
 )
@@ -71,7 +70,6 @@ def prepare(
         sharded: the matrices and Us are this rank's rows of larger ones, so that a basis may be
             wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
             coefficients run.
-
         workspace_bytes: what coefficients and partial sums may take at once on Triton and CUDA
             (256 MiB); a list that needs more runs in slices, and a matrix that does alone. What
             ``coefficients`` returns is beside it.
@@ -269,13 +267,10 @@ class Prepared:
         """Whether a compiler or a mode of tensors without values takes the call, to which it is an
         operator of its own: then nothing is known of memory."""
         _require_eager(names.op)
-        if not torch.compiler.is_compiling() and (not observed() or unobserved_types(xs)):
+        if not torch.compiler.is_compiling() and (not observed() or are_plain(xs)):
             _require_values(names.op)
             return False
-        require_lengths(names.op, **{names.xs: xs, "what was prepared": self._kinds})
-        for i, (x, known, U, V) in enumerate(zip(xs, self._metas, *self._given, strict=True)):
-            require_like(names.op, names.entry(i), x, known, written=True)
-            require_constant(names.op, names.entry(i), x, U, V)
+        self._admission.require_alike(names, xs, written=True)
         return True
 
     def _require_whole(self, op: str) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, plan, project_many_, restore_
-from osf_kernels.backends import forms
 from osf_kernels.backends.forms import Problem
 from osf_kernels.plan import Matrix, Mode, Step, choose
 from osf_kernels.testing import (
@@ -19,7 +18,7 @@ from osf_kernels.testing import (
 )
 from tests.cuda.emulated import Emulated
 from tests.emulator.harness import compiler
-from tests.helpers import run_eagerly
+from tests.helpers import launches, run_eagerly
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++)")
 
@@ -102,7 +101,7 @@ def test_dual_reads_each_gradient_twice_and_writes_it_once(dtype: torch.dtype) -
     size, address = x.numel() * x.element_size(), x.data_ptr()
     assert kernels.read[address] == 2 * size
     assert kernels.written[address] == size
-    assert kernels.launches == forms.launches([step.form]) == 4
+    assert kernels.launches == launches([step.form]) == 4
     assert leak(x, before, U) <= (4e-3 if dtype == torch.bfloat16 else 1e-6)
 
 

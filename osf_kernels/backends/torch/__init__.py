@@ -151,7 +151,8 @@ class _Group:
         step, working = self.step, self.working
         if self.direct:
             sides = self.Us, self.Uts, self.Vs, self.Vts
-            FORMS[step.form](step, _products(xs[0]), xs, xs, *sides, self.pins, ready or _NOT_READY)
+            rows = zip(xs, xs, *sides, self.pins, ready or _NOT_READY, strict=False)
+            FORMS[step.form](step, _products(xs[0]), rows)
             return
         if ready is not None:
             working = _rounded_once(working)
@@ -160,9 +161,9 @@ class _Group:
 
 def run_one(step: Step, x: Tensor, out: Tensor, U: Tensor | None, V: Tensor | None) -> None:
     """One matrix of which :func:`needs_no_conversion` holds."""
-    sides = (U,), (None if U is None else U.mT,), (V,), (None if V is None else V.mT,)
+    Ut, Vt = None if U is None else U.mT, None if V is None else V.mT
     products = _OF_MATRICES if x.is_cpu else _products(x)
-    FORMS[step.form](step, products, (x,), (out,), *sides, _NO_PINS, _NOT_READY)
+    FORMS[step.form](step, products, ((x, out, U, Ut, V, Vt, None, (None, None)),))
 
 
 def _run(
@@ -198,7 +199,9 @@ def _run(
         large = x.numel() >= 2**23 and step.first == "left"
     Uts = [U.contiguous() for U in _transposed(Us)] if large else _transposed(Us)
     sides = Us, Uts, Vs, _transposed(Vs)
-    FORMS[step.form](step, _products(x), xs, targets, *sides, pins, ready)
+    # Pins and ready coefficients that aren't there repeat without an end.
+    rows = zip(xs, targets, *sides, pins, ready, strict=False)
+    FORMS[step.form](step, _products(x), rows)
     if addends is not None:
         for target, addend in zip(targets, addends, strict=True):
             target.add_(addend)

@@ -5,17 +5,17 @@ a step costs 2 µs, allocating its output from Python 3, a transposed view 0.5 a
 which a small matrix would feel. A Python function runs for a matrix only in the check of ``mixed``
 for sums that cancelled.
 
-A form takes (step, products, xs, outs, Us, Uts, Vs, Vts, pins, ready), all of one working dtype.
-``products`` are mm, addmm and cat of 2-D matrices or of batches, ``out`` may be x, and Ut is Uᵀ.
-``pins`` are S, rest_A and rest_B of a problem or None, ``ready`` its A and B or a pair of None,
-which are not written. With beta = 0 x is not read by the update.
+A form takes (step, products, rows), all of one working dtype. ``products`` are mm, addmm and cat
+of 2-D matrices or of batches. A row is (x, out, U, Uᵀ, V, Vᵀ, pin, (A, B)): ``out`` may be x, a pin
+is S, rest_A and rest_B of a problem or None, and A and B are ready coefficients or None, which are
+not written. With beta = 0 x is not read by the update.
 
 May import: torch, ``osf_kernels.plan``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,72 +24,39 @@ from torch import Tensor
 
 from osf_kernels.plan import Step
 
-_rows = zip  # whose argument ``strict`` would cost a call 0.1 µs
+Rows = Iterable[tuple[Any, ...]]
 
 
-def _identity(step: Step, products: Any, xs: Any, outs: Any, *_: Any) -> None:
-    for x, out in _rows(xs, outs):
+def _identity(step: Step, products: Any, rows: Rows) -> None:
+    for x, out, *_ in rows:
         if out is not x:
             out.copy_(x)
 
 
-def _zero(step: Step, products: Any, xs: Any, outs: Any, *_: Any) -> None:
-    for x, out in _rows(xs, outs):
+def _zero(step: Step, products: Any, rows: Rows) -> None:
+    for x, out, *_ in rows:
         torch.mul(x, 0, out=out)  # not zero_(): NaN and Inf stay visible
 
 
-def _left(
-    step: Step,
-    products: Any,
-    xs: Any,
-    outs: Any,
-    Us: Any,
-    Uts: Any,
-    Vs: Any,
-    Vts: Any,
-    pins: Any,
-    ready: Any,
-) -> None:
+def _left(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
-    for x, out, U, Ut, (A, _) in _rows(xs, outs, Us, Uts, ready):
+    for x, out, U, Ut, _, _, _, (A, _) in rows:
         if A is None:
             A = mm(Ut, x)
         addmm(x, U, A, alpha=alpha, out=out) if beta else mm(U, A, out=out)
 
 
-def _right(
-    step: Step,
-    products: Any,
-    xs: Any,
-    outs: Any,
-    Us: Any,
-    Uts: Any,
-    Vs: Any,
-    Vts: Any,
-    pins: Any,
-    ready: Any,
-) -> None:
+def _right(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
-    for x, out, V, Vt, (_, B) in _rows(xs, outs, Vs, Vts, ready):
+    for x, out, _, _, V, Vt, _, (_, B) in rows:
         if B is None:
             B = mm(x, V)
         addmm(x, B, Vt, alpha=alpha, out=out) if beta else mm(B, Vt, out=out)
 
 
-def _dual(
-    step: Step,
-    products: Any,
-    xs: Any,
-    outs: Any,
-    Us: Any,
-    Uts: Any,
-    Vs: Any,
-    Vts: Any,
-    pins: Any,
-    ready: Any,
-) -> None:
+def _dual(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, cat), alpha, beta = products, step.alpha, step.beta
-    for x, out, U, Ut, V, Vt, pin, (A, B) in _rows(xs, outs, Us, Uts, Vs, Vts, pins, ready):
+    for x, out, U, Ut, V, Vt, pin, (A, B) in rows:
         kept = A is not None  # the caller's
         if not kept:
             A, B = mm(Ut, x), mm(x, V)
@@ -114,20 +81,9 @@ def _dual(
             addmm(out, B, Vt, alpha=alpha, out=out)
 
 
-def _sequential(
-    step: Step,
-    products: Any,
-    xs: Any,
-    outs: Any,
-    Us: Any,
-    Uts: Any,
-    Vs: Any,
-    Vts: Any,
-    pins: Any,
-    ready: Any,
-) -> None:
+def _sequential(step: Step, products: Any, rows: Rows) -> None:
     mm, addmm, _ = products
-    for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
+    for x, out, U, Ut, V, Vt, _, _ in rows:
         if step.beta:
             addmm(x, U, mm(Ut, x), alpha=-1.0, out=out)
             addmm(out, mm(out, V), Vt, alpha=-1.0, out=out)
@@ -136,25 +92,13 @@ def _sequential(
             torch.sub(x, addmm(rest, mm(rest, V), Vt, alpha=-1.0, out=rest), out=out)
 
 
-def _mixed(
-    step: Step,
-    products: Any,
-    xs: Any,
-    outs: Any,
-    Us: Any,
-    Uts: Any,
-    Vs: Any,
-    Vts: Any,
-    pins: Any,
-    ready: Any,
-) -> None:
+def _mixed(step: Step, products: Any, rows: Rows) -> None:
     """Left: U (A − (A V) Vᵀ). Right: (B − U (Uᵀ B)) Vᵀ, with A V for Uᵀ B where A is ready."""
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
-    watched = _is_float32_on_cpu(xs[0])
-    for x, out, U, Ut, V, Vt, (A, B) in _rows(xs, outs, Us, Uts, Vs, Vts, ready):
+    for x, out, U, Ut, V, Vt, pin, (A, B) in rows:
         if step.first == "left":
             core = mm(Ut, x) if A is None else A
-            if A is None and watched and core.shape[-2] <= _NARROW:
+            if A is None and core.shape[-2] <= _NARROW and x.is_cpu and x.dtype == _WATCHED:
                 wide = V.double()
                 core = core - mm(wide, mm(wide.mT, core.mT.double())).float().mT
             else:
@@ -167,13 +111,13 @@ def _mixed(
             core = mm(x, V)
             few = x.device.type == "cpu" and 3 * V.shape[-1] <= x.shape[-1]
             before = _norm(core) if few else None
-            if watched and core.shape[-1] <= _NARROW:
+            if core.shape[-1] <= _NARROW and x.is_cpu and x.dtype == _WATCHED:
                 wide = U.double()
                 core = core - mm(wide, mm(wide.mT, core.double())).float()
             else:
                 core = addmm(core, U, mm(Ut, core) if A is None else mm(A, V), alpha=-1.0, out=core)
             if before is not None and _cancelled(x, before, core):
-                _mixed_in_turn(step, products, (x,), (out,), (U,), (Ut,), (V,), (Vt,))
+                _mixed_in_turn(step, products, ((x, out, U, Ut, V, Vt, pin, (A, B)),))
             else:
                 addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
 
@@ -181,11 +125,7 @@ def _mixed(
 # x V, or xᵀ U, of at most so many columns shows errors of U Uᵀ (x V) in float32: it is summed in
 # float64. Of many columns they are random, and no larger than those of x V itself; a few, which
 # BLAS sums one product after another, erred up to 12 times as much as eager torch.
-_NARROW = 32
-
-
-def _is_float32_on_cpu(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+_NARROW, _WATCHED = 32, torch.float32
 
 
 def _cancelled(x: Tensor, before: Tensor, core: Tensor) -> bool:
@@ -201,43 +141,28 @@ def _cancelled(x: Tensor, before: Tensor, core: Tensor) -> bool:
 _norm = partial(torch.linalg.vector_norm, dim=(-2, -1))
 
 
-def _mixed_in_turn(
-    step: Step, products: Any, xs: Any, outs: Any, Us: Any, Uts: Any, Vs: Any, Vts: Any, *_: Any
-) -> None:
+def _mixed_in_turn(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
-    for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
+    for x, out, U, Ut, V, Vt, _, _ in rows:
         rest = addmm(x, U, mm(Ut, x), alpha=-1.0)
         core = mm(rest, V)
         addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
 
 
-def _inner_in_turn(
-    step: Step, products: Any, xs: Any, outs: Any, Us: Any, Uts: Any, Vs: Any, Vts: Any, *_: Any
-) -> None:
+def _inner_in_turn(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
-    for x, out, U, Ut, V, Vt in _rows(xs, outs, Us, Uts, Vs, Vts):
+    for x, out, U, Ut, V, Vt, _, _ in rows:
         rest = mm(U, mm(Ut, x))
         core = mm(rest, V)
         addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
 
 
-def _inner(
-    step: Step,
-    products: Any,
-    xs: Any,
-    outs: Any,
-    Us: Any,
-    Uts: Any,
-    Vs: Any,
-    Vts: Any,
-    pins: Any,
-    ready: Any,
-) -> None:
+def _inner(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     left_first = step.first == "left"
-    watched = not left_first and _is_float32_on_cpu(xs[0])
-    for x, out, U, Ut, V, Vt, pin, (A, _) in _rows(xs, outs, Us, Uts, Vs, Vts, pins, ready):
-        if watched and A is None and pin is None and V.shape[-1] <= _NARROW:
+    for x, out, U, Ut, V, Vt, pin, (A, _) in rows:
+        narrow = not left_first and V.shape[-1] <= _NARROW and x.is_cpu and x.dtype == _WATCHED
+        if narrow and A is None and pin is None:
             wide = U.double()
             core = mm(wide, mm(wide.mT, mm(x, V).double())).float()
             addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
