@@ -129,11 +129,15 @@ class Admission:
         if len(xs) != count:
             expected = f"as long as what was prepared ({count})"
             raise ValueRefusal.of(op, names.xs, expected, f"{len(xs)} entries")
-        lists = zip(xs, self._metas, self._Us, self._Vs, strict=True)
-        for i, (x, known, U, V) in enumerate(lists):
-            with Refusal.of_entry(i):
-                _require_like(op, names.entry(i), x, known, written=written)
-                require_constant(op, names.entry(i), x, U, V)
+        i, lists = 0, zip(xs, self._metas, self._Us, self._Vs, strict=True)
+        try:
+            for i, (x, known, U, V) in enumerate(lists):
+                entry = names.entry(i)
+                _require_like(op, entry, x, known, written=written)
+                require_constant(op, entry, x, U, V)
+        except Refusal as refusal:
+            refusal.index = i
+            raise
 
 
 def _require_like(op: str, entry: Sequence[str], x: Tensor, known: Meta, *, written: bool) -> None:
@@ -156,8 +160,12 @@ def require_apart(names: Names, written: Sequence[Tensor], **read: Sequence[Tens
             names.op, [names.xs, *operands], written[0], *(t[0] for t in read.values())
         )
         return
-    for i, x in enumerate(written):
-        with Refusal.of_entry(i):
+    i = 0
+    try:
+        for i, x in enumerate(written):
             require_own_memory(names.op, names.entry(i)[0], x)
+    except Refusal as refusal:
+        refusal.index = i
+        raise
     require_no_meta_among(names.op, names.xs, written)
     require_distinct(names.op, names.xs, written, read)

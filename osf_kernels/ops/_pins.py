@@ -121,10 +121,14 @@ def require_pins(
     pins: Sequence[Pin],
 ) -> None:
     """Refuses pins that don't fit their weights, or share memory with one."""
-    for i, (W, U, V, kind, pin) in enumerate(zip(weights, Us, Vs, kinds, pins, strict=True)):
-        with Refusal.of_entry(i):
+    i = 0
+    try:
+        for i, (W, U, V, kind, pin) in enumerate(zip(weights, Us, Vs, kinds, pins, strict=True)):
             require_pin(names, i, W, U, V, kind, pin)
             require_constant(names.op, [*names.entry(i), *names.pins(i)], W, U, V, *pin)
+    except Refusal as refusal:
+        refusal.index = i
+        raise
 
 
 def require_pin(
