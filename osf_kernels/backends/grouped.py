@@ -180,7 +180,7 @@ class _Made:
     def __init__(self, tensors: Sequence[Tensor], program: Program) -> None:
         self.program = program
         self._lies = [(t.stride(), t.data_ptr() % ALIGNMENT) for t in tensors]
-        # Whose last line's padding is read.
+        # The places of tensors whose last line has padding, which kernels read.
         self._padded = [i for i, t in enumerate(tensors) if _padding.is_padded(t)]
 
     def serves(self, tensors: Sequence[Tensor]) -> bool:

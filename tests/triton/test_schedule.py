@@ -211,7 +211,8 @@ def test_a_list_that_fills_the_machine_splits_no_sum() -> None:
     assert many.sums == 0
     assert many.tiles >= configs.FILL["sm_90"]
     assert many.workspace_elements == 0
-    # Those of one read have the parts of B of their strips, and those of A are one.
+    # A kernel that reads x once writes a part of B for each strip, however full the machine is, and
+    # of A then one part.
     (one_read,) = launches([job(4096, 4096, 32, 32)] * 8)
     assert one_read.kernel == "one_pass"
     strips = 4096 // one_read.config.block_n  # type: ignore[union-attr]
