@@ -59,6 +59,9 @@ def _rank(rank: int, count: int, folder: str, function: Any, arguments: tuple[An
     if value[0]:
         dist.barrier()
     dist.destroy_process_group()
+    # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process
+    # (pytorch/pytorch#179291), so the process ends without that.
+    os._exit(0)
 
 
 class Collectives:
