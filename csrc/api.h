@@ -22,7 +22,7 @@ struct MatrixRef {
   bool present() const { return dtype != DType::none; }
 };
 
-// A = Uᵀ x (r, n) and B = x V (m, k); with S also A −= diag(S) Vᵀ and B −= U diag(S).
+// A = Uᵀ x (r, n) and B = x V (m, k); with S also B −= U diag(S), and as root A −= diag(S) Vᵀ.
 struct CoefficientsJob {
   int64_t m, n, r, k;
   MatrixRef x;  // (m, n)
@@ -32,6 +32,7 @@ struct CoefficientsJob {
   MatrixRef B;  // (m, k)
   const float* S;
   int64_t S_stride;
+  int64_t root;  // 0 or 1
 };
 
 // out = beta·x + alpha·(L1 R1 + L2 R2) + addend; beta = 0 never reads x. out may be x.
@@ -69,7 +70,7 @@ struct JacobiJob {
 };
 
 static_assert(sizeof(MatrixRef) == 4 * 8, "wire format");
-static_assert(sizeof(CoefficientsJob) == (4 + 5 * 4 + 2) * 8, "wire format");
+static_assert(sizeof(CoefficientsJob) == (4 + 5 * 4 + 3) * 8, "wire format");
 static_assert(sizeof(UpdateJob) == (4 + 7 * 4 + 2) * 8, "wire format");
 static_assert(sizeof(CholeskyJob) == 8 * 8, "wire format");
 static_assert(sizeof(JacobiJob) == 11 * 8, "wire format");

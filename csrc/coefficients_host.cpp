@@ -16,6 +16,7 @@ constexpr int64_t kMostSplits = 32;
 struct Oriented {
   CoefficientsJob job;
   bool with_a, with_b;
+  bool a_offset, b_offset;  // whether S is taken off
   Math math;
   int rank_block;
   CoefficientsShape shape;
@@ -56,6 +57,8 @@ Oriented orient(const CoefficientsJob& given, bool allow_tf32, const Machine& ma
   o.job = given;
   o.with_a = given.U.present() && given.r > 0;
   o.with_b = given.V.present() && given.k > 0;
+  o.a_offset = given.S != nullptr && given.root != 0;
+  o.b_offset = given.S != nullptr;
   // B is the cheap side: one partial sum a split, against one a row block for A.
   if (o.with_a && (!o.with_b || given.r > given.k)) {
     o.job.x = transposed(given.x);
@@ -65,6 +68,7 @@ Oriented orient(const CoefficientsJob& given, bool allow_tf32, const Machine& ma
     o.job.A = transposed(given.B);
     o.job.B = transposed(given.A);
     std::swap(o.with_a, o.with_b);
+    std::swap(o.a_offset, o.b_offset);
   }
   const CoefficientsJob& job = o.job;
   const int64_t rank = std::max(o.with_a ? job.r : 0, o.with_b ? job.k : 0);
@@ -122,6 +126,8 @@ CoefficientsProblem make_problem(const Oriented& o, float* part_a, float* part_b
   p.a_sums = static_cast<int>(o.a_sums);
   p.A_dtype = static_cast<int8_t>(job.A.dtype);
   p.B_dtype = static_cast<int8_t>(job.B.dtype);
+  p.A_offset = o.a_offset;
+  p.B_offset = o.b_offset;
   return p;
 }
 

@@ -72,7 +72,7 @@ __device__ __forceinline__ PartialSums sums_of_a(const CoefficientsProblem& p) {
           p.A,
           {p.A_stride[0], p.A_stride[1]},
           p.A_dtype,
-          p.S,
+          p.A_offset ? p.S : nullptr,
           {p.S_stride, 0},
           p.V,
           {p.V.stride[1], p.V.stride[0]}};
@@ -86,7 +86,7 @@ __device__ __forceinline__ PartialSums sums_of_b(const CoefficientsProblem& p) {
           p.B,
           {p.B_stride[0], p.B_stride[1]},
           p.B_dtype,
-          p.S,
+          p.B_offset ? p.S : nullptr,
           {0, p.S_stride},
           p.U,
           {p.U.stride[0], p.U.stride[1]}};

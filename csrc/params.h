@@ -40,7 +40,7 @@ struct CoefficientsProblem {
   float* part_b;   // (splits, m, ld_b)
   void* A;         // (r, n)
   void* B;         // (m, k)
-  const float* S;  // null without offset
+  const float* S;  // null without offsets
   int64_t A_stride[2], B_stride[2], S_stride;
   int m, n, r, k;
   int ld_a, ld_b;
@@ -49,6 +49,7 @@ struct CoefficientsProblem {
   int unit_begin;  // of this launch's units of products, the first that is this problem's
   int sum_begin;   // of its units of sums
   int8_t A_dtype, B_dtype;
+  int8_t A_offset, B_offset;  // whether S is taken off
 };
 
 struct UpdateProblem {

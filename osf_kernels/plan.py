@@ -1,6 +1,6 @@
 """Which form of the projection runs, what it costs and why: pure Python, no tensors.
 
-The forms are those of ``osf_kernels/backends/forms.py``. With H the protected projector of a
+The forms are those of ``osf_kernels/forms.py``. With H the protected projector of a
 side (H = U Uᵀ for high columns, I − U Uᵀ for low ones), E = U Uᵀ and F = V Vᵀ of the columns
 as held, the two modes reduce to the same four expressions:
 
@@ -13,8 +13,8 @@ high, low       (I − E) g F                  g − E g (I − F)
 low, low        E g F                        E g + g F − E g F
 ==============  ===========================  ==============================
 
-Source of the costs: FLOPs are counted (2 m n k a product); bytes are the passes over g and the
-bases and coefficients read and written once a step.
+Source of the costs: the calls of a form in that table. FLOPs are counted (2 m n k a product), and
+bytes are those of g, the bases and the coefficients, each read or written once a call.
 """
 
 from __future__ import annotations
@@ -24,50 +24,21 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
+from osf_kernels import cpu
+from osf_kernels.forms import FORMS, Expand, First, Name, Work, calls_of, work
+
 Mode = Literal["complement", "core"]
 Side = Literal["nothing", "everything", "high", "low"]
-Form = Literal[
-    "identity",
-    "zero",
-    "left",
-    "right",
-    "dual",
-    "sequential",
-    "mixed",
-    "inner",
-    "mixed in turn",
-    "inner in turn",
-]
 
 MODES: tuple[Mode, ...] = ("complement", "core")
 
 # FLOPs a device does in the time it moves one byte; it only weighs a pass over g against extra
 # FLOPs. GPUs: bf16 ridge ranks 117 (sm_80) and 155 (sm_90) of three passes, times 4/3.
 FLOPS_PER_BYTE = 156.0
-# Two AVX-512/AMX cores: 0.19 TFLOP/s fp32 and 0.6 bf16 against copies of 16 GB/s, of which large
-# in-place updates reach 25 (bench/results/projection_cpu.csv).
-CPU_FLOPS_PER_BYTE = {"bfloat16": 24.0}
-CPU_FLOPS_PER_BYTE_ELSE = 12.0
-
-# A matrix this small stays in a CPU's caches, where passes over it cost nothing beside the calls.
-# Measured, dual over sequential time: fp32 1.0-2 at 384² to 2048², 0.9 at 3072²; bf16 1.0-1.4 at
-# 384² to 1024², 0.7-0.98 at 2048² with r ≤ n/8.
-CPU_CACHE_BYTES = {"bfloat16": 4 * 2**20}
-CPU_CACHE_BYTES_ELSE = 32 * 2**20
 
 # Above this many columns a side a grouped hand-written kernel is FLOP-bound and library GEMMs
 # are ahead of it: the bf16 ridge rank of sm_90. To be replaced by a measured table.
 GROUPED_RANK_LIMIT = 160
-
-# Without a kernel of our own, two updates joined into one cost a copy of their factors and save a
-# read and a write of g: worth it while the joined rank is under this part of the smaller side.
-JOIN_LIMIT = 0.25
-
-# Both sides in turn on all of g, as a person writes the formula, err less for a gradient that lies
-# where both sides hold. It is taken on a CPU where it costs no more than this beside the fewest
-# products: so many FLOPs (3 µs of a core), or this part of them; in float64 always.
-IN_TURN_FLOPS = 3 * 10**5
-IN_TURN_PART = 0.1
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -91,8 +62,8 @@ class Matrix:
 class Step:
     """One matrix's plan: result = beta·g + alpha·X(form)."""
 
-    form: Form
-    first: Literal["left", "right"]
+    form: Name
+    first: First
     alpha: float
     beta: float
     flops: int
@@ -210,17 +181,31 @@ def choose(x: Matrix, mode: Mode, device: str, once: bool = False, shard: bool =
     return _two_sided(x, left, right, flip=core, device=device, once=once)
 
 
-def _trivial(x: Matrix, form: Form, why: str) -> Step:
-    passes = 0 if form == "identity" else 2
+def _trivial(x: Matrix, form: Literal["identity", "zero"], why: str) -> Step:
+    passes, beta = (0, 1.0) if form == "identity" else (2, 0.0)
     moved = passes * x.batch * x.m * x.n * BYTES[x.dtype]
-    return Step(form, "left", 0.0, 1.0 if form == "identity" else 0.0, 0, moved, passes, why, form)
+    return Step(form, "left", 0.0, beta, 0, moved, passes, why, form)
 
 
 def _one_sided(x: Matrix, form: Literal["left", "right"], side: Side) -> Step:
     beta, alpha = (1.0, -1.0) if side == "high" else (0.0, 1.0)
-    flops, moved, passes = cost(x, form, form, beta)
-    why = "one side only: two products" + ("" if beta else "; a low basis needs no subtraction")
-    return Step(form, form, alpha, beta, flops, moved, passes, why, f"one-sided ({form}, {side})")
+    return _step(x, form, form, alpha, beta)
+
+
+def _step(
+    x: Matrix, form: Name, first: First, alpha: float, beta: float, joined: bool = False
+) -> Step:
+    """The form with its cost: bytes count each operand of each call once."""
+    does, told, at = _work(x, form, first, beta), FORMS[form], int(beta)
+    moved = does.passes * x.m * x.n * BYTES[x.dtype]
+    moved += does.bases * BYTES[x.basis_dtype] + does.coefficients * 4
+    label = told.labels[at].format(first=first)
+    flops, moved, passes = does.flops * x.batch, moved * x.batch, does.passes
+    return Step(form, first, alpha, beta, flops, moved, passes, told.reasons[at], label, joined)
+
+
+def _work(x: Matrix, form: Name, first: First, beta: float) -> Work:
+    return work(calls_of(form, first), beta, x.m, x.n, x.r or 0, x.k or 0)
 
 
 def choose_pinned(x: Matrix, mode: Mode, device: str) -> Step:
@@ -236,10 +221,12 @@ def choose_pinned(x: Matrix, mode: Mode, device: str) -> Step:
 def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, once: bool) -> Step:
     """Complement of (left, right), or for core g minus the complement of the flipped sides."""
     high_left, high_right = (left == "high") != flip, (right == "high") != flip
-    candidates: list[tuple[Form, Literal["left", "right"]]]
-    joined = (x.r or 0) + (x.k or 0) <= JOIN_LIMIT * min(x.m, x.n)
-    if high_left and high_right:
-        beta, alpha = (0.0, 1.0) if flip else (1.0, -1.0)
+    candidates: list[tuple[Name, First]]
+    joined = (x.r or 0) + (x.k or 0) <= cpu.JOIN_LIMIT * min(x.m, x.n)
+    both_high = high_left and high_right
+    # Either g less X, or X itself.
+    alpha, beta = (-1.0, 1.0) if both_high != flip else (1.0, 0.0)
+    if both_high:
         # E g + g F − E g F of wide low bases adds three terms of g's own size: float32 error 2.3
         # times eager's at p = 0.9 m. Beyond half a side g minus the rest is subtracted instead.
         wide = flip and (2 * (x.r or 0) > x.m or 2 * (x.k or 0) > x.n)
@@ -248,96 +235,37 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
         if once:
             candidates = [("dual", "left")]
         elif flip:
-            candidates = [("sequential" if wide or device == "cpu" else "dual", "left")]
+            candidates = [("dual in turn" if wide or device == "cpu" else "dual", "left")]
         elif device == "cpu" and not joined:
             candidates = [("sequential", "left")]
         else:
             candidates = [("dual", "left"), ("sequential", "left")]
+    elif high_left or high_right:
+        candidates = [("mixed", "right" if high_left else "left")]
     else:
-        beta, alpha = (1.0, -1.0) if flip else (0.0, 1.0)
-        if high_left or high_right:
-            candidates = [("mixed", "right" if high_left else "left")]
-        else:
-            # On a tie in bf16 right first: g V needs no transpose, and on a CPU took 0.6 of Uᵀ g.
-            # Else left first, as eager torch: errors of Uᵀ g are random along its rows, and V keeps
-            # few of them; right first errs up to 2.7 times as much as eager, left first 1.5.
-            candidates = [("inner", "left"), ("inner", "right")]
-            if x.dtype == "bfloat16":
-                candidates.reverse()
+        # On a tie in bf16 right first: g V needs no transpose, and on a CPU took 0.6 of Uᵀ g.
+        # Else left first, as eager torch: errors of Uᵀ g are random along its rows, and V keeps
+        # few of them; right first errs up to 2.7 times as much as eager, left first 1.5.
+        candidates = [("inner", "left"), ("inner", "right")]
+        if x.dtype == "bfloat16":
+            candidates.reverse()
     balance = FLOPS_PER_BYTE
     if device == "cpu":
-        in_cache = CPU_CACHE_BYTES.get(x.dtype, CPU_CACHE_BYTES_ELSE)
-        balance = CPU_FLOPS_PER_BYTE.get(x.dtype, CPU_FLOPS_PER_BYTE_ELSE)
-        balance = 0.0 if x.m * x.n * BYTES[x.dtype] <= in_cache else balance
-    costs = [cost(x, form, first, beta) for form, first in candidates]
-    times = [flops + balance * moved for flops, moved, _ in costs]
-    best = times.index(min(times))
-    form, first = candidates[best]
-    flops, moved, passes = costs[best]
+        balance = cpu.flops_per_byte(x.dtype, x.m * x.n * BYTES[x.dtype])
+    steps = [_step(x, form, first, alpha, beta, joined) for form, first in candidates]
+    step = min(steps, key=lambda step: step.flops + balance * step.bytes)
     if device == "cpu" and not once and x.dtype in ("float32", "float64"):
-        in_turn: Form | None = None
-        if form == "inner" and (min(x.r or 0, x.k or 0) < 8 or x.dtype == "float64"):
+        in_turn: Name | None = None
+        if step.form == "inner" and (min(x.r or 0, x.k or 0) < 8 or x.dtype == "float64"):
             in_turn = "inner in turn"  # of more columns, left first errs no more than 1.5 times
-        elif form == "mixed" and first == "right":
+        elif step.form == "mixed" and step.first == "right":
             in_turn = "mixed in turn"
         if in_turn is not None:
-            dearer = cost(x, in_turn, first, beta)
-            affordable = max(IN_TURN_FLOPS, IN_TURN_PART * flops)
-            if x.dtype == "float64" or dearer[0] - flops <= affordable:
-                form, first, (flops, moved, passes) = in_turn, "left", dearer
-    label = {
-        ("inner", 0.0): f"low/low, {first} first",
-        ("inner", 1.0): f"core, {first} first",
-        ("dual", 0.0): "dual of two low bases",
-        ("sequential", 0.0): "g less its sequential complement",
-        ("inner in turn", 0.0): "low/low in turn",
-        ("inner in turn", 1.0): "core in turn",
-    }.get((form, beta), f"{form}, {first} first" if form == "mixed" else form)
-    return Step(form, first, alpha, beta, flops, moved, passes, _reason(form, beta), label, joined)
-
-
-def _reason(form: Form, beta: float) -> str:
-    return {
-        "dual": "both coefficients of g as it is, one update: the extra r·k products cost "
-        "less than two more passes over g",
-        "sequential": "FLOP-bound: one side after the other needs no r·k correction",
-        "mixed": "the low side goes first and shrinks what the high side works on",
-        "inner": "both sides on the smaller block"
-        + ("; nothing is subtracted" if beta == 0.0 else ", then one update"),
-        "mixed in turn": "small, or float64: left, then right on all of g errs least",
-        "inner in turn": "small, or float64: left, then right on all of g errs least",
-    }[form]
-
-
-def cost(x: Matrix, form: Form, first: str, beta: float) -> tuple[int, int, int]:
-    """(flops, bytes, passes over g) of a form; bytes count each operand of each step once."""
-    m, n, r, k = x.m, x.n, x.r or 0, x.k or 0
-    element, held, f32 = BYTES[x.dtype], BYTES[x.basis_dtype], 4
-    read = 1 if beta else 0  # does the update read g?
-    if form == "left":
-        flops, passes, small = 4 * m * n * r, 2 + read, 2 * r * n
-    elif form == "right":
-        flops, passes, small = 4 * m * n * k, 2 + read, 2 * m * k
-    elif form == "dual":
-        flops = 4 * m * n * (r + k) + 2 * r * k * (m + n)
-        passes, small = 2 + read, 3 * r * n + 4 * m * k + 2 * r * k
-    elif form == "sequential":
-        passes = 6 if beta else 11  # with beta = 0 the rest is kept in a workspace
-        flops, small = 4 * m * n * (r + k), 2 * r * n + 2 * m * k
-    elif form.endswith("in turn"):
-        flops, passes = 4 * m * n * (r + k), 4 + read + (form == "mixed in turn")
-        small = 2 * r * n + 2 * m * k
-    elif form == "mixed" and first == "left":
-        flops, passes, small = 4 * m * n * r + 4 * r * n * k, 2 + read, 5 * r * n + 2 * r * k
-    elif form == "mixed":
-        flops, passes, small = 4 * m * n * k + 4 * r * m * k, 2 + read, 5 * m * k + 2 * r * k
-    elif first == "left":  # inner
-        flops, passes, small = 4 * m * n * r + 4 * r * n * k, 2 + read, 4 * r * n + 2 * r * k
-    else:
-        flops, passes, small = 4 * m * n * k + 4 * r * m * k, 2 + read, 4 * m * k + 2 * r * k
-    steps = 2  # each basis is read once to reduce and once to expand
-    moved = passes * m * n * element + steps * (m * r + n * k) * held + small * f32
-    return flops * x.batch, moved * x.batch, passes
+            dearer = _step(x, in_turn, "left", alpha, beta, joined)
+            affordable = max(cpu.IN_TURN_FLOPS, cpu.IN_TURN_PART * step.flops)
+            if x.dtype == "float64" or dearer.flops - step.flops <= affordable:
+                return dearer
+    return step
 
 
 def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
@@ -345,29 +273,25 @@ def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
 
     Args:
         reads: how often the backend reads g for the coefficients of both sides.
-        composed: whether it adds the two terms of an update one after another, where they aren't
-            joined.
+        composed: whether it is composed of products, which copy what they are added to into a
+            result of its own, and are added one by one where they aren't joined.
     """
-    if step.form != "dual":
-        return step
-    more = reads - 1 + (2 if composed and not step.joined else 0)
+    more = 0
+    for call in calls_of(step.form, step.first):
+        if call.into == "AB":
+            more += reads - 1
+        elif composed and isinstance(call, Expand):
+            copies = (call.into == "w" and call.beta != 0.0) + (call.plus != "")
+            more += 2 * (copies + (call.by == "AB" and not step.joined))
     moved = more * x.batch * x.m * x.n * BYTES[x.dtype]
     return replace(step, passes=step.passes + more, bytes=step.bytes + moved)
 
 
 def coefficient_bytes(x: Matrix, step: Step) -> int:
     """What the coefficients of one matrix take at once where they are composed from matmuls."""
-    m, n, r, k = x.m, x.n, x.r or 0, x.k or 0
-    left, right = r * n, m * k
-    if step.form == "dual":
-        elements = left + right + r * k + (r + k) * (m + n) * step.joined
-    elif step.form in ("sequential", "left", "right"):
-        elements = max(left, right)
-    elif step.form.endswith("in turn"):
-        elements = m * n + max(left, right)
-    elif step.form in ("mixed", "inner"):
-        elements = 2 * (left if step.first == "left" else right) + r * k
-    else:
-        elements = 0
+    r, k = x.r or 0, x.k or 0
+    elements = _work(x, step.form, step.first, step.beta).held
+    if step.form == "dual" and step.joined:
+        elements += (r + k) * (x.m + x.n)
     same = x.dtype == x.basis_dtype != "float16"
     return elements * x.batch * (BYTES[x.dtype] if same else 4)

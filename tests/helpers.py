@@ -12,17 +12,18 @@ from torch import Tensor
 
 from osf_kernels import Basis
 from osf_kernels.backends import torch as torch_backend
-from osf_kernels.backends.forms import (
-    SEQUENCES,
+from osf_kernels.backends.jobs import (
     Coefficients,
     Job,
     Problem,
+    Stage,
     Update,
     coefficient_dtype,
     in_stages,
     steps,
 )
 from osf_kernels.backends.operands import ALIGNMENT, Operand
+from osf_kernels.forms import Name, Reduce, calls_of
 from osf_kernels.testing import random_basis
 
 KINDS = (None, "high", "low")
@@ -63,7 +64,7 @@ def run_eagerly(problems: Iterable[Problem], kernels: EagerKernels) -> None:
     def new(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.full((rows, columns), torch.nan, dtype=dtype)
 
-    calls: list[Iterator[Job]] = []
+    calls: list[Iterator[Stage]] = []
     for problem in problems:
         if problem.step.form in ("identity", "zero"):
             torch_backend.run([problem])
@@ -119,9 +120,14 @@ def _extent_bytes(operand: Operand) -> int:
     return (sum((size - 1) * stride for size, stride in steps) + 1) * operand.element_size()
 
 
-def launches(chosen: Iterable[str]) -> int:
-    """How many stages ``forms.in_stages`` makes of a list of these forms."""
-    wanting = [SEQUENCES[form] for form in chosen]
+def kernels_of(form: Name) -> str:
+    """The kernels of a form in order, C for coefficients and U for update."""
+    return "".join("C" if isinstance(call, Reduce) else "U" for call in calls_of(form))
+
+
+def launches(chosen: Iterable[Name]) -> int:
+    """How many stages ``jobs.in_stages`` makes of a list of these forms."""
+    wanting = [kernels_of(form) for form in chosen]
     count = 0
     while wanting := [rest for rest in wanting if rest]:
         ran = "C" if any(rest[0] == "C" for rest in wanting) else "U"

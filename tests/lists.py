@@ -299,7 +299,10 @@ def shards_make_the_whole(
         )
         locals_.append(local)
     for _ in range(2):
-        halves = [p.coefficients(local) for p, local in zip(prepared, locals_, strict=True)]
+        halves = [
+            p.coefficients(local, **_rows(pins, mine), root=mine is rows[-1])
+            for p, local, mine in zip(prepared, locals_, rows, strict=True)
+        ]
         for sums in zip(*(half.sums for half in halves), strict=True):
             total = torch.stack(sums).sum(0)
             for own in sums:
@@ -310,7 +313,7 @@ def shards_make_the_whole(
             for i, own in enumerate(mine):
                 before[i][..., own, :] = local[i]
             if pins:
-                p.restore_(local, **_rows(pins, mine), coefficients=half)
+                p.restore_(local, coefficients=half)
             else:
                 p.apply_(local, half)
             for i, own in enumerate(mine):

@@ -1,4 +1,4 @@
-"""The step program of ``backends/forms.py``, which Triton and CUDA run, over plain kernels."""
+"""The table of forms and its jobs, which Triton and CUDA run, over plain kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
-from osf_kernels.backends import forms
+from osf_kernels.backends import jobs
+from osf_kernels.forms import FORMS
 from osf_kernels.plan import Matrix, Step, choose, choose_pinned
 from osf_kernels.testing import project_reference, relative_error, restore_reference
-from tests.helpers import KINDS, draw_basis, generator_for, launches, randn, run_eagerly
+from tests.helpers import KINDS, draw_basis, generator_for, kernels_of, launches, randn, run_eagerly
 
 
 class PlainKernels:
@@ -21,14 +22,14 @@ class PlainKernels:
 
     def coefficients(self, jobs):
         self.launches.append(("coefficients", len(jobs)))
-        for x, U, V, A, B, S in jobs:
+        for x, U, V, A, B, S, root in jobs:
             assert x.dim() == 2
             assert (U is None) == (A is None)
             assert (V is None) == (B is None)
             value_A = None if U is None else U.mT @ x
             value_B = None if V is None else x @ V
             if S is not None:
-                value_A = value_A - S[:, None] * V.mT
+                value_A = value_A - S[:, None] * V.mT if root else value_A
                 value_B = value_B - U * S
             for out, value in ((A, value_A), (B, value_B)):
                 if out is not None:
@@ -78,17 +79,24 @@ def test_projection(mode, left, right):
         in_place = g.clone()
         out = torch.full_like(g, float("nan"))
         kernels = PlainKernels()
-        run_eagerly([forms.Problem(in_place, in_place, held(U), held(V), step)], kernels)
-        run_eagerly([forms.Problem(g, out, held(U), held(V), step)], PlainKernels())
+        run_eagerly([jobs.Problem(in_place, in_place, held(U), held(V), step)], kernels)
+        run_eagerly([jobs.Problem(g, out, held(U), held(V), step)], PlainKernels())
         assert relative_error(in_place, reference, g) < 1e-14
         assert relative_error(out, reference, g) < 1e-14
         kinds = "".join(kind[0].upper() for kind, _ in kernels.launches)
-        assert kinds == forms.SEQUENCES[step.form]
+        assert kinds == kernels_of(step.form)
 
 
-@pytest.mark.parametrize("form", ["dual", "sequential", "mixed", "inner"])
-@pytest.mark.parametrize("first", ["left", "right"])
-@pytest.mark.parametrize("beta", [0.0, 1.0])
+TABLE = [
+    (form, first, beta)
+    for form, first, beta in itertools.product(FORMS, ("left", "right"), (0.0, 1.0))
+    if FORMS[form].calls
+    and (first == "left" or FORMS[form].right_first)
+    and (form, beta) not in {("sequential", 0.0), ("dual in turn", 1.0)}
+]
+
+
+@pytest.mark.parametrize(("form", "first", "beta"), TABLE)
 def test_forms_the_planner_seldom_picks(form, first, beta):
     """Every form in both orders equals its formula, whichever shape the planner wants it for."""
     gen = generator_for(form, first, beta)
@@ -99,8 +107,13 @@ def test_forms_the_planner_seldom_picks(form, first, beta):
     value = {
         "dual": E @ g + g @ F - E @ g @ F,
         "sequential": E @ g + g @ F - E @ g @ F,
+        "dual in turn": E @ g + g @ F - E @ g @ F,
+        "left": E @ g,
+        "right": g @ F,
         "mixed": E @ g @ (J - F) if first == "left" else (I - E) @ g @ F,
         "inner": E @ g @ F,
+        "mixed in turn": (I - E) @ g @ F,
+        "inner in turn": E @ g @ F,
     }[form]
     alpha = 1.0 if beta == 0.0 else -1.0
     step = Step(form, first, alpha, beta, 0, 0, 0, "", form)
@@ -109,7 +122,7 @@ def test_forms_the_planner_seldom_picks(form, first, beta):
     for more in (None, addend):
         out, in_place = torch.full_like(g, float("nan")), g.clone()
         for x, y in ((g, out), (in_place, in_place)):
-            run_eagerly([forms.Problem(x, y, U, V, step, addend=more)], PlainKernels())
+            run_eagerly([jobs.Problem(x, y, U, V, step, addend=more)], PlainKernels())
             assert relative_error(y, wanted if more is None else wanted + more, g) < 1e-14
 
 
@@ -125,8 +138,8 @@ def test_restore(mode):
     pinned, dense = W.clone(), W.clone()
     run_eagerly(
         [
-            forms.Problem(pinned, pinned, U, V, choose_pinned(matrix, mode, "cpu"), S=S),
-            forms.Problem(
+            jobs.Problem(pinned, pinned, U, V, choose_pinned(matrix, mode, "cpu"), S=S),
+            jobs.Problem(
                 dense,
                 dense,
                 U,
@@ -152,7 +165,7 @@ def test_a_list_takes_the_launches_of_its_longest_form():
         g = randn(m, n, dtype=torch.float64, generator=gen)
         U, V = draw_basis(m, 4, left, g.dtype, gen), draw_basis(n, 4, right, g.dtype, gen)
         step = choose(matrix_of(g, U, V), "complement", "cuda")
-        problems.append(forms.Problem(g, g, held(U), held(V), step))
+        problems.append(jobs.Problem(g, g, held(U), held(V), step))
     kernels = PlainKernels()
     run_eagerly(problems, kernels)
     assert kernels.launches == [
@@ -170,13 +183,11 @@ def test_the_launches_of_a_plan_are_those_of_a_run(count):
     g = randn(8, 6, dtype=torch.float64, generator=gen)
     U = draw_basis(8, 3, "high", g.dtype, gen).columns
     V = draw_basis(6, 2, "high", g.dtype, gen).columns
-    for chosen in itertools.combinations_with_replacement(forms.SEQUENCES, count):
+    for chosen in itertools.combinations_with_replacement(FORMS, count):
         kernels = PlainKernels()
         problems = []
         for form in chosen:
             x = g.clone()
-            problems.append(
-                forms.Problem(x, x, U, V, Step(form, "left", 1.0, 0.0, 0, 0, 0, "", ""))
-            )
+            problems.append(jobs.Problem(x, x, U, V, Step(form, "left", 1.0, 0.0, 0, 0, 0, "", "")))
         run_eagerly(problems, kernels)
         assert len(kernels.launches) == launches(chosen)

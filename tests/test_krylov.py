@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from osf_kernels import truncated_svd
-from osf_kernels.linalg import cpu
+from osf_kernels import cpu, truncated_svd
 from osf_kernels.linalg.orthonormal import block_gram_schmidt
 from osf_kernels.linalg.svd.group import Group
 from osf_kernels.linalg.svd.methods import krylov, subspace_iteration

@@ -113,10 +113,7 @@ def test_a_sharded_step_launches_as_an_unsharded_one_and_sums(kernels, restore, 
     assert whole >= (8 if restore else 4)
     assert silent == []
     assert sums == ["all_reduce"] * (2 if restore is True else 1)
-    # S is taken off a whole weight's coefficients as they are made, and off sums by calls that make
-    # S Vᵀ and U S and subtract them.
-    offset = 4 if restore and pinned_by == "singular values" else 0
-    assert parts == whole + offset
+    assert parts == whole
 
 
 def test_a_list_runs_on_the_backend_that_is_asked_for_now(kernels):

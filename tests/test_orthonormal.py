@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osf_kernels import orthonormalize, polar
-from osf_kernels.linalg import cpu
+from osf_kernels import cpu, orthonormalize, polar
 from osf_kernels.linalg.orthonormal.cholesky_qr import cholesky_qr, scale_columns
 from osf_kernels.linalg.orthonormal.polar import _by_newton_schulz
 from osf_kernels.testing import hard_matrices, matrix_with_spectrum, orthonormality_ratio

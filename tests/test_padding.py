@@ -15,7 +15,7 @@ import osf_kernels.backends.torch as torch_backend
 import osf_torch
 from osf_kernels import Basis, _padding
 from osf_kernels._padding import empty, is_aligned, is_padded, padded
-from osf_kernels.backends import forms, grouped
+from osf_kernels.backends import grouped, jobs
 from osf_kernels.backends.operands import Arena
 from osf_kernels.backends.triton import configs, schedule
 from osf_kernels.plan import Matrix, Mode, choose
@@ -120,7 +120,7 @@ def torch_new(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype)
 
 
-def configs_of(problem: forms.Problem) -> list[configs.Config]:
+def configs_of(problem: jobs.Problem) -> list[configs.Config]:
     """The configs of all launches of one matrix, nothing run."""
     chosen: list[configs.Config] = []
 
@@ -131,8 +131,8 @@ def configs_of(problem: forms.Problem) -> list[configs.Config]:
         return configs.update_config("sm_90", width, rank, aligned)
 
     new = torch_new if not _padding.pads(problem.x.device) else Arena(problem.x.device).new
-    for job in forms.steps(problem, torch.float32, new):
-        if isinstance(job, forms.Coefficients):
+    for job in itertools.chain.from_iterable(jobs.steps(problem, torch.float32, new)):
+        if isinstance(job, jobs.Coefficients):
             made = schedule.coefficients_launches(
                 [job],
                 fill=128,
@@ -145,7 +145,7 @@ def configs_of(problem: forms.Problem) -> list[configs.Config]:
     return chosen
 
 
-def unaligned(problem: forms.Problem) -> bool:
+def unaligned(problem: jobs.Problem) -> bool:
     """Whether any launch of a matrix takes a config for operands that aren't aligned."""
     found = configs_of(problem)
     assert found
@@ -162,7 +162,7 @@ def problem_of(
     spans: tuple[str | None, str | None],
     own: bool,
     mode: Mode = "complement",
-) -> forms.Problem:
+) -> jobs.Problem:
     """One matrix and two bases, laid out by the library, or contiguous as a user's."""
     m, n = 520, 528
     x = torch.empty(m, n, dtype=dtype)
@@ -178,7 +178,7 @@ def problem_of(
     name = str(dtype).removeprefix("torch.")
     ranks = [None if held is None else rank for held in spans]
     kind = Matrix(m, n, *ranks, *(held or "high" for held in spans), name, name)
-    return forms.Problem(x, x, *bases, choose(kind, mode, "cuda"))
+    return jobs.Problem(x, x, *bases, choose(kind, mode, "cuda"))
 
 
 @pytest.mark.usefixtures("everywhere")

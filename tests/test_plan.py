@@ -9,6 +9,7 @@ import torch
 
 from osf_kernels import Basis, plan
 from osf_kernels.backends import choosing
+from osf_kernels.forms import FORMS, calls_of, work
 from osf_kernels.plan import Matrix, choose, on_backend
 
 
@@ -99,6 +100,46 @@ def test_meta_tensors_plan_what_lists_of_them_cost():
     assert two.bytes == 2 * one.bytes
     batch = plan(torch.empty(5, 512, 256, device="meta"), U, V)
     assert batch.flops == 5 * one.flops
+
+
+def test_costs_are_counted_from_the_calls_of_a_form():
+    """By hand: FLOPs, passes over g, what is read and written of bases and coefficients."""
+    m, n, r, k = 50, 40, 6, 7
+    one, other, small = r * n, m * k, r * k
+    both, correction = 4 * m * n * (r + k), 2 * r * k * (m + n)
+    U, V = m * r, n * k
+    expected = {
+        ("dual", "left", 1.0): (
+            both + correction,
+            3,
+            3 * (U + V) - 0,
+            3 * one + 4 * other + 2 * small,
+        ),
+        ("sequential", "left", 1.0): (both, 6, 2 * (U + V), 2 * one + 2 * other),
+        ("dual in turn", "left", 0.0): (both, 7, 2 * (U + V), 2 * one + 2 * other),
+        ("mixed", "left", 0.0): (
+            4 * m * n * r + 4 * r * n * k,
+            2,
+            2 * (U + V),
+            5 * one + 2 * small,
+        ),
+        ("inner", "right", 1.0): (
+            4 * m * n * k + 4 * r * m * k,
+            3,
+            2 * (U + V),
+            4 * other + 2 * small,
+        ),
+        ("mixed in turn", "left", 1.0): (both, 6, 2 * (U + V), 2 * one + 2 * other),
+        ("left", "left", 1.0): (4 * m * n * r, 3, 2 * U, 2 * one),
+    }
+    for (form, first, beta), (flops, passes, bases, coefficients) in expected.items():
+        found = work(calls_of(form, first), beta, m, n, r, k)
+        assert found[:4] == (flops, passes, bases, coefficients), form
+    held = {form: work(calls_of(form), 1.0, m, n, r, k).held for form in FORMS}
+    assert held["dual"] == one + other + small
+    assert held["sequential"] == max(one, other)
+    assert held["mixed"] == held["inner"] == one + small
+    assert held["mixed in turn"] == m * n + max(one, other)
 
 
 def test_passes_are_those_of_the_backend_that_runs():

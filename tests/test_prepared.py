@@ -263,7 +263,7 @@ def test_coefficients_of_other_matrices_are_refused():
     ):
         for call in (
             r.prepared.apply_,
-            lambda xs, c: r.prepared.restore_(xs, protected=r.dense, coefficients=c),
+            lambda xs, c: r.prepared.restore_(xs, coefficients=c),
         ):
             with pytest.raises(error, match=rf"expected {text}"):
                 call(r.xs, bad)
@@ -277,6 +277,64 @@ def test_coefficients_of_other_matrices_are_refused():
     with torch.no_grad():
         r.prepared.apply_(r.xs, spread)
     r.case.assert_projected(r.xs, before)
+
+
+SQUARE = Entry((18, 24), F32, "high high", (4, 4))
+
+
+def test_pinned_coefficients_restore_and_others_apply():
+    """What pins a weight is told once: to coefficients."""
+    case = List([SQUARE] * 3, "told once")
+    prepared, xs = case.prepare(), case.draw()
+    (S, _), (dense, _) = case.triplets(), case.dense()
+    plain, pinned = prepared.coefficients(xs), prepared.coefficients(xs, S=S)
+    before = [x.clone() for x in xs]
+    for call, text in (
+        (lambda: prepared.apply_(xs, pinned), r"without S or protected, got of pinned"),
+        (lambda: prepared.restore_(xs, coefficients=plain), r"of coefficients\(weights, S="),
+        (lambda: prepared.restore_(xs, S=S, coefficients=pinned), "S to be None beside coeff"),
+        (lambda: prepared.coefficients(xs, S=S, root=1), "root to be True or False, got 1"),
+        (lambda: prepared.coefficients(xs, S=S[:2]), "S to be as long as xs"),
+        (lambda: prepared.coefficients(xs, S=S, protected=dense), r"exactly one of S\[0\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()
+    case.Us[1].columns.mul_(-1)
+    prepared.project_([x.clone() for x in xs])  # which takes notice
+    with pytest.raises(ValueError, match=r"coefficients .*got of bases that were written to since"):
+        prepared.restore_(xs, coefficients=pinned)
+    assert all(map(torch.equal, xs, before))
+
+
+def test_restoring_from_coefficients_refuses_weights_that_overlap_a_pin():
+    r = Refused()
+    flat = torch.zeros(2, 24, 18)
+    r.dense[0], x = flat[0], flat[1]
+    found = r.prepared.coefficients(r.with_(x), protected=r.dense)
+    r.prepared.restore_(r.with_(x), coefficients=found)
+    inside = flat.view(-1)[100:][: 24 * 18].view(24, 18)
+    found = r.prepared.coefficients(r.with_(inside), protected=r.dense)  # reads alone
+    with pytest.raises(ValueError, match=r"weights\[1\].*memory.*protected\[0\]"):
+        r.prepared.restore_(r.with_(inside), coefficients=found)
+
+
+@pytest.mark.parametrize("which", ["second", "first again"])
+def test_coefficients_of_other_pins_stay_apart(which):
+    """Two sets of pins in turn: each result restores to its own."""
+    case = List([SQUARE] * 2, "two pins")
+    prepared = case.prepare()
+    S, pinned = case.triplets()
+    dense, others = case.dense()
+    xs = case.draw()
+    first = prepared.coefficients(xs, S=S)
+    second = prepared.coefficients(xs, protected=dense)
+    before = [x.clone() for x in xs]
+    if which == "second":
+        prepared.restore_(xs, coefficients=second)
+        case.assert_restored(xs, before, others)
+    else:
+        prepared.restore_(xs, coefficients=first)
+        case.assert_restored(xs, before, pinned)
 
 
 def test_coefficients_are_of_what_autograd_does_not_record():
@@ -490,8 +548,9 @@ def test_an_empty_list():
     prepared.project_([])
     prepared.restore_([], S=[])
     halves = prepared.coefficients([])
-    assert tuple(halves) == ([], [], ())
+    assert tuple(halves) == ([], [], (), None)
     prepared.apply_([], halves)
+    prepared.restore_([], coefficients=prepared.coefficients([], S=[]))
     with pytest.raises(ValueError, match="mode"):
         prepare([], [], [], mode="other")
     assert len(prepared) == 0
@@ -591,11 +650,11 @@ def test_coefficients_serve_again() -> None:
     u, s, vt = torch.linalg.svd(W)
     prepared = prepare([W], [u[:, :3]], [vt[:3].mT])
     moved = W + randn(12, 8, dtype=torch.float32, generator=generator)
-    found = prepared.coefficients([moved])
+    found = prepared.coefficients([moved], S=[s[:3]])
     kept = found.A[0].clone(), found.B[0].clone()
     first, second = moved.clone(), moved.clone()
     for x in (first, second):
-        prepared.restore_([x], S=[s[:3]], coefficients=found)
+        prepared.restore_([x], coefficients=found)
     assert torch.equal(first, second)
     assert torch.equal(found.A[0], kept[0])
     assert torch.equal(found.B[0], kept[1])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import osf_torch
 from osf_kernels import apply_, coefficients, restore_
 from osf_kernels.backends import torch as torch_backend
-from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels.backends.jobs import Problem
 from osf_kernels.backends.torch import Program, sixteen_bit
 from osf_kernels.plan import Matrix, choose, choose_pinned
 from osf_kernels.testing import (
@@ -157,9 +157,9 @@ def test_a_gpu_multiplies_no_float32_operand(dtype, basis_dtype, batch, monkeypa
         seen += len(run.products)
     x, U, V = (torch.empty(*batch, *s, device="meta") for s in ((8, 6), (8, 3), (6, 2)))
     A, B = x.new_empty(*batch, 3, 6), x.new_empty(*batch, 8, 2)
-    job = Coefficients(x.to(dtype), U.to(basis_dtype), V.to(basis_dtype), A, B)
     with Operands() as halves:
-        torch_backend.coefficients([job])
+        bases = U.to(basis_dtype), V.to(basis_dtype)
+        torch_backend.coefficients_of([x.to(dtype)], [bases[0]], [bases[1]], [A], [B])
     assert {(*operands, result) for operands, result, _ in halves.products} == {
         (dtype, dtype, torch.float32)
     }

@@ -14,7 +14,7 @@ import torch
 
 from bench.models import llama_2_7b
 from osf_kernels.backends import cuda, grouped
-from osf_kernels.backends.forms import Coefficients, Job, Problem, in_stages
+from osf_kernels.backends.jobs import Coefficients, Problem, Stage, in_stages
 from osf_kernels.backends.operands import Arena
 from osf_kernels.backends.triton import configs
 from osf_kernels.plan import Matrix, choose
@@ -64,12 +64,13 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return dispatch
 
 
-def shapes_in(calls: Sequence[Sequence[Job]]) -> list[tuple[int, int]]:
-    return [tuple(jobs[0].x.shape) for jobs in calls]
+def shapes_in(calls: Sequence[Sequence[Stage]]) -> list[tuple[int, int]]:
+    return [tuple(stages[0][0].x.shape) for stages in calls]
 
 
-def sums_in(calls: Iterable[Sequence[Job]]) -> list[Coefficients]:
-    return [job for jobs in calls for job in jobs if isinstance(job, Coefficients)]
+def sums_in(calls: Iterable[Sequence[Stage]]) -> list[Coefficients]:
+    jobs = (job for stages in calls for stage in stages for job in stage)
+    return [job for job in jobs if isinstance(job, Coefficients)]
 
 
 @pytest.mark.parametrize("basis_dtype", [BF16, F32], ids=str)
@@ -84,7 +85,7 @@ def test_a_model_is_cut_to_the_workspace(kernels: Any, rank: int, basis_dtype: t
     name = "cuda" if kernels is cuda else "triton"
     assert len(slices) == SLICES[name, rank, basis_dtype]
 
-    def needed(arena: Arena, calls: Sequence[Sequence[Job]]) -> int:
+    def needed(arena: Arena, calls: Sequence[Sequence[Stage]]) -> int:
         parts = sum(map(kernels.parts_bytes, sums_in(calls)))
         return arena.bytes + parts + kernels.spare_bytes(arena.device)
 
@@ -97,7 +98,7 @@ def test_a_model_is_cut_to_the_workspace(kernels: Any, rank: int, basis_dtype: t
         assert_unsplit(kernels, slices)
 
 
-def assert_unsplit(dispatch: Any, slices: Sequence[tuple[Arena, list[list[Job]]]]) -> None:
+def assert_unsplit(dispatch: Any, slices: Sequence[tuple[Arena, list[list[Stage]]]]) -> None:
     """Sums over a model's matrix are split in no slice that is full.
 
     Those of the small C = A V may be, where even a full slice has fewer tiles of C than there are

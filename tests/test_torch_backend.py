@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.guarded_calls import python_calls
 from osf_kernels import plan
 from osf_kernels.backends import torch as torch_backend
-from osf_kernels.backends.forms import Coefficients, Problem
-from osf_kernels.backends.torch import Program, coefficients, coefficients_of
+from osf_kernels.backends.jobs import Problem
+from osf_kernels.backends.torch import Program, coefficients_of
 from osf_kernels.plan import Matrix, choose, choose_pinned
 from tests.helpers import DTYPES, KINDS, draw_basis, generator_for, randn
 
@@ -71,7 +71,7 @@ def test_a_program_gives_the_bits_of_single_runs_again_and_again():
     gen = generator_for("program")
     problems = projections(1, gen)
     problems += pinned(2, gen) + pinned(2, gen, torch.bfloat16) + pinned(2, gen, torch.float16)
-    assert {p.step.form for p in problems} >= set(torch_backend.FORMS) - {"zero"}
+    assert {p.step.form for p in problems} >= set(torch_backend.LOOPS) - {"zero"}
     program = Program(problems)
     for _ in range(2):
         others = [randn(*p.x.shape, dtype=p.x.dtype, generator=gen) for p in problems]
@@ -157,7 +157,7 @@ def test_halves_of_a_list(dtype):
     coefficients_of([p.x for p in problems], Us, Vs, As, Bs)
     for p, A, B in zip(problems, As, Bs, strict=True):
         A2, B2 = (None if t is None else torch.empty_like(t) for t in (A, B))
-        coefficients([Coefficients(p.x, p.U, p.V, A2, B2)])
+        coefficients_of([p.x], [p.U], [p.V], [A2], [B2])
         assert A is None or torch.equal(A, A2)
         assert B is None or torch.equal(B, B2)
     ready = list(zip(As, Bs, strict=True))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import peak_extra_bytes
-from osf_kernels import TruncatedSVD, truncated_svd
-from osf_kernels.linalg import cpu
+from osf_kernels import TruncatedSVD, cpu, truncated_svd
 from tests.helpers import generator_for
 from tests.triplets import draw, overlap
 

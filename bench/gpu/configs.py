@@ -15,7 +15,7 @@ from bench.gpu.launches import COEFFICIENT_BOUND
 from bench.gpu.matrix import Matrix, draw, projected, worst
 from bench.gpu.measure import Part, Results, main, poison
 from bench.models import Shape
-from osf_kernels.backends import forms, triton
+from osf_kernels.backends import jobs, triton
 from osf_kernels.backends.triton.configs import TwoPass, Update
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -62,7 +62,7 @@ def update(part: Part, matrix: Matrix, config: Update) -> None:
     out, truth = torch.empty_like(x), projected(x, U, V)
 
     def call() -> Results:
-        triton.update([forms.Update(out, x, U, A, B, V.mT, -1.0, 1.0)], config=config)
+        triton.update([jobs.Update(out, x, U, A, B, V.mT, -1.0, 1.0)], config=config)
         return (out,)
 
     row = part.row(f"{Shape(*x.shape)}", BF16, U.shape[1], "update", words(config))
@@ -84,7 +84,7 @@ def two_pass(part: Part, matrix: Matrix, config: TwoPass) -> None:
     A, B = (truth.float() for truth in truths)
 
     def call() -> Results:
-        triton.coefficients([forms.Coefficients(x, U, V, A, B)], variant="two_pass", config=config)
+        triton.coefficients([jobs.Coefficients(x, U, V, A, B)], variant="two_pass", config=config)
         return A, B
 
     row = part.row(f"{Shape(*x.shape)}", BF16, U.shape[1], "two_pass", words(config))

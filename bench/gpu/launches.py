@@ -19,7 +19,7 @@ from bench.gpu.matrix import Matrix, draw, led, projected, worst
 from bench.gpu.measure import Part, Results, main, poison
 from bench.models import Shape
 from bench.overhead import bare_dual
-from osf_kernels.backends import forms, triton
+from osf_kernels.backends import jobs, triton
 
 BF16, F32 = torch.bfloat16, torch.float32
 # Of a coefficient, relative to itself: the tensor cores cut off what they add to a float32 sum over
@@ -74,7 +74,7 @@ def coefficients(part: Part, case: Case, matrix: Matrix) -> None:
     A_low, B_low = torch.empty_like(A, dtype=case.dtype), torch.empty_like(B, dtype=case.dtype)
 
     def ours(variant: str) -> Results:
-        triton.coefficients([forms.Coefficients(x, U, V, A, B)], variant=variant)
+        triton.coefficients([jobs.Coefficients(x, U, V, A, B)], variant=variant)
         return A, B
 
     def torchs() -> Results:
@@ -110,7 +110,7 @@ def update(part: Part, case: Case, matrix: Matrix) -> None:
     out = torch.empty_like(x)
 
     def ours() -> Results:
-        triton.update([forms.Update(out, x, U, A, B, V.mT, -1.0, 1.0)])
+        triton.update([jobs.Update(out, x, U, A, B, V.mT, -1.0, 1.0)])
         return (out,)
 
     def torchs() -> Results:

@@ -150,5 +150,7 @@ def choose_for(request: str, device: Device, x: Matrix, step: Step) -> tuple[str
     """:func:`choose` for the projection of one matrix; raises as that does."""
     if step.form in ("identity", "zero"):
         return "torch", "no product to compute"
-    flop_bound = step.form == "sequential" or max(x.r or 0, x.k or 0) > GROUPED_RANK_LIMIT
+    flop_bound = (
+        step.form in ("sequential", "dual in turn") or max(x.r or 0, x.k or 0) > GROUPED_RANK_LIMIT
+    )
     return choose("projection", request, device, x.dtype, flop_bound=flop_bound)

@@ -5,7 +5,7 @@ of the matrices and of the workspace, which a call writes into their records. Th
 slices whose coefficients and partial sums fit the workspace; they run one after another in the same
 memory.
 
-May import: torch, ``backends.forms``, ``backends.operands`` and the module of a backend.
+May import: torch, ``backends.jobs``, ``backends.operands`` and the module of a backend.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from osf_kernels import _padding
-from osf_kernels.backends.forms import (
+from osf_kernels.backends.jobs import (
     Coefficients,
     Job,
     Problem,
+    Stage,
     coefficient_dtype,
     each_of_batch,
     in_stages,
+    reduced,
     steps,
 )
 from osf_kernels.backends.operands import ALIGNMENT, WORKSPACE, Arena, Lie, Operand
@@ -213,17 +215,18 @@ def single(
 
 def sliced(
     problems: Sequence[Problem], kernels: Kernels, limit: int, *, halves: bool = False
-) -> list[tuple[Arena, list[list[Job]]]]:
+) -> list[tuple[Arena, list[list[Stage]]]]:
     """The kernel calls of each matrix, in slices as large as the workspace holds."""
     calls_of = _halves if halves else _calls
     arena = Arena(problems[0].x.device)
-    slices: list[tuple[Arena, list[list[Job]]]] = [(arena, [])]
+    slices: list[tuple[Arena, list[list[Stage]]]] = [(arena, [])]
     parts = 0
     limit -= kernels.spare_bytes(arena.device)
     for matrix in itertools.chain.from_iterable(map(each_of_batch, problems)):
         before = arena.bytes
         calls = calls_of(matrix, arena)
-        own = sum(kernels.parts_bytes(job) for job in calls if isinstance(job, Coefficients))
+        jobs = itertools.chain.from_iterable(calls)
+        own = sum(kernels.parts_bytes(job) for job in jobs if isinstance(job, Coefficients))
         if slices[-1][1] and arena.bytes + parts + own > limit:
             arena.bytes, parts = before, 0
             arena = Arena(arena.device)
@@ -234,13 +237,12 @@ def sliced(
     return slices
 
 
-def _calls(problem: Problem, arena: Arena) -> list[Job]:
+def _calls(problem: Problem, arena: Arena) -> list[Stage]:
     return list(steps(problem, coefficient_dtype(problem.x), arena.new))
 
 
-def _halves(problem: Problem, arena: Arena) -> list[Job]:
-    assert problem.A is not None
-    assert problem.B is not None
-    left = (problem.U, problem.A) if problem.A.numel() else (None, None)
-    right = (problem.V, problem.B) if problem.B.numel() else (None, None)
-    return [Coefficients(problem.x, left[0], right[0], left[1], right[1])]
+def _halves(problem: Problem, arena: Arena) -> list[Stage]:
+    if problem.S is None:
+        A, B = (t if t is not None and t.numel() else None for t in (problem.A, problem.B))
+        problem = problem._replace(A=A, B=B)
+    return list(reduced(problem))

@@ -20,10 +20,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels import _padding
+from osf_kernels import _padding, cpu
 from osf_kernels.backends import choosing
 from osf_kernels.backends.precision import full_precision as full_precision
-from osf_kernels.linalg import cpu
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

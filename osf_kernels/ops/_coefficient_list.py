@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from osf_kernels import _padding
-from osf_kernels.backends.forms import coefficient_dtype
 from osf_kernels.backends.grouped import Ready
+from osf_kernels.backends.jobs import coefficient_dtype
 from osf_kernels.errors import ValueRefusal
 from osf_kernels.ops._validation import require_constant
 
@@ -22,11 +22,13 @@ class CoefficientList(NamedTuple):
         A, B: a tensor (..., r, n) and (..., m, k) a matrix, float32 (float64 for float64 x).
         sums: flat tensors, one a device and dtype, which hold all of A: of matrices whose rows are
             sharded, all-reduce these in place.
+        pinned: what ``restore_`` pins the matrices to, where ``coefficients`` was told.
     """
 
     A: list[Tensor]
     B: list[Tensor]
     sums: tuple[Tensor, ...]
+    pinned: Any = None
 
 
 def coefficient_shapes(

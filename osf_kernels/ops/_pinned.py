@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from osf_kernels.ops._admission import Held
 from osf_kernels.ops._memory import Range
 from osf_kernels.ops._pins import Pin
-from osf_kernels.ops._route import Route
+from osf_kernels.ops._route import CoefficientRoute, Route
 
 
 class Pinned:
@@ -18,7 +19,10 @@ class Pinned:
     Attributes:
         operands: the pins as problems of their weights take them.
         read: the memory that restoring reads, the bases' included.
-        routes: by whether coefficients are given.
+        routes: what runs: "whole" restores, "root" and "other" compute the coefficients of a shard,
+            "shard" restores from them.
+        Us: the list's left bases, which the routes are made for.
+        is_apart: whether the weights that are written are known to share no memory with the pins.
     """
 
     def __init__(
@@ -27,9 +31,11 @@ class Pinned:
         pins: list[Pin],
         dtypes: Sequence[torch.dtype],
         read: Sequence[Range],
+        Us: Sequence[Tensor | None],
     ) -> None:
-        self.ids, self.pins = ids, pins
-        self.routes: dict[bool, Route] = {}
+        self.ids, self.pins, self.Us = ids, pins, Us
+        self.is_apart = False
+        self.routes: dict[str, Route | CoefficientRoute] = {}
         self.operands = [pin.operands(dtype) for pin, dtype in zip(pins, dtypes, strict=True)]
         self._copies = [
             (converted, t)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
 from osf_kernels.backends import choosing, grouped
-from osf_kernels.backends.forms import Problem, each_of_batch
 from osf_kernels.backends.grouped import ListProgram, Ready
+from osf_kernels.backends.jobs import Problem, each_of_batch
 from osf_kernels.backends.operands import Lie
 from osf_kernels.ops._coefficient_list import CoefficientList
+from osf_kernels.ops._pins import Pin
 from osf_kernels.ops._validation import Choice, Decision, admit, check, of_shard
 
 
@@ -109,7 +110,11 @@ class Route:
 
 
 class CoefficientRoute:
-    """What the coefficients of a list take: made once, run with other matrices each time."""
+    """What the coefficients of a list take: made once, run with other matrices each time.
+
+    Args:
+        pins: what is taken off them, with S; A's part by the ``root`` of the shards alone.
+    """
 
     def __init__(
         self,
@@ -119,35 +124,49 @@ class CoefficientRoute:
         found: CoefficientList,
         names: Sequence[str],
         limit: int = grouped.WORKSPACE_BYTES,
+        pins: Sequence[Pin] | None = None,
+        *,
+        root: bool = True,
     ) -> None:
-        self._on_torch: list[tuple[list[int], list[Tensor | None], list[Tensor | None]]] = []
+        self._root = root
+        self._on_torch: list[tuple[list[int], list[list[Any]]]] = []
         self._parts: list[tuple[list[int], ListProgram]] = []
+        taken = pins or [Pin()] * len(xs)
         for (name, _), mine in _members(xs, names).items():
             if name == "torch":
-                # As many batch dimensions as a matrix has.
-                held_U, held_V = (
-                    [t if t is None else t.expand(*x.shape[:-2], *t.shape[-2:]) for t, x in pairs]
-                    for pairs in ([(side[i], xs[i]) for i in mine] for side in (Us, Vs))
-                )
-                self._on_torch.append((mine, held_U, held_V))
+                rows = [_row(xs[i], Us[i], Vs[i], taken[i]) for i in mine]
+                self._on_torch.append((mine, [list(column) for column in zip(*rows, strict=True)]))
                 continue
             mine = [i for i in mine if found.A[i].numel() or found.B[i].numel()]
-            problems = [
-                Problem(xs[i], xs[i], Us[i], Vs[i], _NO_STEP, A=found.A[i], B=found.B[i])
-                for i in mine
-            ]
+            problems = []
+            for i in mine:
+                x, A, B, pin = xs[i], found.A[i], found.B[i], taken[i]._asdict()
+                problem = Problem(x, x, Us[i], Vs[i], _NO_STEP, A=A, B=B, root=root, **pin)
+                problems.append(problem)
             if problems:
                 kernels = choosing.module(name)
                 self._parts.append((mine, ListProgram(problems, kernels, limit, halves=True)))
 
     def run(self, xs: Sequence[Tensor], found: CoefficientList) -> None:
         """Writes the coefficients of ``xs``, which lie as those it was made for."""
-        for mine, Us, Vs in self._on_torch:
+        for mine, (Us, Vs, *pins) in self._on_torch:
             As, Bs = [found.A[i] for i in mine], [found.B[i] for i in mine]
-            lists = _of_one_batch([xs[i] for i in mine], Us, Vs, As, Bs)
-            torch_backend.coefficients_of(*lists)
+            chosen = [xs[i] for i in mine]
+            chosen, Us, Vs, As, Bs, *pins = _of_one_batch(chosen, Us, Vs, As, Bs, *pins)
+            offsets = zip(*pins, strict=True)
+            torch_backend.coefficients_of(chosen, Us, Vs, As, Bs, offsets, root=self._root)
         for mine, program in self._parts:
             program.run([xs[i] for i in mine], [(found.A[i], found.B[i]) for i in mine])
+
+
+def _row(x: Tensor, U: Tensor | None, V: Tensor | None, pin: Pin) -> list[Tensor | None]:
+    """U, V, S and what else is pinned, with as many batch dimensions as x has."""
+    batch = x.shape[:-2]
+    S = None if pin.S is None else pin.S.expand(*batch, pin.S.shape[-1])
+    U, V, rest_A, rest_B = (
+        t if t is None else t.expand(*batch, *t.shape[-2:]) for t in (U, V, pin.rest_A, pin.rest_B)
+    )
+    return [U, V, S, rest_A, rest_B]
 
 
 _NO_STEP: Any = None

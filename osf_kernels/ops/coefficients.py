@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Problem, coefficient_dtype
+from osf_kernels.backends.jobs import Problem, coefficient_dtype
 from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._coefficient_list import (
     CoefficientList,

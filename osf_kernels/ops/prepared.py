@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from osf_kernels._padding import padded
 from osf_kernels.backends import choosing
-from osf_kernels.backends.forms import Problem
 from osf_kernels.backends.grouped import WORKSPACE_BYTES, Ready
+from osf_kernels.backends.jobs import Problem
 from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
 from osf_kernels.ops._admission import Admission, require_apart
@@ -201,47 +201,83 @@ class Prepared:
         Args:
             S, residual, protected: as in restore_many_; what the same tensors decide is kept from
                 one call to the next.
-            coefficients: of ``self.coefficients(weights)``, A summed over the shards; without, they
-                are computed here.
+            coefficients: of ``self.coefficients(weights, S=...)``, A summed over the shards, in
+                place of S, residual and protected. Without, they are computed here.
 
         Raises:
             TypeError, ValueError: as project_ and restore_many_.
 
-        Mutates every matrix of weights; doesn't synchronise; draws no random numbers.
+        Mutates every matrix of weights, not the coefficients; doesn't synchronise; draws no random
+        numbers.
         """
         names = Names("osf_kernels.Prepared.restore_", "weights")
-        if coefficients is None:
-            self._require_whole(names.op)
-        if coefficients is None and self._is_traced(names, weights):
+        if coefficients is not None:
+            given = {"S": S, "residual": residual, "protected": protected}
+            self._finish_(names, weights, coefficients, given)
+            return
+        self._require_whole(names.op)
+        if self._is_traced(names, weights):
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             columns = [[pin[j] for pin in pins] for j in range(len(Pin._fields))]
             torch.ops.osf_kernels.restore_many_(
                 list(weights), *self._given, *columns, self._kinds, False
             )
         else:
-            self.run_restore_(names, weights, S, residual, protected, coefficients)
+            self.run_restore_(names, weights, S, residual, protected)
 
-    def coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
+    def coefficients(
+        self,
+        xs: Sequence[Tensor],
+        *,
+        S: Sequence[Tensor | None] | None = None,
+        residual: Sequence[Residual | None] | None = None,
+        protected: Sequence[Tensor | None] | None = None,
+        root: bool = True,
+    ) -> CoefficientList:
         """A = Uᵀ x and B = x V of every matrix; as :func:`coefficients`, but not differentiable.
+
+        Args:
+            S, residual, protected: as in restore_, for whose ``coefficients=`` the result is then.
+                In mode "complement" A and B are less what S and residual pin them to.
+            root: of the shards whose A are summed exactly one takes S Vᵀ and the residual off; this
+                one does.
 
         Returns:
             Coefficients in memory of their own.
 
         Raises:
-            TypeError, ValueError: as project_.
+            TypeError, ValueError: as project_ and restore_many_.
 
         Mutates nothing; doesn't synchronise; draws no random numbers.
         """
         names = Names("osf_kernels.Prepared.coefficients", "xs")
         _require_eager(names.op, alone=True)
-        self._admit(names, xs, written=False)
-        route = self._routes.get("coefficients")
-        found = self._places(xs).new()
+        if not isinstance(root, bool):
+            raise TypeRefusal.of(names.op, "root", "True or False", repr(root))
+        pinned = None
+        if S is None and residual is None and protected is None:
+            self._admit(names, xs, written=False)
+            routes, key = self._routes, "coefficients"
+        else:
+            pinned = self._pin(names, xs, S, residual, protected, written=False)
+            routes, key = pinned.routes, "root" if root else "other"
+        found = self._places(xs).new()._replace(pinned=pinned)
+        route = routes.get(key)
         if route is None:
             decisions = self._decided(names, xs, "shard", _AS_HELD)
-            backends = [decision.backend for decision in decisions]
-            route = CoefficientRoute(xs, self._Us, self._Vs, found, backends, self._workspace_bytes)
-            self._routes["coefficients"] = route
+            route = routes[key] = CoefficientRoute(
+                xs,
+                self._Us,
+                self._Vs,
+                found,
+                [decision.backend for decision in decisions],
+                self._workspace_bytes,
+                # In mode "core" Uᵀ x V is pinned, which there is when A is summed.
+                None if pinned is None or self.mode == "core" else pinned.operands,
+                root=root,
+            )
+        if pinned is not None:
+            pinned.copy()
         self._run(route, xs, found)
         return found
 
@@ -258,6 +294,9 @@ class Prepared:
         _require_eager(names.op, alone=True)
         self._admit(names, xs)
         ready = self._places(xs).checked(names.op, coefficients)
+        if coefficients.pinned is not None:
+            expected, got = "of coefficients(xs) without S or protected", "of pinned matrices"
+            raise ValueRefusal.of(names.op, "coefficients", expected, got, "pass them to restore_")
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
         self._run(route, xs, ready)
 
@@ -305,7 +344,8 @@ class Prepared:
     def _laid_out(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The bases, those that kernels would read element by element as copies."""
         if not self._copies:
-            return self._given
+            Us, Vs = map(list, self._given)
+            return Us, Vs
         Us, Vs = ([None if t is None else _aligned(t) for t in side] for side in self._given)
         return Us, Vs
 
@@ -381,34 +421,82 @@ class Prepared:
         S: Sequence[Tensor | None] | None,
         residual: Sequence[Residual | None] | None,
         protected: Sequence[Tensor | None] | None,
-        coefficients: CoefficientList | None = None,
     ) -> None:
         """``restore_`` as the operator that ``names`` says."""
+        pinned = self._pin(names, weights, S, residual, protected)
+        route = pinned.routes.get("whole")
+        if route is None:
+            route = self._restoring(names, weights, pinned.operands, None)
+            pinned.routes["whole"] = route
+        pinned.copy()
+        self._run(route, weights)
+
+    def _finish_(
+        self,
+        names: Names,
+        weights: Sequence[Tensor],
+        coefficients: CoefficientList,
+        given: Mapping[str, object],
+    ) -> None:
+        """``restore_`` from coefficients, which know what the weights are pinned to."""
+        _require_eager(names.op, alone=True)
+        pinned = coefficients.pinned if isinstance(coefficients, CoefficientList) else None
+        is_pinned = isinstance(pinned, Pinned)
+        looked = self._admit(names, weights, pinned.read if is_pinned else None)
+        ready = self._places(weights).checked(names.op, coefficients)
+        expected, got, remedy = "of coefficients(weights, S=...)", "", "compute them again"
+        if not is_pinned:
+            got, remedy = "of weights that aren't pinned", "pass S or protected to coefficients"
+        elif pinned.Us is not self._Us:
+            got = "of bases that were written to since"
+        if got:
+            raise ValueRefusal.of(names.op, "coefficients", expected, got, remedy)
+        for name, value in given.items():
+            if value is not None:
+                got, remedy = "both", "pass it to coefficients alone"
+                raise ValueRefusal.of(names.op, name, "None beside coefficients", got, remedy)
+        if looked or not pinned.is_apart:
+            self._require_apart(names, weights, pinned)
+        route = pinned.routes.get("shard")
+        if route is None:
+            route = self._restoring(names, weights, pinned.operands, ready)
+            pinned.routes["shard"] = route
+        self._run(route, weights, ready)
+
+    def _pin(
+        self,
+        names: Names,
+        xs: Sequence[Tensor],
+        S: Sequence[Tensor | None] | None,
+        residual: Sequence[Residual | None] | None,
+        protected: Sequence[Tensor | None] | None,
+        *,
+        written: bool = True,
+    ) -> Pinned:
+        """What matrices are pinned to, once they and that are admitted."""
         ids, pinned = identities(S, residual, protected), self._pinned
         if pinned is not None and not pinned.holds(ids):
             pinned = None
-        looked = self._admit(names, weights, None if pinned is None else pinned.read)
+        read = None if pinned is None else pinned.read
+        looked = self._admit(names, xs, read, written=written)
         if pinned is None or pinned is not self._pinned:
             looked = True
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             dtypes = [dtype for _, dtype, _ in self._metas]
-            pinned = Pinned(ids, pins, dtypes, self._admission.bases.ranges)
+            pinned = Pinned(ids, pins, dtypes, self._admission.bases.ranges, self._Us)
         if looked:
-            require_pins(names, weights, self._Us, self._Vs, self._kinds, pinned.pins)
-            if pinned.pins:
-                S, protected, first, second = map(list, zip(*pinned.pins, strict=True))
-                rests = {"residual": first, "second of residual": second}
-                require_apart(names, weights, S=S, protected=protected, **rests)
-            self._pinned = pinned
-        ready = None
-        if coefficients is not None:
-            ready = self._places(weights).checked(names.op, coefficients)
-        route = pinned.routes.get(ready is not None)
-        if route is None:
-            route = self._restoring(names, weights, pinned.operands, ready)
-            pinned.routes[ready is not None] = route
-        pinned.copy()
-        self._run(route, weights, ready)
+            require_pins(names, xs, self._Us, self._Vs, self._kinds, pinned.pins)
+        if written and (looked or not pinned.is_apart):
+            self._require_apart(names, xs, pinned)
+        self._pinned = pinned
+        return pinned
+
+    def _require_apart(self, names: Names, weights: Sequence[Tensor], pinned: Pinned) -> None:
+        if pinned.pins:
+            S, protected, first, second = map(list, zip(*pinned.pins, strict=True))
+            rests = {"residual": first, "second of residual": second}
+            require_apart(names, weights, S=S, protected=protected, **rests)
+        pinned.is_apart = True
 
     def _restoring(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from osf_kernels import CoefficientList, Mode, Refusal, prepare, requested_backend
 from osf_torch.bases import Held
-from osf_torch.sharding import Group, sum_over_
+from osf_torch.sharding import Group, is_first, sum_over_
 
 Key = tuple[Any, ...]
 KEPT = 4  # lists of several matrices that are kept ready: which have gradients may alternate
@@ -110,7 +110,8 @@ class MatrixList:
             part.finish_([xs[i] for i in part.at])
         for groups, parts in self._halved.items():
             taken = [[xs[i] for i in part.at] for part in parts]
-            ready = [part.coefficients(x) for part, x in zip(parts, taken, strict=True)]
+            root = is_first(groups)
+            ready = [part.coefficients(x, root) for part, x in zip(parts, taken, strict=True)]
             if groups:
                 _sum_(groups, ready)
             for part, mine, found in zip(parts, taken, ready, strict=True):
@@ -160,10 +161,10 @@ class _Part:
             refusal.index = self.at[refusal.index]
         return refusal
 
-    def coefficients(self, xs: Sequence[Tensor]) -> CoefficientList:
+    def coefficients(self, xs: Sequence[Tensor], root: bool) -> CoefficientList:
         """Those of this rank's rows."""
         try:
-            return self.prepared.coefficients(xs)
+            return self.prepared.coefficients(xs, root=root, **self._pins)
         except Refusal as refusal:
             raise self._of_list(refusal) from None
 
@@ -174,8 +175,10 @@ class _Part:
                 A = found.A[i]
                 A.copy_(inverse.to(A) @ A)
         try:
-            if self._pins:
-                self.prepared.restore_(xs, coefficients=found, **self._pins)
+            if self._pins and found is not None:
+                self.prepared.restore_(xs, coefficients=found)
+            elif self._pins:
+                self.prepared.restore_(xs, **self._pins)
             elif found is None:
                 self.prepared.project_(xs)
             else:

@@ -159,6 +159,13 @@ def sum_over_(groups: Sequence[Group], flats: Sequence[Tensor]) -> None:
             torch._foreach_copy_(list(flats), list(parts))
 
 
+def is_first(groups: Sequence[Group]) -> bool:
+    """Whether this rank is the first of every group: one of all that sum over them."""
+    import torch.distributed as dist
+
+    return all(dist.get_rank(group) == 0 for group in groups)
+
+
 def any_rank(group: Group | None, flag: Tensor) -> bool:
     """Whether ``flag`` is set here or, with a group, on any of its ranks; synchronises."""
     if group is not None:

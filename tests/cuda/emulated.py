@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.jobs import Coefficients, Job, Update
 from tests.emulator.harness import run
 from tests.helpers import Memory
 

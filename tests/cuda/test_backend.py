@@ -15,7 +15,7 @@ from torch import Tensor
 from osf_kernels import BackendUnavailableError
 from osf_kernels.backends import cuda
 from osf_kernels.backends.cuda import factorizations
-from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.jobs import Coefficients, Job, Update
 from osf_kernels.backends.operands import Arena, Operand, Placed
 
 
@@ -144,7 +144,7 @@ def test_a_program_hands_over_the_records_of_its_matrices(monkeypatch: pytest.Mo
         [Update(x.mT, batch[(0,)].mT, None, None, None, None, 1.0, -1.0, x.mT)],
     ]
     executable = cuda.compiled(stages, device, kept=1)
-    assert executable.parts_bytes == 2 * 26 * 8
+    assert executable.parts_bytes == 2 * 27 * 8
     for addresses in ([1 << 20, 1 << 40, (1 << 62) + 16], [1 << 21, 16, 32]) * 2:
 
         def address(t: Tensor | Operand, at: list[int] = addresses) -> int:
@@ -161,14 +161,14 @@ def test_a_record_holds_sizes_addresses_strides_and_dtypes() -> None:
     V = torch.empty(3, 7, dtype=torch.bfloat16).mT
     B = torch.empty(5, 3)
     (record,) = struct.iter_unpack(
-        "<26q", cuda.pack([Coefficients(x, None, V, None, B)], Tensor.data_ptr)
+        "<27q", cuda.pack([Coefficients(x, None, V, None, B)], Tensor.data_ptr)
     )
     assert record[:4] == (5, 7, 0, 3)
     assert record[4:8] == (x.data_ptr(), 7, 1, 1)
     assert record[8:12] == (0, 0, 0, 0)
     assert record[12:16] == (V.data_ptr(), 1, 7, 1)
     assert record[20:24] == (B.data_ptr(), 3, 1, 3)
-    assert record[24:] == (0, 0)
+    assert record[24:] == (0, 0, 1)
 
     update = Update(x, x, None, None, B, V.mT, -1.0, 1.0)
     (record,) = struct.iter_unpack("<32q2d", cuda.pack([update], Tensor.data_ptr))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends import cuda
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from tests.cuda.test_nvcc import CSRC, nvcc
 from tests.emulator import draws, factorizations
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from tests.emulator import draws
 from tests.emulator.harness import Run, build, compiler, run
 
@@ -168,14 +168,22 @@ def test_ranks_beyond_a_block(dtype: torch.dtype, r: int, k: int, reads: int) ->
 
 
 @pytest.mark.parametrize("dtype", QUICK_DTYPES)
-def test_offset(dtype: torch.dtype) -> None:
-    """A less diag(S) Vᵀ and B less U diag(S), also with S strided."""
+@pytest.mark.parametrize("shape", [(70, 45, 12), (45, 70, 12), (45, 70, 30)], ids=str)
+def test_offset(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """B less U diag(S), and of a root A less diag(S) Vᵀ, also with S strided."""
     g = generator("offset", dtype)
-    job = draws.coefficients_job(70, 45, 12, 12, dtype, g, offset=True)
-    assert job.S is not None
-    spread = torch.full((3 * len(job.S),), draws.NAN)[::3]
-    spread.copy_(job.S)
-    check_coefficients([job._replace(S=spread)])
+    m, n, r = shape
+    jobs = []
+    for root in (True, False):
+        job = draws.coefficients_job(m, n, r, r, dtype, g, offset=True, root=root)
+        assert job.S is not None
+        spread = torch.full((3 * len(job.S),), draws.NAN)[::3]
+        spread.copy_(job.S)
+        down = job._replace(x=job.x.mT.contiguous().mT)
+        jobs += [job, job._replace(S=spread), down]
+    for job in jobs:
+        check_coefficients([job])
+    check_coefficients([jobs[0], jobs[3]])  # in one launch
 
 
 def test_coefficients_in_the_dtype_of_x() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, plan, project_many_, restore_
-from osf_kernels.backends.forms import Problem
+from osf_kernels.backends.jobs import Problem
 from osf_kernels.plan import Matrix, Mode, Step, choose
 from osf_kernels.testing import (
     leak,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 
 JobT = TypeVar("JobT", Coefficients, Update)
 
@@ -64,6 +64,7 @@ def coefficients_job(
     layouts: tuple[str, str, str] = ("rows", "rows", "rows"),
     out_layout: str = "rows",
     offset: bool = False,
+    root: bool = True,
 ) -> Coefficients:
     """A job with outputs full of NaN; a rank of None leaves its side out."""
     basis_dtype = basis_dtype or dtype
@@ -77,7 +78,7 @@ def coefficients_job(
         B = lay_out(torch.full((m, k), NAN, dtype=out_dtype), out_layout)
     if offset:
         S = randn(r or 0, dtype=torch.float32, generator=generator).abs()
-    return Coefficients(x, U, V, A, B, S)
+    return Coefficients(x, U, V, A, B, S, root)
 
 
 def true_coefficients(job: Coefficients, dtype: torch.dtype) -> list[Tensor]:
@@ -86,7 +87,7 @@ def true_coefficients(job: Coefficients, dtype: torch.dtype) -> list[Tensor]:
     found = []
     if job.U is not None:
         A = dense(job.U, dtype).mT @ x
-        if job.S is not None and job.V is not None:
+        if job.S is not None and job.V is not None and job.root:
             A = A - dense(job.S, dtype)[:, None] * dense(job.V, dtype).mT
         found.append(A)
     if job.V is not None:
@@ -148,7 +149,7 @@ def magnitude(job: JobT) -> JobT:
     """The job whose result bounds every partial sum: all terms positive."""
     positive: list[Any] = [a.abs() if isinstance(a, Tensor) else a for a in job]
     if isinstance(job, Coefficients):
-        positive[-1] = None if job.S is None else -job.S.abs()
+        positive[5] = None if job.S is None else -job.S.abs()
     else:
         positive[6:8] = abs(job.alpha), abs(job.beta)
     return type(job)(*positive)

@@ -1,4 +1,4 @@
-"""Builds the SIMT emulator around csrc/ and runs jobs of ``backends.forms`` in it."""
+"""Builds the SIMT emulator around csrc/ and runs jobs of ``backends.jobs`` in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from osf_kernels.backends.cuda.factorizations import CholeskyJob, JacobiJob
 from osf_kernels.backends.cuda.records import Address, pack
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from tests.emulator import draws, factorizations
 from tests.emulator.harness import EmulatorError, Run, build, compiler, run
 

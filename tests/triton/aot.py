@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs, gram_schedule, launch, schedule
 
 TARGETS = {

@@ -9,7 +9,7 @@ import torch
 
 import osf_kernels
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import autotune, configs, dispatch
 from osf_kernels.testing import (
     assert_error_within,

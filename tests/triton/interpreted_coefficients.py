@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.forms import Coefficients
+from osf_kernels.backends.jobs import Coefficients
 from osf_kernels.backends.triton import configs, schedule
 from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_coefficients, draw, draw_coefficients
@@ -174,10 +174,26 @@ def test_offset(variant: str, basis_layout: str) -> None:
     g = generator_for(variant, basis_layout)
     job = draw_coefficients((72, 40), (12, 12), g, basis_layout=basis_layout, offset=True)
     strided = torch.rand(36, generator=g)[::3]
-    for S in (job.S, strided):
-        each = job._replace(S=S)
-        run([each], variant)
-        assert_coefficients(each)
+    for S, root in ((job.S, True), (strided, True), (strided, False)):
+        each = job._replace(S=S, root=root)
+        down = each._replace(x=each.x.mT.contiguous().mT)
+        for one in (each, down):
+            run([one], variant)
+            assert_coefficients(one)
+
+
+def test_offsets_of_a_root_and_of_others_share_a_launch() -> None:
+    g = generator_for("roots")
+    jobs = [
+        draw_coefficients((72, 40), (12, 12), g, offset=True, root=root) for root in (True, False)
+    ]
+    (made,) = schedule.coefficients_launches(
+        jobs, fill=128, float32_precision="ieee", choose=lambda *_: CONFIGS["two_pass"]
+    )
+    assert made.problems == 4
+    run(jobs, "two_pass")
+    for job in jobs:
+        assert_coefficients(job)
 
 
 def test_offset_without_a_split() -> None:
@@ -213,8 +229,8 @@ def test_one_side(ranks: tuple[int | None, int | None]) -> None:
 def test_degenerate_shapes(shape: tuple[int, int]) -> None:
     """A sum over nothing is zero, written all the same, less the offset."""
     g = generator_for(shape)
-    for offset in (False, True):
-        job = draw_coefficients(shape, (3, 3), g, offset=offset)
+    for offset, root in ((False, True), (True, True), (True, False)):
+        job = draw_coefficients(shape, (3, 3), g, offset=offset, root=root)
         backend.coefficients([job])
         assert_coefficients(job)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.forms import Coefficients
+from osf_kernels.backends.jobs import Coefficients
 from osf_kernels.backends.triton import configs, dispatch, launch
 from osf_kernels.backends.triton.kernels import coefficients as kernels
 from tests.helpers import generator_for

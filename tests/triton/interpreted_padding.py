@@ -12,7 +12,7 @@ from torch import Tensor
 
 import osf_kernels
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs
 from osf_kernels.backends.triton.schedule import View
 from osf_kernels.testing import assert_error_within, project_eager, project_reference

@@ -137,13 +137,14 @@ def test_runs_where_it_was_prepared(
     with use_backend(asked):  # type: ignore[arg-type]
         prepared = case.prepare()
     with use_backend(other):  # type: ignore[arg-type]
-        halves = prepared.coefficients(xs)
+        halves, less = prepared.coefficients(xs), prepared.coefficients(xs, S=S)
         for call in (
             lambda: prepared.project_(xs),
             lambda: prepared.coefficients(xs),
+            lambda: prepared.coefficients(xs, S=S),
             lambda: prepared.apply_(xs, halves),
             lambda: prepared.restore_(xs, S=S),
-            lambda: prepared.restore_(xs, S=S, coefficients=halves),
+            lambda: prepared.restore_(xs, coefficients=less),
         ):
             watching.records.clear()
             call()
@@ -180,11 +181,11 @@ def test_pins_and_bases_of_fewer_batch_dimensions() -> None:
         pinned = (U * S.double()[..., None, :]) @ V.mT
         xs = case.draw()
         before = [x.clone() for x in xs]
-        halves = prepared.coefficients(xs)
+        halves = prepared.coefficients(xs, S=[S])
         prepared.restore_(xs, S=[S])
         case.assert_restored(xs, before, [pinned])
         again = [x.clone() for x in before]
-        prepared.restore_(again, S=[S], coefficients=halves)
+        prepared.restore_(again, coefficients=halves)
         case.assert_restored(again, before, [pinned])
 
 

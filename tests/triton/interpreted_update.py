@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.forms import Update
+from osf_kernels.backends.jobs import Update
 from osf_kernels.backends.triton import configs
 from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_frame_kept, assert_update, draw, guarded

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.operands import Operand
 from osf_kernels.backends.triton import autotune, configs
 

@@ -10,7 +10,7 @@ import torch
 
 import osf_kernels
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs
 from osf_kernels.ops._names import Names
 from tests.helpers import generator_for, randn

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels._padding import is_aligned
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs, gram_schedule, schedule
 from osf_kernels.backends.triton.schedule import Layout, View
 

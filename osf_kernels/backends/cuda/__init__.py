@@ -1,4 +1,4 @@
-"""CUDA backend: the two grouped kernels of ``backends.forms`` and two batched factorizations of
+"""CUDA backend: the two grouped kernels of ``backends.jobs`` and two batched factorizations of
 small matrices, compiled ahead of time from csrc/.
 
 The extension is built where nvcc was found and links neither torch nor the driver, so its absence
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from osf_kernels.backends.cuda import factorizations
 from osf_kernels.backends.cuda.records import Call, address_of, pack
-from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.jobs import Coefficients, Job, Update
 from osf_kernels.errors import BackendUnavailableError, ValueRefusal
 from osf_kernels.plan import Matrix
 

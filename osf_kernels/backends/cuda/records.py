@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.jobs import Coefficients, Job, Update
 from osf_kernels.backends.operands import Placed
 from osf_kernels.errors import TypeRefusal
 
@@ -77,6 +77,7 @@ def _coefficient_words(job: Coefficients, address: Address) -> list[int]:
         *_matrix("B", job.B, address),
         0 if S is None else address(S),
         0 if S is None else S.stride(0),
+        int(job.root),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The torch backend: every form of ``forms.py`` composed from torch matmuls.
+"""The torch backend: every form of ``osf_kernels/forms.py`` composed from torch matmuls.
 
 It serves every device and dtype and is the only backend for float64. Matmuls run in bfloat16
 where matrix and bases are bfloat16 (accumulated in float32 by the library, rounded once a
@@ -9,7 +9,7 @@ overflow where g itself doesn't: it is as large as √m·max|g|.
 
 A form is a function of ``loops.py`` over a list; here is what each list runs and in what dtype.
 
-May import: torch, ``osf_kernels.backends.forms``, ``osf_kernels._padding``.
+May import: torch, ``osf_kernels.backends.jobs`` and below.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import _padding
-from osf_kernels.backends.forms import Coefficients, Problem
+from osf_kernels import _padding, cpu
+from osf_kernels.backends.jobs import Problem
 from osf_kernels.backends.torch import sixteen_bit
-from osf_kernels.backends.torch.loops import FORMS
+from osf_kernels.backends.torch.loops import LOOPS
 from osf_kernels.plan import Matrix, Step
 
 Ready = tuple[Tensor | None, Tensor | None]  # the coefficients A and B of apply_
@@ -32,11 +32,8 @@ Pin = tuple[Tensor, Tensor | None, Tensor | None]  # S, rest_A and rest_B of res
 
 _NOT_READY: Iterable[Ready] = itertools.repeat((None, None))
 _NO_PINS: Iterable[Pin | None] = itertools.repeat(None)
+_NO_OFFSETS: Iterable[tuple[None, None, None]] = itertools.repeat((None, None, None))
 _NO_ADDENDS: Iterable[Tensor | None] = itertools.repeat(None)
-
-# A Program runs so many elements of its list at a time: matrices that are converted would take a
-# model's memory again, and would leave the cache between one step and the next.
-_GROUP_ELEMENTS = 2**18
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
@@ -48,19 +45,22 @@ def coefficient_reads(x: Matrix) -> int:
     return 2
 
 
-def coefficients(jobs: Sequence[Coefficients]) -> None:
-    coefficients_of(*list(zip(*jobs, strict=True))[:5])
-
-
 def coefficients_of(
     xs: Sequence[Tensor],
     Us: Sequence[Tensor | None],
     Vs: Sequence[Tensor | None],
     As: Sequence[Tensor | None],
     Bs: Sequence[Tensor | None],
+    pins: Iterable[tuple[Tensor | None, ...]] = _NO_OFFSETS,
+    *,
+    root: bool = True,
 ) -> None:
-    """A = Uᵀ x and B = x V of every matrix, into the outputs that aren't None, of one dtype."""
-    for x, U, V, A, B in zip(xs, Us, Vs, As, Bs, strict=True):
+    """A = Uᵀ x and B = x V of every matrix, into the outputs that aren't None, of one dtype.
+
+    Where there is an S, B is less U S + rest_B, and A less S Vᵀ + rest_A on the ``root`` of the
+    shards that sum it.
+    """
+    for x, U, V, A, B, (S, rest_A, rest_B) in zip(xs, Us, Vs, As, Bs, pins, strict=False):
         out = B if A is None else A
         if out is None:
             continue
@@ -68,17 +68,30 @@ def coefficients_of(
         served = x.dtype in sixteen_bit.DTYPES and x.device.type in sixteen_bit.DEVICES
         if served and dtype == torch.float32:
             sixteen_bit.coefficients(x, U, V, A, B)
+        else:
+            x = x.to(dtype)
+            if U is not None and A is not None:
+                torch.matmul(U.to(dtype).mT, x, out=A)
+            if V is not None and B is not None:
+                torch.matmul(x, V.to(dtype), out=B)
+        if S is None:
             continue
-        x = x.to(dtype)
-        if U is not None and A is not None:
-            torch.matmul(U.to(dtype).mT, x, out=A)
-        if V is not None and B is not None:
-            torch.matmul(x, V.to(dtype), out=B)
+        assert U is not None
+        assert V is not None
+        assert A is not None
+        assert B is not None
+        B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
+        if rest_B is not None:
+            B.sub_(rest_B)
+        if root:
+            A.addcmul_(S.unsqueeze(-1), V.mT, value=-1.0)
+            if rest_A is not None:
+                A.sub_(rest_A)
 
 
 def run(problems: Sequence[Problem]) -> None:
     """One matrix after another; a :class:`Program` has less to do for each."""
-    for x, out, U, V, step, S, addend, A, B, rest_A, rest_B in problems:
+    for x, out, U, V, step, S, addend, A, B, rest_A, rest_B, _ in problems:
         working = _working_dtype(x.dtype, U, V)
         ready: Iterable[Ready] = _NOT_READY
         pins: Iterable[Pin | None] = _NO_PINS
@@ -111,7 +124,7 @@ class Program:
             )
             group, size = latest.get(key, ([], 0))
             size += x.numel()
-            if not group or size > _GROUP_ELEMENTS:
+            if not group or size > cpu.GROUP_ELEMENTS:
                 group, size = [], x.numel()
                 members.append(group)
             group.append(i)
@@ -152,7 +165,7 @@ class _Group:
         if self.direct:
             sides = self.Us, self.Uts, self.Vs, self.Vts
             rows = zip(xs, xs, *sides, self.pins, ready or _NOT_READY, strict=False)
-            FORMS[step.form](step, _products(xs[0]), rows)
+            LOOPS[step.form](step, _products(xs[0]), rows)
             return
         if ready is not None:
             working = _rounded_once(working)
@@ -163,7 +176,7 @@ def run_one(step: Step, x: Tensor, out: Tensor, U: Tensor | None, V: Tensor | No
     """One matrix of which :func:`needs_no_conversion` holds."""
     Ut, Vt = None if U is None else U.mT, None if V is None else V.mT
     products = _OF_MATRICES if x.is_cpu else _products(x)
-    FORMS[step.form](step, products, ((x, out, U, Ut, V, Vt, None, (None, None)),))
+    LOOPS[step.form](step, products, ((x, out, U, Ut, V, Vt, None, (None, None)),))
 
 
 def _run(
@@ -194,14 +207,13 @@ def _run(
         pairs = zip(xs, dense, outs, strict=True)
         targets = [out if held is x else held for x, held, out in pairs]
         xs = dense
-        # Uᵀ x took 0.65 of its time with a copy of Uᵀ at 4096² and ranks 64 to 819 (but 1.1 to 1.7
-        # of a smaller x). A large matrix is the only one of its list.
-        large = x.numel() >= 2**23 and step.first == "left"
+        # A large matrix is the only one of its list.
+        large = x.numel() >= cpu.COPIED_FROM and step.first == "left"
     Uts = [U.contiguous() for U in _transposed(Us)] if large else _transposed(Us)
     sides = Us, Uts, Vs, _transposed(Vs)
     # Pins and ready coefficients that aren't there repeat without an end.
     rows = zip(xs, targets, *sides, pins, ready, strict=False)
-    FORMS[step.form](step, _products(x), rows)
+    LOOPS[step.form](step, _products(x), rows)
     if addends is not None:
         for target, addend in zip(targets, addends, strict=True):
             target.add_(addend)

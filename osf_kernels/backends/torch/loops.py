@@ -1,6 +1,6 @@
-"""The forms of ``forms.py`` written out in torch, each a loop over the matrices of a list.
+"""The forms of ``osf_kernels/forms.py`` written out in torch, each a loop over a list's matrices.
 
-They are written out rather than run from ``forms.steps``, and the loops call torch alone: yielding
+They are written out rather than run from ``jobs.steps``, and the loops call torch alone: yielding
 a step costs 2 µs, allocating its output from Python 3, a transposed view 0.5 and a function 0.1,
 which a small matrix would feel. A Python function runs for a matrix only in the check of ``mixed``
 for sums that cancelled.
@@ -8,9 +8,9 @@ for sums that cancelled.
 A form takes (step, products, rows), all of one working dtype. ``products`` are mm, addmm and cat
 of 2-D matrices or of batches. A row is (x, out, U, Uᵀ, V, Vᵀ, pin, (A, B)): ``out`` may be x, a pin
 is S, rest_A and rest_B of a problem or None, and A and B are ready coefficients or None, which are
-not written. With beta = 0 x is not read by the update.
+not written; those of ``dual`` are less what pins them. With beta = 0 x is not read by the update.
 
-May import: torch, ``osf_kernels.plan``.
+May import: torch, ``osf_kernels.plan`` and below.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels.cpu import NARROW
 from osf_kernels.plan import Step
 
 Rows = Iterable[tuple[Any, ...]]
@@ -57,21 +58,16 @@ def _right(step: Step, products: Any, rows: Rows) -> None:
 def _dual(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, cat), alpha, beta = products, step.alpha, step.beta
     for x, out, U, Ut, V, Vt, pin, (A, B) in rows:
-        kept = A is not None  # the caller's
+        kept = A is not None  # the caller's, less what pins them
         if not kept:
             A, B = mm(Ut, x), mm(x, V)
-        if pin is not None:
-            S, rest_A, rest_B = pin
-            if kept:
-                A = torch.addcmul(A, S.unsqueeze(-1), Vt, value=-1.0)
-                B = torch.addcmul(B, U, S.unsqueeze(-2), value=-1.0)
-                kept = False
-            else:
+            if pin is not None:
+                S, rest_A, rest_B = pin
                 A.addcmul_(S.unsqueeze(-1), Vt, value=-1.0)
                 B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
-            if rest_A is not None:
-                A.sub_(rest_A)
-                B.sub_(rest_B)
+                if rest_A is not None:
+                    A.sub_(rest_A)
+                    B.sub_(rest_B)
         B = addmm(B, U, mm(A, V), alpha=-1.0, out=None if kept else B)
         if step.joined:
             L, R = cat((U, B), -1), cat((A, Vt), -2)
@@ -84,12 +80,15 @@ def _dual(step: Step, products: Any, rows: Rows) -> None:
 def _sequential(step: Step, products: Any, rows: Rows) -> None:
     mm, addmm, _ = products
     for x, out, U, Ut, V, Vt, _, _ in rows:
-        if step.beta:
-            addmm(x, U, mm(Ut, x), alpha=-1.0, out=out)
-            addmm(out, mm(out, V), Vt, alpha=-1.0, out=out)
-        else:
-            rest = addmm(x, U, mm(Ut, x), alpha=-1.0)
-            torch.sub(x, addmm(rest, mm(rest, V), Vt, alpha=-1.0, out=rest), out=out)
+        addmm(x, U, mm(Ut, x), alpha=-1.0, out=out)
+        addmm(out, mm(out, V), Vt, alpha=-1.0, out=out)
+
+
+def _dual_in_turn(step: Step, products: Any, rows: Rows) -> None:
+    mm, addmm, _ = products
+    for x, out, U, Ut, V, Vt, _, _ in rows:
+        rest = addmm(x, U, mm(Ut, x), alpha=-1.0)
+        torch.sub(x, addmm(rest, mm(rest, V), Vt, alpha=-1.0, out=rest), out=out)
 
 
 def _mixed(step: Step, products: Any, rows: Rows) -> None:
@@ -98,7 +97,7 @@ def _mixed(step: Step, products: Any, rows: Rows) -> None:
     for x, out, U, Ut, V, Vt, pin, (A, B) in rows:
         if step.first == "left":
             core = mm(Ut, x) if A is None else A
-            if A is None and core.shape[-2] <= _NARROW and x.is_cpu and x.dtype == _WATCHED:
+            if A is None and core.shape[-2] <= NARROW and x.is_cpu and x.dtype == torch.float32:
                 wide = V.double()
                 core = core - mm(wide, mm(wide.mT, core.mT.double())).float().mT
             else:
@@ -111,7 +110,7 @@ def _mixed(step: Step, products: Any, rows: Rows) -> None:
             core = mm(x, V)
             few = x.device.type == "cpu" and 3 * V.shape[-1] <= x.shape[-1]
             before = _norm(core) if few else None
-            if core.shape[-1] <= _NARROW and x.is_cpu and x.dtype == _WATCHED:
+            if core.shape[-1] <= NARROW and x.is_cpu and x.dtype == torch.float32:
                 wide = U.double()
                 core = core - mm(wide, mm(wide.mT, core.double())).float()
             else:
@@ -120,12 +119,6 @@ def _mixed(step: Step, products: Any, rows: Rows) -> None:
                 _mixed_in_turn(step, products, ((x, out, U, Ut, V, Vt, pin, (A, B)),))
             else:
                 addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
-
-
-# x V, or xᵀ U, of at most so many columns shows errors of U Uᵀ (x V) in float32: it is summed in
-# float64. Of many columns they are random, and no larger than those of x V itself; a few, which
-# BLAS sums one product after another, erred up to 12 times as much as eager torch.
-_NARROW, _WATCHED = 32, torch.float32
 
 
 def _cancelled(x: Tensor, before: Tensor, core: Tensor) -> bool:
@@ -161,7 +154,7 @@ def _inner(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     left_first = step.first == "left"
     for x, out, U, Ut, V, Vt, pin, (A, _) in rows:
-        narrow = not left_first and V.shape[-1] <= _NARROW and x.is_cpu and x.dtype == _WATCHED
+        narrow = not left_first and V.shape[-1] <= NARROW and x.is_cpu and x.dtype == torch.float32
         if narrow and A is None and pin is None:
             wide = U.double()
             core = mm(wide, mm(wide.mT, mm(x, V).double())).float()
@@ -184,13 +177,14 @@ def _inner(step: Step, products: Any, rows: Rows) -> None:
             addmm(x, C, Vt, alpha=alpha, out=out) if beta else mm(C, Vt, out=out)
 
 
-FORMS: dict[str, Callable[..., None]] = {
+LOOPS: dict[str, Callable[..., None]] = {
     "identity": _identity,
     "zero": _zero,
     "left": _left,
     "right": _right,
     "dual": _dual,
     "sequential": _sequential,
+    "dual in turn": _dual_in_turn,
     "mixed": _mixed,
     "inner": _inner,
     "mixed in turn": _mixed_in_turn,

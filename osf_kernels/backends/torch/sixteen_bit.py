@@ -126,8 +126,8 @@ def run(
 ) -> None:
     """The form of one list, each result rounded once; only ``xs`` and the bases need have an end.
 
-    What ``sequential`` does in turn is done at once, as ``dual``: between its two updates g would
-    be rounded, or take float32's memory.
+    What other forms do in turn is done at once, as by ``dual``: between two updates g would be
+    rounded, or take float32's memory.
     """
     rows = zip(xs, outs, Us, Vs, pins, ready, addends, strict=False)
     for x, out, U, V, pin, (A, B), addend in rows:
@@ -148,20 +148,20 @@ def run(
 def _terms(
     step: Step, x: Tensor, U: Any, V: Any, pin: Any, A: Any, B: Any
 ) -> list[tuple[Parts, Parts]]:
-    """The products whose sum is X of the form; see ``forms.py``."""
+    """The products whose sum is X of the form; see ``osf_kernels/forms.py``."""
     form, left_first, dtype = step.form, step.first == "left", x.dtype
-    both = form in ("dual", "sequential")
-    whole = Parts((x,))
+    both = form in ("dual", "sequential", "dual in turn")
+    whole, ready = Parts((x,)), A is not None
     left: Any = None if form == "right" else split(U, dtype)
     right: Any = None if form == "left" else split(V, dtype)
     if A is None and (both or (left_first and form != "right")):
         A = product(left.mT, whole)
     if B is None and (both or form == "right" or (not left_first and A is None)):
         B = product(whole, right)
-    if both and pin is not None:
+    if both and pin is not None and not ready:  # ready ones are less what pins them
         S, rest_A, rest_B = pin
-        A = torch.addcmul(A, S.unsqueeze(-1), V.mT, value=-1.0)  # ready ones stay the caller's
-        B = torch.addcmul(B, U, S.unsqueeze(-2), value=-1.0)
+        A.addcmul_(S.unsqueeze(-1), V.mT, value=-1.0)
+        B.addcmul_(U, S.unsqueeze(-2), value=-1.0)
         if rest_A is not None:
             A.sub_(rest_A)
             B.sub_(rest_B)

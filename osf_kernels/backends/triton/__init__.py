@@ -1,4 +1,4 @@
-"""Triton backend: the two grouped kernels of ``backends.forms``, and batched products in float32
+"""Triton backend: the two grouped kernels of ``backends.jobs``, and batched products in float32
 accuracy, for NVIDIA and AMD GPUs.
 
 Importing this package needs no triton; :func:`unavailable_reason` says whether it can be used.
@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Job, Update
 from osf_kernels.backends.grouped import Executable
+from osf_kernels.backends.jobs import Coefficients, Job, Update
 from osf_kernels.plan import Matrix
 
 from . import configs

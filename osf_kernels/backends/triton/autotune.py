@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import env
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.operands import Operand
 
 from . import configs
@@ -126,7 +126,8 @@ def _scratch_or_none(tensor: Tensor | Operand | None) -> Tensor | None:
 
 def scratch_coefficients(job: Coefficients) -> Coefficients:
     """A job over copies of every tensor of ``job``."""
-    return Coefficients(*(_scratch_or_none(tensor) for tensor in job))
+    U, V, A, B, S = map(_scratch_or_none, (job.U, job.V, job.A, job.B, job.S))
+    return Coefficients(scratch(job.x), U, V, A, B, S, job.root)
 
 
 def scratch_update(job: Update) -> Update:

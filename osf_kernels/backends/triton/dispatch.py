@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from osf_kernels.backends.forms import Coefficients, Job, Update
+from osf_kernels.backends.jobs import Coefficients, Job, Update
 from osf_kernels.backends.operands import Operand
 
 from . import autotune, configs, launch, schedule

@@ -14,7 +14,7 @@ The records (field: meaning; a view is an address and two strides in elements):
 OnePass    0 x, 3 m, 4 n, 5 U, 8 r, 9 V, 12 k, 13 offset of the parts of Aᵀ, 14 of B,
            15 rows a split
 Reduction  0 x, 3 q, 4 summed length, 5 basis, 8 rank, 9 parts, 10 length of a part, 11 side
-           (0 A, 1 B), 12 offset of the parts, 13 out (q, rank), 16 S, 17 the other basis
+           (0 A, 1 B), 12 offset of the parts, 13 out (q, rank), 16 S or 0, 17 the other basis
            (q, rank), 20 stride of S; of a sum: the same, without x and basis
 Update     0 out, 3 x, 6 m, 7 n, 8 alpha's float32 bits, 9 beta, 10 L1, 13 R1, 16 r,
            17 L2, 20 R2, 23 k, 24 addend
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import _padding
-from osf_kernels.backends.forms import Coefficients, Update
+from osf_kernels.backends.jobs import Coefficients, Update
 
 from . import configs
 
@@ -284,9 +284,10 @@ def coefficients_launches(
         b = View.of(job.B) if job.B is not None and job.B.numel() else None
         if a is None and b is None:
             continue
+        scale_b = (job.S.data_ptr(), job.S.stride(0)) if job.S is not None else (0, 0)
+        scale_a = scale_b if job.root else (0, 0)
         if x.runs_down:
-            x, u, v, a, b = x.mT, v, u, b, a
-        scale = (job.S.data_ptr(), job.S.stride(0)) if job.S is not None else (0, 0)
+            x, u, v, a, b, scale_a, scale_b = x.mT, v, u, b, a, scale_b, scale_a
         if job.S is not None and job.S.dtype != torch.float32:
             raise TypeError(
                 f"osf_kernels.backends.triton: expected S to be float32, got {job.S.dtype}"
@@ -327,7 +328,7 @@ def coefficients_launches(
         key = (config, *constants.values())
         if key not in groups:
             groups[key] = _CoefficientsGroup(config, constants, fill, apart=accurate)
-        groups[key].jobs.append(_Job(x, u, v, a, b, scale))
+        groups[key].jobs.append(_Job(x, u, v, a, b, scale_a, scale_b))
     return [group.launch() for group in groups.values()]
 
 
@@ -339,13 +340,19 @@ class _Job(NamedTuple):
     v: View | None
     a: View | None  # Aᵀ (n, r)
     b: View | None
-    scale: tuple[int, int]  # address and stride of S
+    scale_a: tuple[int, int]  # address and stride of the S that is taken off A, or zeros
+    scale_b: tuple[int, int]
 
     @property
-    def sides(self) -> list[tuple[int, View, View, View | None]]:
-        """(0 for A or 1 for B, basis, out, the other basis) of each that is asked for."""
-        sides = [(0, self.u, self.a, self.v), (1, self.v, self.b, self.u)]
-        return [(side, u, out, v) for side, u, out, v in sides if u is not None and out is not None]
+    def sides(self) -> list[tuple[int, View, View, View | None, tuple[int, int]]]:
+        """(0 for A or 1 for B, basis, out, the other basis, scale) of each that is asked for."""
+        u, v = self.u, self.v
+        sides = [(0, u, self.a, v, self.scale_a), (1, v, self.b, u, self.scale_b)]
+        return [
+            (side, basis, out, other, scale)
+            for side, basis, out, other, scale in sides
+            if basis is not None and out is not None
+        ]
 
 
 class _CoefficientsGroup:
@@ -375,23 +382,23 @@ class _CoefficientsGroup:
             if isinstance(self.config, configs.OnePass):
                 self._add_one_pass(self.config, job, of)
                 continue
-            for side, basis, out, other in job.sides:
+            for side, basis, out, other, scale in job.sides:
                 mine = self._tiles_of(out, self.config) if self.apart else of
-                self._add_reduction(self.config, side, job.x, basis, out, other, job.scale, mine)
+                self._add_reduction(self.config, side, job.x, basis, out, other, scale, mine)
         kernel = "one_pass" if isinstance(self.config, configs.OnePass) else "two_pass"
         return self.group.launch(kernel, self.config, self.constants)
 
     def _tiles(self, job: _Job) -> int:
         if isinstance(self.config, configs.OnePass):
             return ceil_div(job.x.columns, self.config.block_n)
-        return sum(self._tiles_of(out, self.config) for _, _, out, _ in job.sides)
+        return sum(self._tiles_of(out, self.config) for _, _, out, *_ in job.sides)
 
     @staticmethod
     def _tiles_of(out: View, config: configs.TwoPass) -> int:
         return ceil_div(out.rows, config.block_q) * ceil_div(out.columns, config.block_r)
 
     def _add_one_pass(self, config: configs.OnePass, job: _Job, tiles: int) -> None:
-        x, u, v, a, b, scale = job
+        x, u, v, a, b, scale_a, scale_b = job
         assert u is not None
         assert v is not None
         assert a is not None
@@ -403,8 +410,8 @@ class _CoefficientsGroup:
         b_offset = self.group.reserve(strips, m, k)
         record = (*x.fields, m, n, *u.fields, r, *v.fields, k, a_offset, b_offset, split_rows)
         self.group.products.add(strips * splits, record)
-        self._add_sum(0, n, m, r, splits, split_rows, a_offset, a, scale, v)
-        self._add_sum(1, m, n, k, strips, config.block_n, b_offset, b, scale, u)
+        self._add_sum(0, n, m, r, splits, split_rows, a_offset, a, scale_a, v)
+        self._add_sum(1, m, n, k, strips, config.block_n, b_offset, b, scale_b, u)
 
     def _add_reduction(
         self,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.orthonormal.cholesky_qr import polished, with_unit_diagonal
 
 # Upper limit of ``Block.growth`` after one pass on a CPU. A pass multiplies the growth by 2 to 25,

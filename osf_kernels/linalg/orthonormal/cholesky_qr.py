@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 
 # Rounding of a Gram matrix of unit columns and of its Cholesky factor, in eps: a few, measured
 # between 0.3 and 2 from 8 to 2048 rows.

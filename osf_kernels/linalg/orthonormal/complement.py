@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from osf_kernels.cpu import HOUSEHOLDER_BLOCK as BLOCK
 from osf_kernels.linalg import primitives
-from osf_kernels.linalg.cpu import HOUSEHOLDER_BLOCK as BLOCK
 
 
 def complement(Q: Tensor, columns: int | None = None) -> Tensor:

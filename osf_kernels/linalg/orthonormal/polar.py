@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.orthonormal.cholesky_qr import cholesky_qr, gram, multiply, scale_columns
 from osf_kernels.linalg.orthonormal.operator import admit, operator
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osf_kernels import cpu
 from osf_kernels.errors import Index, TypeRefusal, ValueRefusal
-from osf_kernels.linalg import cpu
 from osf_kernels.linalg.primitives import working_dtype
 from osf_kernels.linalg.svd.methods import METHODS, Method
 from osf_kernels.linalg.svd.result import TruncatedSVD

@@ -7,7 +7,7 @@ results of a loop over it.
 
 from __future__ import annotations
 
-from osf_kernels.linalg import cpu
+from osf_kernels import cpu
 from osf_kernels.linalg.svd.methods import Method
 
 MEASURED = {"cpu": cpu.THRESHOLDS}

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import cpu
 from osf_kernels.errors import ConvergenceWarning, Index, ValueRefusal
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.svd import arguments, auto, finish, methods
 from osf_kernels.linalg.svd.arguments import OP, Entry, Options, WarmStart
 from osf_kernels.linalg.svd.group import Group

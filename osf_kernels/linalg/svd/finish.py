@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels import _padding
+from osf_kernels import _padding, cpu
 from osf_kernels.errors import ValueRefusal
-from osf_kernels.linalg import cpu
 from osf_kernels.linalg.orthonormal.complement import complement
 from osf_kernels.linalg.svd.arguments import OP, Entry, Options, times_power
 from osf_kernels.linalg.svd.factors import Factors

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.svd.beside import PROBE_BLOCK, PROBE_STEPS
 from osf_kernels.linalg.svd.factors import Factors
 from osf_kernels.linalg.svd.result import TruncatedSVD

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 
 # Lower limits of σ_r/σ₁ for left vectors A v/σ_r by eigenvectors v of a Gram matrix. Below them one
 # polishing step doesn't restore the orthogonality of the left vectors. GRAM_LIMIT is for a Gram

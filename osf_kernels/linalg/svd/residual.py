@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.svd.factors import Factors
 
 # Steps of the power iteration where a decision hangs on the residual: four see all of the values

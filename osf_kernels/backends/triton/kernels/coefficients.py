@@ -50,8 +50,10 @@ def store_result(
     out = load_view(record, 13, 3, 8, OUT, OUT_LAYOUT)
     if HAS_OFFSET:
         other = load_view(record, 17, 3, 8, OTHER, OTHER_LAYOUT)
-        scales = tl.load(record + 16).to(tl.pointer_type(tl.float32))
-        scale = tl.load(scales + ranks * tl.load(record + 20), mask=ranks < out[4], other=0.0)
+        address = tl.load(record + 16)
+        scales = address.to(tl.pointer_type(tl.float32))
+        scaled = (ranks < out[4]) & (address != 0)
+        scale = tl.load(scales + ranks * tl.load(record + 20), mask=scaled, other=0.0)
         values -= widen(load_tile(other, rows, ranks, OTHER_LAYOUT), INTERPRET) * scale[None, :]
     store_tile(out, rows, ranks, values, OUT, OUT_LAYOUT, INTERPRET)
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.svd.factors import Factors
 from osf_kernels.linalg.svd.group import Group, stacked
 from osf_kernels.linalg.svd.residual import confirmed, residual_of

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.svd.beside import led
 from osf_kernels.linalg.svd.factors import Factors
 from osf_kernels.linalg.svd.group import Group

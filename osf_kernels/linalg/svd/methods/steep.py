@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
-from osf_kernels.linalg.cpu import LANCZOS_BLOCK as BLOCK
+from osf_kernels import cpu
+from osf_kernels.cpu import LANCZOS_BLOCK as BLOCK
+from osf_kernels.linalg import primitives
 
 # Lower limit of n Σλ² / (Σλ)², which is 1 for equal eigenvalues, 2 for a square matrix of noise and
 # 2 to 5 for MiniLM's weights: below it lowering the largest eigenvalue isn't worth its time.

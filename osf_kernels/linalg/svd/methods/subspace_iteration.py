@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels.linalg import cpu, primitives
+from osf_kernels import cpu
+from osf_kernels.linalg import primitives
 from osf_kernels.linalg.orthonormal.block_gram_schmidt import orthonormal_columns
 from osf_kernels.linalg.orthonormal.cholesky_qr import POLISH_GROWTH, polished
 from osf_kernels.linalg.svd.factors import Factors

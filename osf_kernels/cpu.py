@@ -1,19 +1,68 @@
 """The numbers that are tuned to a CPU, each with the measurement that it comes from.
 
-All of them were measured on two cores with float32. Where a number isn't for CPUs alone, other
-devices take it until it is measured there.
+All of them were measured on two cores, with float32 where nothing else is said. Where a number
+isn't for CPUs alone, other devices take it until it is measured there.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def looks_are_free(X: Tensor) -> bool:
     """Whether the host may decide by the values of a tensor: on a CPU, where nothing waits."""
     return X.device.type == "cpu"
+
+
+# --- projections ---------------------------------------------------------------------------
+
+# FLOPs in the time of one byte: two AVX-512/AMX cores do 0.19 TFLOP/s in float32 and 0.6 in
+# bfloat16 against copies of 16 GB/s, of which large in-place updates reach 25
+# (bench/results/projection_cpu.csv).
+_FLOPS_PER_BYTE = {"bfloat16": 24.0}
+_FLOPS_PER_BYTE_ELSE = 12.0
+# A matrix this small stays in the caches, where passes over it cost nothing beside the calls. Time
+# of dual over that of sequential: fp32 1.0-2 at 384² to 2048², 0.9 at 3072²; bf16 1.0-1.4 at 384²
+# to 1024², 0.7-0.98 at 2048² with r ≤ n/8.
+_CACHE_BYTES = {"bfloat16": 4 * 2**20}
+_CACHE_BYTES_ELSE = 32 * 2**20
+
+# Without a kernel of our own, two updates joined into one cost a copy of their factors and save a
+# read and a write of g: worth it while the joined rank is under this part of the smaller side.
+JOIN_LIMIT = 0.25
+
+# Both sides in turn on all of g, as a person writes the formula, err less for a gradient that lies
+# where both sides hold. That is taken where it costs no more than this beside the fewest products:
+# so many FLOPs (3 µs of a core), or this part of them; in float64 always.
+IN_TURN_FLOPS = 3 * 10**5
+IN_TURN_PART = 0.1
+
+# A list runs so many elements at a time: matrices that are converted would take a model's memory
+# again, and would leave the cache between one call and the next.
+GROUP_ELEMENTS = 2**18
+
+# bfloat16: Uᵀ x took 0.65 of its time with a copy of Uᵀ at 4096² and ranks 64 to 819 (but 1.1 to
+# 1.7 of a smaller x).
+COPIED_FROM = 2**23
+
+
+# x V, or xᵀ U, of at most so many columns shows errors of U Uᵀ (x V) in float32: it is summed in
+# float64. Of many columns they are random, and no larger than those of x V itself; a few, which
+# BLAS sums one product after another, erred up to 12 times as much as eager torch.
+NARROW = 32
+
+
+def flops_per_byte(dtype: str, size: int) -> float:
+    """What a pass over a matrix of ``size`` bytes costs, in FLOPs a byte."""
+    if size <= _CACHE_BYTES.get(dtype, _CACHE_BYTES_ELSE):
+        return 0.0
+    return _FLOPS_PER_BYTE.get(dtype, _FLOPS_PER_BYTE_ELSE)
+
+
+# --- truncated_svd by method ---------------------------------------------------------------
 
 
 class Thresholds(NamedTuple):
