@@ -46,7 +46,8 @@ First = Literal["left", "right"]
 class Reduce(NamedTuple):
     """The coefficients A = Uᵀ x and B = x V of a matrix, or C = A V or Uᵀ B of a coefficient.
 
-    Operands are letters: x is the matrix that is projected, y the result, w one that is kept.
+    Operands are letters: x is the matrix that is projected, y the result, w one that is kept beside
+    them.
     """
 
     of: str
@@ -112,30 +113,32 @@ def _both(text: str) -> tuple[str, str]:
 
 
 _ALONE = "one side only: two products"
-_IN_TURN = "small, or float64: left, then right on all of g errs least"
-_SEQUENTIAL = "FLOP-bound: one side after the other needs no r·k correction"
+_IN_TURN = _both("small, or float64: left, then right on all of g errs least")
+_SEQUENTIAL = _both("FLOP-bound: one side after the other needs no r·k correction")
 _SMALL = "both sides on the smaller block"
 
+_A, _B, _B_OF_W = Reduce("x", "A"), Reduce("x", "B"), Reduce("w", "B")
+_C_OF_A, _C_OF_B = Reduce("A", "C"), Reduce("B", "C")
+_BY_A, _BY_B = Expand("y", "x", "A"), Expand("y", "x", "B")
+_A_LESS_C, _B_LESS_C = Expand("A", "A", "C", -1.0, 1.0), Expand("B", "B", "C", -1.0, 1.0)
+_A_FROM_C, _B_FROM_C = Expand("A", "A", "C", 1.0, 0.0), Expand("B", "B", "C", 1.0, 0.0)
+_X_LESS_A, _FROM_A = Expand("w", "x", "A", -1.0, 1.0), Expand("w", "x", "A", 1.0, 0.0)
+
 FORMS: dict[Name, Form] = {
-    "identity": Form(labels=_both("identity")),
-    "zero": Form(labels=_both("zero")),
+    "identity": Form(),
+    "zero": Form(),
     "left": Form(
-        (Reduce("x", "A"), Expand("y", "x", "A")),
+        (_A, _BY_A),
         labels=("one-sided (left, low)", "one-sided (left, high)"),
         reasons=(f"{_ALONE}; a low basis needs no subtraction", _ALONE),
     ),
     "right": Form(
-        (Reduce("x", "B"), Expand("y", "x", "B")),
+        (_B, _BY_B),
         labels=("one-sided (right, low)", "one-sided (right, high)"),
         reasons=(f"{_ALONE}; a low basis needs no subtraction", _ALONE),
     ),
     "dual": Form(
-        (
-            Reduce("x", "AB"),
-            Reduce("A", "C"),
-            Expand("B", "B", "C", -1.0, 1.0),
-            Expand("y", "x", "AB"),
-        ),
+        (Reduce("x", "AB"), _C_OF_A, _B_LESS_C, Expand("y", "x", "AB")),
         labels=("dual of two low bases", "dual"),
         reasons=_both(
             "both coefficients of g as it is, one update: the extra r·k products cost less than "
@@ -144,75 +147,36 @@ FORMS: dict[Name, Form] = {
     ),
     "sequential": Form(
         (
-            Reduce("x", "A"),
-            Expand("y", "x", "A", -1.0, 1.0),
-            Reduce("y", "B"),
-            Expand("y", "y", "B", -1.0, 1.0),
+            *(_A, Expand("y", "x", "A", -1.0, 1.0)),
+            *(Reduce("y", "B"), Expand("y", "y", "B", -1.0, 1.0)),
         ),
         labels=_both("sequential"),
-        reasons=_both(_SEQUENTIAL),
+        reasons=_SEQUENTIAL,
     ),
     "dual in turn": Form(
-        (
-            Reduce("x", "A"),
-            Expand("w", "x", "A", -1.0, 1.0),
-            Reduce("w", "B"),
-            Expand("y", "w", "B", 1.0, -1.0, plus="x"),
-        ),
+        (_A, _X_LESS_A, _B_OF_W, Expand("y", "w", "B", 1.0, -1.0, plus="x")),
         labels=_both("g less its sequential complement"),
-        reasons=_both(_SEQUENTIAL),
+        reasons=_SEQUENTIAL,
     ),
     "mixed": Form(
-        (
-            Reduce("x", "A"),
-            Reduce("A", "C"),
-            Expand("A", "A", "C", -1.0, 1.0),
-            Expand("y", "x", "A"),
-        ),
-        (
-            Reduce("x", "B"),
-            Reduce("B", "C"),
-            Expand("B", "B", "C", -1.0, 1.0),
-            Expand("y", "x", "B"),
-        ),
+        (_A, _C_OF_A, _A_LESS_C, _BY_A),
+        (_B, _C_OF_B, _B_LESS_C, _BY_B),
         labels=_both("mixed, {first} first"),
         reasons=_both("the low side goes first and shrinks what the high side works on"),
     ),
     "inner": Form(
-        (
-            Reduce("x", "A"),
-            Reduce("A", "C"),
-            Expand("A", "A", "C", 1.0, 0.0),
-            Expand("y", "x", "A"),
-        ),
-        (
-            Reduce("x", "B"),
-            Reduce("B", "C"),
-            Expand("B", "B", "C", 1.0, 0.0),
-            Expand("y", "x", "B"),
-        ),
+        (_A, _C_OF_A, _A_FROM_C, _BY_A),
+        (_B, _C_OF_B, _B_FROM_C, _BY_B),
         labels=("low/low, {first} first", "core, {first} first"),
         reasons=(f"{_SMALL}; nothing is subtracted", f"{_SMALL}, then one update"),
     ),
     "mixed in turn": Form(
-        (
-            Reduce("x", "A"),
-            Expand("w", "x", "A", -1.0, 1.0),
-            Reduce("w", "B"),
-            Expand("y", "x", "B"),
-        ),
-        labels=_both("mixed in turn"),
-        reasons=_both(_IN_TURN),
+        (_A, _X_LESS_A, _B_OF_W, _BY_B), labels=_both("mixed in turn"), reasons=_IN_TURN
     ),
     "inner in turn": Form(
-        (
-            Reduce("x", "A"),
-            Expand("w", "x", "A", 1.0, 0.0),
-            Reduce("w", "B"),
-            Expand("y", "x", "B"),
-        ),
+        (_A, _FROM_A, _B_OF_W, _BY_B),
         labels=("low/low in turn", "core in turn"),
-        reasons=_both(_IN_TURN),
+        reasons=_IN_TURN,
     ),
 }
 

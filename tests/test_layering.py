@@ -22,6 +22,8 @@ RANKS = {
     "osf_kernels.ops": 4,
     "osf_kernels.backends": 3,
     "osf_kernels.plan": 2,
+    "osf_kernels.forms": 1,
+    "osf_kernels.cpu": 1,
     "osf_kernels.basis": 1,
     "osf_kernels.env": 1,
     "osf_kernels._padding": 1,
