@@ -154,8 +154,9 @@ def steps(problem: Problem, dtype: torch.dtype, new: New) -> Iterator[Stage]:
                     yield [less(C, C, rest_B)]
         elif isinstance(call, Reduce):
             if not ready:
-                whole = problem._replace(x=held[call.of], S=S if step.form == "dual" else None)
-                yield from reduced(whole._replace(**{name: made(name) for name in call.into}))
+                own = {name: made(name) for name in call.into}
+                offset = S if step.form == "dual" else None
+                yield from reduced(problem._replace(x=held[call.of], S=offset, **own))
         else:
             alpha = step.alpha if call.alpha is None else call.alpha
             beta = step.beta if call.beta is None else call.beta
