@@ -142,7 +142,7 @@ class Refused:
         self.case = List([LEAF] * 3, "refused")
         self.prepared = self.case.prepare()
         self.xs = self.case.draw()
-        self.halves = self.prepared.coefficients(self.xs)
+        self.halves = self.prepared.coefficients([x.clone() for x in self.xs])
         self.dense, _ = self.case.dense()
         for call in self.calls().values():
             call(self.xs)
@@ -299,11 +299,112 @@ def test_pinned_coefficients_restore_and_others_apply():
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             call()
-    case.Us[1].columns.mul_(-1)
-    prepared.project_([x.clone() for x in xs])  # which takes notice
-    with pytest.raises(ValueError, match=r"coefficients .*got of bases that were written to since"):
-        prepared.restore_(xs, coefficients=pinned)
     assert all(map(torch.equal, xs, before))
+
+
+STALE = {
+    "a weight": (lambda case, S, xs: xs[1].add_(1), r"of \w+\[1\] as it was before"),
+    "a basis": (lambda case, S, xs: case.Us[1].columns.mul_(-1), "of bases that were written to"),
+    "a pin": (lambda case, S, xs: S[2].mul_(2), "of S, residual or protected that were written"),
+}
+
+
+@pytest.mark.parametrize("what", STALE)
+@pytest.mark.parametrize("mode", MODES)
+def test_coefficients_of_what_was_written_to_since_are_refused(what, mode):
+    case = List([SQUARE] * 3, "stale", mode=mode)
+    prepared, xs = case.prepare(), case.draw()
+    S, _ = case.triplets()
+    write, text = STALE[what]
+    plain, pinned = prepared.coefficients(xs), prepared.coefficients(xs, S=S)
+    write(case, S, xs)
+    before = [x.clone() for x in xs]
+    with pytest.raises(ValueError, match=rf"coefficients to be of these weights, got {text}"):
+        prepared.restore_(xs, coefficients=pinned)
+    if what != "a pin":
+        with pytest.raises(ValueError, match=rf"coefficients to be of these xs, got {text}"):
+            prepared.apply_(xs, plain)
+    assert all(map(torch.equal, xs, before))
+
+
+def test_coefficients_serve_their_list_once():
+    """A second time the weights aren't what they were computed from; copies of these are."""
+    case = List([SQUARE] * 2, "once")
+    prepared, xs = case.prepare(), case.draw()
+    again, found = [x.clone() for x in xs], prepared.coefficients(xs)
+    prepared.apply_(xs, found)
+    with pytest.raises(ValueError, match=r"xs\[0\] as it was before something was written"):
+        prepared.apply_(xs, found)
+    prepared.apply_(again, found)
+    assert all(map(torch.equal, xs, again))
+    with pytest.raises(ValueError, match="of another prepared list; take them from"):
+        case.prepare().apply_(again, prepared.coefficients(again))
+    found = prepared.coefficients(again)
+    summed = found._replace(sums=tuple(t.clone() for t in found.sums))
+    with pytest.raises(
+        ValueError, match="sums of their own; all-reduce coefficients.sums in place"
+    ):
+        prepared.apply_(again, summed)
+    with torch.inference_mode():
+        inside = [x.clone() for x in again]
+        prepared.apply_(inside, prepared.coefficients(inside))
+
+
+@pytest.mark.parametrize("keeps_origin", [True, False])
+def test_coefficients_in_the_memory_of_a_matrix_are_refused(keeps_origin):
+    buffer = torch.randn(96)
+    x, A = buffer[:64].view(8, 8), buffer[32:64].view(4, 8)
+    U, V = (random_basis(8, 4, generator=generator_for(side)).columns for side in "UV")
+    prepared = prepare([x], [U], [V])
+    found = prepared.coefficients([x])
+    given = found._replace(A=[A]) if keeps_origin else CoefficientList([A], found.B, ())
+    before = buffer.clone()
+    with pytest.raises(ValueError, match=r"xs\[0\] to be apart from coefficients\.A\[0\]"):
+        prepared.apply_([x], given)
+    assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pins_of_other_batch_dimensions_are_refused_at_once(mode):
+    case = List([Entry((3, 12, 8), F32, "high high", (2, 2))] * 2, "batches", mode=mode)
+    prepared, xs = case.prepare(), case.draw()
+    S, _ = case.triplets()
+    bad = [S[0], S[1][:2]]
+    before = [x.clone() for x in xs]
+    for call in (
+        lambda: prepared.restore_(xs, S=bad),
+        lambda: prepared.coefficients(xs, S=bad),
+        lambda: osf_kernels.restore_many_(xs, case.Us, case.Vs, S=bad, mode=mode),
+    ):
+        with pytest.raises(
+            ValueError, match=r"S\[1\] to be broadcastable to .* \(3,\), got \(2, 2\)"
+        ):
+            call()
+    assert all(map(torch.equal, xs, before))
+
+
+@pytest.mark.parametrize("bad", [torch.rand(2, 4), iter([1, 2]), {0: 1, 1: 2}])
+@pytest.mark.parametrize("name", ["S", "protected", "residual"])
+def test_pins_that_are_no_list_are_refused_by_name(name, bad):
+    case = List([SQUARE] * 2, "no list")
+    prepared, xs = case.prepare(), case.draw()
+    pins = {"S": case.triplets()[0]} | {name: bad} if name != "protected" else {name: bad}
+    for call in (
+        lambda: prepared.restore_(xs, **pins),
+        lambda: prepared.coefficients(xs, **pins),
+        lambda: osf_kernels.restore_many_(xs, case.Us, case.Vs, **pins),
+    ):
+        for _ in range(2):
+            with pytest.raises(TypeError, match=f"expected {name} to be a list or a tuple, got"):
+                call()
+
+
+def test_the_whole_side_of_a_shard_is_no_wider_than_itself():
+    U, V = torch.zeros(16, 20), torch.zeros(12, 13)
+    x = torch.zeros(16, 12)
+    prepare([x], [U], [V[:, :12]], sharded=True)  # U is 16 rows of more
+    with pytest.raises(ValueError, match=r"Vs\[0\] to be no wider than its side"):
+        prepare([x], [U], [V], sharded=True)
 
 
 def test_restoring_from_coefficients_refuses_weights_that_overlap_a_pin():
@@ -360,8 +461,12 @@ def test_a_basis_that_no_longer_fits_is_refused():
                 call(r.xs)
     assert all(map(torch.equal, r.xs, before))
     held.data = kept
-    for call in r.calls().values():
-        call(r.xs)
+    for way, call in r.calls().items():
+        if way != "apply_":  # its coefficients are of the basis as it was
+            call(r.xs)
+    with pytest.raises(ValueError, match=r"of these xs, got of bases that were written to since"):
+        r.prepared.apply_(r.xs, r.halves)
+    r.prepared.apply_(r.xs, r.prepared.coefficients(r.xs))
 
 
 def test_a_basis_of_another_rank_is_planned_anew():
@@ -548,7 +653,7 @@ def test_an_empty_list():
     prepared.project_([])
     prepared.restore_([], S=[])
     halves = prepared.coefficients([])
-    assert tuple(halves) == ([], [], (), None)
+    assert tuple(halves)[:3] == ([], [], ())
     prepared.apply_([], halves)
     prepared.restore_([], coefficients=prepared.coefficients([], S=[]))
     with pytest.raises(ValueError, match="mode"):

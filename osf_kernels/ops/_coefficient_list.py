@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from osf_kernels import _padding
 from osf_kernels.backends.grouped import Ready
 from osf_kernels.backends.jobs import coefficient_dtype
-from osf_kernels.errors import ValueRefusal
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._validation import require_constant
 
 
@@ -22,13 +23,49 @@ class CoefficientList(NamedTuple):
         A, B: a tensor (..., r, n) and (..., m, k) a matrix, float32 (float64 for float64 x).
         sums: flat tensors, one a device and dtype, which hold all of A: of matrices whose rows are
             sharded, all-reduce these in place.
-        pinned: what ``restore_`` pins the matrices to, where ``coefficients`` was told.
+        origin: what they were computed from; None where they weren't by a prepared list.
     """
 
     A: list[Tensor]
     B: list[Tensor]
     sums: tuple[Tensor, ...]
-    pinned: Any = None
+    origin: Origin | None = None
+
+
+class Origin:
+    """What coefficients were computed from, as it was then.
+
+    Args:
+        number: of the prepared list.
+        bases: its left bases, which are another list once something was written to a basis.
+        pinned: what the matrices are pinned to.
+        xs: the matrices, of which none is kept.
+
+    Attributes:
+        made: A, B and sums of the coefficients, as they were made.
+    """
+
+    made: tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]
+
+    def __init__(
+        self, number: int, bases: Sequence[Tensor | None], pinned: Any, xs: Sequence[Tensor]
+    ) -> None:
+        self.number, self.bases, self.pinned = number, bases, pinned
+        self._xs = [weakref.ref(x) for x in xs]
+        self._versions = _versions(xs)
+
+    def written(self, xs: Sequence[Tensor]) -> int | None:
+        """The place of one of the matrices to which something was written since."""
+        lists = zip(xs, self._xs, self._versions, _versions(xs), strict=True)
+        for i, (x, then, before, now) in enumerate(lists):
+            if before != now and then() is x:
+                return i
+        return None
+
+
+def _versions(xs: Sequence[Tensor]) -> list[int | None]:
+    # torch counts no writes to tensors of inference mode.
+    return [None if x.is_inference() else x._version for x in xs]
 
 
 def coefficient_shapes(
@@ -66,7 +103,7 @@ class Allocation:
                 sizes[side] += elements
             self._places.append((place, views))
 
-    def new(self) -> CoefficientList:
+    def new(self, origin: Origin) -> CoefficientList:
         """Coefficients without values."""
         pieces = [
             [torch.empty(size, dtype=dtype, device=device) for size in sizes]
@@ -76,7 +113,8 @@ class Allocation:
             [pieces[kind][side].as_strided(*views[side]) for kind, views in self._places]
             for side in (0, 1)
         )
-        return CoefficientList(A, B, tuple(piece[0] for piece in pieces))
+        origin.made = A, B, tuple(piece[0] for piece in pieces)
+        return CoefficientList(*origin.made, origin)
 
     def checked(self, op: str, given: object) -> list[Ready]:
         """A and B of each matrix as backends take them, where they are those of this list.
@@ -95,8 +133,12 @@ class Allocation:
         lists = zip(given.A, given.B, places, sides, strict=True)
         for i, (A, B, (kind, views), (has_U, has_V)) in enumerate(lists):
             device, dtype = self._kinds[kind]
-            for side, t in ((0, A), (1, B)):
+            pair: tuple[Any, Any] = A, B
+            for side, t in enumerate(pair):
                 shape = views[side][0]
+                if not isinstance(t, Tensor):
+                    name = f"coefficients.{'AB'[side]}[{i}]"
+                    raise TypeRefusal.of(op, name, "a tensor", type(t).__name__, remedy)
                 if t.shape != shape or t.dtype != dtype or t.device != device:
                     expected = f"{tuple(shape)} {dtype} on {device}"
                     got = f"{tuple(t.shape)} {t.dtype} on {t.device}"

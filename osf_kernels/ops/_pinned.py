@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from osf_kernels.ops._admission import Held
 from osf_kernels.ops._memory import Range
@@ -21,7 +20,6 @@ class Pinned:
         read: the memory that restoring reads, the bases' included.
         routes: what runs: "whole" restores, "root" and "other" compute the coefficients of a shard,
             "shard" restores from them.
-        Us: the list's left bases, which the routes are made for.
         is_apart: whether the weights that are written are known to share no memory with the pins.
     """
 
@@ -31,9 +29,8 @@ class Pinned:
         pins: list[Pin],
         dtypes: Sequence[torch.dtype],
         read: Sequence[Range],
-        Us: Sequence[Tensor | None],
     ) -> None:
-        self.ids, self.pins, self.Us = ids, pins, Us
+        self.ids, self.pins = ids, pins
         self.is_apart = False
         self.routes: dict[str, Route | CoefficientRoute] = {}
         self.operands = [pin.operands(dtype) for pin, dtype in zip(pins, dtypes, strict=True)]
@@ -47,7 +44,11 @@ class Pinned:
         self.read = [*read, *self._held.ranges]
 
     def holds(self, ids: list[int]) -> bool:
-        return ids == self.ids and self._held.is_as_noted()
+        return ids == self.ids and self.is_as_noted()
+
+    def is_as_noted(self) -> bool:
+        """Whether torch has counted no write to what is pinned."""
+        return self._held.is_as_noted()
 
     def copy(self) -> None:
         """What is held in another dtype follows writes that no version counts, and a graph's."""

@@ -47,6 +47,9 @@ def identities(
     """The identities of all tensors, and of what stands for none."""
     ids: list[int] = []
     for given in (S, residual, protected):
+        if given is not None and not isinstance(given, (list, tuple)):
+            ids.append(-2)  # which ``pins_of`` refuses
+            continue
         for entry in given or ():
             if isinstance(entry, (tuple, list)):
                 ids += map(id, entry)
@@ -165,9 +168,13 @@ def require_pin(
     r, k = U.shape[-1], V.shape[-1]
     if r != k:
         raise ValueRefusal.of(op, name_V, f"as wide as {name_U} (r={r}) beside S", f"k={k}")
+    *batch, m, n = W.shape
     if S.dim() < 1 or S.shape[-1] != r or S.dim() > W.dim() - 1:
         raise ValueRefusal.of(op, name_S, f"(..., r) with r={r}", tuple(S.shape))
-    *batch, m, n = W.shape
+    beside = zip(reversed(S.shape[:-1]), reversed(batch), strict=False)
+    if not all(a in (1, b) for a, b in beside):
+        expected = f"broadcastable to batch dimensions {tuple(batch)}"
+        raise ValueRefusal.of(op, name_S, expected, tuple(S.shape))
     shapes = [(r, n), (r, r) if mode == "core" else (m, r)]
     for rest, (rows, width) in zip((pin.rest_A, pin.rest_B), shapes, strict=True):
         if rest is not None and rest.shape != (*batch, rows, width):

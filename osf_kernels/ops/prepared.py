@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from osf_kernels.backends.jobs import Problem
 from osf_kernels.backends.precision import full_precision, lowered
 from osf_kernels.errors import Refusal, TypeRefusal, ValueRefusal
 from osf_kernels.ops._admission import Admission, require_apart
-from osf_kernels.ops._coefficient_list import Allocation, CoefficientList
+from osf_kernels.ops._coefficient_list import Allocation, CoefficientList, Origin
 from osf_kernels.ops._library import (
     are_plain,
     observed,
@@ -41,6 +42,7 @@ from osf_kernels.ops._validation import (
 )
 from osf_kernels.plan import Mode, Plan
 
+_NUMBERS = itertools.count()  # of prepared lists
 _AS_HELD = kind_of("coefficients", "complement", "high", "high")  # coefficients know no span
 
 
@@ -140,6 +142,7 @@ class Prepared:
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         self.mode: Mode = mode
+        self._number = next(_NUMBERS)
         self._workspace_bytes = workspace_bytes
         self._sharded, self._copies = sharded, copies
         self._request = choosing.requested()
@@ -201,11 +204,13 @@ class Prepared:
         Args:
             S, residual, protected: as in restore_many_; what the same tensors decide is kept from
                 one call to the next.
-            coefficients: of ``self.coefficients(weights, S=...)``, A summed over the shards, in
-                place of S, residual and protected. Without, they are computed here.
+            coefficients: of ``self.coefficients(weights, S=...)``, with the values that the weights
+                have now, A summed over the shards; in place of S, residual and protected. Without,
+                they are computed here.
 
         Raises:
-            TypeError, ValueError: as project_ and restore_many_.
+            TypeError, ValueError: as project_ and restore_many_; coefficients of another list, or
+                of weights, bases or pins that were written to since.
 
         Mutates every matrix of weights, not the coefficients; doesn't synchronise; draws no random
         numbers.
@@ -243,7 +248,8 @@ class Prepared:
                 one does.
 
         Returns:
-            Coefficients in memory of their own.
+            Coefficients in memory of their own. All-reduce their ``sums`` in place where rows are
+            sharded.
 
         Raises:
             TypeError, ValueError: as project_ and restore_many_.
@@ -261,7 +267,7 @@ class Prepared:
         else:
             pinned = self._pin(names, xs, S, residual, protected, written=False)
             routes, key = pinned.routes, "root" if root else "other"
-        found = self._places(xs).new()._replace(pinned=pinned)
+        found = self._places(xs).new(Origin(self._number, self._Us, pinned, xs))
         route = routes.get(key)
         if route is None:
             decisions = self._decided(names, xs, "shard", _AS_HELD)
@@ -284,8 +290,12 @@ class Prepared:
     def apply_(self, xs: Sequence[Tensor], coefficients: CoefficientList) -> None:
         """x ← P(x) in place from ready coefficients, A summed over the shards; as :func:`apply_`.
 
+        Args:
+            xs: the matrices with the values that they had in ``coefficients``.
+
         Raises:
-            TypeError, ValueError: as project_; coefficients of another list.
+            TypeError, ValueError: as project_; coefficients of another list, or of matrices or
+                bases that were written to since.
 
         Mutates every matrix of xs, not the coefficients; doesn't synchronise; draws no random
         numbers.
@@ -293,8 +303,8 @@ class Prepared:
         names = Names("osf_kernels.Prepared.apply_", "xs")
         _require_eager(names.op, alone=True)
         self._admit(names, xs)
-        ready = self._places(xs).checked(names.op, coefficients)
-        if coefficients.pinned is not None:
+        ready, pinned = self._ready(names, xs, coefficients)
+        if pinned is not None:
             expected, got = "of coefficients(xs) without S or protected", "of pinned matrices"
             raise ValueRefusal.of(names.op, "coefficients", expected, got, "pass them to restore_")
         route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
@@ -314,7 +324,8 @@ class Prepared:
 
     def _require_whole(self, op: str) -> None:
         if self._sharded:
-            got, remedy = "one of sharded matrices", "use coefficients and apply_"
+            got = "one of sharded matrices"
+            remedy = "use coefficients, and apply_ or restore_ with them"
             raise ValueRefusal.of(op, "the list", "of whole matrices", got, remedy)
 
     def _admit(
@@ -440,21 +451,18 @@ class Prepared:
     ) -> None:
         """``restore_`` from coefficients, which know what the weights are pinned to."""
         _require_eager(names.op, alone=True)
-        pinned = coefficients.pinned if isinstance(coefficients, CoefficientList) else None
-        is_pinned = isinstance(pinned, Pinned)
-        looked = self._admit(names, weights, pinned.read if is_pinned else None)
-        ready = self._places(weights).checked(names.op, coefficients)
-        expected, got, remedy = "of coefficients(weights, S=...)", "", "compute them again"
-        if not is_pinned:
-            got, remedy = "of weights that aren't pinned", "pass S or protected to coefficients"
-        elif pinned.Us is not self._Us:
-            got = "of bases that were written to since"
-        if got:
-            raise ValueRefusal.of(names.op, "coefficients", expected, got, remedy)
         for name, value in given.items():
             if value is not None:
                 got, remedy = "both", "pass it to coefficients alone"
                 raise ValueRefusal.of(names.op, name, "None beside coefficients", got, remedy)
+        origin = getattr(coefficients, "origin", None)
+        pinned = None if origin is None else origin.pinned
+        looked = self._admit(names, weights, None if pinned is None else pinned.read)
+        ready, pinned = self._ready(names, weights, coefficients)
+        if pinned is None:
+            expected, got = "of coefficients(weights, S=...)", "of weights that aren't pinned"
+            remedy = "pass S, residual or protected to coefficients"
+            raise ValueRefusal.of(names.op, "coefficients", expected, got, remedy)
         if looked or not pinned.is_apart:
             self._require_apart(names, weights, pinned)
         route = pinned.routes.get("shard")
@@ -462,6 +470,32 @@ class Prepared:
             route = self._restoring(names, weights, pinned.operands, ready)
             pinned.routes["shard"] = route
         self._run(route, weights, ready)
+
+    def _ready(
+        self, names: Names, xs: Sequence[Tensor], given: CoefficientList
+    ) -> tuple[list[Ready], Pinned | None]:
+        """A and B of each matrix, and what they are pinned to."""
+        ready = self._places(xs).checked(names.op, given)
+        origin = given.origin
+        if origin is None or given.A is not origin.made[0] or given.B is not origin.made[1]:
+            require_apart(names, xs, **{"coefficients.A": given.A, "coefficients.B": given.B})
+        if origin is None:
+            return ready, None
+        pinned: Pinned | None = origin.pinned
+        got, remedy = "", "compute them again"
+        if origin.number != self._number:
+            got, remedy = "of another prepared list", "take them from coefficients(xs) of this one"
+        elif given.sums is not origin.made[2]:
+            got, remedy = "with sums of their own", "all-reduce coefficients.sums in place"
+        elif origin.bases is not self._Us:
+            got = "of bases that were written to since"
+        elif pinned is not None and not pinned.is_as_noted():
+            got = "of S, residual or protected that were written to since"
+        elif (i := origin.written(xs)) is not None:
+            got = f"of {names.entry(i)[0]} as it was before something was written to it"
+        if got:
+            raise ValueRefusal.of(names.op, "coefficients", f"of these {names.xs}", got, remedy)
+        return ready, pinned
 
     def _pin(
         self,
@@ -483,7 +517,7 @@ class Prepared:
             looked = True
             pins = pins_of(names, len(self), S, residual, protected, self.mode)
             dtypes = [dtype for _, dtype, _ in self._metas]
-            pinned = Pinned(ids, pins, dtypes, self._admission.bases.ranges, self._Us)
+            pinned = Pinned(ids, pins, dtypes, self._admission.bases.ranges)
         if looked:
             require_pins(names, xs, self._Us, self._Vs, self._kinds, pinned.pins)
         if written and (looked or not pinned.is_apart):
@@ -537,7 +571,7 @@ def _require_eager(op: str, *, alone: bool = False) -> None:
         got = got or ("a call inside of torch.jit.trace" if within_trace() else "")
     if got:
         expected = "outside of torch.func, of forward mode and of traces"
-        remedy = "use the operators of single tensors, such as project, or project_many_"
+        remedy = "use the operators of one matrix: project_, restore_, coefficients, apply_"
         raise ValueRefusal.of(op, "the call", expected, got, remedy)
 
 

@@ -137,14 +137,13 @@ def test_runs_where_it_was_prepared(
     with use_backend(asked):  # type: ignore[arg-type]
         prepared = case.prepare()
     with use_backend(other):  # type: ignore[arg-type]
-        halves, less = prepared.coefficients(xs), prepared.coefficients(xs, S=S)
         for call in (
             lambda: prepared.project_(xs),
             lambda: prepared.coefficients(xs),
             lambda: prepared.coefficients(xs, S=S),
-            lambda: prepared.apply_(xs, halves),
+            lambda: prepared.apply_(xs, prepared.coefficients(xs)),
             lambda: prepared.restore_(xs, S=S),
-            lambda: prepared.restore_(xs, coefficients=less),
+            lambda: prepared.restore_(xs, coefficients=prepared.coefficients(xs, S=S)),
         ):
             watching.records.clear()
             call()
