@@ -120,6 +120,7 @@ _SMALL = "both sides on the smaller block"
 _A, _B, _B_OF_W = Reduce("x", "A"), Reduce("x", "B"), Reduce("w", "B")
 _C_OF_A, _C_OF_B = Reduce("A", "C"), Reduce("B", "C")
 _BY_A, _BY_B = Expand("y", "x", "A"), Expand("y", "x", "B")
+_BY_AB = Expand("y", "x", "AB")
 _A_LESS_C, _B_LESS_C = Expand("A", "A", "C", -1.0, 1.0), Expand("B", "B", "C", -1.0, 1.0)
 _A_FROM_C, _B_FROM_C = Expand("A", "A", "C", 1.0, 0.0), Expand("B", "B", "C", 1.0, 0.0)
 _X_LESS_A, _FROM_A = Expand("w", "x", "A", -1.0, 1.0), Expand("w", "x", "A", 1.0, 0.0)
@@ -138,7 +139,7 @@ FORMS: dict[Name, Form] = {
         reasons=(f"{_ALONE}; a low basis needs no subtraction", _ALONE),
     ),
     "dual": Form(
-        (Reduce("x", "AB"), _C_OF_A, _B_LESS_C, Expand("y", "x", "AB")),
+        (Reduce("x", "AB"), _C_OF_A, _B_LESS_C, _BY_AB),
         labels=("dual of two low bases", "dual"),
         reasons=_both(
             "both coefficients of g as it is, one update: the extra r·k products cost less than "
@@ -187,6 +188,18 @@ def calls_of(form: Name, first: First = "left") -> tuple[Call, ...]:
     return (first == "right" and chosen.right_first) or chosen.calls
 
 
+def in_halves(calls: tuple[Call, ...], sides: str) -> tuple[Call, ...]:
+    """The calls of ``coefficients`` and ``apply_`` together: the first knows no form and computes
+    the coefficients of all ``sides``, the second takes C from A, which is the whole matrix's."""
+    second = tuple(_C_OF_A if call == _C_OF_B else call for call in calls[1:])
+    return (Reduce("x", sides), *second)
+
+
+def matmuls(calls: tuple[Call, ...], joined: bool) -> int:
+    """How many products the torch backend makes of them; ``joined``: as in ``plan.Step``."""
+    return sum(1 if joined and call == _BY_AB else len(call.multiplied[1]) for call in calls)
+
+
 def basis_of(coefficient: str, other: str) -> str:
     """The basis that makes a coefficient of a matrix and multiplies it: C's is that of A, V, or
     that of B, U."""
@@ -229,8 +242,3 @@ def work(calls: tuple[Call, ...], beta: float, m: int, n: int, r: int, k: int) -
         needed = {name for later in calls[i:] for name in later.operands(beta)}
         held = max(held, sum(sizes.get(name, 0) for name in made & needed))
     return Work(flops, passes, bases, coefficients, held)
-
-
-def library_calls(form: Name) -> int:
-    """How many library calls the torch backend makes for one matrix of this form."""
-    return len(calls_of(form)) or (form == "zero")

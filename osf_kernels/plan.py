@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Literal
 
 from osf_kernels import cpu
-from osf_kernels.forms import FORMS, Expand, First, Name, Work, calls_of, work
+from osf_kernels.forms import FORMS, Call, Expand, First, Name, Work, calls_of, in_halves, work
 
 Mode = Literal["complement", "core"]
 Side = Literal["nothing", "everything", "high", "low"]
@@ -72,6 +72,13 @@ class Step:
     why: str
     label: str  # the form in the words a person uses
     joined: bool = False  # dual: both terms in one product of [U, B] and [A; Vᵀ]
+    halves: str = ""  # run by coefficients and apply_: the coefficients, "A", "B" or "AB"
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls of the two kernels, in order."""
+        calls = calls_of(self.form, self.first)
+        return in_halves(calls, self.halves) if self.halves else calls
 
 
 @dataclass(frozen=True)
@@ -108,21 +115,33 @@ class Plan:
     def __str__(self) -> str:
         kinds = Counter((_shape(x), step.label, backend) for x, step, backend in self.matrices)
         lines = [f"{self.mode} projection on {self.device}, {_plural(len(self.matrices))}"]
+        width = max((len(shape) for shape, _, _ in kinds), default=0)
         lines += [
-            f"  {count:4d} × {shape:<44} {label} [{backend}]"
+            f"  {count:4d} × {shape:<{width}}  {label} [{backend}]"
             for (shape, label, backend), count in kinds.items()
         ]
         lines += [
             f"  form      {self.form}",
-            f"  FLOPs     {self.flops / 1e9:.3f} G",
-            f"  bytes     {self.bytes / 2**20:.1f} MiB",
+            f"  FLOPs     {_scaled(self.flops, 1000, ('', 'k', 'M', 'G', 'T', 'P'))}",
+            f"  bytes     {_scaled(self.bytes, 1024, _BYTE_UNITS)}",
             f"  launches  {self.launches}",
-            f"  workspace {self.workspace_bytes / 2**20:.1f} MiB",
+            f"  workspace {_scaled(self.workspace_bytes, 1024, _BYTE_UNITS)}",
             f"  backend   {self.backend}",
             f"  why       {self.why}",
             *[f"  note      {note}" for note in self.notes],
         ]
         return "\n".join(lines)
+
+
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def _scaled(value: float, step: int, units: tuple[str, ...]) -> str:
+    """With one digit behind the point, in the largest unit of which there is one."""
+    power = 0
+    while value >= step and power + 1 < len(units):
+        value, power = value / step, power + 1
+    return f"{value:.{0 if power == 0 else 1}f} {units[power]}".rstrip()
 
 
 def _plural(count: int) -> str:
@@ -155,14 +174,26 @@ def choose(x: Matrix, mode: Mode, device: str, once: bool = False, shard: bool =
 
     With ``once`` the result is written in one update (restore rounds once; a caller's ready
     coefficients are all of the g before it), which rules the sequential form out. With
-    ``shard`` g is a part of the matrix: that a basis is as wide as it says nothing.
+    ``shard`` m is the number of rows of a part: that U is as wide says nothing.
     """
+    step = _chosen(x, mode, device, once, shard)
+    return _in_halves(x, step) if shard else step
+
+
+def _in_halves(x: Matrix, step: Step) -> Step:
+    """The step with what coefficients and apply_ cost."""
+    sides = ("" if x.r is None else "A") + ("" if x.k is None else "B")
+    without_calls = not calls_of(step.form)
+    return _priced(x, replace(step, halves=sides), step.passes if without_calls else 0)
+
+
+def _chosen(x: Matrix, mode: Mode, device: str, once: bool, shard: bool) -> Step:
     core = mode == "core"
     # A missing basis leaves its side alone: in (I − H) g (I − H') that is H = 0, in g − H g H'
     # it is H = I.
     missing: Side = "everything" if core and not (x.r is None and x.k is None) else "nothing"
     left = _protected(x.r, x.u_spans, None if shard else x.m, missing)
-    right = _protected(x.k, x.v_spans, None if shard else x.n, missing)
+    right = _protected(x.k, x.v_spans, x.n, missing)
     if x.m == 0 or x.n == 0 or x.batch == 0:
         return _trivial(x, "identity", "nothing to project: a dimension is zero")
     alone, removed = ("everything", "nothing") if core else ("nothing", "everything")
@@ -183,8 +214,7 @@ def choose(x: Matrix, mode: Mode, device: str, once: bool = False, shard: bool =
 
 def _trivial(x: Matrix, form: Literal["identity", "zero"], why: str) -> Step:
     passes, beta = (0, 1.0) if form == "identity" else (2, 0.0)
-    moved = passes * x.batch * x.m * x.n * BYTES[x.dtype]
-    return Step(form, "left", 0.0, beta, 0, moved, passes, why, form)
+    return _priced(x, Step(form, "left", 0.0, beta, 0, 0, 0, why, form), passes)
 
 
 def _one_sided(x: Matrix, form: Literal["left", "right"], side: Side) -> Step:
@@ -195,27 +225,36 @@ def _one_sided(x: Matrix, form: Literal["left", "right"], side: Side) -> Step:
 def _step(
     x: Matrix, form: Name, first: First, alpha: float, beta: float, joined: bool = False
 ) -> Step:
-    """The form with its cost: bytes count each operand of each call once."""
-    does, told, at = _work(x, form, first, beta), FORMS[form], int(beta)
-    moved = does.passes * x.m * x.n * BYTES[x.dtype]
-    moved += does.bases * BYTES[x.basis_dtype] + does.coefficients * 4
+    """The form with its cost."""
+    told, at = FORMS[form], int(beta)
     label = told.labels[at].format(first=first)
-    flops, moved, passes = does.flops * x.batch, moved * x.batch, does.passes
-    return Step(form, first, alpha, beta, flops, moved, passes, told.reasons[at], label, joined)
+    step = Step(form, first, alpha, beta, 0, 0, 0, told.reasons[at], label, joined)
+    return _priced(x, step)
 
 
-def _work(x: Matrix, form: Name, first: First, beta: float) -> Work:
-    return work(calls_of(form, first), beta, x.m, x.n, x.r or 0, x.k or 0)
+def _work(x: Matrix, step: Step) -> Work:
+    return work(step.calls, step.beta, x.m, x.n, x.r or 0, x.k or 0)
 
 
-def choose_pinned(x: Matrix, mode: Mode, device: str) -> Step:
+def _priced(x: Matrix, step: Step, more: int = 0) -> Step:
+    """With the figures of the step's calls, and so many passes over g beside them."""
+    does = _work(x, step)
+    passes = does.passes + more
+    moved = passes * x.m * x.n * BYTES[x.dtype]
+    moved += does.bases * BYTES[x.basis_dtype] + does.coefficients * 4
+    return replace(step, flops=does.flops * x.batch, bytes=moved * x.batch, passes=passes)
+
+
+def choose_pinned(x: Matrix, mode: Mode, device: str, shard: bool = False) -> Step:
     """The form that pins high bases to their singular values: never simplified away.
 
     Even a side that is protected whole has a value to be pinned to, so only r = k = 0 is trivial.
     """
     if not (x.r or x.k) or x.m == 0 or x.n == 0 or x.batch == 0:
-        return _trivial(x, "identity", "nothing is protected: W stays")
-    return _two_sided(x, "high", "high", flip=mode == "core", device=device, once=True)
+        step = _trivial(x, "identity", "nothing is protected: W stays")
+    else:
+        step = _two_sided(x, "high", "high", flip=mode == "core", device=device, once=True)
+    return _in_halves(x, step) if shard else step
 
 
 def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, once: bool) -> Step:
@@ -277,7 +316,7 @@ def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
             result of its own, and are added one by one where they aren't joined.
     """
     more = 0
-    for call in calls_of(step.form, step.first):
+    for call in step.calls:
         if call.into == "AB":
             more += reads - 1
         elif composed and isinstance(call, Expand):
@@ -290,7 +329,7 @@ def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
 def coefficient_bytes(x: Matrix, step: Step) -> int:
     """What the coefficients of one matrix take at once where they are composed from matmuls."""
     r, k = x.r or 0, x.k or 0
-    elements = _work(x, step.form, step.first, step.beta).held
+    elements = _work(x, step).held
     if step.form == "dual" and step.joined:
         elements += (r + k) * (x.m + x.n)
     same = x.dtype == x.basis_dtype != "float16"

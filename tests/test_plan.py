@@ -6,11 +6,14 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from osf_kernels import Basis, plan
+from osf_kernels import Basis, plan, prepare
 from osf_kernels.backends import choosing
 from osf_kernels.forms import FORMS, calls_of, work
 from osf_kernels.plan import Matrix, choose, on_backend
+from osf_kernels.testing import random_basis
 
 
 def bases(size: int, protected: int, spans: str, device: str = "meta") -> Basis:
@@ -140,6 +143,40 @@ def test_costs_are_counted_from_the_calls_of_a_form():
     assert held["sequential"] == max(one, other)
     assert held["mixed"] == held["inner"] == one + small
     assert held["mixed in turn"] == m * n + max(one, other)
+
+
+@pytest.mark.parametrize("mode", ["complement", "core"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_flops_and_launches_are_the_products_that_torch_makes(mode, sharded):
+    """Of a sharded list those of coefficients and apply_ together."""
+    gen = torch.Generator().manual_seed(0)
+    for left, right, (r, k) in itertools.product(
+        ("high", "low", None), ("high", "low", None), ((40, 24), (3, 50), (100, 24), (40, 96))
+    ):
+        x = torch.randn(100, 96, generator=gen, dtype=torch.float64)
+        U, V = (
+            None if spans is None else random_basis(size, rank, spans=spans, dtype=x.dtype)
+            for size, rank, spans in ((100, r, left), (96, k, right))
+        )
+        prepared = prepare([x], [U], [V], mode=mode, sharded=sharded)
+        with FlopCounterMode(display=False) as counter, Matmuls() as made:
+            if sharded:
+                prepared.apply_([x], prepared.coefficients([x]))
+            else:
+                prepared.project_([x])
+        told = prepared.plan
+        assert (told.flops, told.launches) == (counter.get_total_flops(), made.count), told
+
+
+class Matmuls(TorchDispatchMode):
+    """Counts products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name in ("mm", "addmm", "bmm", "baddbmm")
+        return function(*args, **(kwargs or {}))
 
 
 def test_passes_are_those_of_the_backend_that_runs():

@@ -95,9 +95,7 @@ class Route:
     @property
     def grouped(self) -> tuple[int, int]:
         """How often the kernels of grouped backends are called, and the bytes of workspace."""
-        programs = [program for _, program in self._parts if isinstance(program, ListProgram)]
-        workspace = max((program.workspace_bytes for program in programs), default=0)
-        return sum(program.calls for program in programs), workspace
+        return _calls_and_workspace(self._parts)
 
     def run(self, xs: Sequence[Tensor], ready: Sequence[Ready] | None = None) -> None:
         """Each problem with its matrix of ``xs``, and with ready coefficients where given."""
@@ -107,6 +105,12 @@ class Route:
         for mine, program in self._parts:
             chosen = [xs[i] for i in mine]
             program.run(chosen, None if ready is None else [ready[i] for i in mine])
+
+
+def _calls_and_workspace(parts: Sequence[tuple[list[int], Any]]) -> tuple[int, int]:
+    programs = [program for _, program in parts if isinstance(program, ListProgram)]
+    workspace = max((program.workspace_bytes for program in programs), default=0)
+    return sum(program.calls for program in programs), workspace
 
 
 class CoefficientRoute:
@@ -146,6 +150,11 @@ class CoefficientRoute:
             if problems:
                 kernels = choosing.module(name)
                 self._parts.append((mine, ListProgram(problems, kernels, limit, halves=True)))
+
+    @property
+    def grouped(self) -> tuple[int, int]:
+        """As ``Route.grouped``."""
+        return _calls_and_workspace(self._parts)
 
     def run(self, xs: Sequence[Tensor], found: CoefficientList) -> None:
         """Writes the coefficients of ``xs``, which lie as those it was made for."""

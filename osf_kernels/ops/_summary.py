@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from osf_kernels.forms import library_calls
+from osf_kernels.forms import matmuls
 from osf_kernels.plan import Matrix, Mode, Plan, Step, coefficient_bytes
 
 
@@ -22,7 +22,7 @@ def summary(
     calls, workspace = grouped
     for x, step, name, _ in entries:
         if name == "torch":
-            calls += library_calls(step.form)
+            calls += matmuls(step.calls, step.joined)
             workspace = max(workspace, coefficient_bytes(x, step))
     return Plan(
         form=_joined(step.label for _, step, _, _ in entries) or "nothing to do",

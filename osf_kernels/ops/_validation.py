@@ -195,7 +195,7 @@ def check(
     if U is not None:
         check_basis(op, names[1], U, g, left=True, shard=shard)
     if V is not None:
-        check_basis(op, names[2], V, g, left=False)  # whole on every shard
+        check_basis(op, names[2], V, g, left=False, shard=shard)
 
 
 def shape_check(
@@ -258,7 +258,7 @@ def admit(
     # Kernels for a GPU are planned for one, wherever they are interpreted.
     planned_for = "cuda" if request in ("triton", "cuda") else device.type
     if choice in ("pinned", "pinned shard"):
-        step = choose_pinned(x, mode, planned_for)
+        step = choose_pinned(x, mode, planned_for, choice == "pinned shard")
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
     backend, why = choose_for(request, device, x, step)

@@ -34,6 +34,7 @@ from osf_kernels.ops._validation import (
     BasisLike,
     Choice,
     Decision,
+    check_basis,
     held,
     kind_of,
     meta,
@@ -150,6 +151,7 @@ class Prepared:
         self._Us, self._Vs = self._laid_out()
         self._metas = [meta(x) for x in like]
         self._choice: Choice = "shard" if sharded else "any"
+        self._halves: Choice = "shard" if sharded else "once"
         self._decisions = self._decided(names, like, self._choice)
         self._admission = Admission(self._metas, Us, Vs)
         self._routes: dict[str, Any] = {}
@@ -158,10 +160,12 @@ class Prepared:
 
     @property
     def plan(self) -> Plan:
-        """What ``project_`` runs (where sharded: ``apply_``), and why."""
+        """What ``project_`` runs, and why; where sharded, what ``coefficients`` and ``apply_`` do,
+        of which launches and workspace on Triton and CUDA are told once they have run."""
         device = str(self._metas[0][2]) if self._metas else "cpu"
-        route = self._routes.get("project")
-        grouped = (0, 0) if route is None else route.grouped
+        keys = ("coefficients", "apply") if self._sharded else ("project",)
+        told = [self._routes[key].grouped for key in keys if key in self._routes]
+        grouped = sum(calls for calls, _ in told), max((held for _, held in told), default=0)
         pairs = zip((*self._Us, *self._Vs), (*self._given[0], *self._given[1]), strict=True)
         copied = sum(used is not given for used, given in pairs)
         note = f"{copied} bases are copied once: their rows aren't of whole 16 bytes"
@@ -307,7 +311,7 @@ class Prepared:
         if pinned is not None:
             expected, got = "of coefficients(xs) without S or protected", "of pinned matrices"
             raise ValueRefusal.of(names.op, "coefficients", expected, got, "pass them to restore_")
-        route = self._route("apply", lambda: self._decided(names, xs, "shard"), xs, ready)
+        route = self._route("apply", lambda: self._decided(names, xs, self._halves), xs, ready)
         self._run(route, xs, ready)
 
     # --- what a call checks ---
@@ -370,6 +374,11 @@ class Prepared:
     def _decided(
         self, names: Names, xs: Sequence[Tensor], choice: Choice, kind: str | None = None
     ) -> list[Decision]:
+        if self._sharded:
+            for i, (x, V) in enumerate(zip(xs, self._Vs, strict=True)):
+                if V is not None:  # whole on every shard
+                    with Refusal.of_entry(i):
+                        check_basis(names.op, names.entry(i)[2], meta(V), meta(x), left=False)
         decisions = []
         kinds = self._kinds if kind is None else [kind] * len(xs)
         for i, (x, U, V, kind) in enumerate(zip(xs, self._Us, self._Vs, kinds, strict=True)):
@@ -420,7 +429,7 @@ class Prepared:
         self._route("project", lambda: self._decisions, like)
 
     def run_project_(self, names: Names, grads: Sequence[Tensor]) -> None:
-        """``project_`` as the operator that ``names`` says."""
+        """``project_`` for the library's own operators, by whose ``names`` it refuses."""
         self._require_whole(names.op)
         self._admit(names, grads)
         self._run(self._route("project", lambda: self._decisions, grads), grads)
@@ -433,7 +442,7 @@ class Prepared:
         residual: Sequence[Residual | None] | None,
         protected: Sequence[Tensor | None] | None,
     ) -> None:
-        """``restore_`` as the operator that ``names`` says."""
+        """``restore_`` for the library's own operators, by whose ``names`` it refuses."""
         pinned = self._pin(names, weights, S, residual, protected)
         route = pinned.routes.get("whole")
         if route is None:
@@ -547,9 +556,9 @@ class Prepared:
             # Two updates would round a 16-bit weight twice.
             choice: Choice = "any"
             if pin.S is not None:
-                choice = "pinned" if ready is None else "pinned shard"
+                choice = "pinned" if not self._sharded else "pinned shard"
             elif ready is not None:
-                choice = "shard"
+                choice = self._halves
             elif W.element_size() == 2:
                 choice = "once"
             decision = decide(names.op, names.entry(i), W, U, V, kind, choice, self._request)

@@ -31,6 +31,14 @@ def is_high(basis: Held) -> bool:
     return basis is not None and spans_of(basis) == "high"
 
 
+def of_shard(basis: Held, size: int) -> Held:
+    """A part of a basis that stands for its side of ``size`` rows: one that is protected whole is
+    said by no columns of what is free, since this part of it doesn't tell."""
+    if is_high(basis) and columns_of(basis).shape[-1] == size:
+        return Basis(columns_of(basis)[..., :0], "low")
+    return basis
+
+
 def mapped(basis: Held, change: Callable[[Tensor], Tensor]) -> Held:
     """The same side with other columns."""
     if isinstance(basis, Basis):

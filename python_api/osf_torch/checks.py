@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,24 +75,12 @@ def require_bases(items: Together) -> None:
 
 def require_contents(items: Sequence[Protected]) -> None:
     """Refuses bases and pinned parts whose values aren't those that were taken, whoever wrote them:
-    torch counts no writes through ``.data``, numpy or another storage.
-
-    Of sharded weights the ranks agree, so that all of them refuse.
-    """
-    others = [item for item in items if not _is_as_taken(item)]
-    flags: dict[Group, bool] = {}
-    for item in items:
-        if item.group is not None:
-            flags[item.group] = flags.get(item.group, False) or item in others
-    device = next((item.contents.device for item in items), torch.device("cpu"))
-    told = [
-        any_rank(group, torch.tensor(float(flag), device=device)) for group, flag in flags.items()
-    ]
-    if others or any(told):
-        names = listed([item.name for item in others]) if others else "weights on another rank"
+    torch counts no writes through ``.data``, numpy or another storage."""
+    others = [item.name for item in items if not _is_as_taken(item)]
+    if others:
         raise RuntimeError(
             "osf_torch.Guard.verify: expected the tensors that say what is protected to be as they "
-            f"were given, got others of {names}: something has written to them in a way "
+            f"were given, got others of {listed(others)}: something has written to them in a way "
             "that torch doesn't count (.data, numpy), and steps since have protected what they say "
             "now; protect the model again"
         )
@@ -154,6 +142,27 @@ def refused(error: Exception, items: Sequence[Protected]) -> Exception:
 
 
 # --- Guard.verify ---
+
+
+def agreed(items: Sequence[Protected], check: Callable[[], None]) -> None:
+    """Runs a check that one rank alone may fail, and refuses on all ranks of sharded weights where
+    it does: those that went on would wait in the next collective."""
+    refusal: Exception | None = None
+    try:
+        check()
+    except Exception as error:
+        refusal = error
+    groups: dict[Group, None] = dict.fromkeys(i.group for i in items if i.group is not None)
+    device = next((item.contents.device for item in items), torch.device("cpu"))
+    flag = torch.tensor(float(refusal is not None), device=device)
+    told = [any_rank(group, flag) for group in groups]
+    if refusal is not None:
+        raise refusal
+    if any(told):
+        raise RuntimeError(
+            "osf_torch.Guard.verify: expected every rank to find the protection in place, got a "
+            "refusal on another rank, whose own message says why"
+        )
 
 
 def require_same_model(guarded: nn.Module, model: nn.Module) -> None:

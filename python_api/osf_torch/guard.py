@@ -272,15 +272,7 @@ class Guard:
             tol: on ``drift()``; None is what rounding and bases of this dtype explain.
         """
         steps, items = self._steps, self._steps.together.items
-        if model is not None and model is not self._model:
-            checks.require_same_model(self._model, model)
-        owned = None if self._optimizer is None else owned_by(self._optimizer)
-        checks.require_present(self._model, items, owned)
-        checks.require_bases(steps.together)
-        checks.require_contents(items)
-        checks.require_hooks(items, self._hooks)
-        checks.require_covered(self._model, self.subspaces, _guarded())
-        checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
+        checks.agreed(items, lambda: self._require_guarded(model))
         if not self._told:
             log_left_out(self._model, _guarded(), "Guard.verify")
             self._told = True
@@ -290,7 +282,7 @@ class Guard:
             steps.judge([item for item in ready if id(item) not in stale])
         fired = steps.projections + steps.restorations
         leaking = {name for name, excess in steps.excess.items() if float(excess) > 0}
-        checks.require_projected(fired, steps.missed, leaking)
+        checks.agreed(items, lambda: checks.require_projected(fired, steps.missed, leaking))
         steps.settle()
         if self.restores:
             checks.require_in_place(items, self.mode, tol)
@@ -304,6 +296,19 @@ class Guard:
             checks.require_in_place(measurable, self.mode, tol)
         else:
             checks.log_drift(measurable, self.mode)
+
+    def _require_guarded(self, model: nn.Module | None) -> None:
+        """Refuses what this rank alone can tell before gradients and weights are looked at."""
+        items = self._steps.together.items
+        if model is not None and model is not self._model:
+            checks.require_same_model(self._model, model)
+        owned = None if self._optimizer is None else owned_by(self._optimizer)
+        checks.require_present(self._model, items, owned)
+        checks.require_bases(self._steps.together)
+        checks.require_contents(items)
+        checks.require_hooks(items, self._hooks)
+        checks.require_covered(self._model, self.subspaces, _guarded())
+        checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming to the bit takes: bases, what is pinned, the settings, the count, and

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import Mode
-from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved
+from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved, of_shard
 from osf_torch.lists import Entry
 from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of
 from osf_torch.sharing import whole
@@ -101,7 +101,10 @@ class Protected:
         """What is done to the gradient, or where ``pinned`` to the weight."""
         held, groups = self.held, () if self.group is None else (self.group,)
         if not pinned:
-            return Entry(held.U, held.V, groups)
+            cut, U = self.sharding, held.U
+            if cut is not None and cut.dim >= -2:
+                U = of_shard(U, self.weight.shape[cut.dim])
+            return Entry(U, held.V, groups)
         return Entry(held.U, held.V, groups, held.S, held.residual(mode), held.protected)
 
     def take(self, held: Pinned) -> None:

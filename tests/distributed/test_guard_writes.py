@@ -199,6 +199,81 @@ def test_a_resumed_sharded_run_goes_on_to_the_next_task_to_the_bit():
 RUNS = {"written": written_runs, "loaded": loaded_runs, "next task": next_task_runs}
 
 
+def refused_run(ranks, kind):
+    """One rank's own trouble: what each of them says."""
+    model, optimizer, guard = start(kind, ranks, torch.optim.AdamW, restore=False)
+    backward(model, 0)
+    with torch.no_grad():
+        optimizer.register_step_pre_hook(lambda *_: write_on_the_last_rank(model, ranks))
+    optimizer.step()
+    try:
+        guard.verify()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def write_on_the_last_rank(model, ranks):
+    if torch.distributed.get_rank() == ranks - 1:
+        model[0].weight.grad.to_local().add_(1)
+
+
+def refused_runs(rank, ranks):
+    return {kind: refused_run(ranks, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_ranks_refuse_what_one_of_them_finds(kind):
+    """None waits for the others in a collective."""
+    first, last = (found[kind] for found in all_refusals())
+    assert "gradients of 0.weight that were written to after they were projected" in last
+    assert "got a refusal on another rank, whose own message says why" in first
+
+
+@lru_cache(maxsize=1)
+def all_refusals():
+    return run_ranks(2, refused_runs, 2)
+
+
+def whole_side_run(ranks, kind):
+    """What a weight moves of which a whole side is protected, and nothing is restored."""
+    model = nn.Sequential(nn.Linear(8, 20, bias=False), nn.Linear(20, 8, bias=False))
+    gen = generator_for("whole side")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=gen))
+    subspaces = refresh(model, 1.0, progress=False)
+    mesh = init_device_mesh("cpu", (ranks,))
+    if kind == "fsdp":
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh)
+    else:
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.0)
+    guard = protect(model, subspaces, optimizer=optimizer, restore=False)
+    names = ("0.weight", "1.weight")
+    before = {n: W.clone() for n, W in whole(model, names).items()}
+    for step in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(6, 8, generator=generator_for("x", step))
+        (model(x) - x.sin()).square().mean().backward()
+        optimizer.step()
+    guard.verify()
+    after = whole(model, names)
+    return {n: float((after[n] - before[n]).abs().max()) for n in names}
+
+
+def whole_side_runs(rank, ranks):
+    return {kind: whole_side_run(ranks, kind) for kind in KINDS}
+
+
+def test_a_weight_of_which_a_whole_side_is_protected_stays():
+    """Exactly, however it is sharded: AdamW makes full steps of rounding."""
+    for found in run_ranks(2, whole_side_runs, 2):
+        for kind in KINDS:
+            assert found[kind] == {"0.weight": 0.0, "1.weight": 0.0}, kind
+
+
 def everything(rank, ranks):
     return {name: run(rank, ranks) for name, run in RUNS.items()}
 
