@@ -1,4 +1,4 @@
-"""The backends: ``forms.py`` says what runs, ``torch``, ``triton`` and ``cuda`` run it.
+"""The backends: ``jobs.py`` says what is asked of them; ``torch``, ``triton``, ``cuda`` run it.
 
 ``grouped.py`` drives the two of them that take lists, and ``choosing.py`` says which one serves a
 call. ``primitives.py`` has the products and factorizations of ``osf_kernels.linalg``.

@@ -9,7 +9,7 @@ factorizes the matrices that its shared memory holds.
 cuda alone: "triton" leaves them to torch, "cuda" computes them where a block's shared memory holds
 the matrix, as ``largest_cholesky`` and ``largest_jacobi`` say.
 
-May import: torch, ``osf_kernels.linalg.cpu``, ``osf_kernels.backends`` and below.
+May import: torch, ``osf_kernels.backends`` and below.
 """
 
 from __future__ import annotations
