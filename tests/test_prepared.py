@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import sys
 import threading
 import weakref
@@ -337,7 +339,7 @@ def test_coefficients_serve_their_list_once():
         prepared.apply_(xs, found)
     prepared.apply_(again, found)
     assert all(map(torch.equal, xs, again))
-    with pytest.raises(ValueError, match="of another prepared list; take them from"):
+    with pytest.raises(ValueError, match="of another prepared list, or a copy; take them from"):
         case.prepare().apply_(again, prepared.coefficients(again))
     found = prepared.coefficients(again)
     summed = found._replace(sums=tuple(t.clone() for t in found.sums))
@@ -346,6 +348,36 @@ def test_coefficients_serve_their_list_once():
     with torch.inference_mode():
         inside = [x.clone() for x in again]
         prepared.apply_(inside, prepared.coefficients(inside))
+
+
+def test_matrices_of_one_buffer_are_not_taken_for_written_to():
+    """torch counts the writes to a buffer together."""
+    case = List([SQUARE] * 4, "buffer")
+    held = torch.stack(case.draw()).unbind()
+    before = [x.clone() for x in held]
+    halves = [
+        (one, one.coefficients([x]), x)
+        for x, U, V in zip(held, case.Us, case.Vs, strict=True)
+        for one in [prepare([x], [U], [V])]
+    ]
+    for one, found, x in halves:
+        one.apply_([x], found)
+    case.assert_projected(held, before)
+
+
+def test_a_copy_of_coefficients_or_of_a_list_is_another():
+    case = List([SQUARE], "copies")
+    prepared, xs = case.prepare(), case.draw()
+    found = prepared.coefficients(xs, S=case.triplets()[0])
+    for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        with pytest.raises(ValueError, match="got of another prepared list, or a copy"):
+            prepared.restore_(xs, coefficients=other)
+    twin = copy.deepcopy(prepared)
+    with pytest.raises(ValueError, match="got of another prepared list, or a copy"):
+        twin.restore_(xs, coefficients=found)
+    before = [x.clone() for x in xs]
+    twin.apply_(xs, twin.coefficients(xs))
+    case.assert_projected(xs, before)
 
 
 @pytest.mark.parametrize("keeps_origin", [True, False])

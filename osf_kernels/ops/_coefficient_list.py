@@ -55,12 +55,25 @@ class Origin:
         self._versions = _versions(xs)
 
     def written(self, xs: Sequence[Tensor]) -> int | None:
-        """The place of one of the matrices to which something was written since."""
+        """The place of one of the matrices to which something was written since.
+
+        Told of the very same tensors where they are all of their memory: torch counts the writes
+        to a buffer together, whichever of its parts they are to.
+        """
         lists = zip(xs, self._xs, self._versions, _versions(xs), strict=True)
         for i, (x, then, before, now) in enumerate(lists):
-            if before != now and then() is x:
+            if before != now and then() is x and _is_whole(x):
                 return i
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no list."""
+        no_xs: dict[str, Any] = {"_xs": [], "_versions": []}
+        return self.__dict__ | {"number": -1, "pinned": None} | no_xs
+
+
+def _is_whole(x: Tensor) -> bool:
+    return x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 def _versions(xs: Sequence[Tensor]) -> list[int | None]:

@@ -172,6 +172,11 @@ class Prepared:
         notes = [note] if copied else []
         return summary([d[:4] for d in self._decisions], self.mode, device, grouped, notes)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a list of its own."""
+        self.__dict__.update(state)
+        self._number = next(_NUMBERS)
+
     def __len__(self) -> int:
         return len(self._metas)
 
@@ -209,12 +214,12 @@ class Prepared:
             S, residual, protected: as in restore_many_; what the same tensors decide is kept from
                 one call to the next.
             coefficients: of ``self.coefficients(weights, S=...)``, with the values that the weights
-                have now, A summed over the shards; in place of S, residual and protected. Without,
-                they are computed here.
+                have now, as for apply_, A summed over the shards; in place of S, residual and
+                protected. Without, they are computed here.
 
         Raises:
             TypeError, ValueError: as project_ and restore_many_; coefficients of another list, or
-                of weights, bases or pins that were written to since.
+                of bases or pins that were written to since.
 
         Mutates every matrix of weights, not the coefficients; doesn't synchronise; draws no random
         numbers.
@@ -295,11 +300,12 @@ class Prepared:
         """x ← P(x) in place from ready coefficients, A summed over the shards; as :func:`apply_`.
 
         Args:
-            xs: the matrices with the values that they had in ``coefficients``.
+            xs: the matrices with the values that they had in ``coefficients``, or copies. A write
+                since is refused where one is the very same tensor and no part of a buffer.
 
         Raises:
-            TypeError, ValueError: as project_; coefficients of another list, or of matrices or
-                bases that were written to since.
+            TypeError, ValueError: as project_; coefficients of another list, or of bases that were
+                written to since.
 
         Mutates every matrix of xs, not the coefficients; doesn't synchronise; draws no random
         numbers.
@@ -492,14 +498,16 @@ class Prepared:
             return ready, None
         pinned: Pinned | None = origin.pinned
         got, remedy = "", "compute them again"
+        beside = " (or something beside them in one buffer)"  # torch counts these writes together
         if origin.number != self._number:
-            got, remedy = "of another prepared list", "take them from coefficients(xs) of this one"
+            got = "of another prepared list, or a copy"
+            remedy = "take them from coefficients(xs) of this one"
         elif given.sums is not origin.made[2]:
             got, remedy = "with sums of their own", "all-reduce coefficients.sums in place"
         elif origin.bases is not self._Us:
-            got = "of bases that were written to since"
+            got = f"of bases that were written to since{beside}"
         elif pinned is not None and not pinned.is_as_noted():
-            got = "of S, residual or protected that were written to since"
+            got = f"of S, residual or protected that were written to since{beside}"
         elif (i := origin.written(xs)) is not None:
             got = f"of {names.entry(i)[0]} as it was before something was written to it"
         if got:

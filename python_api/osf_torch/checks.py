@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -277,12 +278,26 @@ def require_guarded_writes(items: Iterable[Protected], *, restored: bool) -> Non
         )
 
 
-def require_in_place(items: Sequence[Protected], mode: Mode, tol: float | None) -> None:
+class Drift(NamedTuple):
+    """How far a weight's protected part has moved, and what rounding explains of it."""
+
+    item: Protected
+    drift: float
+    limit: float
+
+
+def drifts(items: Sequence[Protected], mode: Mode) -> list[Drift]:
+    """Of every weight; sharded ones take sums over their ranks."""
+    return [
+        Drift(item, measures.drift(item, mode), measures.drift_limit(item, mode)) for item in items
+    ]
+
+
+def require_in_place(found: Sequence[Drift], tol: float | None) -> None:
     """Refuses weights whose protected part has moved; logs those that can't hold it any more."""
-    drifts = {}
-    for item in items:
-        drift = drifts[item.name] = _finite_drift(item, mode)
-        limit = tol if tol is not None else measures.drift_limit(item, mode)
+    for item, drift, limit in found:
+        _require_finite(item, drift)
+        limit = limit if tol is None else tol
         if not drift <= limit:
             raise RuntimeError(
                 f"osf_torch.Guard.verify: expected the protected part of {item.name!r} to be where "
@@ -290,7 +305,7 @@ def require_in_place(items: Sequence[Protected], mode: Mode, tol: float | None) 
                 "weight outside of the optimizer's step: call Guard.restore() after it, or protect "
                 "again where it replaced the weight"
             )
-    lost = {name: drift for name, drift in drifts.items() if drift > measures.TOLD_DRIFT}
+    lost = {item.name: drift for item, drift, _ in found if drift > measures.TOLD_DRIFT}
     if tol is None and lost:
         worst = max(lost, key=lost.__getitem__)
         log.warning(
@@ -298,18 +313,15 @@ def require_in_place(items: Sequence[Protected], mode: Mode, tol: float | None) 
             "%.0e, most in %r by %.1e of itself, which rounding of the weight explains: the weight "
             "has grown until its dtype holds no more of a part that is so much smaller; train in "
             "float32, or pass tol= to refuse it",
-            *(len(lost), len(drifts), measures.TOLD_DRIFT, worst, lost[worst]),
+            *(len(lost), len(found), measures.TOLD_DRIFT, worst, lost[worst]),
         )
 
 
-def log_drift(items: Sequence[Protected], mode: Mode) -> None:
-    """Logs weights whose protected part has moved where that isn't undone."""
-    drifts = {item.name: _finite_drift(item, mode) for item in items}
-    moved = {
-        item.name: drifts[item.name]
-        for item in items
-        if drifts[item.name] > measures.drift_limit(item, mode)
-    }
+def log_drift(found: Sequence[Drift]) -> None:
+    """Logs weights whose protected part has moved where that isn't undone; refuses NaN and Inf."""
+    for item, drift, _ in found:
+        _require_finite(item, drift)
+    moved = {item.name: drift for item, drift, limit in found if drift > limit}
     if moved:
         worst = max(moved, key=moved.__getitem__)
         log.warning(
@@ -317,12 +329,11 @@ def log_drift(items: Sequence[Protected], mode: Mode) -> None:
             "protect(), most in %r by %.1e of itself; restore=False leaves what an optimizer "
             "itself does to it (elementwise steps, momentum, weight decay): protect with "
             "restore=True, or pass tol= to refuse it",
-            *(len(moved), len(drifts), worst, moved[worst]),
+            *(len(moved), len(found), worst, moved[worst]),
         )
 
 
-def _finite_drift(item: Protected, mode: Mode) -> float:
-    drift = measures.drift(item, mode)
+def _require_finite(item: Protected, drift: float) -> None:
     if not math.isfinite(drift):
         raise RuntimeError(
             f"osf_torch.Guard.verify: expected finite weights, got NaN or Inf in {item.name!r};"
@@ -330,4 +341,3 @@ def _finite_drift(item: Protected, mode: Mode) -> float:
             "earlier checkpoint, and leave such steps out (GradScaler does, and "
             "clip_grad_norm_(error_if_nonfinite=True) refuses them)"
         )
-    return drift

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -272,7 +273,7 @@ class Guard:
             tol: on ``drift()``; None is what rounding and bases of this dtype explain.
         """
         steps, items = self._steps, self._steps.together.items
-        checks.agreed(items, lambda: self._require_guarded(model))
+        checks.agreed(items, lambda: self._require_guarded(model, tol))
         if not self._told:
             log_left_out(self._model, _guarded(), "Guard.verify")
             self._told = True
@@ -285,20 +286,19 @@ class Guard:
         checks.agreed(items, lambda: checks.require_projected(fired, steps.missed, leaking))
         steps.settle()
         if self.restores:
-            checks.require_in_place(items, self.mode, tol)
-            checks.require_guarded_writes(steps.left.noticed(), restored=True)
+            drifts, noticed = checks.drifts(items, self.mode), steps.left.noticed()
+            checks.agreed(items, lambda: self._require_pinned(drifts, noticed, tol))
             return
         written = checks.moved_by_others(steps.left.settled(), self.mode) | steps.written
-        if self._optimizer is not None:
-            checks.require_guarded_writes([i for i in items if i.name in written], restored=False)
-        measurable = [item for item in items if checks.is_measurable(item)]
-        if tol is not None:
-            checks.require_in_place(measurable, self.mode, tol)
-        else:
-            checks.log_drift(measurable, self.mode)
+        drifts = checks.drifts(list(filter(checks.is_measurable, items)), self.mode)
+        checks.agreed(items, lambda: self._require_kept(drifts, written, tol))
 
-    def _require_guarded(self, model: nn.Module | None) -> None:
-        """Refuses what this rank alone can tell before gradients and weights are looked at."""
+    # What one rank alone may refuse, without a collective: ``checks.agreed`` tells the others.
+
+    def _require_guarded(self, model: nn.Module | None, tol: object) -> None:
+        """Before gradients and weights are looked at."""
+        if isinstance(tol, bool) or not (tol is None or isinstance(tol, Real)):
+            raise TypeError(f"osf_torch.Guard.verify: expected tol to be a number, got {tol!r}")
         items = self._steps.together.items
         if model is not None and model is not self._model:
             checks.require_same_model(self._model, model)
@@ -309,6 +309,25 @@ class Guard:
         checks.require_hooks(items, self._hooks)
         checks.require_covered(self._model, self.subspaces, _guarded())
         checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
+
+    def _require_pinned(
+        self, drifts: Sequence[checks.Drift], noticed: Sequence[Protected], tol: float | None
+    ) -> None:
+        """Of weights that are restored."""
+        checks.require_in_place(drifts, tol)
+        checks.require_guarded_writes(noticed, restored=True)
+
+    def _require_kept(
+        self, drifts: Sequence[checks.Drift], written: Collection[str], tol: float | None
+    ) -> None:
+        """Of weights that aren't restored."""
+        if self._optimizer is not None:
+            others = [item for item in self._steps.together.items if item.name in written]
+            checks.require_guarded_writes(others, restored=False)
+        if tol is None:
+            checks.log_drift(drifts)
+        else:
+            checks.require_in_place(drifts, tol)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming to the bit takes: bases, what is pinned, the settings, the count, and

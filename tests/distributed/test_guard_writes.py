@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import lru_cache
 
 import pytest
@@ -233,6 +234,49 @@ def test_all_ranks_refuse_what_one_of_them_finds(kind):
 @lru_cache(maxsize=1)
 def all_refusals():
     return run_ranks(2, refused_runs, 2)
+
+
+TROUBLES = {
+    "NaN": lambda weight: weight[0].fill_(float("nan")),
+    "moved": lambda weight: weight.mul_(1.5),
+    "tol": None,
+}
+
+
+def mixed_runs(rank, ranks):
+    """What each rank says of trouble that the last one alone has, with a weight that is whole."""
+    said = {}
+    for restore, name in itertools.product((True, False), TROUBLES):
+        model = mlp()
+        subspaces = refresh(model, 0.4, progress=False)
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (ranks,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        guard = protect(model, subspaces, optimizer=optimizer, restore=restore)
+        backward(model, 0)
+        optimizer.step()
+        guard.verify()
+        tol, write = None, TROUBLES[name]
+        if rank == ranks - 1:
+            tol = "none" if write is None else None
+            if write is not None:
+                with torch.no_grad():
+                    write(model[2].weight)
+        try:
+            guard.verify(tol=tol)
+        except (RuntimeError, TypeError) as error:
+            said[restore, name] = str(error)
+        guard.remove()
+    return said
+
+
+def test_all_ranks_refuse_a_whole_weight_of_one_of_them():
+    first, last = run_ranks(2, mixed_runs, 2)
+    expected = {"NaN": "2.weight", "moved": "2.weight", "tol": "expected tol to be a number"}
+    for (_, name), said in last.items():
+        assert expected[name] in said
+    assert set(first) == set(last) == set(itertools.product((True, False), TROUBLES))
+    for said in first.values():
+        assert "got a refusal on another rank" in said
 
 
 def whole_side_run(ranks, kind):
