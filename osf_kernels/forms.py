@@ -213,7 +213,7 @@ class Work(NamedTuple):
         flops: floating-point operations.
         passes: reads and writes of g, of the result and of what is kept beside them.
         bases, coefficients: elements of bases read, and of coefficients read and written.
-        held: elements of coefficients and of what is kept that there are at once.
+        held: the most elements of coefficients, and of what is kept beside g, at one time.
     """
 
     flops: int

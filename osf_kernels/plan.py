@@ -72,7 +72,7 @@ class Step:
     why: str
     label: str  # the form in the words a person uses
     joined: bool = False  # dual: both terms in one product of [U, B] and [A; Vᵀ]
-    halves: str = ""  # run by coefficients and apply_: the coefficients, "A", "B" or "AB"
+    halves: str = ""  # of coefficients and apply_: which coefficients there are, "A", "B" or "AB"
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -174,7 +174,8 @@ def choose(x: Matrix, mode: Mode, device: str, once: bool = False, shard: bool =
 
     With ``once`` the result is written in one update (restore rounds once; a caller's ready
     coefficients are all of the g before it), which rules the sequential form out. With
-    ``shard`` m is the number of rows of a part: that U is as wide says nothing.
+    ``shard`` the matrix and U are some rows of larger ones: a U of m columns may not be all of
+    its side.
     """
     step = _chosen(x, mode, device, once, shard)
     return _in_halves(x, step) if shard else step
@@ -312,8 +313,8 @@ def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
 
     Args:
         reads: how often the backend reads g for the coefficients of both sides.
-        composed: whether it is composed of products, which copy what they are added to into a
-            result of its own, and are added one by one where they aren't joined.
+        composed: whether torch runs it, product by product: a sum into a matrix of its own copies
+            g there first, and the terms of an update that aren't joined are added one by one.
     """
     more = 0
     for call in step.calls:

@@ -60,7 +60,10 @@ class Origin:
         Told of the very same tensors where they are all of their memory: torch counts the writes
         to a buffer together, whichever of its parts they are to.
         """
-        lists = zip(xs, self._xs, self._versions, _versions(xs), strict=True)
+        versions = _versions(xs)
+        if versions == self._versions:
+            return None
+        lists = zip(xs, self._xs, self._versions, versions, strict=True)
         for i, (x, then, before, now) in enumerate(lists):
             if before != now and then() is x and _is_whole(x):
                 return i
@@ -148,17 +151,18 @@ class Allocation:
             device, dtype = self._kinds[kind]
             pair: tuple[Any, Any] = A, B
             for side, t in enumerate(pair):
-                shape = views[side][0]
-                if not isinstance(t, Tensor):
-                    name = f"coefficients.{'AB'[side]}[{i}]"
+                shape, is_tensor = views[side][0], isinstance(t, Tensor)
+                fits = is_tensor and (t.shape, t.dtype, t.device) == (shape, dtype, device)
+                if fits and not t.requires_grad:
+                    continue
+                name = f"coefficients.{'AB'[side]}[{i}]"
+                if not is_tensor:
                     raise TypeRefusal.of(op, name, "a tensor", type(t).__name__, remedy)
-                if t.shape != shape or t.dtype != dtype or t.device != device:
+                if not fits:
                     expected = f"{tuple(shape)} {dtype} on {device}"
                     got = f"{tuple(t.shape)} {t.dtype} on {t.device}"
-                    name = f"coefficients.{'AB'[side]}[{i}]"
                     raise ValueRefusal.of(op, name, expected, got, remedy)
-                if t.requires_grad:
-                    require_constant(op, [f"coefficients.{'AB'[side]}[{i}]"], t)
+                require_constant(op, [name], t)
             found.append((A if has_U else None, B if has_V else None))
         return found
 

@@ -117,7 +117,8 @@ class CoefficientRoute:
     """What the coefficients of a list take: made once, run with other matrices each time.
 
     Args:
-        pins: what is taken off them, with S; A's part by the ``root`` of the shards alone.
+        pins: what each matrix is pinned to. Where that is S it is taken off B, and off A on the
+            ``root`` of the shards alone.
     """
 
     def __init__(

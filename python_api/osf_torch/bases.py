@@ -32,8 +32,8 @@ def is_high(basis: Held) -> bool:
 
 
 def of_shard(basis: Held, size: int) -> Held:
-    """A part of a basis that stands for its side of ``size`` rows: one that is protected whole is
-    said by no columns of what is free, since this part of it doesn't tell."""
+    """A rank's rows of a basis, whose whole side has ``size`` rows: where its columns span all of
+    that side, which some of its rows don't show, a low basis without columns says the same."""
     if is_high(basis) and columns_of(basis).shape[-1] == size:
         return Basis(columns_of(basis)[..., :0], "low")
     return basis
