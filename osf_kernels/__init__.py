@@ -14,6 +14,10 @@ from osf_kernels.backends.choosing import requested as requested_backend
 from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
 from osf_kernels.errors import BackendUnavailableError, ConvergenceWarning, Refusal
+from osf_kernels.free.basis import FreeBasis
+from osf_kernels.free.block import add_free_many_, free_block, free_gradient, free_matrix
+from osf_kernels.free.orders import FreePlan, plan_free
+from osf_kernels.free.orders import Side as FreeSide
 from osf_kernels.linalg.extend_basis import extend_basis
 from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
 from osf_kernels.linalg.orthonormal.polar import polar
@@ -31,18 +35,26 @@ __all__ = [
     "Basis",
     "CoefficientList",
     "ConvergenceWarning",
+    "FreeBasis",
+    "FreePlan",
+    "FreeSide",
     "Mode",
     "Plan",
     "Prepared",
     "Refusal",
     "TruncatedSVD",
     "__version__",
+    "add_free_many_",
     "apply_",
     "coefficients",
     "extend_basis",
+    "free_block",
+    "free_gradient",
+    "free_matrix",
     "orthonormalize",
     "padded",
     "plan",
+    "plan_free",
     "polar",
     "prepare",
     "project",

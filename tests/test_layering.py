@@ -15,9 +15,10 @@ import osf_kernels
 # A module may import from layers of a lower rank, and from its own where both stand in one
 # entry, since an entry is one layer. The longest matching prefix decides.
 RANKS = {
-    "osf_kernels.__main__": 8,
-    "osf_kernels.info": 7,
-    "osf_kernels": 6,
+    "osf_kernels.__main__": 9,
+    "osf_kernels.info": 8,
+    "osf_kernels": 7,
+    "osf_kernels.free": 6,
     "osf_kernels.linalg": 5,
     "osf_kernels.ops": 4,
     "osf_kernels.backends": 3,

@@ -4,6 +4,8 @@ It owns what knows of models and optimizers, and no mathematics: everything it c
 operator of ``osf_kernels``, of which it imports public names only.
 """
 
+from osf_torch.confine import confine
+from osf_torch.confined import Confined
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard
 from osf_torch.importance import layer_importance
@@ -16,12 +18,14 @@ from osf_torch.storage import load_subspaces, save_subspaces
 from osf_torch.subspaces import Decomposition, Subspace, Subspaces
 
 __all__ = [
+    "Confined",
     "Decomposition",
     "Guard",
     "Leak",
     "Subspace",
     "Subspaces",
     "allocate_ranks",
+    "confine",
     "input_subspaces",
     "layer_importance",
     "load_subspaces",

@@ -91,7 +91,7 @@ class Guard:
         for other in list(_ATTACHED):
             other._let_go(set(self._items))
         _ATTACHED.add(self)
-        self._uncovered = set(left_out(self._model, _guarded()))
+        self._uncovered = set(left_out(self._model, guarded()))
 
     def _let_go(self, keys: set[int]) -> None:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
@@ -189,11 +189,23 @@ class Guard:
         """
         protects = self.restores is not False and self.mode == "complement"
         items = list(self._items.values())
-        chosen = renewal.ranks_of(items, self.subspaces, ranks, widen)
+        operator = "Guard.next_task"
+        present = {
+            item.name: measures.rank_of(self.subspaces[item.name], item.weight.shape)
+            for item in items
+        }
+        chosen = renewal.ranks_of(items, present, ranks, widen, operator)
+        renewal.require_triplets(items, self.subspaces)
         self._steps.settle()
-        found, renewed = renewal.renewed(
-            self._model, items, self.subspaces, chosen, deflate=protects, options=options
+        found = renewal.renewed(
+            self._model,
+            items,
+            chosen,
+            previous=self.subspaces if protects else None,
+            options=options,
+            operator=operator,
         )
+        renewed = [Protected(item.name, item.weight, found[item.name]) for item in items]
         measures.pin(renewed, self.mode, bool(self.restores))
         pairs = zip(items, renewed, strict=True)
         self._released = {old.name: measures.released(old, new, self.mode) for old, new in pairs}
@@ -275,7 +287,7 @@ class Guard:
         steps, items = self._steps, self._steps.together.items
         checks.agreed(items, lambda: self._require_guarded(model, tol))
         if not self._told:
-            log_left_out(self._model, _guarded(), "Guard.verify")
+            log_left_out(self._model, guarded(), "Guard.verify")
             self._told = True
         if self.when == "backward":
             ready = with_gradients(items)
@@ -307,8 +319,8 @@ class Guard:
         checks.require_bases(self._steps.together)
         checks.require_contents(items)
         checks.require_hooks(items, self._hooks)
-        checks.require_covered(self._model, self.subspaces, _guarded())
-        checks.require_no_more(left_out(self._model, _guarded()), self._uncovered)
+        checks.require_covered(self._model, self.subspaces, guarded())
+        checks.require_no_more(left_out(self._model, guarded()), self._uncovered)
 
     def _require_pinned(
         self, drifts: Sequence[checks.Drift], noticed: Sequence[Protected], tol: float | None
@@ -387,6 +399,6 @@ class Guard:
             self._steps.settle()
 
 
-def _guarded() -> set[int]:
+def guarded() -> set[int]:
     """The ids of the weights that some guard's hooks are on."""
     return {key for guard in _ATTACHED for key in guard._items}

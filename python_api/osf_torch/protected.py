@@ -137,7 +137,7 @@ class Protected:
         device = local(self.weight).device
         U, V = (moved(constant(basis), device) for basis in (s.U, s.V))
         for side, basis in (("U", U), ("V", V)):
-            _require_orthonormal(side, basis)
+            require_orthonormal(side, basis)
             _require_apart(side, basis, self.weight)
         S = None if s.S is None else s.S.to(device)
         protected = None if s.protected is None else s.protected.to(device)
@@ -297,7 +297,7 @@ def _memory(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
 
 
-def _require_orthonormal(side: str, basis: Held) -> None:
+def require_orthonormal(side: str, basis: Held) -> None:
     """Refuses columns that UᵀU = I doesn't hold for; with them P is no projection and grows."""
     if basis is None or not columns_of(basis).numel():
         return

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
+from osf_torch.free.spec import places_of
 from osf_torch.kinds import adapter_part, described, is_lazy, is_plain, is_weight, owners, shape_of
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
@@ -61,10 +62,17 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by every name they have, less what compiling and wrapping add to it.
 
     So a model goes by the same names bare, compiled, checkpointed and distributed. Where two
-    parameters would go by one name they keep the names that the model gives them.
+    parameters would go by one name they keep the names that the model gives them. What ``confine``
+    holds beside a weight isn't one of the model.
     """
     resharded(model)
-    full = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    model = unwrapped(model)
+    others = {id(t) for place in places_of(model) for t in place.beside()}
+    full = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) not in others
+    }
     short = {name: ".".join(p for p in name.split(".") if p not in WRAPPED) for name in full}
     bearers: dict[str, set[int]] = {}
     for name, parameter in full.items():

@@ -6,6 +6,7 @@ replicated on every mesh dimension: their gradients are everywhere the same and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,49 @@ def lies_as(t: Any, like: Tensor, dim: int) -> bool:
         and list(t.placements) == _placed(like, t.dim(), dim)
         and t.shape[dim] == like.shape[cut.dim]
     )
+
+
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The whole of sharded tensors on every rank, by one collective a group and dtype."""
+    import torch.distributed as dist
+
+    found: dict[int, Tensor] = {}
+    together: dict[tuple[Any, ...], list[tuple[int, Sharding]]] = {}
+    for i, t in enumerate(tensors):
+        cut = sharding_of(t)
+        if cut is None:
+            found[i] = local(t)
+        else:
+            key = (cut.group, cut.ranks, t.dtype, t.device)
+            together.setdefault(key, []).append((i, cut))
+    for (group, ranks, *_), members in together.items():
+        # Every rank sends as much as the one with the most, slice after slice.
+        sizes = [[_shard_shape(tensors[i], cut, rank) for rank in range(ranks)] for i, cut in members]
+        most = max(sum(math.prod(size[rank]) for size in sizes) for rank in range(ranks))
+        sent = local(tensors[members[0][0]]).new_zeros(most)
+        flat = torch.cat([local(tensors[i]).reshape(-1) for i, _ in members])
+        sent[: len(flat)] = flat
+        received = [torch.empty_like(sent) for _ in range(ranks)]
+        dist.all_gather(received, sent, group=group)
+        offsets = [0] * ranks
+        for (i, cut), size in zip(members, sizes, strict=True):
+            parts = []
+            for rank in range(ranks):
+                count = math.prod(size[rank])
+                part = received[rank][offsets[rank] : offsets[rank] + count]
+                parts.append(part.view(size[rank]))
+                offsets[rank] += count
+            found[i] = torch.cat(parts, cut.dim)
+    return [found[i] for i in range(len(tensors))]
+
+
+def _shard_shape(t: Tensor, cut: Sharding, rank: int) -> list[int]:
+    """What a rank holds of a tensor that is cut as torch.chunk cuts."""
+    shape = list(t.shape)
+    chunk = -(-shape[cut.dim] // cut.ranks)
+    start = min(shape[cut.dim], chunk * rank)
+    shape[cut.dim] = min(shape[cut.dim], start + chunk) - start
+    return shape
 
 
 def sum_over(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:

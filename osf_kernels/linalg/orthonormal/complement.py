@@ -55,6 +55,39 @@ def complement(Q: Tensor, columns: int | None = None) -> Tensor:
     return P
 
 
+def reflector(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Y (..., m, r) and N (..., r, r) with H = I − Y N Yᵀ orthogonal and Hᵀ Q = −[Z; 0].
+
+    The last m − r columns of H complete Q, as those of ``complement`` do: [0; I] − Y N Y₂ᵀ, where
+    Y₂ are the last rows of Y. Here Z is the polar factor of the first rows Q₁ = Z P, to rounding,
+    so that N = (I + P)⁻¹ has eigenvalues from 1/2 to 1: as well conditioned as can be, at the price
+    of a singular value decomposition (r, r). The orthogonality of H asks that of Z alone.
+
+    Args:
+        Q: (..., m, r) with r < m, orthonormal columns. What they lack of it is mended first.
+
+    Returns:
+        Y and N in float64. Mutates nothing; draws no random numbers.
+
+    Source: Schreiber & Parlett 1988, Block reflectors, section 3.
+    """
+    r = Q.shape[-1]
+    Q = _mended(Q.double())
+    top = Q[..., :r, :]
+    left, _, right = torch.linalg.svd(top.float())
+    Z = _mended(_mended((left @ right).double()))
+    M = top.mT @ Z
+    M.diagonal(dim1=-2, dim2=-1).add_(1)
+    Y = Q.clone()
+    Y[..., :r, :] += Z
+    return Y, torch.linalg.inv(M)
+
+
+def _mended(Q: Tensor) -> Tensor:
+    """The columns after one Newton–Schulz step: off from orthonormal by the square of before."""
+    return Q @ (1.5 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) - 0.5 * (Q.mT @ Q))
+
+
 def _factors(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(LU, Z) with A + Z = L Z U for block diagonal orthogonal Z, given by its blocks.
 

@@ -1,0 +1,195 @@
+"""FreeBasis: an orthonormal basis of the directions of one side that aren't protected."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from osf_kernels._padding import padded
+from osf_kernels.basis import Basis
+from osf_kernels.errors import TypeRefusal, ValueRefusal
+from osf_kernels.free.orders import Held, Side
+from osf_kernels.linalg.orthonormal.complement import reflector
+
+
+class FreeBasis:
+    """Orthonormal columns F (..., n, q) that span what a basis of n rows doesn't protect.
+
+    F is held as whatever takes fewer elements: its columns, or the block reflector
+    F = [0; I] − Y N Y₂ᵀ with Y (n, k) and N (k, k), of which Y₂ are the last q rows, where k = n − q
+    directions are protected. The reflector is smaller while k is below .41 n. A side that nothing is
+    protected of has F = I and holds nothing.
+
+    It is immutable: copies of it, deep ones too, are itself. Made by :meth:`of`.
+
+    Attributes:
+        size, width: n and q.
+        held: "columns", "reflector" or "everything".
+    """
+
+    def __init__(self, size: int, width: int, held: Held, parts: tuple[Tensor, ...]) -> None:
+        self.size, self.width = size, width
+        self.held: Held = held
+        self._parts = parts
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, basis: Tensor | Basis | None, size: int) -> FreeBasis:
+        """The free directions of a side of ``size`` rows.
+
+        Args:
+            basis: what is protected, (..., n, r) orthonormal columns or a ``Basis``; None protects
+                nothing. Columns that span what is free already are held as they are, without a
+                copy.
+            size: n.
+
+        Raises:
+            TypeError: basis is neither.
+            ValueError: columns of another number of rows, or more columns than rows.
+
+        The reflector is computed in float64 and rounded once to the dtype of the columns (float32 of
+        half precision is the caller's to ask for). Mutates nothing; doesn't synchronise but where
+        the device's singular value decomposition does; draws no random numbers.
+        """
+        if basis is None:
+            return cls(size, size, "everything", ())
+        held = basis if isinstance(basis, Basis) else None
+        columns = basis.columns if isinstance(basis, Basis) else basis
+        if not isinstance(columns, Tensor):
+            expected = "a tensor, a Basis or None"
+            raise TypeRefusal.of("FreeBasis", "basis", expected, type(columns).__name__)
+        count = columns.shape[-1]
+        if columns.dim() < 2 or columns.shape[-2] != size or count > size:
+            raise ValueRefusal.of(
+                "FreeBasis",
+                "basis",
+                f"to have {size} rows and at most as many columns",
+                tuple(columns.shape),
+                "pass V.mT if it holds rows",
+            )
+        columns = columns.detach()
+        if held is not None and held.spans == "low":
+            return cls(size, count, "columns", (columns,))
+        side = Side.of(size, count)
+        if side.held == "everything":
+            return cls(size, size, "everything", ())
+        if side.width == 0:
+            return cls(size, 0, "columns", (columns[..., :0],))
+        Y, N = reflector(columns)
+        if side.held == "columns":
+            parts: tuple[Tensor, ...] = (cls(size, side.width, "reflector", (Y, N)).columns(),)
+        else:
+            parts = (Y, N)
+        parts = tuple(padded(part, dtype=columns.dtype) for part in parts)
+        return cls(size, side.width, side.held, parts)
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return tuple(self._parts[0].shape[:-2]) if self._parts else ()
+
+    def __repr__(self) -> str:
+        lead = "".join(f"{count}×" for count in self._batch)
+        return f"FreeBasis({lead}{self.size}×{self.width}, held as {self.held})"
+
+    def __copy__(self) -> FreeBasis:
+        return self
+
+    def __deepcopy__(self, memo: object) -> FreeBasis:
+        return self
+
+    # --- products ---
+
+    def reduce(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """x F, (..., T, n) to (..., T, q), of x's dtype; where ``rows`` says so, x has columns for
+        these rows of F alone.
+        """
+        at = slice(0, self.size) if rows is None else rows
+        if self.held == "everything":
+            return x if rows is None else self._placed(x, at)
+        parts = [part.to(x.dtype) for part in self._parts]
+        if self.held == "columns":
+            return x @ parts[0][..., at, :]
+        Y, N = parts
+        inner = ((x @ Y[..., at, :]) @ N) @ Y[..., -self.width :, :].mT
+        if rows is None:
+            return x[..., -self.width :] - inner
+        return self._placed(x, at) - inner
+
+    def _placed(self, x: Tensor, at: slice) -> Tensor:
+        """x [0; I] for some rows of it: the free columns that they have a one in, and zeros."""
+        protected = self.size - self.width
+        start, stop = max(at.start, protected), max(at.stop, protected)
+        placed = x.new_zeros(*x.shape[:-1], self.width)
+        placed[..., start - protected : stop - protected] = x[..., start - at.start : stop - at.start]
+        return placed
+
+    def expand(self, y: Tensor, rows: slice | None = None) -> Tensor:
+        """y Fᵀ, (..., T, q) to (..., T, n), of y's dtype; some of its columns where ``rows`` says
+        which rows of F.
+        """
+        at = slice(0, self.size) if rows is None else rows
+        if self.held == "everything":
+            return y[..., at]
+        parts = [part.to(y.dtype) for part in self._parts]
+        if self.held == "columns":
+            return y @ parts[0][..., at, :].mT
+        Y, N = parts
+        result = -((y @ Y[..., -self.width :, :]) @ N.mT) @ Y[..., at, :].mT
+        protected = self.size - self.width
+        start, stop = max(at.start, protected), max(at.stop, protected)
+        result[..., start - at.start : stop - at.start] += y[
+            ..., start - protected : stop - protected
+        ]
+        return result
+
+    def columns(self) -> Tensor:
+        """F itself, (..., n, q)."""
+        if self.held == "columns":
+            return self._parts[0]
+        if self.held == "everything":
+            raise ValueRefusal.of(
+                "FreeBasis.columns", "the side", "to protect something", "one that is free whole"
+            )
+        Y, N = self._parts
+        F = -(Y @ N) @ Y[..., -self.width :, :].mT
+        F[..., -self.width :, :].diagonal(dim1=-2, dim2=-1).add_(1)
+        return F
+
+    # --- what it is ---
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> FreeBasis:
+        """The same on another device or of another dtype; itself where it is there."""
+        moved = tuple(
+            part
+            if (device is None or part.device == device) and (dtype is None or part.dtype == dtype)
+            else padded(part, device, dtype)
+            for part in self._parts
+        )
+        if all(new is old for new, old in zip(moved, self._parts, strict=True)):
+            return self
+        return FreeBasis(self.size, self.width, self.held, moved)
+
+    def of_batch(self, dim: int, part: slice) -> FreeBasis:
+        """The basis of some matrices of a batch; ``dim``, below −2, counts from the end."""
+        if len(self._batch) < -dim - 2:  # one basis for every matrix along it
+            return self
+        index = (..., part, *[slice(None)] * (-dim - 1))
+        parts = tuple(held[index] for held in self._parts)
+        return FreeBasis(self.size, self.width, self.held, parts)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held: the columns, or Y and N, or nothing."""
+        return self._parts
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is held."""
+        return sum(part.nbytes for part in self._parts)
+
+    @property
+    def side(self) -> Side:
+        """What a plan needs to know of it."""
+        return Side(self.size, self.width, self.held)

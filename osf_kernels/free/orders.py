@@ -1,0 +1,148 @@
+"""In which order the gradient of C is computed, what that costs and why: no tensors.
+
+Of y = x Wᵀ with W = W₀ + U_l C V_lᵀ the gradient of C is U_lᵀ g V_l, where g = (∂L/∂y)ᵀ x is the
+weight's own gradient, a product over all T tokens. Either basis may be applied to g, which has m n
+entries, or beforehand to ∂L/∂y or x, of which each token has a row. Source of the costs: counted,
+2 a b c FLOPs a product of (a, b) and (b, c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+Order = Literal["dense", "right", "left", "both"]
+Held = Literal["columns", "reflector", "everything"]
+
+LABELS: dict[Order, str] = {
+    "dense": "the weight's own gradient first, then both bases",
+    "right": "V_l on x first, then U_l",
+    "left": "U_l on the outputs' gradient first, then V_l",
+    "both": "both bases first",
+}
+
+
+class Side(NamedTuple):
+    """A free basis (n, q), and how it is held; of :meth:`of` where there are no tensors."""
+
+    size: int
+    width: int
+    held: Held
+
+    @classmethod
+    def of(cls, size: int, protected: int) -> Side:
+        """Of a side of which so many directions are protected, held by whatever is smaller."""
+        if not protected:
+            return cls(size, size, "everything")
+        free = size - protected
+        held = (cls(size, free, "columns"), cls(size, free, "reflector"))
+        return min(held, key=lambda side: side.elements)
+
+    @property
+    def flops(self) -> int:
+        """Of one row that the basis is applied to."""
+        n, q = self.size, self.width
+        if self.held == "everything":
+            return 0
+        if self.held == "columns":
+            return 2 * n * q
+        k = n - q
+        return 2 * k * (n + k + q)
+
+    @property
+    def elements(self) -> int:
+        """Of what is held."""
+        if self.held == "everything":
+            return 0
+        if self.held == "columns":
+            return self.size * self.width
+        k = self.size - self.width
+        return k * (self.size + k)
+
+
+@dataclass(frozen=True, slots=True)
+class FreePlan:
+    """How the gradient of C (p, q) is computed. ``print`` it.
+
+    Attributes:
+        order: which basis is applied before the product over tokens: "dense" none, "right" V_l,
+            "left" U_l, "both".
+        flops: of the gradient of C.
+        plain_flops: of the weight's own gradient, 2 T m n.
+        merge_flops: of W += U_l C V_lᵀ, once a step.
+        kept: elements that the backward pass needs of each token: q where V_l is applied to x in
+            the forward pass, else n.
+        why: in words.
+    """
+
+    tokens: int
+    left: Side
+    right: Side
+    order: Order
+    flops: int
+    plain_flops: int
+    merge_flops: int
+    kept: int
+    why: str
+
+    @property
+    def step_share(self) -> float:
+        """FLOPs of a training step's products over those of plain training, merging included."""
+        others = 2 * self.plain_flops  # the outputs, and the gradient of x
+        return (others + self.flops + self.merge_flops) / max(1, others + self.plain_flops)
+
+    def __str__(self) -> str:
+        share = self.flops / max(1, self.plain_flops)
+        m, n = self.left.size, self.right.size
+        return (
+            f"{m}×{n}, free {self.left.width}×{self.right.width}, {self.tokens} tokens: "
+            f"{LABELS[self.order]}; {share:.2f} of the weight's own gradient, "
+            f"{self.step_share:.2f} of plain training's products, keeps {self.kept} of {n} numbers "
+            f"a token; {self.why}"
+        )
+
+
+def reduce_flops(left: Side, right: Side) -> tuple[int, bool]:
+    """The fewest FLOPs of U_lᵀ g V_l for a dense g, and whether V_l goes first."""
+    m, n = left.size, right.size
+    right_first = m * right.flops + right.width * left.flops
+    left_first = n * left.flops + left.width * right.flops
+    return min(right_first, left_first), right_first <= left_first
+
+
+@lru_cache(maxsize=4096)
+def plan_free(tokens: int, left: Side, right: Side) -> FreePlan:
+    """The order with the fewest FLOPs for a weight whose sides have these free bases.
+
+    Args:
+        tokens: T, the rows of x.
+        left, right: of the m rows and of the n columns of the weight.
+
+    Returns:
+        A FreePlan. Of equal costs the first of dense, right, left, both.
+    """
+    m, n, p, q = left.size, right.size, left.width, right.width
+    plain = 2 * tokens * m * n
+    reduced, _ = reduce_flops(left, right)
+    costs: dict[Order, int] = {
+        "dense": plain + reduced,
+        "right": tokens * right.flops + 2 * tokens * m * q + q * left.flops,
+        "left": tokens * left.flops + 2 * tokens * p * n + p * right.flops,
+        "both": tokens * (left.flops + right.flops) + 2 * tokens * p * q,
+    }
+    order = min(costs, key=lambda name: costs[name])
+    others = ", ".join(
+        f"{name} {costs[name] / max(1, plain):.2f}" for name in costs if name != order
+    )
+    return FreePlan(
+        tokens,
+        left,
+        right,
+        order,
+        costs[order],
+        plain,
+        min(p * right.flops + n * left.flops, q * left.flops + m * right.flops),
+        q if order in ("right", "both") else n,
+        f"the others take {others}",
+    )

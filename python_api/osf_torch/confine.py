@@ -1,0 +1,153 @@
+"""confine: train a model inside its free block, where nothing protected can move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from osf_torch.confined import Confined
+from osf_torch.coverage import log_left_out
+from osf_torch.free.admission import Origin, Settings, admitted, made
+from osf_torch.free.spec import Update
+from osf_torch.free.state import is_state, require_of_weights, require_state, subspaces_of
+from osf_torch.selection import unwrapped
+from osf_torch.subspaces import Subspace
+
+
+def confine(
+    model: nn.Module,
+    subspaces: Mapping[str, Subspace] | Mapping[str, Any],
+    *,
+    update: Update | None = None,
+    rank: int | None = None,
+    decay_to: Origin = "start",
+    dtype: torch.dtype | None = None,
+    mode: str = "complement",
+    generator: torch.Generator | None = None,
+) -> Confined:
+    """W = W₀ + U_l C V_lᵀ, of which C (p, q) is trained and the weight itself is frozen.
+
+    U_l (m, p) and V_l (n, q) are orthonormal bases of the directions that the subspaces leave free.
+    All updates that leave the protected part of W alone are of this form, so that whatever an
+    optimizer does to C, with momentum, weight decay or clipping, stays among them. Gradient,
+    optimizer state and what ranks exchange shrink by pq/(mn).
+
+    Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel; after
+    ``parallelize_module``. C is an ordinary parameter of the model, ``<weight>_free``, which
+    ``model.parameters()`` has and ``model.state_dict()`` leaves out: that has the names and the
+    values of the plain model's weights.
+
+    Args:
+        model: the model to train.
+        subspaces: what is protected, by parameter name: of ``refresh``, ``input_subspaces`` or a dict
+            of ``Subspace``. A side that is None is free whole. A weight of more than two dimensions
+            is a batch of matrices where U and V fit its last two, and else a matrix with all
+            dimensions but the first in one (convolutions). Or what ``Confined.state_dict`` returned,
+            for a model that has the weights that were saved with it, or those it started from.
+        update: "merge", the default: W holds W₀ + U_l C V_lᵀ, brought up to date once after each step
+            of an optimizer and wherever a forward pass or ``state_dict`` finds that C is another.
+            Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
+            "beside": W is never written to, and a layer adds ((x V_l) Cᵀ) U_lᵀ to what it returns;
+            for frozen weights that are shared with others, quantized or to be left as they are.
+        rank: s trains C = B A with B (p, s) and A (s, q), as LoRA does, beside the weight.
+        decay_to: what weight decay of C pulls towards: "start", the weight as it is now, for C = 0
+            there; or "zero", a weight without its free part, for C = U_lᵀ W V_l now. "zero" is for
+            merged weights of float32 and float64.
+        dtype: of C; None is float32, and float64 for weights of that.
+        mode: "complement" alone.
+        generator: what A of a ``rank`` is drawn from, alike on every rank; None is seeded with 0.
+
+    Returns:
+        A :class:`Confined`. The model holds it, whether or not the caller does.
+
+    Raises:
+        ValueError: an unknown name, bases that don't fit the weight or aren't orthonormal, a weight
+            with nothing free or nothing protected, one that is shared by two modules, that is frozen,
+            parametrized, guarded by ``protect`` or confined already, sharded by FSDP or ZeRO-3;
+            mode="core", whose allowed updates are no block; nothing is changed.
+        TypeError: subspaces isn't a mapping to Subspace; a weight whose values can't be read, with
+            update="merge"; a sparse embedding.
+
+    Computes the bases in float64 and synchronises for each. Draws random numbers for A alone.
+
+    Source: the free block is what ``osf_kernels.project`` leaves; rank-limited it is OPLoRA's update
+    (arXiv 2510.13003), in coordinates in which no optimizer can leave it.
+    """
+    state = _require_arguments(model, subspaces, update, rank, decay_to, mode)
+    if state is not None:
+        subspaces = subspaces_of(state)
+        update, rank = state["update"], state["rank"]
+    chosen: Update = update or ("beside" if rank is not None else "merge")
+    settings = Settings(chosen, rank, decay_to, dtype)
+    places = admitted(model, subspaces, settings)
+    if state is not None:
+        require_of_weights(places, state)
+    tensors = [made(place, settings, generator) for place in places]
+    confined = Confined(unwrapped(model), settings)
+    confined.begin(places, tensors)
+    if state is not None:
+        confined.load_state_dict(state)
+    log_left_out(model, {id(place.weight) for place in places}, "confine")
+    return confined
+
+
+def _require_arguments(
+    model: object, subspaces: object, update: object, rank: object, decay_to: object, mode: object
+) -> Mapping[str, Any] | None:
+    """The state, where subspaces is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"osf_torch.confine: expected model to be an nn.Module, got {type(model).__name__}"
+        )
+    if not isinstance(subspaces, Mapping):
+        raise TypeError(
+            "osf_torch.confine: expected subspaces to be a mapping from parameter name to Subspace, "
+            f"got {type(subspaces).__name__}; refresh makes one"
+        )
+    if mode == "core":
+        raise ValueError(
+            'osf_torch.confine: expected mode="complement", got "core", which lets a part of the '
+            "protected rows and columns move: its updates g - U U'g V V' are no block U_l C V_l'; "
+            'use protect(..., mode="core")'
+        )
+    if mode != "complement":
+        raise ValueError(f'osf_torch.confine: expected mode to be "complement", got {mode!r}')
+    if update not in (None, "merge", "beside"):
+        raise ValueError(
+            f'osf_torch.confine: expected update to be "merge" or "beside", got {update!r}'
+        )
+    if decay_to not in ("start", "zero"):
+        raise ValueError(
+            f'osf_torch.confine: expected decay_to to be "start" or "zero", got {decay_to!r}'
+        )
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(
+            f"osf_torch.confine: expected rank to be an int of at least 1 or None, got {rank!r}"
+        )
+    if rank is not None and update == "merge":
+        raise ValueError(
+            'osf_torch.confine: expected update="beside" with rank, got "merge": the factors of C '
+            "are few, and a step of them would have to be merged by all of C; leave update out"
+        )
+    if decay_to == "zero" and (update == "beside" or rank is not None):
+        raise ValueError(
+            'osf_torch.confine: expected decay_to="start" where W is left as it is, got "zero", '
+            "which takes the free part of W into C"
+        )
+    if not subspaces:
+        raise ValueError(
+            "osf_torch.confine: expected subspaces to name at least one parameter, got none"
+        )
+    if not is_state(subspaces):
+        return None
+    require_state(subspaces)
+    for name, given in (("update", update), ("rank", rank)):
+        if given is not None and given != subspaces[name]:
+            raise ValueError(
+                f"osf_torch.confine: expected {name} to be left out with a state, or as it is there, "
+                f"{subspaces[name]!r}, got {given!r}"
+            )
+    return subspaces

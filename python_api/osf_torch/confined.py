@@ -1,0 +1,280 @@
+"""Confined: a model whose weights are trained inside their free blocks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from osf_torch.free import drifting, state, summary
+from osf_torch.free.admission import Settings, admitted, made
+from osf_torch.free.functions import current
+from osf_torch.free.layers import attach, detach
+from osf_torch.free.merging import merge
+from osf_torch.free.spec import Place
+from osf_torch.renewal import ranks_of, renewed
+from osf_torch.selection import Rank, Ranks, listed
+from osf_torch.sharding import is_dtensor
+from osf_torch.steps import owned_by
+from osf_torch.subspaces import Subspaces
+
+_CONFINED: weakref.WeakSet[Confined] = weakref.WeakSet()
+_REGISTERED: list[Any] = []
+_ENDED = "_osf_ended"  # of a free block that no weight has any more: what ended it
+
+
+class Confined:
+    """Weights of a model with C in W₀ + U_l C V_lᵀ to train; made by :func:`confine`.
+
+    Attributes:
+        update, rank, decay_to: as ``confine`` has them.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.update, self.rank, self.decay_to = settings.update, settings.rank, settings.decay_to
+        self._settings = settings
+        self._model = model
+        self._held: list[Place] = []
+        self._references: dict[str, drifting.Reference] = {}
+
+    def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
+        """Gives the modules what they train; called by ``confine`` and ``next_task``."""
+        for place, held in zip(places, tensors, strict=True):
+            attach(place.module, [place.spec], held)
+            place.spec.owner = self
+        self._references = {
+            place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
+        }
+        self._held = list(places)
+        if not _REGISTERED:
+            before, after = (torch.compiler.disable(hook) for hook in (_before_step, _after_step))
+            _REGISTERED.append(register_optimizer_step_pre_hook(before))
+            _REGISTERED.append(register_optimizer_step_post_hook(after))
+        _CONFINED.add(self)
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the weights are, in the order of the subspaces.
+
+        Raises:
+            RuntimeError: released.
+        """
+        if not self._held:
+            raise RuntimeError(
+                "osf_torch.Confined: expected a confined model, got one that was released; confine "
+                "it anew"
+            )
+        return self._held
+
+    # --- what a training loop calls ---
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained of the confined weights: C, or B and A; for an optimizer of their own."""
+        return [t for place in self.places for t in place.trained()]  # type: ignore[misc]
+
+    def merge(self) -> None:
+        """Brings the weights up to date with C now. Idempotent; of sharded weights a collective.
+
+        Steps of torch's optimizers, forward passes and ``state_dict`` do it by themselves. With
+        update="beside" there is nothing to do: W stays as it is, and ``module.weight`` and
+        ``model.state_dict()`` are the sum.
+        """
+        merge(self.places, force=any(place.spec.is_sharded for place in self.places))
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """The plain model again, with the weights as they have become and no C.
+
+        An optimizer that was made for C refuses to step afterwards: make a new one.
+
+        Raises:
+            RuntimeError: released already; of quantized weights, to which nothing can be added; of a
+                model that ``fully_shard`` was called on, which keeps the parameters that it has.
+        """
+        places = self.places
+        self._require_changeable(places, "release")
+        opaque = [place.spec.name for place in places if place.spec.is_opaque]
+        if opaque:
+            raise RuntimeError(
+                "osf_torch.Confined.release: expected weights that can be written to, got quantized "
+                f"ones, {listed(opaque)}; keep them confined, and save Confined.state_dict()"
+            )
+        self._end("release()")
+        self._held = []
+        _CONFINED.discard(self)
+
+    def next_task(
+        self, ranks: Ranks | None = None, *, widen: Rank | None = None, **options: Any
+    ) -> Subspaces:
+        """At the end of a task: decomposes the weights as they are now and protects that.
+
+        What was learned goes into the weights, and C starts anew, of the new size. Make a new
+        optimizer afterwards; the old one refuses to step.
+
+        Args:
+            ranks, widen, options: as of ``Guard.next_task``.
+
+        Returns:
+            The new subspaces.
+
+        Raises:
+            ValueError: as ``Guard.next_task``, of which options take ``previous``; bases that
+                protect other counts of rows and of columns, such as those of ``input_subspaces``;
+                new ones that leave nothing free; everything is as it was.
+            RuntimeError: as ``release``; update="beside", where W is left as it is.
+        """
+        places, operator = self.places, "Confined.next_task"
+        self._require_changeable(places, "next_task")
+        if self.update == "beside":
+            raise RuntimeError(
+                f'osf_torch.{operator}: expected update="merge", got "beside", where W is left as it '
+                "is; release(), refresh() and confine() anew"
+            )
+        uneven = [place.name for place in places if not place.spec.is_even]
+        if uneven:
+            raise ValueError(
+                f"osf_torch.{operator}: expected bases of triplets, as many of rows as of columns, "
+                f"got others for {listed(uneven)}; release(), make new bases and confine() anew"
+            )
+        present = {place.name: place.spec.right.size - place.spec.right.width for place in places}
+        self.merge()
+        chosen = ranks_of(places, present, ranks, widen, operator)
+        found = renewed(
+            self._model, places, chosen, previous=None, options=options, operator=operator
+        )
+        fresh = admitted(self._model, found, self._settings, anew=True)
+        tensors = [made(place, self._settings) for place in fresh]
+        self._end("next_task()")
+        self.begin(fresh, tensors)
+        return found
+
+    def _require_changeable(self, places: Sequence[Place], method: str) -> None:
+        if any(is_dtensor(t) for place in places for t in place.trained()) and any(
+            hasattr(module, "reshard") for module in self._model.modules()
+        ):
+            raise RuntimeError(
+                f"osf_torch.Confined.{method}: expected a model that fully_shard wasn't called on, "
+                "which keeps the parameters that it has; save model.state_dict(), and confine the "
+                "plain model anew"
+            )
+
+    def _end(self, what: str) -> None:
+        """Puts all of C into the weights, and leaves the modules as they were."""
+        self.merge()
+        with torch.no_grad():
+            for place in self.places:
+                if place.spec.update == "beside":
+                    place.weight.copy_(current(place))
+                for t in place.trained():
+                    t.__dict__[_ENDED] = what
+                detach(place.module, place.spec)
+
+    # --- what a user asks ---
+
+    @torch.no_grad()
+    def drift(self) -> dict[str, float]:
+        """Per weight ‖H(W) − H(W₀)‖ / ‖H(W₀)‖, how far what is protected has moved.
+
+        H(W) = W − U_l U_lᵀ W V_l V_lᵀ, and W₀ the weight at ``confine``. Computed in float64 from a
+        few random columns that were kept of H(W₀), so that the figure is an estimate to a quarter.
+        Of a weight of half precision it has the rounding of W as it is now. Of sharded weights a
+        collective. Synchronises.
+        """
+        self.merge()
+        references = self._references
+        return {p.name: drifting.drift(p, references[p.name]) for p in self.places if p.name in references}
+
+    def plan(self, tokens: int) -> str:
+        """How the gradients of C are computed for so many tokens a step, and why; in words."""
+        return summary.plans(self.places, tokens)
+
+    def summary(self) -> str:
+        """Per weight and in sum: what is protected and free, and the bytes that training takes,
+        beside those of plain fine-tuning and of PEFT's OSF."""
+        return summary.table_of(self.places)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        return f"Confined({len(self._held)} weights, update={self.update!r}{rank})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming takes beside the model's and the optimizer's states: C, the bases, and of
+        weights of half precision W₀. C is the parameter itself, of sharded weights a DTensor, for
+        ``torch.distributed.checkpoint``. Of sharded weights a collective.
+        """
+        self.merge()
+        return state.state_of(self.places, self._settings, self._references)
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes up where :meth:`state_dict` was called; the model and optimizer load their own, the
+        model before this.
+
+        Raises:
+            ValueError: of other weights, shapes, update or rank than the model has; nothing is
+                changed.
+        """
+        state.require_state(saved)
+        state.load(self.places, saved, self._settings)
+        self._references = state.references_of(saved, self.places)
+
+
+# --- every optimizer's steps ---
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Refuses to step what no weight has any more, or weights that are frozen.
+
+    Raises:
+        RuntimeError: an optimizer of a released free block, or that was made before ``confine``.
+    """
+    ended = next(
+        (p.__dict__[_ENDED] for g in optimizer.param_groups for p in g["params"] if _ENDED in p.__dict__),
+        None,
+    )
+    if ended is not None:
+        raise RuntimeError(
+            f"osf_torch.confine: expected an optimizer that was made after Confined.{ended}, got one "
+            "with free blocks that no weight has any more; make a new one of model.parameters()"
+        )
+    if not _CONFINED:
+        return
+    owned = owned_by(optimizer)
+    for confined in list(_CONFINED):
+        for place in confined.places:
+            weight = place.weight
+            if weight.requires_grad:
+                raise RuntimeError(
+                    f"osf_torch.confine: expected {place.spec.name!r} to stay frozen, got "
+                    "requires_grad=True; freeze it again, or Confined.release()"
+                )
+            if id(weight) in owned and not any(id(t) in owned for t in place.trained()):
+                raise RuntimeError(
+                    "osf_torch.confine: expected an optimizer of the free blocks, got one that has "
+                    f"{place.spec.name!r}, which is frozen, and not {place.spec.trainable[0]!r}: it "
+                    "was made before confine; make it of model.parameters() now"
+                )
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Brings up to date what the step has moved: one list of all weights of a model."""
+    if not _CONFINED:
+        return
+    owned = owned_by(optimizer)
+    for confined in list(_CONFINED):
+        places = [
+            place
+            for place in confined.places
+            if any(id(t) in owned for t in place.trained())
+        ]
+        merge(places, force=True)

@@ -1,0 +1,298 @@
+"""Which weights ``confine`` takes, what it refuses before anything is changed, and what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from osf_kernels import Basis, FreeBasis, free_block
+from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.free.spec import Place, Spec, Update, specs_of
+from osf_torch.guard import guarded
+from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
+from osf_torch.protected import require_orthonormal
+from osf_torch.selection import named_weights, require_matrices, require_values
+from osf_torch.sharding import is_dtensor
+from osf_torch.subspaces import Subspace
+
+Origin = Literal["start", "zero"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of ``confine``."""
+
+    update: Update
+    rank: int | None
+    decay_to: Origin
+    dtype: torch.dtype | None
+
+
+def admitted(
+    model: nn.Module, subspaces: Mapping[str, Any], settings: Settings, *, anew: bool = False
+) -> list[Place]:
+    """The places of the weights, each with the Spec that it will have. Changes nothing.
+
+    Args:
+        anew: whether the weights are confined already, and are to be so with other bases.
+
+    Raises:
+        ValueError, TypeError: as ``confine``.
+    """
+    named = _named(model, subspaces)
+    weights, having = named_weights(model), owners(model)
+    places = []
+    for name, subspace in named.items():
+        owned = having[id(weights[name])]
+        places.append(_checked(name, weights[name], owned, subspace, settings, anew))
+    _require_once(places)
+    return places
+
+
+def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace]:
+    """The subspaces, of names that the model has."""
+    if any(hasattr(module, "reshard") and hasattr(module, "unshard") for module in model.modules()):
+        raise ValueError(
+            "osf_torch.confine: expected a model that isn't sharded yet, got modules of "
+            "fully_shard, which would not shard C; confine first, then fully_shard"
+        )
+    require_matrices(model, "confine")
+    parameters = named_weights(model)
+    for name, subspace in subspaces.items():
+        if not isinstance(subspace, Subspace):
+            raise TypeError(
+                f"osf_torch.confine: expected a Subspace for parameter {name!r}, got "
+                f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S)"
+            )
+        if name not in parameters:
+            known = ", ".join(list(parameters)[:5])
+            raise ValueError(
+                f"osf_torch.confine: expected subspaces to name parameters of the model, got "
+                f"{name!r}; it has {len(parameters)}, the first are {known}"
+            )
+    return dict(subspaces)
+
+
+def _checked(
+    name: str,
+    weight: nn.Parameter,
+    having: Sequence[tuple[nn.Module, str]],
+    subspace: Subspace,
+    settings: Settings,
+    anew: bool,
+) -> Place:
+    """The weight's place, with the Spec that it will have."""
+    update, rank, decay_to = settings.update, settings.rank, settings.decay_to
+    module, attribute = having[0]
+    told = f"osf_torch.confine: parameter {name!r}: expected"
+    before = specs_of(module).get(attribute)
+    if before is not None and not anew:
+        raise ValueError(
+            f"{told} a weight that isn't confined yet, got one that is; release() first, or "
+            "next_task() to protect more"
+        )
+    if len(having) > 1:
+        others = " and ".join(f"{type(m).__name__}.{a}" for m, a in having[:3])
+        raise ValueError(
+            f"{told} a weight of one module, got one that is shared by {others}; leave it out, or "
+            "untie it"
+        )
+    if isinstance(module, nn.utils.parametrize.ParametrizationList) or hasattr(
+        module, f"{attribute}_orig"
+    ):
+        raise ValueError(
+            f"{told} a plain weight, got one that a parametrization computes another from, whose "
+            "protected part that wouldn't hold; remove_parametrizations() first"
+        )
+    if id(weight) in guarded():
+        raise ValueError(
+            f"{told} a weight without a guard, got one that protect() watches; Guard.remove() first"
+        )
+    if hasattr(weight, "ds_shape"):
+        raise ValueError(
+            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; confine before "
+            "deepspeed.initialize"
+        )
+    if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
+        raise TypeError(
+            f"{told} an embedding with dense gradients that nothing renormalises, got sparse=True or "
+            "max_norm; leave it out"
+        )
+    opaque = _is_opaque(name, weight, module, update)
+    if not weight.requires_grad and update == "merge" and before is None:
+        raise ValueError(
+            f"{told} a weight that is trained, got a frozen one; leave it out, requires_grad_() it, "
+            'or pass update="beside"'
+        )
+    shape, is_flat = _matrix(name, weight, module, subspace)
+    m, n = shape[-2:]
+    device = weight.device
+    left, right = (
+        _free(told, side, basis, size, device)
+        for side, basis, size in (("U", subspace.U, m), ("V", subspace.V, n))
+    )
+    _require_some(told, subspace, left, right, rank)
+    if decay_to == "zero" and (weight.element_size() < 4 or is_dtensor(weight)):
+        raise ValueError(
+            f'{told} float32 or float64 with decay_to="zero", got {weight.dtype}: a weight without '
+            'its free part would be rounded; pass decay_to="start"'
+        )
+    spec = Spec(
+        name=name,
+        attribute=attribute,
+        update=update,
+        rank=rank,
+        left=left,
+        right=right,
+        shape=tuple(weight.shape) if not opaque else shape,
+        is_flat=is_flat,
+        is_rounded=update == "merge" and weight.element_size() < 4,
+        is_opaque=opaque,
+        trained=weight.requires_grad if before is None else before.trained,
+    )
+    return Place(module, spec)
+
+
+def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Update) -> bool:
+    """Whether the layer runs as it is, and the free block is added to what it returns."""
+    readable = is_lazy(weight) or is_dtensor(weight) or (is_plain(weight) and weight.is_floating_point())
+    if update == "merge" or readable:
+        require_values(name, weight, "confine")
+        return False
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if None in features or is_conv1d(module):
+        raise TypeError(
+            f"osf_torch.confine: parameter {name!r}: expected a linear layer around a weight of "
+            f"{type(weight).__name__}, got {type(module).__name__}; leave it out"
+        )
+    return True
+
+
+def _matrix(
+    name: str, weight: Tensor, module: nn.Module, subspace: Subspace
+) -> tuple[tuple[int, ...], bool]:
+    """The shape (..., m, n) that the bases are of, and whether dimensions are taken together."""
+    shape: tuple[int, ...] = tuple(weight.shape)
+    if not is_plain(weight) and not is_dtensor(weight) or weight.dim() < 2:
+        shape = (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
+    rows = [_rows(basis) for basis in (subspace.U, subspace.V)]
+    flat = (shape[0], int(torch.Size(shape[1:]).numel()))
+
+    def fits(sizes: tuple[int, ...]) -> bool:
+        return all(row in (None, size) for row, size in zip(rows, sizes, strict=True))
+
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    if len(shape) > 2 and fits(flat) and (convolution or not fits(shape[-2:])):
+        return flat, True
+    if not fits(shape[-2:]):
+        raise ValueError(
+            f"osf_torch.confine: parameter {name!r}: expected bases of {shape[-2]} and {shape[-1]} "
+            f"rows for a weight of shape {shape}, got {rows[0]} and {rows[1]}; pass V.mT if it holds "
+            "rows"
+        )
+    return shape, False
+
+
+def _rows(basis: Held | FreeBasis) -> int | None:
+    if isinstance(basis, FreeBasis):  # of a state
+        return basis.size
+    return None if basis is None else columns_of(basis).shape[-2]
+
+
+def _free(
+    told: str, side: str, basis: Held | FreeBasis, size: int, device: torch.device
+) -> FreeBasis:
+    if isinstance(basis, FreeBasis):
+        return basis.to(device)
+    if basis is not None and is_dtensor(columns_of(basis)):
+        raise ValueError(f"{told} whole bases, got {side} sharded; gather it by full_tensor()")
+    require_orthonormal(side, basis)
+    if basis is not None:
+        basis = Basis(columns_of(basis).to(device), spans_of(basis))
+    return FreeBasis.of(basis, size)
+
+
+def _require_some(
+    told: str, subspace: Subspace, left: FreeBasis, right: FreeBasis, rank: int | None
+) -> None:
+    if subspace.U is None and subspace.V is None or left.width + right.width == left.size + right.size:
+        raise ValueError(
+            f"{told} something protected, got bases that protect nothing; leave the weight out, "
+            "which trains it as a whole"
+        )
+    if not (left.width and right.width):
+        raise ValueError(
+            f"{told} something free, got bases that protect all {left.size} rows or all "
+            f"{right.size} columns; give it a smaller rank, or freeze it and leave it out"
+        )
+    if rank is not None and rank > min(left.width, right.width):
+        raise ValueError(
+            f"{told} a free block of at least rank={rank}, got {left.width} by {right.width}; pass a "
+            "smaller rank"
+        )
+
+
+def _require_once(places: list[Place]) -> None:
+    seen: dict[tuple[int, str], str] = {}
+    for place in places:
+        key = id(place.module), place.spec.attribute
+        if key in seen:
+            raise ValueError(
+                f"osf_torch.confine: expected each weight once, got {seen[key]!r} and "
+                f"{place.spec.name!r}, which are one"
+            )
+        seen[key] = place.spec.name
+
+
+# --- what a module gets ---
+
+
+@torch.no_grad()
+def made(
+    place: Place, settings: Settings, generator: torch.Generator | None = None
+) -> dict[str, nn.Parameter]:
+    """C or its factors, and what is held beside them, by name; of whole or replicated tensors."""
+    spec, weight = place.spec, place.weight
+    dtype = settings.dtype
+    device = weight.device
+    lead = spec.matrix_shape[:-2]
+    p, q = spec.left.width, spec.right.width
+    if dtype is None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    found: dict[str, nn.Parameter] = {}
+    if spec.rank is not None:
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(*lead, spec.rank, q, generator=generator, dtype=torch.float32)
+        B, A = spec.factors
+        found[B] = nn.Parameter(torch.zeros(*lead, p, spec.rank, dtype=dtype, device=device))
+        # As LoRA draws A: uniform in ±1/sqrt(n) there, of that variance here.
+        found[A] = nn.Parameter((drawn / (3 * q) ** 0.5).to(device, dtype))
+        return found
+    if settings.decay_to == "zero":
+        matrix = weight.detach().reshape(spec.matrix_shape)
+        C = free_block(matrix, spec.left, spec.right).to(dtype)
+    else:
+        C = torch.zeros(*lead, p, q, dtype=dtype, device=device)
+    C = _replicated(C.contiguous(), weight)
+    found[spec.free] = nn.Parameter(C)
+    if spec.update == "merge":
+        found[spec.merged] = nn.Parameter(C.clone(), requires_grad=False)
+    if spec.is_rounded:
+        found[spec.base] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return found
+
+
+def _replicated(t: Tensor, like: Tensor) -> Tensor:
+    """On the mesh of a weight that is a DTensor, whole on every rank."""
+    if not is_dtensor(like):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    placed: Tensor = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return placed

@@ -1,0 +1,329 @@
+"""What autograd sees of a confined weight: a linear layer, and the current weight by itself.
+
+Both bring the weight up to date before they use it. That changes which part of W₀ + U_l C V_lᵀ is
+held in W and which is still to be added, and never the sum, so that the operators are functions of
+their arguments; a compiled graph holds them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from osf_kernels import free_block, free_gradient, free_matrix
+from osf_torch.free.merging import is_stale, merge_one, part_of
+from osf_torch.free.spec import Place, Spec, spec_of
+from osf_torch.sharding import is_dtensor, local, sharding_of, sum_over
+
+library = torch.library.Library("osf_torch", "DEF")
+
+
+def _define(schema: str, implementation: Any, fake: Any) -> Any:
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"osf_torch::{name}", fake, lib=library)
+    return getattr(torch.ops.osf_torch, name).default
+
+
+# --- a linear layer, of a weight that is merged ---
+
+
+def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    """x Wᵀ + bias, or with ``transposed`` x W + bias, for the current W.
+
+    Its backward pass computes the gradient of C in the order that ``plan_free`` has for the number
+    of tokens, and of W none.
+    """
+    spec = place.spec
+    W, C, merged = place.weight, place.get(spec.free), place.get(spec.merged)
+    base = place.get(spec.base) if spec.is_rounded else None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    wanted = C.requires_grad and torch.is_grad_enabled()
+    result: Tensor = _linear(x, W, C, merged, base, bias, spec.handle, transposed, wanted)[0]
+    return result
+
+
+def _reduces_inputs(spec: Spec, tokens: int, transposed: bool) -> bool:
+    """Whether the basis of the inputs' side is applied in the forward pass."""
+    return spec.plan(tokens).order in (("left", "both") if transposed else ("right", "both"))
+
+
+def _linear_forward(
+    x: Tensor,
+    W: Tensor,
+    C: Tensor,
+    merged: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    handle: int,
+    transposed: bool,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    spec = spec_of(handle)
+    if not spec.is_sharded:
+        merge_one(spec, W, C, merged, base)
+    W, bias = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    y = F.linear(x, W.mT if transposed else W, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    kept = x.new_empty(0)
+    if wanted and _reduces_inputs(spec, len(rows), transposed):
+        spec.follow(x.device)
+        kept = (spec.left if transposed else spec.right).reduce(rows)
+    return y, kept
+
+
+def _linear_fake(
+    x: Tensor,
+    W: Tensor,
+    C: Tensor,
+    merged: Tensor,
+    base: Tensor | None,
+    bias: Tensor | None,
+    handle: int,
+    transposed: bool,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
+    tokens = x.numel() // max(1, x.shape[-1])
+    kept = x.new_empty(0)
+    if wanted and _reduces_inputs(spec_of(handle), tokens, transposed):
+        kept = x.new_empty(tokens, C.shape[0 if transposed else 1])
+    return y, kept
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, W, C, _, _, bias, ctx.handle, ctx.transposed, wanted = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.block_dtype = C.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    kept = output[1] if output[1].numel() else None
+    ctx.save_for_backward(W, kept, x if wanted and kept is None else None)
+
+
+def _linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 9
+    W, kept, x = ctx.saved_tensors
+    dx = dC = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = dy @ (W.mT if ctx.transposed else W).to(dy.dtype)
+    if ctx.needs_input_grad[2]:
+        held = x if kept is None else kept
+        dC = _linear_gradient(dy, held, ctx.handle, ctx.transposed, ctx.block_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return dx, None, dC, None, None, dbias, None, None, None
+
+
+def _gradient(dy: Tensor, held: Tensor, handle: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+    spec = spec_of(handle)
+    spec.follow(dy.device)
+    outputs, inputs = dy.reshape(-1, dy.shape[-1]), held.reshape(-1, held.shape[-1])
+    order = spec.plan(len(outputs)).order
+    if not transposed:
+        return free_gradient(outputs, inputs, spec.left, spec.right, order=order).to(dtype)
+    # W is the matrix of y = x W: its gradient is xᵀ ∂L/∂y, with the inputs on the left.
+    if order in ("left", "both"):  # applied in the forward pass
+        if order == "both":
+            outputs = spec.right.reduce(outputs)
+            return (inputs.mT @ outputs).to(dtype)
+        return spec.right.reduce(inputs.mT @ outputs).to(dtype)
+    return free_gradient(inputs, outputs, spec.left, spec.right, order=order).to(dtype)
+
+
+def _gradient_fake(
+    dy: Tensor, held: Tensor, handle: int, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    spec = spec_of(handle)
+    return dy.new_empty(spec.left.width, spec.right.width, dtype=dtype)
+
+
+_linear = _define(
+    "confined_linear(Tensor x, Tensor W, Tensor C, Tensor merged, Tensor? base, Tensor? bias, "
+    "int handle, bool transposed, bool wanted) -> (Tensor, Tensor)",
+    _linear_forward,
+    _linear_fake,
+)
+_linear_gradient = _define(
+    "confined_linear_gradient(Tensor dy, Tensor held, int handle, bool transposed, "
+    "ScalarType dtype) -> Tensor",
+    _gradient,
+    _gradient_fake,
+)
+torch.library.register_autograd(
+    "osf_torch::confined_linear", _linear_backward, setup_context=_linear_setup, lib=library
+)
+
+
+# --- the current weight by itself ---
+
+
+def current(place: Place) -> Tensor:
+    """W₀ + U_l C V_lᵀ, of which C gets its gradient from the dense one of the weight.
+
+    Of a merged weight that is W itself, seen anew, and takes no memory; beside W it is a sum.
+    """
+    spec = place.spec
+    W = place.weight
+    if spec.update == "beside":
+        return _beside(place, W)
+    C, merged = place.get(spec.free), place.get(spec.merged)
+    base = place.get(spec.base) if spec.is_rounded else None
+    if torch.compiler.is_compiling() and not is_dtensor(W):
+        compiled: Tensor = _current_weight(W, C, merged, base, spec.handle)
+        return compiled
+    if is_dtensor(W) or is_dtensor(C) or spec.is_sharded:
+        require_fresh(spec, C, merged)
+    else:
+        with torch.no_grad():
+            merge_one(spec, W, C, merged, base)
+    if not (C.requires_grad and torch.is_grad_enabled()):
+        return W.detach() if torch.is_grad_enabled() else W
+    result: Tensor = _Current.apply(W, C, spec)
+    return result
+
+
+def require_fresh(spec: Spec, C: Tensor, merged: Tensor) -> None:
+    """Refuses a sharded weight that something has written C of since it was merged.
+
+    Raises:
+        RuntimeError: so it is, as far as the host can tell without waiting.
+    """
+    C, merged = local(C), local(merged)
+    if C.device.type == "cpu" and is_stale(C, merged):
+        raise RuntimeError(
+            f"osf_torch.confine: expected the free block of {spec.name!r}, which is sharded, to be "
+            "merged before the forward pass, got one that something else than a step of a torch "
+            "optimizer has written to; call Confined.merge() on every rank after such writes"
+        )
+
+
+def _beside(place: Place, W: Tensor) -> Tensor:
+    return W + update_of(place).to(W.dtype)
+
+
+def update_of(place: Place) -> Tensor:
+    """U_l C V_lᵀ of the weight's shape, in C's precision."""
+    spec = place.spec
+    spec.follow(place.device)
+    if spec.rank is None:
+        update = free_matrix(place.block, spec.left, spec.right)
+    else:
+        B, A = (place.get(name) for name in spec.factors)
+        update = spec.left.expand(B.mT).mT @ spec.right.expand(A)
+    return update.view(spec.shape)
+
+
+class _Current(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, C: Tensor, spec: Spec) -> Tensor:
+        ctx.spec, ctx.like = spec, C
+        ctx.placed = W if is_dtensor(W) else None
+        return W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if ctx.placed is not None:
+            return None, _sharded_block(ctx.spec, g, ctx.placed, ctx.like), None
+        return None, _block_of(g, ctx.spec, ctx.like.dtype), None
+
+
+def _block_of(g: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
+    spec.follow(g.device)
+    matrix = g.reshape(spec.matrix_shape).to(dtype)
+    return free_block(matrix, spec.left, spec.right)
+
+
+def _sharded_block(spec: Spec, g: Any, W: Any, C: Tensor) -> Tensor:
+    """The free block of a DTensor's gradient, which is summed over the ranks that hold its parts."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    g = g.redistribute(W.device_mesh, W.placements)
+    cut, part = sharding_of(W), local(g)
+    spec.follow(part.device)
+    left, right, rows, columns = part_of(spec, cut)
+    part = part.to(C.dtype)
+    if spec.is_flat:
+        part = part.reshape(part.shape[0], spec.right.size)
+    block = free_block(part, left, right, rows, columns)
+    if cut is not None and (rows is not None or columns is not None):
+        (block,) = sum_over(cut.group, [block])
+    if not is_dtensor(C):
+        return block
+    mesh, placements = C.device_mesh, C.placements  # type: ignore[attr-defined]
+    if cut is not None and rows is None and columns is None:  # a batch, which C is cut like
+        return DTensor.from_local(block, mesh, placements, run_check=False)
+    everywhere = DTensor.from_local(block, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    placed: Tensor = everywhere.redistribute(mesh, placements)
+    return placed
+
+
+def _current_forward(
+    W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None, handle: int
+) -> Tensor:
+    spec = spec_of(handle)
+    if not spec.is_sharded:
+        merge_one(spec, W, C, merged, base)
+    return W.clone()
+
+
+def _current_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.handle, ctx.dtype = inputs[4], inputs[1].dtype
+
+
+def _current_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    return None, _current_gradient(g, ctx.handle, ctx.dtype), None, None, None
+
+
+def _block_fake(g: Tensor, handle: int, dtype: torch.dtype) -> Tensor:
+    spec = spec_of(handle)
+    lead = spec.matrix_shape[:-2]
+    return g.new_empty(*lead, spec.left.width, spec.right.width, dtype=dtype)
+
+
+_current_weight = _define(
+    "confined_weight(Tensor W, Tensor C, Tensor merged, Tensor? base, int handle) -> Tensor",
+    _current_forward,
+    lambda W, C, merged, base, handle: torch.empty_like(W),
+)
+_current_gradient = _define(
+    "confined_weight_gradient(Tensor g, int handle, ScalarType dtype) -> Tensor",
+    lambda g, handle, dtype: _block_of(g, spec_of(handle), dtype),
+    _block_fake,
+)
+torch.library.register_autograd(
+    "osf_torch::confined_weight", _current_backward, setup_context=_current_setup, lib=library
+)
+
+
+# --- beside a layer ---
+
+
+def beside(place: Place, x: Tensor, *, transposed: bool) -> Tensor:
+    """What the free block adds to the outputs of a linear layer, ((x V_l) Cᵀ) U_lᵀ."""
+    spec = place.spec
+    spec.follow(x.device)
+    inner, outer = (spec.left, spec.right) if transposed else (spec.right, spec.left)
+    if spec.rank is None:
+        C = place.block
+        return outer.expand(inner.reduce(x) @ _as(C if transposed else C.mT, x))
+    B, A = (place.get(name) for name in spec.factors)
+    down, up = (B.mT, A) if transposed else (A, B.mT)
+    # As a LoRA: both factors in the weight's own space, of which there are few.
+    return (x @ _as(inner.expand(down), x).mT) @ _as(outer.expand(up), x)
+
+
+def _as(factor: Tensor, x: Tensor) -> Tensor:
+    """Of x's dtype; autocast, where it is on, has it so by itself."""
+    return factor if torch.is_autocast_enabled(x.device.type) else factor.to(x.dtype)
+
+

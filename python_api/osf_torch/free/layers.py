@@ -1,0 +1,256 @@
+"""The classes and hooks that a module with confined weights gets, and their way back.
+
+A confined module is of a subclass of its class, made here, as ``torch.nn.utils.parametrize`` does it.
+There the weight is a property: whoever reads ``module.weight`` gets the current weight, whose gradient
+goes to C, however it is used (attention's ``out_proj``, tied calls, experts). What iterates over
+parameters sees the frozen tensor itself. ``nn.Linear`` and transformers' ``Conv1D`` also get a forward
+pass of their own, which never forms the dense gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from osf_torch.free import functions
+from osf_torch.free.merging import merge
+from osf_torch.free.spec import SPECS, Place, Spec, specs_of
+from osf_torch.sharding import is_dtensor, local
+
+ORIGINAL = "_osf_original"  # of a class made here: the one that it is a subclass of
+_HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
+
+
+# --- classes ---
+
+
+@lru_cache(maxsize=None)
+def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: bool) -> type:
+    """The subclass of ``kind`` whose ``attributes`` are current weights."""
+
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __getstate__(self: nn.Module) -> Any:
+        raise RuntimeError(
+            f"osf_torch.confine: expected to save a confined {kind.__name__} by state_dict(), got a "
+            "pickle of the module; save model.state_dict() and Confined.state_dict(), or release() "
+            "first"
+        )
+
+    members: dict[str, Any] = {
+        ORIGINAL: kind,
+        "__deepcopy__": __deepcopy__,
+        "__getstate__": __getstate__,
+        "__module__": __name__,
+    }
+    if opaque:
+        members["forward"] = _forward_added
+    else:
+        members |= {attribute: _property(attribute) for attribute in attributes}
+        if kind.forward is nn.Linear.forward:
+            members["forward"] = _forward_linear
+        elif _is_conv1d(kind):
+            members["forward"] = _forward_conv1d
+    return type(f"Confined{kind.__name__}", (kind,), members)
+
+
+def _is_conv1d(kind: type[nn.Module]) -> bool:
+    return any(base.__name__ == "Conv1D" and "forward" in vars(base) for base in kind.__mro__)
+
+
+def _property(attribute: str) -> property:
+    def get(self: nn.Module) -> Any:
+        spec = specs_of(self).get(attribute)
+        weight = self._parameters[attribute]
+        if spec is None or weight is None:  # released
+            return weight
+        _require_frozen(spec, weight)
+        return functions.current(Place(self, spec))
+
+    def put(self: nn.Module, value: Any) -> None:
+        # nn.Module.__setattr__ takes parameters before a property sees them.
+        raise TypeError(
+            f"osf_torch.confine: expected {attribute!r} of a confined module to be set to a "
+            f"parameter, got {type(value).__name__}"
+        )
+
+    return property(get, put)
+
+
+def _forward_linear(self: Any, input: Tensor) -> Tensor:
+    return _forward(self, input, transposed=False)
+
+
+def _forward_conv1d(self: Any, x: Tensor) -> Tensor:
+    return _forward(self, x, transposed=True)
+
+
+def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
+    spec = specs_of(module).get("weight")
+    if spec is None:
+        weight = module._parameters["weight"]
+        return F.linear(x, weight.mT if transposed else weight, module.bias)
+    place = Place(module, spec)
+    W, bias = place.weight, module.bias
+    _require_frozen(spec, W)
+    if is_dtensor(W) or is_dtensor(x):
+        weight = functions.current(place)
+        return F.linear(x, weight.mT if transposed else weight, bias)
+    if spec.update == "beside":
+        y = F.linear(x, W.mT if transposed else W, bias)
+        return y + functions.beside(place, x, transposed=transposed).to(y.dtype)
+    if spec.is_sharded and not torch.compiler.is_compiling():
+        functions.require_fresh(spec, place.get(spec.free), place.get(spec.merged))
+    return functions.linear(place, x, bias, transposed=transposed)
+
+
+def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A layer whose weight can't be read, and what the free block adds to it."""
+    y: Tensor = getattr(type(self), ORIGINAL).forward(self, x, *args, **kwargs)
+    spec = specs_of(self).get("weight")
+    if spec is None:
+        return y
+    return y + functions.beside(Place(self, spec), x, transposed=False).to(y.dtype)
+
+
+def _require_frozen(spec: Spec, weight: Tensor) -> None:
+    """Raises RuntimeError where the weight itself would be trained."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True, with "
+            "which an optimizer would move what is protected; freeze it again, or Confined.release()"
+        )
+
+
+# --- putting them on and taking them off ---
+
+
+def attach(module: nn.Module, specs: Iterable[Spec], tensors: dict[str, nn.Parameter]) -> None:
+    """Confines weights of one module.
+
+    Args:
+        specs: of weights that aren't confined yet.
+        tensors: what the module has beside them, by name.
+    """
+    held = module.__dict__.setdefault(SPECS, {})
+    first = not held
+    for spec in specs:
+        held[spec.attribute] = spec
+        weight = module._parameters.get(spec.attribute)
+        if weight is not None:
+            weight.requires_grad_(False)
+            weight.grad = None
+    for name, parameter in tensors.items():
+        module.register_parameter(name, parameter)
+    _reclass(module)
+    if first:
+        module.__dict__[_HOOKS] = [
+            module.register_state_dict_pre_hook(_before_state_dict),
+            module.register_state_dict_post_hook(_after_state_dict),
+            module.register_load_state_dict_pre_hook(_before_load),
+        ]
+
+
+def detach(module: nn.Module, spec: Spec) -> None:
+    """The module without one confined weight; what W holds stays."""
+    held = module.__dict__[SPECS]
+    del held[spec.attribute]
+    for name in spec.beside:
+        del module._parameters[name]
+    weight = module._parameters.get(spec.attribute)
+    if weight is not None:
+        weight.requires_grad_(spec.trained)
+    if not held:
+        for handle in module.__dict__.pop(_HOOKS):
+            handle.remove()
+        del module.__dict__[SPECS]
+    _reclass(module)
+
+
+def _reclass(module: nn.Module) -> None:
+    """Gives the module the class for what it has confined, unless something else made one since:
+    properties and forward passes of a class know what isn't confined any more."""
+    kind: Any = type(module)
+    original = vars(kind).get(ORIGINAL)
+    specs = specs_of(module)
+    if original is None and any(ORIGINAL in vars(base) for base in kind.__mro__):
+        return
+    base = kind if original is None else original
+    if not specs:
+        module.__class__ = base
+        return
+    opaque = any(spec.is_opaque for spec in specs.values())
+    module.__class__ = _confined_class(base, frozenset(specs), opaque)
+
+
+# --- states of a model: its plain names, and weights that are up to date ---
+
+
+def _before_state_dict(module: nn.Module, *_: Any) -> None:
+    places = [Place(module, spec) for spec in specs_of(module).values()]
+    for place in places:
+        if place.spec.update == "merge" and place.spec.is_sharded:
+            functions.require_fresh(
+                place.spec, place.get(place.spec.free), place.get(place.spec.merged)
+            )
+    merge(place for place in places if not place.spec.is_sharded)
+
+
+def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for spec in specs_of(module).values():
+        if spec.is_opaque:  # which nothing can be added to: C stays, under its own name
+            continue
+        for name in spec.beside:
+            state.pop(prefix + name, None)
+        if spec.update == "beside" and prefix + spec.attribute in state:
+            with torch.no_grad():
+                state[prefix + spec.attribute] = functions.current(Place(module, spec)).detach()
+
+
+@torch.no_grad()
+def _before_load(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
+    for spec in specs_of(module).values():
+        place = Place(module, spec)
+        if spec.is_opaque:
+            continue
+        for name in spec.trainable:
+            state.setdefault(prefix + name, place.get(name))
+        loaded = state.get(prefix + spec.attribute)
+        if spec.update == "merge":
+            state[prefix + spec.merged] = place.get(spec.free).detach().clone()
+        if loaded is None:
+            if spec.is_rounded:
+                state[prefix + spec.base] = place.get(spec.base)
+            continue
+        if spec.is_rounded:
+            state[prefix + spec.base] = _without_block(place, loaded)
+        elif spec.update == "beside":
+            state[prefix + spec.attribute] = _without_block(place, loaded)
+
+
+def _without_block(place: Place, weight: Tensor) -> Tensor:
+    """A current weight less U_l C V_lᵀ, of its dtype."""
+    if not bool(local(place.block.detach()).any()):
+        return weight.detach().clone()
+    if is_dtensor(weight) or is_dtensor(place.block):
+        raise RuntimeError(
+            f"osf_torch.confine: expected plain tensors to load {place.spec.name!r} from while its "
+            "free block is another than zero, got sharded ones; load before training starts"
+        )
+    update = functions.update_of(place)
+    return (weight.to(update.dtype) - update).to(weight.dtype)
+
+

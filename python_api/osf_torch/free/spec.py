@@ -1,0 +1,196 @@
+"""Spec: what is confined of one weight, and the names of the tensors that a module holds for it.
+
+Of a weight ``weight`` a confined module has these parameters beside it:
+
+================  ==========================================================================
+``weight``        W itself, frozen. With update="merge" it is always W₀ + U_l C V_lᵀ for the
+                  C of ``weight_merged``, with "beside" always W₀.
+``weight_free``   C, the parameter that is trained. Of rank s the factors ``weight_free_B``
+                  (p, s) and ``weight_free_A`` (s, q) instead, C = B A.
+``weight_merged`` the C that W has in it, frozen; "merge" alone.
+``weight_base``   W₀ of a weight of half precision, frozen; "merge" alone.
+================  ==========================================================================
+
+All are parameters, so that whatever averages, copies, shards or moves the parameters of a model does
+the same to all of them: an average of W and of ``weight_merged`` belong together as W and
+``weight_merged`` do, since W is linear in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from osf_kernels import FreeBasis, FreePlan, plan_free
+from osf_torch.sharding import local
+
+Update = Literal["merge", "beside"]
+SPECS = "_osf_free"  # of a module, in its __dict__: Spec by attribute
+
+_numbers = itertools.count(1)
+_BY_HANDLE: weakref.WeakValueDictionary[int, Spec] = weakref.WeakValueDictionary()
+
+
+@dataclass(eq=False)
+class Spec:
+    """One confined weight.
+
+    Attributes:
+        name: of the weight in the model.
+        attribute: of the weight in its module.
+        update, rank: as ``confine`` has them.
+        left, right: the free bases of the rows and of the columns.
+        shape: of the weight.
+        is_flat: whether the matrix is the weight with all dimensions but the first in one, as of a
+            convolution.
+        is_rounded: whether W is rounded from ``weight_base``.
+        is_opaque: whether the weight's values can't be read (quantized), so that its module runs as
+            it is and the free block is added to what it returns.
+        trained: whether the weight required a gradient before.
+        is_sharded: whether the tensors were seen as DTensors: then they are merged between steps
+            only, never within a forward pass.
+        owner: the ``Confined`` that made it, which lives as long as a module has it.
+        handle: by which operators find it.
+    """
+
+    name: str
+    attribute: str
+    update: Update
+    rank: int | None
+    left: FreeBasis
+    right: FreeBasis
+    shape: tuple[int, ...]
+    is_flat: bool
+    is_rounded: bool
+    is_opaque: bool
+    trained: bool
+    is_sharded: bool = False
+    owner: object = None
+    handle: int = field(default_factory=lambda: next(_numbers))
+
+    def __post_init__(self) -> None:
+        _BY_HANDLE[self.handle] = self
+
+    # Copies of a module share it: what differs between them are their parameters.
+    def __copy__(self) -> Spec:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Spec:
+        return self
+
+    # --- names ---
+
+    @property
+    def free(self) -> str:
+        return f"{self.attribute}_free"
+
+    @property
+    def merged(self) -> str:
+        return f"{self.attribute}_merged"
+
+    @property
+    def base(self) -> str:
+        return f"{self.attribute}_base"
+
+    @property
+    def factors(self) -> tuple[str, str]:
+        return f"{self.free}_B", f"{self.free}_A"
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of what is trained."""
+        return (self.free,) if self.rank is None else self.factors
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of all that a module has beside the weight itself."""
+        merged = (self.merged,) if self.update == "merge" else ()
+        return (*self.trainable, *merged, *((self.base,) if self.is_rounded else ()))
+
+    # --- the matrix ---
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(..., m, n)."""
+        return (self.shape[0], self.right.size) if self.is_flat else self.shape
+
+    @property
+    def is_even(self) -> bool:
+        """Whether as many directions of the rows are protected as of the columns, of a matrix."""
+        protected = self.left.size - self.left.width
+        return len(self.shape) == 2 and protected == self.right.size - self.right.width
+
+    def follow(self, device: torch.device) -> None:
+        """Brings the bases to the device that the weight was moved to."""
+        if torch.compiler.is_compiling():
+            return
+        self.left, self.right = self.left.to(device), self.right.to(device)
+
+    def plan(self, tokens: int) -> FreePlan:
+        return plan_free(tokens, self.left.side, self.right.side)
+
+
+def spec_of(handle: int) -> Spec:
+    return _BY_HANDLE[handle]
+
+
+def specs_of(module: nn.Module) -> dict[str, Spec]:
+    found: dict[str, Spec] = module.__dict__.get(SPECS, {})
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A confined weight of one module, which a copy of the module has too."""
+
+    module: nn.Module
+    spec: Spec
+
+    def get(self, name: str) -> Tensor:
+        found = self.module._parameters[name]
+        assert found is not None
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        return self.get(self.spec.attribute)
+
+    @property
+    def block(self) -> Tensor:
+        """C; of a weight of rank s the product of its factors."""
+        if self.spec.rank is None:
+            return self.get(self.spec.free)
+        B, A = (self.get(name) for name in self.spec.factors)
+        return B @ A
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def trained(self) -> list[Tensor]:
+        return [self.get(name) for name in self.spec.trainable]
+
+    def beside(self) -> list[Tensor]:
+        """All that the module has beside the weight itself."""
+        return [self.get(name) for name in self.spec.beside]
+
+    @property
+    def device(self) -> torch.device:
+        return local(self.weight).device
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the module has what it trains; not before ``confine`` is sure of all weights."""
+        return self.spec.trainable[0] in self.module._parameters
+
+
+def places_of(model: nn.Module) -> list[Place]:
+    """Every confined weight of a model, in its order."""
+    return [
+        Place(module, spec) for module in model.modules() for spec in specs_of(module).values()
+    ]

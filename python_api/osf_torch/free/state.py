@@ -1,0 +1,202 @@
+"""What is saved of confined weights beside the model: C, the bases, what W was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osf_kernels import FreeBasis
+from osf_torch.free import drifting
+from osf_torch.free.admission import Settings
+from osf_torch.free.drifting import Reference
+from osf_torch.free.functions import current, update_of
+from osf_torch.free.merging import merge
+from osf_torch.free.spec import Place
+from osf_torch.selection import listed
+from osf_torch.sharding import is_dtensor, local
+from osf_torch.subspaces import Subspace
+
+FORMAT = 1
+KEYS = ("update", "rank", "decay_to", "confined")
+# A weight is the one that was saved when it is so up to this part of its norm: what is loaded from
+# a file is so to the bit, what was summed over ranks in another order to 1e-15.
+SAME = 1e-6
+
+
+def state_of(
+    places: Sequence[Place], settings: Settings, references: Mapping[str, Reference]
+) -> dict[str, Any]:
+    """Of ``Confined.state_dict``."""
+    return {
+        "format": FORMAT,
+        "update": settings.update,
+        "rank": settings.rank,
+        "decay_to": settings.decay_to,
+        "confined": {place.name: _saved(place, references) for place in places},
+    }
+
+
+def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
+    spec = place.spec
+    found: dict[str, Any] = {
+        "shape": tuple(spec.shape),
+        "left": _saved_basis(spec.left),
+        "right": _saved_basis(spec.right),
+        "trained": {name: place.get(name).detach() for name in spec.trainable},
+    }
+    if spec.is_rounded:
+        found["base"] = place.get(spec.base).detach()
+    elif spec.update == "beside" and not spec.is_opaque and place.weight.element_size() < 4:
+        found["base"] = place.weight.detach()
+    if not spec.is_opaque:
+        start = references[place.name]
+        now = drifting.reference(place).whole
+        found |= {"protected": start.protected, "start": start.whole, "now": now}
+    return found
+
+
+def _saved_basis(basis: FreeBasis) -> dict[str, Any]:
+    parts = {str(i): part for i, part in enumerate(basis.tensors)}
+    return {"size": basis.size, "width": basis.width, "held": basis.held, "parts": parts}
+
+
+def _read_basis(saved: Mapping[str, Any]) -> FreeBasis:
+    parts = tuple(saved["parts"][str(i)].clone() for i in range(len(saved["parts"])))
+    return FreeBasis(saved["size"], saved["width"], saved["held"], parts)
+
+
+def is_state(value: Mapping[str, Any]) -> bool:
+    """Whether it is what ``Confined.state_dict`` returned, not subspaces by parameter name."""
+    return {"format", "confined"} <= value.keys()
+
+
+def require_state(state: Mapping[str, Any]) -> None:
+    """Refuses what ``Confined.state_dict`` didn't return."""
+    found = state.get("format") if isinstance(state, Mapping) else None
+    missing = [key for key in KEYS if found is None or key not in state]
+    if found != FORMAT or missing:
+        raise ValueError(
+            f"osf_torch.confine: expected a state with format={FORMAT} and {listed(list(KEYS))}, got "
+            f"format={found!r}{f' without {listed(missing)}' if missing else ''}; pass what "
+            "Confined.state_dict() returned, whole"
+        )
+
+
+def subspaces_of(state: Mapping[str, Any]) -> dict[str, Subspace]:
+    """What a state protects of each weight: the free bases as they were held."""
+    return {
+        name: Subspace(_read_basis(saved["left"]), _read_basis(saved["right"]))
+        for name, saved in state["confined"].items()
+    }
+
+
+def references_of(state: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Reference]:
+    """What the weights were when they were confined first."""
+    return {
+        place.name: Reference(*(saved[key].to(place.device) for key in ("protected", "start")))
+        for place in places
+        if "start" in (saved := state["confined"][place.name])
+    }
+
+
+def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each weight is the one that was saved (True), or the one that it started from.
+
+    Raises:
+        ValueError: neither; another set of weights.
+    """
+    saved = state["confined"]
+    names = {place.name for place in places}
+    if names != saved.keys():
+        missing, foreign = sorted(names - saved.keys()), sorted(saved.keys() - names)
+        got = [f"none for {listed(missing)}"] if missing else []
+        got += [f"{listed(foreign)} too"] if foreign else []
+        raise ValueError(
+            "osf_torch.confine: expected a state of the confined weights, got "
+            f"{' and '.join(got)}; it is another run's"
+        )
+    found = {}
+    for place in places:
+        entry = saved[place.name]
+        if tuple(entry["shape"]) != tuple(place.spec.shape):
+            raise ValueError(
+                f"osf_torch.confine: expected a state of {place.name!r} with shape "
+                f"{tuple(place.spec.shape)}, got {tuple(entry['shape'])}; it is another model's"
+            )
+        if place.spec.is_opaque:
+            found[place.name] = False
+            continue
+        whole = drifting.reference(place).whole
+        off = {key: drifting.relative(whole, entry[key]) for key in ("now", "start")}
+        if not min(off.values()) <= SAME:
+            raise ValueError(
+                f"osf_torch.confine: expected {place.name!r} to be the weight that was saved with "
+                f"this state, or the one that it started from, got one off by {off['now']:.1e} and "
+                f"{off['start']:.1e}; load the model's checkpoint before the state"
+            )
+        found[place.name] = off["now"] <= off["start"]
+    return found
+
+
+@torch.no_grad()
+def load(places: Sequence[Place], state: Mapping[str, Any], settings: Settings) -> None:
+    """Of ``Confined.load_state_dict``: C as it was saved, and weights that are the saved ones."""
+    for key in ("update", "rank", "decay_to"):
+        if state[key] != getattr(settings, key):
+            raise ValueError(
+                f"osf_torch.confine: expected a state with {key}={getattr(settings, key)!r}, got "
+                f"{state[key]!r}; confine the model as it was, then load"
+            )
+    for place in places:
+        for name, t in state["confined"].get(place.name, {}).get("trained", {}).items():
+            if name not in place.module._parameters or place.get(name).shape != t.shape:
+                raise ValueError(
+                    f"osf_torch.confine: expected a state of {place.name!r} with a free block like "
+                    f"the model's, got {name!r} of shape {tuple(t.shape)}; confine the model of the "
+                    "state: confine(model, state)"
+                )
+    merged = require_of_weights(places, state)
+    for place in places:
+        _load(place, state["confined"][place.name], merged[place.name])
+    merge(places, force=any(place.spec.is_sharded for place in places))
+
+
+def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
+    """Args:
+    has_block: whether the weight has the saved block in it already.
+    """
+    spec = place.spec
+    spec.left, spec.right = (
+        _read_basis(saved[side]).to(place.device) for side in ("left", "right")
+    )
+    whole = current(place).detach().clone() if spec.update == "beside" and has_block else None
+    started = place.get(spec.merged).clone() if spec.update == "merge" else None
+    for name, t in saved["trained"].items():
+        _put(place.get(name), t)
+    if spec.is_rounded:
+        _put(place.get(spec.base), saved["base"])
+        place.get(spec.merged).fill_(float("nan"))  # stale, whatever C is: W is rounded anew
+    elif spec.update == "merge":
+        # W has the saved block in it, or the one that it was confined with.
+        _put(place.get(spec.merged), saved["trained"][spec.free] if has_block else started)
+    elif whole is not None:
+        base = saved.get("base")
+        _put(place.weight, whole - update_of(place).to(whole.dtype) if base is None else base)
+
+
+def _put(into: Tensor, t: Any) -> None:
+    """Copies values, of a whole tensor also into a sharded one."""
+    if t is into:
+        return
+    if is_dtensor(into) and not is_dtensor(t):
+        from torch.distributed.tensor import distribute_tensor
+
+        t = distribute_tensor(
+            t.to(local(into).device), into.device_mesh, into.placements  # type: ignore[attr-defined]
+        )
+    if is_dtensor(t) and not is_dtensor(into):
+        t = t.full_tensor()
+    into.copy_(t)
