@@ -9,6 +9,7 @@ from torch import Tensor
 
 from osf_kernels._padding import padded
 from osf_kernels.basis import Basis
+from osf_kernels.cpu import WHOLE_VECTORS
 from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.free.orders import Held, Side
 from osf_kernels.linalg.orthonormal.complement import reflector
@@ -105,17 +106,29 @@ class FreeBasis:
         """x F, (..., T, n) to (..., T, q), of x's dtype; where ``rows`` says so, x has columns for
         these rows of F alone.
         """
-        at = slice(0, self.size) if rows is None else rows
+        if self.held == "columns" and x.device.type == "cpu" and self.width % WHOLE_VECTORS:
+            return self.reduce_rows(x.mT, rows).mT
         if self.held == "everything":
-            return x if rows is None else self._placed(x, at)
+            return x if rows is None else self._placed(x, rows)
         parts = [part.to(x.dtype) for part in self._parts]
+        at = slice(0, self.size) if rows is None else rows
         if self.held == "columns":
             return x @ parts[0][..., at, :]
         Y, N = parts
-        inner = ((x @ Y[..., at, :]) @ N) @ Y[..., -self.width :, :].mT
-        if rows is None:
-            return x[..., -self.width :] - inner
-        return self._placed(x, at) - inner
+        start = x[..., -self.width :] if rows is None else self._placed(x, rows)
+        return _less(start, (x @ Y[..., at, :]) @ N, Y[..., -self.width :, :].mT)
+
+    def reduce_rows(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """Fᵀ x, (..., n, T) to (..., q, T): as ``reduce``, of the rows of x, and contiguous."""
+        if self.held == "everything":
+            return x if rows is None else self._placed(x.mT, rows).mT
+        parts = [part.to(x.dtype) for part in self._parts]
+        at = slice(0, self.size) if rows is None else rows
+        if self.held == "columns":
+            return parts[0][..., at, :].mT @ x
+        Y, N = parts
+        start = x[..., -self.width :, :] if rows is None else self._placed(x.mT, rows).mT
+        return _less(start, Y[..., -self.width :, :], N.mT @ (Y[..., at, :].mT @ x))
 
     def _placed(self, x: Tensor, at: slice) -> Tensor:
         """x [0; I] for some rows of it: the free columns that they have a one in, and zeros."""
@@ -129,18 +142,22 @@ class FreeBasis:
         """y Fᵀ, (..., T, q) to (..., T, n), of y's dtype; some of its columns where ``rows`` says
         which rows of F.
         """
+        return self.expand_rows(y.mT, rows).mT
+
+    def expand_rows(self, y: Tensor, rows: slice | None = None) -> Tensor:
+        """F y, (..., q, T) to (..., n, T), contiguous; some of its rows where ``rows`` says so."""
         at = slice(0, self.size) if rows is None else rows
         if self.held == "everything":
-            return y[..., at]
+            return y[..., at, :]
         parts = [part.to(y.dtype) for part in self._parts]
         if self.held == "columns":
-            return y @ parts[0][..., at, :].mT
+            return parts[0][..., at, :] @ y
         Y, N = parts
-        result = -((y @ Y[..., -self.width :, :]) @ N.mT) @ Y[..., at, :].mT
+        result = Y[..., at, :] @ (N @ (Y[..., -self.width :, :].mT @ y)).neg_()
         protected = self.size - self.width
         start, stop = max(at.start, protected), max(at.stop, protected)
-        result[..., start - at.start : stop - at.start] += y[
-            ..., start - protected : stop - protected
+        result[..., start - at.start : stop - at.start, :] += y[
+            ..., start - protected : stop - protected, :
         ]
         return result
 
@@ -193,3 +210,8 @@ class FreeBasis:
     def side(self) -> Side:
         """What a plan needs to know of it."""
         return Side(self.size, self.width, self.held)
+
+
+def _less(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """x − A B, contiguous, in one product where it is of two matrices."""
+    return torch.addmm(x, A, B, alpha=-1) if x.dim() == A.dim() == B.dim() == 2 else x - A @ B

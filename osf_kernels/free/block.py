@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from osf_kernels.cpu import WHOLE_VECTORS
 from osf_kernels.errors import ValueRefusal
 from osf_kernels.free.basis import FreeBasis
 from osf_kernels.free.orders import Order, plan_free, reduce_flops
@@ -31,8 +32,8 @@ def free_block(
     """
     _, right_first = reduce_flops(left.side, right.side)
     if right_first:
-        return left.reduce(right.reduce(x, columns).mT, rows).mT
-    return right.reduce(left.reduce(x.mT, rows).mT, columns)
+        return left.reduce_rows(right.reduce(x, columns), rows)
+    return right.reduce(left.reduce_rows(x, rows), columns)
 
 
 def free_matrix(
@@ -47,8 +48,8 @@ def free_matrix(
     right_first = p * right.side.flops + right.size * left.side.flops
     left_first = q * left.side.flops + left.size * right.side.flops
     if right_first <= left_first:
-        return left.expand(right.expand(C, columns).mT, rows).mT
-    return right.expand(left.expand(C.mT, rows).mT, columns)
+        return left.expand_rows(right.expand(C, columns), rows)
+    return right.expand(left.expand_rows(C, rows), columns)
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def _add_free_(W: Tensor, C: Tensor, left: FreeBasis, right: FreeBasis) -> None:
     if right_first <= left_first:
         side, factor, target = left, right.expand(C), W
     else:
-        side, factor, target = right, left.expand(C.mT), W.mT
+        side, factor, target = right, left.expand_rows(C).mT, W.mT
     if side.held == "everything":
         target += factor
     elif side.held == "columns":
@@ -128,7 +129,14 @@ def _addmm_(target: Tensor, A: Tensor, B: Tensor, alpha: float) -> None:
 
 
 def free_gradient(
-    outputs: Tensor, inputs: Tensor, left: FreeBasis, right: FreeBasis, *, order: Order | None = None
+    outputs: Tensor,
+    inputs: Tensor,
+    left: FreeBasis,
+    right: FreeBasis,
+    *,
+    order: Order | None = None,
+    left_reduced: bool = False,
+    right_reduced: bool = False,
 ) -> Tensor:
     """The free block of a product over tokens, U_lᵀ (outputsᵀ inputs) V_l, in the cheapest order.
 
@@ -136,22 +144,35 @@ def free_gradient(
     W = W₀ + U_l C V_lᵀ.
 
     Args:
-        outputs: (T, m).
-        inputs: (T, n); with orders "right" and "both" also (T, q), V_l applied already.
+        outputs: (T, m); (T, p) where its basis is applied already.
+        inputs: (T, n); (T, q) where its basis is applied already.
         left, right: of the m rows and of the n columns of the weight.
         order: of ``plan_free``; None for the cheapest.
+        left_reduced, right_reduced: whether that is so, as the order has it.
 
     Returns:
         (p, q) of the operands' dtype. Mutates nothing; doesn't synchronise; draws no random numbers.
     """
     chosen = plan_free(len(inputs), left.side, right.side).order if order is None else order
-    if chosen == "dense":
+    if chosen == "dense" and not (left_reduced or right_reduced):
         return free_block(outputs.mT @ inputs, left, right)
-    if chosen in ("right", "both") and inputs.shape[-1] == right.size:
-        inputs = right.reduce(inputs)
-    if chosen == "right":
-        return left.reduce((inputs.mT @ outputs)).mT
-    outputs = left.reduce(outputs)
-    if chosen == "left":
-        return right.reduce(outputs.mT @ inputs)
-    return outputs.mT @ inputs
+    if chosen in ("right", "both") and not right_reduced:
+        inputs, right_reduced = right.reduce(inputs), True
+    if chosen in ("left", "both") and not left_reduced:
+        outputs, left_reduced = left.reduce(outputs), True
+    # What is left to do is done to the smaller product.
+    if left_reduced:
+        block = _over_tokens(outputs, inputs)
+        return block if right_reduced else right.reduce(block)
+    return left.reduce_rows(_over_tokens(outputs, inputs))
+
+
+def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b over the rows of both. On a CPU the larger of two even widths is of the result's rows,
+    and an odd one before an even one."""
+    m, n = a.shape[-1], b.shape[-1]
+    if n % WHOLE_VECTORS:
+        swapped = m % WHOLE_VECTORS == 0 or m < n
+    else:
+        swapped = m % WHOLE_VECTORS == 0 and m < n
+    return (b.mT @ a).mT if swapped and a.device.type == "cpu" else a.mT @ b

@@ -16,6 +16,7 @@ from torch.optim.optimizer import (
 from osf_torch.free import drifting, state, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.functions import current
+from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach
 from osf_torch.free.merging import merge
 from osf_torch.free.spec import Place
@@ -42,13 +43,14 @@ class Confined:
         self._settings = settings
         self._model = model
         self._held: list[Place] = []
+        self._inputs = Inputs()
         self._references: dict[str, drifting.Reference] = {}
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
-            place.spec.owner = self
+            place.spec.owner, place.spec.inputs = self, self._inputs
         self._references = {
             place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
         }

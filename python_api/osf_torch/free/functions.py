@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from osf_kernels import free_block, free_gradient, free_matrix
+from osf_torch.free.inputs import is_kept
 from osf_torch.free.merging import is_stale, merge_one, part_of
 from osf_torch.free.spec import Place, Spec, spec_of
 from osf_torch.sharding import is_dtensor, local, sharding_of, sum_over
@@ -37,123 +38,167 @@ def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) ->
     """x Wᵀ + bias, or with ``transposed`` x W + bias, for the current W.
 
     Its backward pass computes the gradient of C in the order that ``plan_free`` has for the number
-    of tokens, and of W none.
+    of tokens, and of W none. Beside W the sum is formed for the product, and anew for the backward
+    pass, which is cheaper than to apply C to every token unless these are few.
     """
     spec = place.spec
-    W, C, merged = place.weight, place.get(spec.free), place.get(spec.merged)
+    W, C = place.weight, place.get(spec.free)
+    merged = place.get(spec.merged) if spec.update == "merge" else None
     base = place.get(spec.base) if spec.is_rounded else None
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     wanted = C.requires_grad and torch.is_grad_enabled()
-    result: Tensor = _linear(x, W, C, merged, base, bias, spec.handle, transposed, wanted)[0]
+    reduced = wanted and _reduces_inputs(spec, x, transposed)
+    operands = x, W, C, merged, base, bias, spec.handle, transposed, reduced
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _linear(*operands)[0]
+        return compiled
+    if not torch.is_grad_enabled():
+        return _linear_forward(*operands)[0]
+    result: Tensor = _Linear.apply(*operands)
     return result
 
 
-def _reduces_inputs(spec: Spec, tokens: int, transposed: bool) -> bool:
-    """Whether the basis of the inputs' side is applied in the forward pass."""
-    return spec.plan(tokens).order in (("left", "both") if transposed else ("right", "both"))
+def _reduces_inputs(spec: Spec, x: Tensor, transposed: bool) -> bool:
+    """Whether V_l is applied to the inputs in the forward pass, so that x V_l is kept and not x."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    if spec.plan(tokens).order not in (("left", "both") if transposed else ("right", "both")):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not is_kept(x) and spec.inputs.width_of(spec, x, transposed) < x.shape[-1]
 
 
 def _linear_forward(
     x: Tensor,
     W: Tensor,
     C: Tensor,
-    merged: Tensor,
+    merged: Tensor | None,
     base: Tensor | None,
     bias: Tensor | None,
     handle: int,
     transposed: bool,
-    wanted: bool,
+    reduced: bool,
 ) -> tuple[Tensor, Tensor]:
     spec = spec_of(handle)
-    if not spec.is_sharded:
+    if merged is None:
+        W = _formed(W, C, handle)
+    elif not spec.is_sharded:
         merge_one(spec, W, C, merged, base)
     W, bias = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, W.mT if transposed else W, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    kept = x.new_empty(0)
-    if wanted and _reduces_inputs(spec, len(rows), transposed):
-        spec.follow(x.device)
-        kept = (spec.left if transposed else spec.right).reduce(rows)
-    return y, kept
+    if not reduced:
+        return y, x.new_empty(0)
+    spec.follow(x.device)
+    return y, (spec.left if transposed else spec.right).reduce(x.reshape(-1, x.shape[-1]))
 
 
 def _linear_fake(
     x: Tensor,
     W: Tensor,
     C: Tensor,
-    merged: Tensor,
+    merged: Tensor | None,
     base: Tensor | None,
     bias: Tensor | None,
     handle: int,
     transposed: bool,
-    wanted: bool,
+    reduced: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
+    if not reduced:
+        return y, x.new_empty(0)
     tokens = x.numel() // max(1, x.shape[-1])
-    kept = x.new_empty(0)
-    if wanted and _reduces_inputs(spec_of(handle), tokens, transposed):
-        kept = x.new_empty(tokens, C.shape[0 if transposed else 1])
-    return y, kept
+    return y, x.new_empty(tokens, C.shape[0 if transposed else 1])
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, W, C, _, _, bias, ctx.handle, ctx.transposed, wanted = inputs
+    x, W, C, merged, _, bias, ctx.handle, ctx.transposed, ctx.reduced = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.block_dtype = C.dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    kept = output[1] if output[1].numel() else None
-    ctx.save_for_backward(W, kept, x if wanted and kept is None else None)
+    held = output[1] if ctx.reduced else (x if ctx.needs_input_grad[2] else None)
+    ctx.save_for_backward(W, held, C if merged is None else None)
 
 
 def _linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 9
-    W, kept, x = ctx.saved_tensors
+    return _gradients(ctx, dy, _form, _linear_gradient)
+
+
+def _gradients(ctx: Any, dy: Tensor, form: Any, gradient: Any) -> tuple[Any, ...]:
+    """Of the arguments of ``confined_linear``; ``form`` and ``gradient`` as operators or as the
+    functions that these are."""
+    W, held, C = ctx.saved_tensors
     dx = dC = dbias = None
     if ctx.needs_input_grad[0]:
+        if C is not None:
+            W = form(W, C, ctx.handle)
         dx = dy @ (W.mT if ctx.transposed else W).to(dy.dtype)
     if ctx.needs_input_grad[2]:
-        held = x if kept is None else kept
-        dC = _linear_gradient(dy, held, ctx.handle, ctx.transposed, ctx.block_dtype)
+        dC = gradient(dy, held, ctx.handle, ctx.transposed, ctx.reduced, ctx.block_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
     return dx, None, dC, None, None, dbias, None, None, None
 
 
-def _gradient(dy: Tensor, held: Tensor, handle: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+class _Linear(torch.autograd.Function):
+    """The operator ``confined_linear`` without what a compiled graph needs of it, which takes 0.2 ms
+    a layer and step on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        output = _linear_forward(*operands)
+        _linear_setup(ctx, operands, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _gradients(ctx, dy, _formed, _gradient)
+
+
+def _formed(W: Tensor, C: Tensor, handle: int) -> Tensor:
+    """W₀ + U_l C V_lᵀ, in the wider precision of both."""
+    spec = spec_of(handle)
+    spec.follow(W.device)
+    return W + free_matrix(C, spec.left, spec.right)
+
+
+def _gradient(
+    dy: Tensor, held: Tensor, handle: int, transposed: bool, reduced: bool, dtype: torch.dtype
+) -> Tensor:
     spec = spec_of(handle)
     spec.follow(dy.device)
     outputs, inputs = dy.reshape(-1, dy.shape[-1]), held.reshape(-1, held.shape[-1])
-    order = spec.plan(len(outputs)).order
-    if not transposed:
-        return free_gradient(outputs, inputs, spec.left, spec.right, order=order).to(dtype)
-    # W is the matrix of y = x W: its gradient is xᵀ ∂L/∂y, with the inputs on the left.
-    if order in ("left", "both"):  # applied in the forward pass
-        if order == "both":
-            outputs = spec.right.reduce(outputs)
-            return (inputs.mT @ outputs).to(dtype)
-        return spec.right.reduce(inputs.mT @ outputs).to(dtype)
-    return free_gradient(inputs, outputs, spec.left, spec.right, order=order).to(dtype)
+    left, right = spec.left, spec.right
+    if transposed:  # y = x W: the gradient of W is xᵀ ∂L/∂y, with the inputs on the left
+        block = free_gradient(inputs, outputs, left, right, left_reduced=reduced)
+    else:
+        block = free_gradient(outputs, inputs, left, right, right_reduced=reduced)
+    return block.to(dtype)
 
 
 def _gradient_fake(
-    dy: Tensor, held: Tensor, handle: int, transposed: bool, dtype: torch.dtype
+    dy: Tensor, held: Tensor, handle: int, transposed: bool, reduced: bool, dtype: torch.dtype
 ) -> Tensor:
     spec = spec_of(handle)
     return dy.new_empty(spec.left.width, spec.right.width, dtype=dtype)
 
 
+_form = _define(
+    "confined_sum(Tensor W, Tensor C, int handle) -> Tensor",
+    _formed,
+    lambda W, C, handle: torch.empty_like(W, dtype=torch.promote_types(W.dtype, C.dtype)),
+)
 _linear = _define(
-    "confined_linear(Tensor x, Tensor W, Tensor C, Tensor merged, Tensor? base, Tensor? bias, "
-    "int handle, bool transposed, bool wanted) -> (Tensor, Tensor)",
+    "confined_linear(Tensor x, Tensor W, Tensor C, Tensor? merged, Tensor? base, Tensor? bias, "
+    "int handle, bool transposed, bool reduced) -> (Tensor, Tensor)",
     _linear_forward,
     _linear_fake,
 )
 _linear_gradient = _define(
-    "confined_linear_gradient(Tensor dy, Tensor held, int handle, bool transposed, "
+    "confined_linear_gradient(Tensor dy, Tensor held, int handle, bool transposed, bool reduced, "
     "ScalarType dtype) -> Tensor",
     _gradient,
     _gradient_fake,

@@ -106,7 +106,7 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
     if is_dtensor(W) or is_dtensor(x):
         weight = functions.current(place)
         return F.linear(x, weight.mT if transposed else weight, bias)
-    if spec.update == "beside":
+    if spec.update == "beside" and (spec.rank is not None or not W.element_size() >= 4):
         y = F.linear(x, W.mT if transposed else W, bias)
         return y + functions.beside(place, x, transposed=transposed).to(y.dtype)
     if spec.is_sharded and not torch.compiler.is_compiling():

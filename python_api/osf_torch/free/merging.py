@@ -78,11 +78,12 @@ def _note(C: Tensor, merged: Tensor) -> None:
 def _merge_whole(places: Sequence[Place]) -> None:
     for place in places:
         place.spec.follow(place.weight.device)
-    # One list for the whole model; a step's difference of all weights lives at once.
+    # One list for the whole model. The differences take the place of what was merged before.
     news = [place.get(place.spec.free) for place in places]
-    olds = [place.get(place.spec.merged) for place in places]
+    differences = [place.get(place.spec.merged) for place in places]
     if places:
-        differences = torch._foreach_sub(news, olds)
+        torch._foreach_neg_(differences)
+        torch._foreach_add_(differences, news)
         _add([place.spec for place in places], [place.weight for place in places], differences)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
+from osf_torch.free.inputs import Inputs
 from osf_torch.sharding import local
 
 Update = Literal["merge", "beside"]
@@ -54,6 +55,7 @@ class Spec:
         trained: whether the weight required a gradient before.
         is_sharded: whether the tensors were seen as DTensors: then they are merged between steps
             only, never within a forward pass.
+        inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         handle: by which operators find it.
     """
@@ -71,6 +73,7 @@ class Spec:
     trained: bool
     is_sharded: bool = False
     owner: object = None
+    inputs: Inputs = field(default_factory=Inputs)
     handle: int = field(default_factory=lambda: next(_numbers))
 
     def __post_init__(self) -> None:
@@ -132,7 +135,11 @@ class Spec:
         self.left, self.right = self.left.to(device), self.right.to(device)
 
     def plan(self, tokens: int) -> FreePlan:
-        return plan_free(tokens, self.left.side, self.right.side)
+        sides = self.left.side, self.right.side
+        if torch.compiler.is_compiling():  # which would say that it looks through the cache
+            uncached: FreePlan = plan_free.__wrapped__(tokens, *sides)
+            return uncached
+        return plan_free(tokens, *sides)
 
 
 def spec_of(handle: int) -> Spec:
