@@ -62,9 +62,9 @@ def flops_per_byte(dtype: str, size: int) -> float:
     return _FLOPS_PER_BYTE.get(dtype, _FLOPS_PER_BYTE_ELSE)
 
 
-# x F with a width of F that isn't a multiple of this many columns is computed as (Fᵀ xᵀ)ᵀ, where the
-# odd size is of the rows: for 608 × 384 by 77, 115, 154 columns in .74, .82, .91 of the time, at 2560
-# rows .69, .84, .90; of 192 columns it takes 1.0 to 1.16 times as long.
+# x F with a width of F that isn't a multiple of this many columns is computed as (Fᵀ xᵀ)ᵀ, where
+# the odd size is of the rows: for 608 × 384 by 77, 115, 154 columns in .74, .82, .91 of the time,
+# at 2560 rows .69, .84, .90; of 192 columns it takes 1.0 to 1.16 times as long.
 WHOLE_VECTORS = 16
 
 # --- truncated_svd by method ---------------------------------------------------------------

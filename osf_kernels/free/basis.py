@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -19,9 +17,9 @@ class FreeBasis:
     """Orthonormal columns F (..., n, q) that span what a basis of n rows doesn't protect.
 
     F is held as whatever takes fewer elements: its columns, or the block reflector
-    F = [0; I] − Y N Y₂ᵀ with Y (n, k) and N (k, k), of which Y₂ are the last q rows, where k = n − q
-    directions are protected. The reflector is smaller while k is below .41 n. A side that nothing is
-    protected of has F = I and holds nothing.
+    F = [0; I] − Y N Y₂ᵀ with Y (n, k) and N (k, k), of which Y₂ are the last q rows, where k = n −
+    q directions are protected. The reflector is smaller while k is below .41 n. A side that nothing
+    is protected of has F = I and holds nothing.
 
     It is immutable: copies of it, deep ones too, are itself. Made by :meth:`of`.
 
@@ -50,14 +48,14 @@ class FreeBasis:
             TypeError: basis is neither.
             ValueError: columns of another number of rows, or more columns than rows.
 
-        The reflector is computed in float64 and rounded once to the dtype of the columns (float32 of
-        half precision is the caller's to ask for). Mutates nothing; doesn't synchronise but where
-        the device's singular value decomposition does; draws no random numbers.
+        The reflector is computed in float64 and rounded once to the dtype of the columns (float32
+        of half precision is the caller's to ask for). Mutates nothing; doesn't synchronise but
+        where the device's singular value decomposition does; draws no random numbers.
         """
         if basis is None:
             return cls(size, size, "everything", ())
         held = basis if isinstance(basis, Basis) else None
-        columns = basis.columns if isinstance(basis, Basis) else basis
+        columns: object = basis.columns if isinstance(basis, Basis) else basis
         if not isinstance(columns, Tensor):
             expected = "a tensor, a Basis or None"
             raise TypeRefusal.of("FreeBasis", "basis", expected, type(columns).__name__)
@@ -135,7 +133,9 @@ class FreeBasis:
         protected = self.size - self.width
         start, stop = max(at.start, protected), max(at.stop, protected)
         placed = x.new_zeros(*x.shape[:-1], self.width)
-        placed[..., start - protected : stop - protected] = x[..., start - at.start : stop - at.start]
+        placed[..., start - protected : stop - protected] = x[
+            ..., start - at.start : stop - at.start
+        ]
         return placed
 
     def expand(self, y: Tensor, rows: slice | None = None) -> Tensor:
@@ -192,8 +192,7 @@ class FreeBasis:
         """The basis of some matrices of a batch; ``dim``, below −2, counts from the end."""
         if len(self._batch) < -dim - 2:  # one basis for every matrix along it
             return self
-        index = (..., part, *[slice(None)] * (-dim - 1))
-        parts = tuple(held[index] for held in self._parts)
+        parts = tuple(held.narrow(dim, part.start, part.stop - part.start) for held in self._parts)
         return FreeBasis(self.size, self.width, self.held, parts)
 
     @property

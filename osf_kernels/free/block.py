@@ -37,7 +37,11 @@ def free_block(
 
 
 def free_matrix(
-    C: Tensor, left: FreeBasis, right: FreeBasis, rows: slice | None = None, columns: slice | None = None
+    C: Tensor,
+    left: FreeBasis,
+    right: FreeBasis,
+    rows: slice | None = None,
+    columns: slice | None = None,
 ) -> Tensor:
     """The matrix whose coordinates are C, U_l C V_lᵀ; some of its rows and columns where said.
 
@@ -81,9 +85,13 @@ def add_free_many_(
     for index, (W, C, left, right) in enumerate(zip(weights, blocks, lefts, rights, strict=True)):
         shape, wanted = (left.size, right.size), (left.width, right.width)
         if tuple(W.shape[-2:]) != shape:
-            raise ValueRefusal.of("add_free_many_", "weights", str(shape), tuple(W.shape), index=index)
+            raise ValueRefusal.of(
+                "add_free_many_", "weights", str(shape), tuple(W.shape), index=index
+            )
         if tuple(C.shape[-2:]) != wanted:
-            raise ValueRefusal.of("add_free_many_", "blocks", str(wanted), tuple(C.shape), index=index)
+            raise ValueRefusal.of(
+                "add_free_many_", "blocks", str(wanted), tuple(C.shape), index=index
+            )
         if W.dtype not in (torch.float32, torch.float64):
             raise ValueRefusal.of(
                 "add_free_many_",
@@ -151,7 +159,8 @@ def free_gradient(
         left_reduced, right_reduced: whether that is so, as the order has it.
 
     Returns:
-        (p, q) of the operands' dtype. Mutates nothing; doesn't synchronise; draws no random numbers.
+        (p, q) of the operands' dtype. Mutates nothing; doesn't synchronise; draws no random
+        numbers.
     """
     chosen = plan_free(len(inputs), left.side, right.side).order if order is None else order
     if chosen == "dense" and not (left_reduced or right_reduced):

@@ -12,7 +12,7 @@ from osf_torch.confined import Confined
 from osf_torch.coverage import log_left_out
 from osf_torch.free.admission import Origin, Settings, admitted, made
 from osf_torch.free.spec import Update
-from osf_torch.free.state import is_state, require_of_weights, require_state, subspaces_of
+from osf_torch.free.state import is_state, require_of_weights, require_state, sides_of
 from osf_torch.selection import unwrapped
 from osf_torch.subspaces import Subspace
 
@@ -35,20 +35,21 @@ def confine(
     optimizer does to C, with momentum, weight decay or clipping, stays among them. Gradient,
     optimizer state and what ranks exchange shrink by pq/(mn).
 
-    Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel; after
-    ``parallelize_module``. C is an ordinary parameter of the model, ``<weight>_free``, which
+    Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel;
+    after ``parallelize_module``. C is an ordinary parameter of the model, ``<weight>_free``, which
     ``model.parameters()`` has and ``model.state_dict()`` leaves out: that has the names and the
     values of the plain model's weights.
 
     Args:
         model: the model to train.
-        subspaces: what is protected, by parameter name: of ``refresh``, ``input_subspaces`` or a dict
-            of ``Subspace``. A side that is None is free whole. A weight of more than two dimensions
-            is a batch of matrices where U and V fit its last two, and else a matrix with all
-            dimensions but the first in one (convolutions). Or what ``Confined.state_dict`` returned,
-            for a model that has the weights that were saved with it, or those it started from.
-        update: "merge", the default: W holds W₀ + U_l C V_lᵀ, brought up to date once after each step
-            of an optimizer and wherever a forward pass or ``state_dict`` finds that C is another.
+        subspaces: what is protected, by parameter name: of ``refresh``, ``input_subspaces`` or a
+            dict of ``Subspace``. A side that is None is free whole. A weight of more than two
+            dimensions is a batch of matrices where U and V fit its last two, and else a matrix with
+            all dimensions but the first in one (convolutions). Or what ``Confined.state_dict``
+            returned, for a model that has the weights that were saved with it, or those it started
+            from.
+        update: "merge", the default: W holds W₀ + U_l C V_lᵀ, brought up to date once after each
+            step of an optimizer and wherever a forward pass or ``state_dict`` finds that C is another.
             Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
             "beside": W is never written to, and a layer adds ((x V_l) Cᵀ) U_lᵀ to what it returns;
             for frozen weights that are shared with others, quantized or to be left as they are.
@@ -65,20 +66,20 @@ def confine(
 
     Raises:
         ValueError: an unknown name, bases that don't fit the weight or aren't orthonormal, a weight
-            with nothing free or nothing protected, one that is shared by two modules, that is frozen,
-            parametrized, guarded by ``protect`` or confined already, sharded by FSDP or ZeRO-3;
-            mode="core", whose allowed updates are no block; nothing is changed.
+            with nothing free or nothing protected, one that is shared by two modules, that is
+            frozen, parametrized, guarded by ``protect`` or confined already, sharded by FSDP or
+            ZeRO-3; mode="core", whose allowed updates are no block; nothing is changed.
         TypeError: subspaces isn't a mapping to Subspace; a weight whose values can't be read, with
             update="merge"; a sparse embedding.
 
     Computes the bases in float64 and synchronises for each. Draws random numbers for A alone.
 
-    Source: the free block is what ``osf_kernels.project`` leaves; rank-limited it is OPLoRA's update
-    (arXiv 2510.13003), in coordinates in which no optimizer can leave it.
+    Source: the free block is what ``osf_kernels.project`` leaves; rank-limited it is OPLoRA's
+    update (arXiv 2510.13003), in coordinates in which no optimizer can leave it.
     """
     state = _require_arguments(model, subspaces, update, rank, decay_to, mode)
     if state is not None:
-        subspaces = subspaces_of(state)
+        subspaces = sides_of(state)
         update, rank = state["update"], state["rank"]
     chosen: Update = update or ("beside" if rank is not None else "merge")
     settings = Settings(chosen, rank, decay_to, dtype)
@@ -104,8 +105,8 @@ def _require_arguments(
         )
     if not isinstance(subspaces, Mapping):
         raise TypeError(
-            "osf_torch.confine: expected subspaces to be a mapping from parameter name to Subspace, "
-            f"got {type(subspaces).__name__}; refresh makes one"
+            "osf_torch.confine: expected subspaces to be a mapping from parameter name to "
+            f"Subspace, got {type(subspaces).__name__}; refresh makes one"
         )
     if mode == "core":
         raise ValueError(
@@ -147,7 +148,7 @@ def _require_arguments(
     for name, given in (("update", update), ("rank", rank)):
         if given is not None and given != subspaces[name]:
             raise ValueError(
-                f"osf_torch.confine: expected {name} to be left out with a state, or as it is there, "
-                f"{subspaces[name]!r}, got {given!r}"
+                f"osf_torch.confine: expected {name} to be left out with a state, or as it is "
+                f"there, {subspaces[name]!r}, got {given!r}"
             )
     return subspaces

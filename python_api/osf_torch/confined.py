@@ -97,16 +97,17 @@ class Confined:
         An optimizer that was made for C refuses to step afterwards: make a new one.
 
         Raises:
-            RuntimeError: released already; of quantized weights, to which nothing can be added; of a
-                model that ``fully_shard`` was called on, which keeps the parameters that it has.
+            RuntimeError: released already; of quantized weights, to which nothing can be added; of
+                a model that ``fully_shard`` was called on, which keeps the parameters that it has.
         """
         places = self.places
         self._require_changeable(places, "release")
         opaque = [place.spec.name for place in places if place.spec.is_opaque]
         if opaque:
             raise RuntimeError(
-                "osf_torch.Confined.release: expected weights that can be written to, got quantized "
-                f"ones, {listed(opaque)}; keep them confined, and save Confined.state_dict()"
+                "osf_torch.Confined.release: expected weights that can be written to, got "
+                f"quantized ones, {listed(opaque)}; keep them confined, and save "
+                "Confined.state_dict()"
             )
         self._end("release()")
         self._held = []
@@ -136,8 +137,8 @@ class Confined:
         self._require_changeable(places, "next_task")
         if self.update == "beside":
             raise RuntimeError(
-                f'osf_torch.{operator}: expected update="merge", got "beside", where W is left as it '
-                "is; release(), refresh() and confine() anew"
+                f'osf_torch.{operator}: expected update="merge", got "beside", where W is left as '
+                "it is; release(), refresh() and confine() anew"
             )
         uneven = [place.name for place in places if not place.spec.is_even]
         if uneven:
@@ -191,7 +192,11 @@ class Confined:
         """
         self.merge()
         references = self._references
-        return {p.name: drifting.drift(p, references[p.name]) for p in self.places if p.name in references}
+        return {
+            p.name: drifting.drift(p, references[p.name])
+            for p in self.places
+            if p.name in references
+        }
 
     def plan(self, tokens: int) -> str:
         """How the gradients of C are computed for so many tokens a step, and why; in words."""
@@ -241,13 +246,18 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         RuntimeError: an optimizer of a released free block, or that was made before ``confine``.
     """
     ended = next(
-        (p.__dict__[_ENDED] for g in optimizer.param_groups for p in g["params"] if _ENDED in p.__dict__),
+        (
+            p.__dict__[_ENDED]
+            for g in optimizer.param_groups
+            for p in g["params"]
+            if _ENDED in p.__dict__
+        ),
         None,
     )
     if ended is not None:
         raise RuntimeError(
-            f"osf_torch.confine: expected an optimizer that was made after Confined.{ended}, got one "
-            "with free blocks that no weight has any more; make a new one of model.parameters()"
+            f"osf_torch.confine: expected an optimizer that was made after Confined.{ended}, got "
+            "one with free blocks that no weight has any more; make a new one of model.parameters()"
         )
     if not _CONFINED:
         return
@@ -263,8 +273,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             if id(weight) in owned and not any(id(t) in owned for t in place.trained()):
                 raise RuntimeError(
                     "osf_torch.confine: expected an optimizer of the free blocks, got one that has "
-                    f"{place.spec.name!r}, which is frozen, and not {place.spec.trainable[0]!r}: it "
-                    "was made before confine; make it of model.parameters() now"
+                    f"{place.spec.name!r}, which is frozen, and not {place.spec.trainable[0]!r}: "
+                    "it was made before confine; make it of model.parameters() now"
                 )
 
 
@@ -275,8 +285,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     owned = owned_by(optimizer)
     for confined in list(_CONFINED):
         places = [
-            place
-            for place in confined.places
-            if any(id(t) in owned for t in place.trained())
+            place for place in confined.places if any(id(t) in owned for t in place.trained())
         ]
         merge(places, force=True)

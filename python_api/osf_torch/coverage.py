@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from osf_torch.free.spec import places_of
 from osf_torch.kinds import described, owners, shape_of
 from osf_torch.selection import listed, named_weights
 
@@ -23,6 +24,7 @@ def left_out(model: nn.Module, covered: Collection[int]) -> dict[str, str]:
     """
     trained = _trained(model)
     having = owners(model)
+    covered = {*covered, *_confined(model)}
     return {
         name: described(name, parameter, having.get(id(parameter), ()))
         for name, parameter in trained.items()
@@ -35,6 +37,7 @@ def log_left_out(model: nn.Module, covered: Collection[int], operator: str) -> d
     found = left_out(model, covered)
     if found:
         sizes = {name: _elements(parameter) for name, parameter in _trained(model).items()}
+        sizes |= {place.name: place.weight.numel() for place in places_of(model)}
         total = sum(sizes.values())
         covers = total - sum(sizes[name] for name in found)
         named = [f"{name} ({what})" for name, what in found.items()]
@@ -46,6 +49,11 @@ def log_left_out(model: nn.Module, covered: Collection[int], operator: str) -> d
             listed(named, NAMED),
         )
     return found
+
+
+def _confined(model: nn.Module) -> set[int]:
+    """The ids of the weights that ``confine`` covers."""
+    return {id(place.weight) for place in places_of(model)}
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

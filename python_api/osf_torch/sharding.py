@@ -151,7 +151,9 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
             together.setdefault(key, []).append((i, cut))
     for (group, ranks, *_), members in together.items():
         # Every rank sends as much as the one with the most, slice after slice.
-        sizes = [[_shard_shape(tensors[i], cut, rank) for rank in range(ranks)] for i, cut in members]
+        sizes = [
+            [_shard_shape(tensors[i], cut, rank) for rank in range(ranks)] for i, cut in members
+        ]
         most = max(sum(math.prod(size[rank]) for size in sizes) for rank in range(ranks))
         sent = local(tensors[members[0][0]]).new_zeros(most)
         flat = torch.cat([local(tensors[i]).reshape(-1) for i, _ in members])

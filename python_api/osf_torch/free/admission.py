@@ -1,10 +1,10 @@
-"""Which weights ``confine`` takes, what it refuses before anything is changed, and what it makes."""
+"""Which weights ``confine`` takes, what it refuses before anything is changed, what it makes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,13 @@ from osf_torch.sharding import is_dtensor
 from osf_torch.subspaces import Subspace
 
 Origin = Literal["start", "zero"]
+
+
+class Sides(NamedTuple):
+    """The free bases of a weight's two sides, in the place of a Subspace."""
+
+    U: FreeBasis
+    V: FreeBasis
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def admitted(
     return places
 
 
-def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace]:
+def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace | Sides]:
     """The subspaces, of names that the model has."""
     if any(hasattr(module, "reshard") and hasattr(module, "unshard") for module in model.modules()):
         raise ValueError(
@@ -63,7 +70,7 @@ def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace
     require_matrices(model, "confine")
     parameters = named_weights(model)
     for name, subspace in subspaces.items():
-        if not isinstance(subspace, Subspace):
+        if not isinstance(subspace, Subspace | Sides):
             raise TypeError(
                 f"osf_torch.confine: expected a Subspace for parameter {name!r}, got "
                 f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S)"
@@ -81,7 +88,7 @@ def _checked(
     name: str,
     weight: nn.Parameter,
     having: Sequence[tuple[nn.Module, str]],
-    subspace: Subspace,
+    subspace: Subspace | Sides,
     settings: Settings,
     anew: bool,
 ) -> Place:
@@ -114,19 +121,19 @@ def _checked(
         )
     if hasattr(weight, "ds_shape"):
         raise ValueError(
-            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; confine before "
-            "deepspeed.initialize"
+            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; confine "
+            "before deepspeed.initialize"
         )
     if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
         raise TypeError(
-            f"{told} an embedding with dense gradients that nothing renormalises, got sparse=True or "
-            "max_norm; leave it out"
+            f"{told} an embedding with dense gradients that nothing renormalises, got sparse=True "
+            "or max_norm; leave it out"
         )
     opaque = _is_opaque(name, weight, module, update)
     if not weight.requires_grad and update == "merge" and before is None:
         raise ValueError(
-            f"{told} a weight that is trained, got a frozen one; leave it out, requires_grad_() it, "
-            'or pass update="beside"'
+            f"{told} a weight that is trained, got a frozen one; leave it out, requires_grad_() "
+            'it, or pass update="beside"'
         )
     shape, is_flat = _matrix(name, weight, module, subspace)
     m, n = shape[-2:]
@@ -135,7 +142,7 @@ def _checked(
         _free(told, side, basis, size, device)
         for side, basis, size in (("U", subspace.U, m), ("V", subspace.V, n))
     )
-    _require_some(told, subspace, left, right, rank)
+    _require_some(told, left, right, rank)
     if decay_to == "zero" and (weight.element_size() < 4 or is_dtensor(weight)):
         raise ValueError(
             f'{told} float32 or float64 with decay_to="zero", got {weight.dtype}: a weight without '
@@ -159,7 +166,9 @@ def _checked(
 
 def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Update) -> bool:
     """Whether the layer runs as it is, and the free block is added to what it returns."""
-    readable = is_lazy(weight) or is_dtensor(weight) or (is_plain(weight) and weight.is_floating_point())
+    readable = (
+        is_lazy(weight) or is_dtensor(weight) or (is_plain(weight) and weight.is_floating_point())
+    )
     if update == "merge" or readable:
         require_values(name, weight, "confine")
         return False
@@ -173,11 +182,11 @@ def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Updat
 
 
 def _matrix(
-    name: str, weight: Tensor, module: nn.Module, subspace: Subspace
+    name: str, weight: Tensor, module: nn.Module, subspace: Subspace | Sides
 ) -> tuple[tuple[int, ...], bool]:
     """The shape (..., m, n) that the bases are of, and whether dimensions are taken together."""
     shape: tuple[int, ...] = tuple(weight.shape)
-    if not is_plain(weight) and not is_dtensor(weight) or weight.dim() < 2:
+    if (not is_plain(weight) and not is_dtensor(weight)) or weight.dim() < 2:
         shape = (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
     rows = [_rows(basis) for basis in (subspace.U, subspace.V)]
     flat = (shape[0], int(torch.Size(shape[1:]).numel()))
@@ -191,8 +200,8 @@ def _matrix(
     if not fits(shape[-2:]):
         raise ValueError(
             f"osf_torch.confine: parameter {name!r}: expected bases of {shape[-2]} and {shape[-1]} "
-            f"rows for a weight of shape {shape}, got {rows[0]} and {rows[1]}; pass V.mT if it holds "
-            "rows"
+            f"rows for a weight of shape {shape}, got {rows[0]} and {rows[1]}; pass V.mT if it "
+            "holds rows"
         )
     return shape, False
 
@@ -216,10 +225,8 @@ def _free(
     return FreeBasis.of(basis, size)
 
 
-def _require_some(
-    told: str, subspace: Subspace, left: FreeBasis, right: FreeBasis, rank: int | None
-) -> None:
-    if subspace.U is None and subspace.V is None or left.width + right.width == left.size + right.size:
+def _require_some(told: str, left: FreeBasis, right: FreeBasis, rank: int | None) -> None:
+    if left.width + right.width == left.size + right.size:
         raise ValueError(
             f"{told} something protected, got bases that protect nothing; leave the weight out, "
             "which trains it as a whole"
@@ -231,8 +238,8 @@ def _require_some(
         )
     if rank is not None and rank > min(left.width, right.width):
         raise ValueError(
-            f"{told} a free block of at least rank={rank}, got {left.width} by {right.width}; pass a "
-            "smaller rank"
+            f"{told} a free block of at least rank={rank}, got {left.width} by {right.width}; pass "
+            "a smaller rank"
         )
 
 

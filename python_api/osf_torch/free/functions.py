@@ -143,8 +143,8 @@ def _gradients(ctx: Any, dy: Tensor, form: Any, gradient: Any) -> tuple[Any, ...
 
 
 class _Linear(torch.autograd.Function):
-    """The operator ``confined_linear`` without what a compiled graph needs of it, which takes 0.2 ms
-    a layer and step on a CPU."""
+    """The operator ``confined_linear`` without what a compiled graph needs of it, which takes 0.2
+    ms a layer and step on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
@@ -289,7 +289,7 @@ def _block_of(g: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
 
 
 def _sharded_block(spec: Spec, g: Any, W: Any, C: Tensor) -> Tensor:
-    """The free block of a DTensor's gradient, which is summed over the ranks that hold its parts."""
+    """The free block of a DTensor's gradient, summed over the ranks that hold its parts."""
     from torch.distributed.tensor import DTensor, Replicate
 
     g = g.redistribute(W.device_mesh, W.placements)
@@ -370,5 +370,3 @@ def beside(place: Place, x: Tensor, *, transposed: bool) -> Tensor:
 def _as(factor: Tensor, x: Tensor) -> Tensor:
     """Of x's dtype; autocast, where it is on, has it so by itself."""
     return factor if torch.is_autocast_enabled(x.device.type) else factor.to(x.dtype)
-
-

@@ -1,13 +1,12 @@
 """Which form of a layer's inputs is kept for the backward pass: x, or x V_l, which is narrower.
 
-x V_l takes less memory only where nothing else keeps x. Two others may: the operator that made it, if
-its own backward pass needs its result (attention, tanh), and other confined layers that read the
+x V_l takes less memory only where nothing else keeps x. Two others may: the operator that made it,
+if its own backward pass needs its result (attention, tanh), and other confined layers that read the
 same x (queries, keys and values). What is found here decides about memory alone.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 # Nodes whose result is their argument seen anew.
 _VIEWS = ("View", "Reshape", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Alias", "Expand")
+# The names under which nodes keep what they returned.
+RESULTS = ("_saved_output", "_saved_result", "_saved_out")
 _DEPTH = 8  # how many of them stand one after the other at most
 
 
@@ -55,13 +56,5 @@ def is_kept(x: Tensor) -> bool:
     if node is None:
         return False
     place = x.untyped_storage().data_ptr()
-    return any(
-        isinstance(t, Tensor) and t.untyped_storage().data_ptr() == place
-        for t in (getattr(node, name, None) for name in _results(type(node)))
-    )
-
-
-@lru_cache(maxsize=256)
-def _results(kind: type) -> tuple[str, ...]:
-    """The names under which a node keeps what it returned."""
-    return tuple(name for name in dir(kind) if name in ("_saved_output", "_saved_result", "_saved_out"))
+    results = (getattr(node, name, None) for name in RESULTS)
+    return any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == place for t in results)

@@ -1,17 +1,17 @@
 """The classes and hooks that a module with confined weights gets, and their way back.
 
-A confined module is of a subclass of its class, made here, as ``torch.nn.utils.parametrize`` does it.
-There the weight is a property: whoever reads ``module.weight`` gets the current weight, whose gradient
-goes to C, however it is used (attention's ``out_proj``, tied calls, experts). What iterates over
-parameters sees the frozen tensor itself. ``nn.Linear`` and transformers' ``Conv1D`` also get a forward
-pass of their own, which never forms the dense gradient.
+A confined module is of a subclass of its class, made here, as ``torch.nn.utils.parametrize`` does
+it. There the weight is a property: whoever reads ``module.weight`` gets the current weight, whose
+gradient goes to C, however it is used (attention's ``out_proj``, tied calls, experts). What
+iterates over parameters sees the frozen tensor itself. ``nn.Linear`` and transformers' ``Conv1D``
+also get a forward pass of their own, which never forms the dense gradient.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
 # --- classes ---
 
 
-@lru_cache(maxsize=None)
+@cache
 def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: bool) -> type:
     """The subclass of ``kind`` whose ``attributes`` are current weights."""
 
@@ -42,9 +42,9 @@ def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: b
 
     def __getstate__(self: nn.Module) -> Any:
         raise RuntimeError(
-            f"osf_torch.confine: expected to save a confined {kind.__name__} by state_dict(), got a "
-            "pickle of the module; save model.state_dict() and Confined.state_dict(), or release() "
-            "first"
+            f"osf_torch.confine: expected to save a confined {kind.__name__} by state_dict(), got "
+            "a pickle of the module; save model.state_dict() and Confined.state_dict(), or "
+            "release() first"
         )
 
     members: dict[str, Any] = {
@@ -127,8 +127,9 @@ def _require_frozen(spec: Spec, weight: Tensor) -> None:
     """Raises RuntimeError where the weight itself would be trained."""
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True, with "
-            "which an optimizer would move what is protected; freeze it again, or Confined.release()"
+            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True, "
+            "with which an optimizer would move what is protected; freeze it again, or "
+            "Confined.release()"
         )
 
 
@@ -218,9 +219,7 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 
 @torch.no_grad()
-def _before_load(
-    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
     for spec in specs_of(module).values():
         place = Place(module, spec)
@@ -252,5 +251,3 @@ def _without_block(place: Place, weight: Tensor) -> Tensor:
         )
     update = functions.update_of(place)
     return (weight.to(update.dtype) - update).to(weight.dtype)
-
-

@@ -11,7 +11,8 @@ Of a weight ``weight`` a confined module has these parameters beside it:
 ``weight_base``   W₀ of a weight of half precision, frozen; "merge" alone.
 ================  ==========================================================================
 
-All are parameters, so that whatever averages, copies, shards or moves the parameters of a model does
+All are parameters, so that whatever averages, copies, shards or moves the parameters of a model
+does
 the same to all of them: an average of W and of ``weight_merged`` belong together as W and
 ``weight_merged`` do, since W is linear in it.
 """
@@ -198,6 +199,4 @@ class Place:
 
 def places_of(model: nn.Module) -> list[Place]:
     """Every confined weight of a model, in its order."""
-    return [
-        Place(module, spec) for module in model.modules() for spec in specs_of(module).values()
-    ]
+    return [Place(module, spec) for module in model.modules() for spec in specs_of(module).values()]

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from osf_kernels import FreeBasis
 from osf_torch.free import drifting
-from osf_torch.free.admission import Settings
+from osf_torch.free.admission import Settings, Sides
 from osf_torch.free.drifting import Reference
 from osf_torch.free.functions import current, update_of
 from osf_torch.free.merging import merge
 from osf_torch.free.spec import Place
 from osf_torch.selection import listed
 from osf_torch.sharding import is_dtensor, local
-from osf_torch.subspaces import Subspace
 
 FORMAT = 1
 KEYS = ("update", "rank", "decay_to", "confined")
@@ -79,16 +78,16 @@ def require_state(state: Mapping[str, Any]) -> None:
     missing = [key for key in KEYS if found is None or key not in state]
     if found != FORMAT or missing:
         raise ValueError(
-            f"osf_torch.confine: expected a state with format={FORMAT} and {listed(list(KEYS))}, got "
-            f"format={found!r}{f' without {listed(missing)}' if missing else ''}; pass what "
+            f"osf_torch.confine: expected a state with format={FORMAT} and {listed(list(KEYS))}, "
+            f"got format={found!r}{f' without {listed(missing)}' if missing else ''}; pass what "
             "Confined.state_dict() returned, whole"
         )
 
 
-def subspaces_of(state: Mapping[str, Any]) -> dict[str, Subspace]:
-    """What a state protects of each weight: the free bases as they were held."""
+def sides_of(state: Mapping[str, Any]) -> dict[str, Sides]:
+    """The free bases of each weight, as they were held."""
     return {
-        name: Subspace(_read_basis(saved["left"]), _read_basis(saved["right"]))
+        name: Sides(_read_basis(saved["left"]), _read_basis(saved["right"]))
         for name, saved in state["confined"].items()
     }
 
@@ -155,8 +154,8 @@ def load(places: Sequence[Place], state: Mapping[str, Any], settings: Settings) 
             if name not in place.module._parameters or place.get(name).shape != t.shape:
                 raise ValueError(
                     f"osf_torch.confine: expected a state of {place.name!r} with a free block like "
-                    f"the model's, got {name!r} of shape {tuple(t.shape)}; confine the model of the "
-                    "state: confine(model, state)"
+                    f"the model's, got {name!r} of shape {tuple(t.shape)}; confine the model of "
+                    "the state: confine(model, state)"
                 )
     merged = require_of_weights(places, state)
     for place in places:
@@ -194,9 +193,8 @@ def _put(into: Tensor, t: Any) -> None:
     if is_dtensor(into) and not is_dtensor(t):
         from torch.distributed.tensor import distribute_tensor
 
-        t = distribute_tensor(
-            t.to(local(into).device), into.device_mesh, into.placements  # type: ignore[attr-defined]
-        )
+        target: Any = into
+        t = distribute_tensor(t.to(local(into).device), target.device_mesh, target.placements)
     if is_dtensor(t) and not is_dtensor(into):
         t = t.full_tensor()
     into.copy_(t)

@@ -15,7 +15,10 @@ MOMENTS = 2  # of AdamW, each of the gradient's size
 
 def table_of(places: Sequence[Place]) -> str:
     """A line a weight and one over all, in bytes that AdamW trains with, then the others' sums."""
-    header = ("parameter", "shape", "protected", "free block", "trained", "gradient", "state", "bases", "beside")
+    header = (
+        *("parameter", "shape", "protected", "free block", "trained"),
+        *("gradient", "state", "bases", "beside"),
+    )
     lines, sums = [], [0, 0, 0, 0, 0]
     plain, osf = 0, 0
     for place in places:
@@ -86,6 +89,6 @@ def plans(places: Sequence[Place], tokens: int) -> str:
         lines.append(f"{count:4d} × {found}")
     share = (2 * plain + flops) / max(1, 3 * plain)
     lines.append(
-        f"all {len(places)}: {share:.2f} of the products of plain training's steps, merging included"
+        f"all {len(places)}: {share:.2f} of the products of a plain training step, merging included"
     )
     return "\n".join(lines)
