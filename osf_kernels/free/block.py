@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from osf_kernels.backends.precision import full_precision
 from osf_kernels.cpu import WHOLE_VECTORS
-from osf_kernels.errors import ValueRefusal
+from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.free.basis import FreeBasis
-from osf_kernels.free.orders import Order, plan_free, reduce_flops
+from osf_kernels.free.orders import LABELS, Order, plan_free, reduce_flops
 
 
 def free_block(
@@ -28,8 +29,15 @@ def free_block(
         left, right: of its rows and of its columns.
 
     Returns:
-        (..., p, q) of x's dtype. Mutates nothing; doesn't synchronise; draws no random numbers.
+        (..., p, q) of x's dtype.
+
+    Raises:
+        ValueError: sizes that don't fit.
+
+    Products are made as the process has torch make them: a gradient may be rounded like the others.
+    Mutates nothing; doesn't synchronise; draws no random numbers.
     """
+    _require("free_block", "x", x, (_count(rows, left.size), _count(columns, right.size)))
     _, right_first = reduce_flops(left.side, right.side)
     if right_first:
         return left.reduce_rows(right.reduce(x, columns), rows)
@@ -46,14 +54,20 @@ def free_matrix(
     """The matrix whose coordinates are C, U_l C V_lᵀ; some of its rows and columns where said.
 
     Returns:
-        (..., m, n) of C's dtype. Mutates nothing; doesn't synchronise; draws no random numbers.
+        (..., m, n) of C's dtype.
+
+    Raises:
+        ValueError: sizes that don't fit.
+
+    Products of float32 are of float32, whatever the process lets torch round to, since what is
+    rounded here would move what is protected. Mutates nothing; doesn't synchronise; draws no random
+    numbers.
     """
-    p, q = left.width, right.width
-    right_first = p * right.side.flops + right.size * left.side.flops
-    left_first = q * left.side.flops + left.size * right.side.flops
-    if right_first <= left_first:
-        return left.expand_rows(right.expand(C, columns), rows)
-    return right.expand(left.expand_rows(C, rows), columns)
+    _require("free_matrix", "C", C, (left.width, right.width))
+    with full_precision():
+        if _right_first(left, right):
+            return left.expand_rows(right.expand(C, columns), rows)
+        return right.expand(left.expand_rows(C, rows), columns)
 
 
 @torch.no_grad()
@@ -71,11 +85,12 @@ def add_free_many_(
         lefts, rights: of the rows and of the columns of each.
 
     Raises:
-        ValueError: lists of other lengths, sizes that don't fit; nothing is written.
+        ValueError: lists of other lengths, sizes that don't fit.
+        TypeError: a weight of half precision. What is added in a step is below its rounding: form
+            W₀ + U_l C V_lᵀ from one W₀ every time (``free_matrix``), and round that.
 
-    A weight of half precision is not taken: what is added a step is below its rounding. Form
-    W₀ + U_l C V_lᵀ from one W₀ every time (``free_matrix``), and round that. Doesn't synchronise;
-    draws no random numbers.
+    Refuses before anything is written. Products of float32 are of float32, whatever the process
+    lets torch round to. Doesn't synchronise; draws no random numbers.
     """
     counts = [len(weights), len(blocks), len(lefts), len(rights)]
     if len(set(counts)) > 1:
@@ -83,17 +98,10 @@ def add_free_many_(
             "add_free_many_", "the lists", "of one length", ", ".join(map(str, counts))
         )
     for index, (W, C, left, right) in enumerate(zip(weights, blocks, lefts, rights, strict=True)):
-        shape, wanted = (left.size, right.size), (left.width, right.width)
-        if tuple(W.shape[-2:]) != shape:
-            raise ValueRefusal.of(
-                "add_free_many_", "weights", str(shape), tuple(W.shape), index=index
-            )
-        if tuple(C.shape[-2:]) != wanted:
-            raise ValueRefusal.of(
-                "add_free_many_", "blocks", str(wanted), tuple(C.shape), index=index
-            )
+        _require("add_free_many_", "weights", W, (left.size, right.size), index)
+        _require("add_free_many_", "blocks", C, (left.width, right.width), index)
         if W.dtype not in (torch.float32, torch.float64):
-            raise ValueRefusal.of(
+            raise TypeRefusal.of(
                 "add_free_many_",
                 "weights",
                 "float32 or float64",
@@ -101,16 +109,33 @@ def add_free_many_(
                 "round the sum of a kept weight and free_matrix",
                 index=index,
             )
-    for W, C, left, right in zip(weights, blocks, lefts, rights, strict=True):
-        _add_free_(W, C.to(W.dtype), left, right)
+    with full_precision():
+        for W, C, left, right in zip(weights, blocks, lefts, rights, strict=True):
+            _add_free_(W, C.to(W.dtype), left, right)
+
+
+def _require(
+    op: str, argument: str, t: Tensor, shape: tuple[int, int], index: int | None = None
+) -> None:
+    if t.dim() < 2 or tuple(t.shape[-2:]) != shape:
+        expected = f"of {shape[0]} rows and {shape[1]} columns"
+        raise ValueRefusal.of(op, argument, expected, tuple(t.shape), index=index)
+
+
+def _count(part: slice | None, size: int) -> int:
+    return size if part is None else part.stop - part.start
+
+
+def _right_first(left: FreeBasis, right: FreeBasis) -> bool:
+    """Whether C V_lᵀ, and then U_l of that, takes fewer FLOPs than the other way round."""
+    p, q = left.width, right.width
+    right_first = p * right.side.flops + right.size * left.side.flops
+    return right_first <= q * left.side.flops + left.size * right.side.flops
 
 
 def _add_free_(W: Tensor, C: Tensor, left: FreeBasis, right: FreeBasis) -> None:
-    """One weight: the last product is added to W where it lies, by a basis of columns."""
-    p, q = left.width, right.width
-    right_first = p * right.side.flops + right.size * left.side.flops
-    left_first = q * left.side.flops + left.size * right.side.flops
-    if right_first <= left_first:
+    """One weight: the last product is added to W where it lies."""
+    if _right_first(left, right):
         side, factor, target = left, right.expand(C), W
     else:
         side, factor, target = right, left.expand_rows(C).mT, W.mT
@@ -119,18 +144,18 @@ def _add_free_(W: Tensor, C: Tensor, left: FreeBasis, right: FreeBasis) -> None:
     elif side.held == "columns":
         _addmm_(target, side.tensors[0], factor, 1.0)
     else:
-        Y, N = side.tensors
-        low = Y[..., -side.width :, :]
-        target[..., -side.width :, :] += factor
-        _addmm_(target, Y, N.to(factor.dtype) @ (low.mT.to(factor.dtype) @ factor), -1.0)
+        Y, N = (part.to(factor.dtype) for part in side.tensors)
+        low = slice(side.size - side.width, side.size)
+        target[..., low, :] += factor
+        _addmm_(target, Y, N @ (Y[..., low, :].mT @ factor), -1.0)
 
 
 def _addmm_(target: Tensor, A: Tensor, B: Tensor, alpha: float) -> None:
     """target += alpha·A B."""
     A = A.to(target.dtype)
-    if target.dim() == 2:
+    if target.dim() == A.dim() == B.dim() == 2:
         target.addmm_(A, B, alpha=alpha)
-    elif target.dim() == 3 and A.dim() == 3:
+    elif target.dim() == A.dim() == B.dim() == 3:
         target.baddbmm_(A, B, alpha=alpha)
     else:
         target += alpha * (A @ B)
@@ -156,24 +181,36 @@ def free_gradient(
         inputs: (T, n); (T, q) where its basis is applied already.
         left, right: of the m rows and of the n columns of the weight.
         order: of ``plan_free``; None for the cheapest.
-        left_reduced, right_reduced: whether that is so, as the order has it.
+        left_reduced, right_reduced: whether that is so, whatever the order.
 
     Returns:
-        (p, q) of the operands' dtype. Mutates nothing; doesn't synchronise; draws no random
-        numbers.
+        (p, q) of the operands' dtype.
+
+    Raises:
+        ValueError: sizes that don't fit, an unknown order.
+
+    Products are made as the process has torch make them, like those of other gradients. Mutates
+    nothing; doesn't synchronise; draws no random numbers.
     """
-    chosen = plan_free(len(inputs), left.side, right.side).order if order is None else order
-    if chosen == "dense" and not (left_reduced or right_reduced):
-        return free_block(outputs.mT @ inputs, left, right)
+    tokens = len(inputs)
+    m, n = (
+        side.width if reduced else side.size
+        for side, reduced in ((left, left_reduced), (right, right_reduced))
+    )
+    _require("free_gradient", "outputs", outputs, (tokens, m))
+    _require("free_gradient", "inputs", inputs, (tokens, n))
+    chosen = plan_free(tokens, left.side, right.side).order if order is None else order
+    if chosen not in LABELS:
+        raise ValueRefusal.of("free_gradient", "order", f"one of {', '.join(LABELS)}", repr(order))
     if chosen in ("right", "both") and not right_reduced:
         inputs, right_reduced = right.reduce(inputs), True
     if chosen in ("left", "both") and not left_reduced:
         outputs, left_reduced = left.reduce(outputs), True
+    product = _over_tokens(outputs, inputs)
     # What is left to do is done to the smaller product.
     if left_reduced:
-        block = _over_tokens(outputs, inputs)
-        return block if right_reduced else right.reduce(block)
-    return left.reduce_rows(_over_tokens(outputs, inputs))
+        return product if right_reduced else right.reduce(product)
+    return left.reduce_rows(product) if right_reduced else free_block(product, left, right)
 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _formed(W: Tensor, C: Tensor, handle: int) -> Tensor:
     """W₀ + U_l C V_lᵀ, in the wider precision of both."""
     spec = spec_of(handle)
     spec.follow(W.device)
-    return W + free_matrix(C, spec.left, spec.right)
+    return W + free_matrix(C, spec.left, spec.right).view(W.shape)
 
 
 def _gradient(
@@ -218,20 +218,22 @@ def current(place: Place) -> Tensor:
     """
     spec = place.spec
     W = place.weight
-    if spec.update == "beside":
-        return _beside(place, W)
-    C, merged = place.get(spec.free), place.get(spec.merged)
+    if spec.rank is not None:
+        return W + _factored(place).to(W.dtype)
+    C = place.get(spec.free)
+    merged = place.get(spec.merged) if spec.update == "merge" else None
     base = place.get(spec.base) if spec.is_rounded else None
     if torch.compiler.is_compiling() and not is_dtensor(W):
         compiled: Tensor = _current_weight(W, C, merged, base, spec.handle)
         return compiled
-    if is_dtensor(W) or is_dtensor(C) or spec.is_sharded:
-        require_fresh(spec, C, merged)
-    else:
-        with torch.no_grad():
-            merge_one(spec, W, C, merged, base)
-    if not (C.requires_grad and torch.is_grad_enabled()):
-        return W.detach() if torch.is_grad_enabled() else W
+    if merged is not None:
+        if is_dtensor(W) or is_dtensor(C) or spec.is_sharded:
+            require_fresh(spec, C, merged)
+        else:
+            with torch.no_grad():
+                merge_one(spec, W, C, merged, base)
+    if not torch.is_grad_enabled():
+        return W if merged is not None else _formed(W, C, spec.handle).to(W.dtype)
     result: Tensor = _Current.apply(W, C, spec)
     return result
 
@@ -251,20 +253,20 @@ def require_fresh(spec: Spec, C: Tensor, merged: Tensor) -> None:
         )
 
 
-def _beside(place: Place, W: Tensor) -> Tensor:
-    return W + update_of(place).to(W.dtype)
+def _factored(place: Place) -> Tensor:
+    """(U_l B) (A V_lᵀ) of the weight's shape, for autograd to follow."""
+    spec = place.spec
+    spec.follow(place.device)
+    B, A = (place.get(name) for name in spec.factors)
+    return (spec.left.expand_rows(B) @ spec.right.expand(A)).view(spec.shape)
 
 
 def update_of(place: Place) -> Tensor:
-    """U_l C V_lᵀ of the weight's shape, in C's precision."""
+    """U_l C V_lᵀ of the weight's shape, in C's precision; autograd doesn't follow it."""
     spec = place.spec
     spec.follow(place.device)
-    if spec.rank is None:
-        update = free_matrix(place.block, spec.left, spec.right)
-    else:
-        B, A = (place.get(name) for name in spec.factors)
-        update = spec.left.expand(B.mT).mT @ spec.right.expand(A)
-    return update.view(spec.shape)
+    with torch.no_grad():
+        return free_matrix(place.block, spec.left, spec.right).view(spec.shape)
 
 
 class _Current(torch.autograd.Function):
@@ -272,6 +274,8 @@ class _Current(torch.autograd.Function):
     def forward(ctx: Any, W: Tensor, C: Tensor, spec: Spec) -> Tensor:
         ctx.spec, ctx.like = spec, C
         ctx.placed = W if is_dtensor(W) else None
+        if spec.update == "beside":
+            return _formed(W, C, spec.handle).to(W.dtype)
         return W.view_as(W)
 
     @staticmethod
@@ -313,9 +317,11 @@ def _sharded_block(spec: Spec, g: Any, W: Any, C: Tensor) -> Tensor:
 
 
 def _current_forward(
-    W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None, handle: int
+    W: Tensor, C: Tensor, merged: Tensor | None, base: Tensor | None, handle: int
 ) -> Tensor:
     spec = spec_of(handle)
+    if merged is None:
+        return _formed(W, C, handle).to(W.dtype)
     if not spec.is_sharded:
         merge_one(spec, W, C, merged, base)
     return W.clone()
@@ -336,7 +342,7 @@ def _block_fake(g: Tensor, handle: int, dtype: torch.dtype) -> Tensor:
 
 
 _current_weight = _define(
-    "confined_weight(Tensor W, Tensor C, Tensor merged, Tensor? base, int handle) -> Tensor",
+    "confined_weight(Tensor W, Tensor C, Tensor? merged, Tensor? base, int handle) -> Tensor",
     _current_forward,
     lambda W, C, merged, base, handle: torch.empty_like(W),
 )
