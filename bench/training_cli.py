@@ -12,7 +12,7 @@ from typing import Any
 from bench import report
 
 RESULTS = report.ROOT / "bench" / "results"
-COMMANDS = ("protect", "continual", "redundancy", "mrr")
+COMMANDS = ("protect", "rounding", "continual", "redundancy", "mrr")
 COST_ROUNDS = 9
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
@@ -33,6 +33,15 @@ def add(commands: Any) -> None:
     protect.add_argument("--drift-steps", type=int, default=1000, help="0 leaves drift out")
     protect.add_argument("--drift-batch", type=int, default=4, help="sentence pairs of such a step")
     protect.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
+
+    rounding = commands.add_parser(
+        "rounding", help="confined weights of bfloat16, by how C gets in"
+    )
+    rounding.add_argument("--rho", type=float, default=0.5, help="protected share of shorter sides")
+    rounding.add_argument("--batch", type=int, default=8, help="sentence pairs a step")
+    rounding.add_argument("--steps", type=int, default=200)
+    rounding.add_argument("--lr", type=float, default=2e-5)
+    rounding.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
 
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, None, seeds=3, steps=None)
@@ -105,6 +114,10 @@ def run(arguments: argparse.Namespace) -> int:
         from bench import continual
 
         return continual.run(arguments)
+    if arguments.command == "rounding":
+        from bench import rounding
+
+        return rounding.run(arguments)
     if arguments.command == "mrr":
         from bench import mrr_sweep
 

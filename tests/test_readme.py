@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -56,7 +57,7 @@ def test_the_sharded_example_runs_on_two_ranks(root, tmp_path):
 def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     text = (root / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
+    _, example = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -79,6 +80,43 @@ def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch):
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), "the resumed run is the one that was never stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
+def test_the_trainers_confined_example_runs_and_resumes(root, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    text = (root / "README.md").read_text(encoding="utf-8")
+    example, _ = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    again = copy.deepcopy(model)
+    dataset = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 32
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": model, "dataset": dataset}
+    exec(compile(example, "README.md", "exec"), scope)
+    assert max(scope["confined"].drift().values()) <= 1e-6
+    confined = scope["confine"](again, scope["refresh"](again, 0.5, progress=False))
+    trainer = scope["Trainer"](
+        again,
+        scope["arguments"],
+        train_dataset=dataset,
+        callbacks=[scope["SaveConfined"](confined)],
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), "the resumed run is the one that was never stopped"
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
+    trained = model.state_dict()
+    assert plain.state_dict().keys() == trained.keys()
+    assert all(torch.equal(t, trained[name]) for name, t in plain.state_dict().items())
 
 
 def test_links_and_paths_exist(root):
