@@ -252,7 +252,7 @@ def require_fresh(spec: Spec, C: Tensor, merged: Tensor) -> None:
 
 
 def _beside(place: Place, W: Tensor) -> Tensor:
-    return W + update_of(place).to(W.dtype)
+    return (W + update_of(place)).to(W.dtype)  # rounded once
 
 
 def update_of(place: Place) -> Tensor:
