@@ -169,7 +169,7 @@ def test_training_of_conv1d_is_that_of_its_transposed_lora():
     model = drawn(nn.Sequential(Conv1D(M, N), nn.Tanh(), Conv1D(N, M)))
     given = subspaces()
     given = {"0.weight": given["2.weight"], "2.weight": given["0.weight"]}
-    confined, reference, plain = both_trained(model, given)
+    _, reference, plain = both_trained(model, given)
     now = weights(model)
     for name, expected in reference.weights(plain).items():
         assert off(now[name], expected) < EXACT
@@ -333,6 +333,23 @@ def test_autocast_computes_in_its_dtype_and_trains_in_float32():
     for t, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert t.grad.dtype == torch.float32
         assert off(t.grad.double(), other.grad) < 5e-2
+
+
+@pytest.mark.parametrize("rank", [None, RANK])
+@pytest.mark.parametrize("kind", ["high", "low"])
+def test_what_is_written_within_autocast_stays_in_the_free_block(rank, kind):
+    model = mlp(torch.float32)
+    before, given = weights(model), subspaces(dtype=torch.float32)
+    held = subspaces((kind, kind), torch.float32)
+    confined = confine(model, held, rank=rank)
+    with torch.no_grad():
+        for t in confined.parameters():
+            t.copy_(torch.randn(t.shape))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch(0, torch.float32))
+        assert model[0].weight.dtype == torch.float32
+        now = weights(model)
+    assert max(leaks(before, now, given)) < 1e-5
 
 
 @pytest.mark.slow

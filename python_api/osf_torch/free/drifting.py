@@ -50,7 +50,7 @@ def reference(place: Place) -> Reference:
 
 
 def _is_rounded_sum(place: Place) -> bool:
-    """Whether ``state_dict`` rounds the sum of a weight and what is beside it, which layers don't."""
+    """Whether ``state_dict`` rounds the sum of W and what is beside it, as no layer does."""
     beside = place.spec.update == "beside" and place.is_attached
     return beside and place.weight.element_size() < 4 and sharding_of(place.weight) is None
 
