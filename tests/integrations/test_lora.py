@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from osf_kernels.testing import random_basis
 from osf_torch import Subspace, confine
 from osf_torch.integrations import lora
 from tests.helpers import generator_for, randn
+from tests.small_guard import one_rank
 
 M, N, RANK = 14, 18, 3
 NAMES = ("encoder.0", "encoder.2", "head")
@@ -435,3 +437,22 @@ def test_peft_loads_an_adapter_whose_names_end_others(peft, tmp_path):
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     assert off(theirs(data()), model(data())) < 1e-6
     assert not hasattr(theirs.get_base_model().block["proj"], "lora_A")
+
+
+def test_sharded_factors_are_gathered(tmp_path):
+    model, other = net(), net()
+    confined, again = moved(model), confine(other, subspaces(other), rank=RANK)
+    expected = {n: t.clone() for n, t in model.state_dict().items()}
+    with one_rank():
+        for whole in (model, other):
+            for name in NAMES:
+                fully_shard(whole.get_submodule(name))
+            fully_shard(whole)
+        lora.save_adapter(confined, tmp_path)
+        lora.load_adapter(again, tmp_path)
+        for t, mine in zip(again.parameters(), confined.parameters(), strict=True):
+            assert off(t.full_tensor(), mine.full_tensor()) < 1e-6
+    plain = confine(net(), subspaces(net()), rank=RANK)
+    lora.load_adapter(plain, tmp_path)
+    for name, t in plain.model.state_dict().items():
+        assert off(t, expected[name]) < 1e-6
