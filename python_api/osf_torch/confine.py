@@ -86,6 +86,8 @@ def confine(
     places = admitted(model, subspaces, settings)
     if state is not None:
         require_of_weights(places, state)
+    if rank is not None and generator is None:
+        generator = torch.Generator("cpu").manual_seed(0)
     tensors = [made(place, settings, generator) for place in places]
     confined = Confined(unwrapped(model), settings)
     confined.begin(places, tensors)

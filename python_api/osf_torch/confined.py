@@ -62,6 +62,11 @@ class Confined:
         _CONFINED.add(self)
 
     @property
+    def model(self) -> nn.Module:
+        """The model that was confined, without what ``torch.compile`` or DDP put around it."""
+        return self._model
+
+    @property
     def places(self) -> list[Place]:
         """Where the weights are, in the order of the subspaces.
 

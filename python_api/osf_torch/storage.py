@@ -73,8 +73,8 @@ def save_subspaces(
     Mutates nothing but the file; copies weights and factors to the host.
     """
     path = Path(path)
-    with _together(model, "save_subspaces") as ranks:
-        save_file = _safetensors("save_subspaces", "torch").save_file
+    with together(model, "save_subspaces") as ranks:
+        save_file = require_safetensors("save_subspaces", "torch").save_file
         weights = _weights(model, subspaces, "save_subspaces")
         if ranks.rank == 0 and not path.parent.is_dir():
             raise FileNotFoundError(
@@ -112,7 +112,7 @@ def save_subspaces(
         metadata["seed"] = str(subspaces.seed)
     # Not tempfile: its files are readable by their owner alone, whatever the umask.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    with _together(model, "save_subspaces"):
+    with together(model, "save_subspaces"):
         if ranks.rank == 0:
             try:
                 save_file(tensors, temporary, metadata)
@@ -154,7 +154,7 @@ def load_subspaces(
 
     Mutates nothing; copies weights to the host to hash them.
     """
-    with _together(model, "load_subspaces"):
+    with together(model, "load_subspaces"):
         seed, described, loaded = _read(Path(path), model)
     if require_same_weights:
         _require_same(_weights(model, described, "load_subspaces"), described)
@@ -167,7 +167,7 @@ def load_subspaces(
 
 
 @contextmanager
-def _together(model: nn.Module, operator: str) -> Iterator[Ranks]:
+def together(model: nn.Module, operator: str) -> Iterator[Ranks]:
     """The ranks that share the model's weights; what one of them raises here stops them all.
 
     So none waits for another in the gathers that follow.
@@ -254,7 +254,7 @@ def _read(
     path: Path, model: nn.Module
 ) -> tuple[int | None, dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
     """The seed, and by parameter name the metadata and the factors."""
-    safe_open = _safetensors("load_subspaces").safe_open
+    safe_open = require_safetensors("load_subspaces").safe_open
     if not path.is_file():
         raise FileNotFoundError(f"osf_torch.load_subspaces: there is no file {path}")
     try:
@@ -392,7 +392,12 @@ def _require_same(weights: dict[str, nn.Parameter], described: dict[str, dict[st
             )
 
 
-def _safetensors(operator: str, submodule: str = "") -> Any:
+def require_safetensors(operator: str, submodule: str = "") -> Any:
+    """The package, or a submodule of it, which is imported where it is used: it is an extra.
+
+    Raises:
+        ImportError: it isn't installed.
+    """
     try:
         import safetensors
 

@@ -272,9 +272,10 @@ def made(
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     found: dict[str, nn.Parameter] = {}
     if spec.rank is not None:
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(*lead, spec.rank, q, generator=generator, dtype=torch.float32)
+        assert generator is not None
+        # Where the generator draws, so that the weights' device makes no difference.
+        options: Any = {"generator": generator, "device": generator.device}
+        drawn = torch.randn(*lead, spec.rank, q, dtype=torch.float32, **options)
         B, A = spec.factors
         found[B] = nn.Parameter(torch.zeros(*lead, p, spec.rank, dtype=dtype, device=device))
         # As LoRA draws A: uniform in ±1/sqrt(n) there, of that variance here.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_torch.free.functions import update_of
+from osf_torch.free.functions import current, update_of
 from osf_torch.free.merging import part_of
 from osf_torch.free.spec import Place
 from osf_torch.sharding import local, sharding_of, sum_over
@@ -23,7 +23,7 @@ class Reference(NamedTuple):
 
     Attributes:
         protected: H(W) Ω, of the protected part H(W) = W − U_l U_lᵀ W V_l V_lᵀ.
-        whole: W Ω.
+        whole: W Ω, of W as ``state_dict`` has it.
     """
 
     protected: Tensor
@@ -39,11 +39,20 @@ def reference(place: Place) -> Reference:
     Omega = _probes(spec.right.size).to(device)
     right = spec.right.to(dtype=torch.float64)
     inside = right.expand(right.reduce(Omega.mT)).mT  # V_l V_lᵀ Ω
+    Omega = Omega.expand(inside.shape)  # of a batch of bases
     both = _times(place, torch.cat([Omega, inside], -1))
     whole, within = both[..., :PROBES], both[..., PROBES:]
     left = spec.left.to(dtype=torch.float64)
-    free = left.expand(left.reduce(within.mT)).mT
-    return Reference(whole - free, whole)
+    protected = whole - left.expand(left.reduce(within.mT)).mT
+    if _is_rounded_sum(place):
+        whole = current(place).double().reshape(spec.matrix_shape) @ Omega
+    return Reference(protected, whole)
+
+
+def _is_rounded_sum(place: Place) -> bool:
+    """Whether ``state_dict`` rounds the sum of W and what is beside it, as no layer does."""
+    beside = place.spec.update == "beside" and place.is_attached
+    return beside and place.weight.element_size() < 4 and sharding_of(place.weight) is None
 
 
 def drift(place: Place, before: Reference) -> float:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from osf_kernels import free_block, free_gradient, free_matrix
 from osf_torch.free.inputs import is_kept
-from osf_torch.free.merging import is_stale, merge_one, part_of
+from osf_torch.free.merging import is_stale, merge_one, part_of, without_autocast
 from osf_torch.free.spec import Place, Spec, spec_of
 from osf_torch.sharding import is_dtensor, local, sharding_of, sum_over
 
@@ -219,7 +219,7 @@ def current(place: Place) -> Tensor:
     spec = place.spec
     W = place.weight
     if spec.rank is not None:
-        return W + _factored(place).to(W.dtype)
+        return (W + update_of(place)).to(W.dtype)  # rounded once
     C = place.get(spec.free)
     merged = place.get(spec.merged) if spec.update == "merge" else None
     base = place.get(spec.base) if spec.is_rounded else None
@@ -253,20 +253,25 @@ def require_fresh(spec: Spec, C: Tensor, merged: Tensor) -> None:
         )
 
 
-def _factored(place: Place) -> Tensor:
-    """(U_l B) (A V_lᵀ) of the weight's shape, for autograd to follow."""
-    spec = place.spec
-    spec.follow(place.device)
-    B, A = (place.get(name) for name in spec.factors)
-    return (spec.left.expand_rows(B) @ spec.right.expand(A)).view(spec.shape)
-
-
 def update_of(place: Place) -> Tensor:
-    """U_l C V_lᵀ of the weight's shape, in C's precision; autograd doesn't follow it."""
+    """U_l C V_lᵀ of the weight's shape, in C's precision."""
     spec = place.spec
     spec.follow(place.device)
-    with torch.no_grad():
-        return free_matrix(place.block, spec.left, spec.right).view(spec.shape)
+    with without_autocast(place.weight):
+        if spec.rank is None:
+            update = free_matrix(place.block, spec.left, spec.right)
+        else:
+            B, A = ambient(place)
+            update = B @ A
+    return update.view(spec.shape)
+
+
+def ambient(place: Place) -> tuple[Tensor, Tensor]:
+    """A weight's factors of rank s in its own space, U_l B (..., m, s) and A V_lᵀ (..., s, n)."""
+    spec = place.spec
+    B, A = (place.get(name) for name in spec.factors)
+    with without_autocast(B):
+        return spec.left.expand_rows(B), spec.right.expand(A)
 
 
 class _Current(torch.autograd.Function):
@@ -363,14 +368,14 @@ def beside(place: Place, x: Tensor, *, transposed: bool) -> Tensor:
     """What the free block adds to the outputs of a linear layer, ((x V_l) Cᵀ) U_lᵀ."""
     spec = place.spec
     spec.follow(x.device)
-    inner, outer = (spec.left, spec.right) if transposed else (spec.right, spec.left)
     if spec.rank is None:
+        inner, outer = (spec.left, spec.right) if transposed else (spec.right, spec.left)
         C = place.block
         return outer.expand(inner.reduce(x) @ _as(C if transposed else C.mT, x))
-    B, A = (place.get(name) for name in spec.factors)
-    down, up = (B.mT, A) if transposed else (A, B.mT)
-    # As a LoRA: both factors in the weight's own space, of which there are few.
-    return (x @ _as(inner.expand(down), x).mT) @ _as(outer.expand(up), x)
+    # As a LoRA, whose factors in the weight's own space are small.
+    B, A = ambient(place)
+    first, second = (B, A) if transposed else (A.mT, B.mT)
+    return (x @ _as(first, x)) @ _as(second, x)
 
 
 def _as(factor: Tensor, x: Tensor) -> Tensor:

@@ -174,19 +174,19 @@ def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
     whole = current(place).detach().clone() if spec.update == "beside" and has_block else None
     started = place.get(spec.merged).clone() if spec.update == "merge" else None
     for name, t in saved["trained"].items():
-        _put(place.get(name), t)
+        put(place.get(name), t)
     if spec.is_rounded:
-        _put(place.get(spec.base), saved["base"])
+        put(place.get(spec.base), saved["base"])
         place.get(spec.merged).fill_(float("nan"))  # stale, whatever C is: W is rounded anew
     elif spec.update == "merge":
         # W has the saved block in it, or the one that it was confined with.
-        _put(place.get(spec.merged), saved["trained"][spec.free] if has_block else started)
+        put(place.get(spec.merged), saved["trained"][spec.free] if has_block else started)
     elif whole is not None:
         base = saved.get("base")
-        _put(place.weight, whole - update_of(place).to(whole.dtype) if base is None else base)
+        put(place.weight, whole - update_of(place).to(whole.dtype) if base is None else base)
 
 
-def _put(into: Tensor, t: Any) -> None:
+def put(into: Tensor, t: Any) -> None:
     """Copies values, of a whole tensor also into a sharded one."""
     if t is into:
         return

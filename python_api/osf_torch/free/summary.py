@@ -70,23 +70,34 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f}"
 
 
+def _factor_flops(left: FreeSide, right: FreeSide, rank: int, tokens: int) -> int:
+    """Of U_l B and A V_lᵀ: both of them, their products with the tokens and all gradients."""
+    return rank * (6 * tokens * (left.size + right.size) + 2 * (left.flops + right.flops))
+
+
 def plans(places: Sequence[Place], tokens: int) -> str:
     """One line for each kind of weight, and one for all of them."""
-    kinds: Counter[tuple[FreeSide, FreeSide]] = Counter()
+    kinds: Counter[tuple[FreeSide, FreeSide, int | None]] = Counter()
+    found: dict[tuple[FreeSide, FreeSide, int | None], str] = {}
     flops = plain = 0
     for place in places:
-        kinds[place.spec.left.side, place.spec.right.side] += 1
-        plan = place.spec.plan(tokens)
-        flops += plan.flops + plan.merge_flops
+        spec = place.spec
+        kind = spec.left.side, spec.right.side, spec.rank
+        kinds[kind] += 1
+        plan = spec.plan(tokens)
         plain += plan.plain_flops
-    lines = []
-    for (left, right), count in kinds.items():
-        found = next(
-            p.spec.plan(tokens)
-            for p in places
-            if (p.spec.left.side, p.spec.right.side) == (left, right)
-        )
-        lines.append(f"{count:4d} × {found}")
+        if spec.rank is None:
+            flops += plan.flops + plan.merge_flops
+            found[kind] = str(plan)
+        else:
+            own = _factor_flops(kind[0], kind[1], spec.rank, tokens)
+            flops += own
+            found[kind] = (
+                f"{kind[0].size}×{kind[1].size}, free {kind[0].width}×{kind[1].width}, rank "
+                f"{spec.rank}, {tokens} tokens: as a LoRA beside the weight; "
+                f"{own / max(1, plan.plain_flops):.2f} of the weight's own gradient"
+            )
+    lines = [f"{count:4d} × {found[kind]}" for kind, count in kinds.items()]
     share = (2 * plain + flops) / max(1, 3 * plain)
     lines.append(
         f"all {len(places)}: {share:.2f} of the products of a plain training step, merging included"

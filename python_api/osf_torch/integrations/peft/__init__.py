@@ -39,6 +39,10 @@ protected span. ``enable(restore=True)`` projects U_low and V_low themselves aft
 every optimizer, :func:`restore_after` after those of one; then U_highᵀ W = S_high V_high holds to
 rounding.
 
+:func:`confine_lora` is for LoRA models instead of OSF ones: it makes a model confined with a rank
+of them, whose protected part no optimizer can move. Adapter files are read and written by
+``osf_torch.integrations.lora``.
+
 Supported: peft 0.21. Beyond rounding, this differs from PEFT in that ``torch.autograd.grad``,
 which accumulates nothing, returns gradients that aren't projected, and that a backward pass
 projects what was accumulated before once more, which P² = P makes the same. Sharded gradients are
@@ -47,12 +51,14 @@ projected at the end of the backward pass, so after hooks that step an optimizer
 Source: Sculpting Subspaces, arXiv 2504.07097, and PEFT's OSF tuner.
 """
 
+from osf_torch.integrations.peft.confining import confine_lora
 from osf_torch.integrations.peft.factors import decompose_weight_matrix
 from osf_torch.integrations.peft.switching import attach, disable, enable, restore_after, verify
 from osf_torch.integrations.peft.targets import project_gradient_to_orthogonal_space
 
 __all__ = [
     "attach",
+    "confine_lora",
     "decompose_weight_matrix",
     "disable",
     "enable",
