@@ -25,14 +25,26 @@ def add(commands: Any) -> None:
     protect = commands.add_parser(
         "protect", help="what protecting a step of MiniLM costs and holds"
     )
-    protect.add_argument("--rho", type=float, default=0.5, help="protected share of shorter sides")
     protect.add_argument(
-        "--batch", type=_sizes, default=[16, 64], help="sentence pairs a step; several with commas"
+        "--rho",
+        type=_shares,
+        help="protected share of shorter sides, with commas: 0.5,0.8, of a sweep 0.2 to 0.9",
     )
-    protect.add_argument("--rounds", type=int, default=9)
-    protect.add_argument("--drift-steps", type=int, default=1000, help="0 leaves drift out")
+    protect.add_argument(
+        "--batch", type=_sizes, help="sentence pairs a step, with commas: 16,64, of a sweep 64"
+    )
+    protect.add_argument("--rounds", type=int, help="default 9, of a sweep 5")
+    protect.add_argument(
+        "--drift-steps", type=int, help="at the first rho, default 1000; 0 leaves drift out"
+    )
     protect.add_argument("--drift-batch", type=int, default=4, help="sentence pairs of such a step")
     protect.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
+    protect.add_argument(
+        "--sweep",
+        action="store_true",
+        help="bytes and times over rho, without drift and with a picture",
+    )
+    protect.add_argument("--picture", type=Path, help="of a sweep; default: beside the CSV")
 
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, None, seeds=3, steps=None)
