@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench`` that train; what they run is loaded late.
+"""The commands of ``python -m bench`` about training; what they run is loaded late.
 
 Parsing needs neither the API for training code nor what tables are drawn with.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from bench import report
 
 RESULTS = report.ROOT / "bench" / "results"
-COMMANDS = ("protect", "continual", "redundancy", "mrr")
+COMMANDS = ("protect", "continual", "redundancy", "mrr", "paper")
 COST_ROUNDS = 9
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
@@ -66,6 +66,10 @@ def add(commands: Any) -> None:
         action="store_true",
         help="a small random encoder, two steps; without --csv rows go to a new temporary folder",
     )
+
+    paper = commands.add_parser("paper", help="what training Llama-3.1-8B takes, counted")
+    paper.add_argument("--tokens", type=int, default=8192, help="of a step")
+    paper.add_argument("--rho", type=_shares, default=(0.5, 0.8), help="listed with commas")
 
     redundancy = commands.add_parser("redundancy", help="zero singular directions, see what's left")
     redundancy.add_argument("--csv", type=Path, default=RESULTS / "redundancy.csv")
@@ -121,6 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
         from bench import mrr_sweep
 
         return mrr_sweep.run(arguments)
+    if arguments.command == "paper":
+        from bench import paper
+
+        return paper.run(arguments)
     from bench import redundancy
 
     return redundancy.run(arguments)
