@@ -29,7 +29,7 @@ STYLES: dict[str, tuple[str, str, bool]] = {  # contender -> colour, marker, fil
 }
 NAMES = {PEFT_OSF: "PEFT's OSF", FACTORED: "mini_trainer's OSFT"}
 PANELS = (
-    "gradient, optimizer state and bases\nof the protected weights",
+    "gradients and state of the protected weights,\nand all that is held beside them",
     "peak of a step in all:\nweights, state, bases and what it allocates",
     "time of a step\n(bars: 20 % to 80 % of the rounds)",
 )
@@ -129,7 +129,9 @@ def draw(rows: Sequence[Mapping[str, str]], picture: Path) -> None:
     figure.legend(*handles, loc="outside lower center", ncols=len(lines) + 1, fontsize=8)
     first = rows[0]
     tokens = max(int(row["tokens"]) for row in rows if row["tokens"])
-    machine = first["gpu"] or f"{first['cpu']}, {first['threads']} threads"
+    count = first["threads"]
+    threads = f"{count} thread{'' if count == '1' else 's'}"
+    machine = first["gpu"] or f"{first['cpu']}, {threads}"
     figure.suptitle(
         "What a step of AdamW takes while a share ρ of each weight is protected, beside plain "
         "fine-tuning\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +84,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "V_l on x first" in out
     assert cli.main(["paper", "--rho", "1.5"]) == 2
     assert "0 < --rho < 1" in capsys.readouterr().err
+
+
+def test_the_readme_shows_todays_counts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["paper"]) == 0
+    assert capsys.readouterr().out in (root / "bench" / "README.md").read_text(encoding="utf-8")
