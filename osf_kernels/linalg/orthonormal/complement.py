@@ -91,9 +91,10 @@ def _polar(A: Tensor) -> Tensor:
     """
     try:
         left, _, right = torch.linalg.svd(A.float())
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         left, _, right = torch.linalg.svd(A)
-    return (left @ right).double()
+    factor: Tensor = (left @ right).double()
+    return factor
 
 
 def _mended(Q: Tensor) -> Tensor:
