@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
 
-    plot = commands.add_parser("plot", help="a picture of projection's or refresh's rows")
+    plot = commands.add_parser(
+        "plot", help="a picture of projection's, refresh's or protect's rows"
+    )
     plot.add_argument("csv", type=Path)
     plot.add_argument("picture", type=Path)
     return top
@@ -156,18 +158,23 @@ def run_cpu_suite(arguments: argparse.Namespace) -> int:
 
 
 def _plot(csv: Path, picture: Path) -> None:
-    from bench import accuracy_plot, plot
+    from bench import accuracy_plot, plot, protection_plot
 
     rows = report.read_csv(csv)
     known = set(rows[0]) if rows else set()
-    of_refresh = {"missing_overlap", "times_svd"} <= known
-    if not of_refresh and "times_naive" not in known:
+    kinds: tuple[tuple[set[str], Callable[..., None]], ...] = (
+        ({"missing_overlap", "times_svd"}, accuracy_plot.draw),
+        ({"trained_bytes", "peak_bytes"}, protection_plot.draw),
+        ({"times_naive"}, plot.draw),
+    )
+    drawn = next((draw for names, draw in kinds if names <= known), None)
+    if drawn is None:
         raise ValueError(
-            f"bench plot: expected rows of projection or refresh, got none in {csv}; show prints "
-            "any results file, and continual draws its own picture"
+            "bench plot: expected rows of projection, refresh or protect, got none in "
+            f"{csv}; show prints any results file, and continual draws its own picture"
         )
     try:
-        (accuracy_plot if of_refresh else plot).draw(rows, picture)
+        drawn(rows, picture)
     except ImportError as error:
         print(f"no picture: {error}", file=sys.stderr)
     else:

@@ -29,6 +29,7 @@ from bench.continual_rows import (
     Key,
     Row,
     Run,
+    counterpart,
     key,
     provenance,
     read,
@@ -52,6 +53,7 @@ GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_TRIED = (1, 2)  # of the grid; then on in the better direction until it gets no better
 TUNING_SEED = 0
 JUDGED = ("complement", "inputs")
+COUNTERPARTS = {"confine": "complement", "confine-inputs": "inputs"}  # with the same bases
 TRAINED, RANDOM = "all-MiniLM-L6-v2", "random"
 QUICK = minilm.Config(
     hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3
@@ -353,4 +355,7 @@ def run(arguments: argparse.Namespace) -> int:
         if name in summaries:
             sentence = verdict(summaries, name, METHODS[name].title)
             show.say(console, sentence)
+    for name, other in COUNTERPARTS.items():
+        if name in summaries:
+            show.say(console, counterpart(summaries, name, other, METHODS[name].title))
     return 0

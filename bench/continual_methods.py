@@ -22,6 +22,7 @@ from osf_torch.ranks import allocate_ranks
 LORA_RANK = 16
 MIN_RETAINED = 0.1  # mrr of adaptive ranks
 INPUT_ENERGY = 0.95  # of 0.95 and 0.99 the one that ended higher on validation, by 0.1 points
+PADDING = {"attention_mask": "ids"}  # of ``masked``: which sequence the mask is of
 
 Tokens = tuple[Tensor, Tensor]
 
@@ -151,7 +152,7 @@ class OursAdaptive(Ours):
 
     def ranks(self, rank: float, batches: Sequence[Tokens]) -> float | dict[str, int]:
         importance = layer_importance(
-            self.encoder, masked(batches), forward=run_masked, progress=False
+            self.encoder, masked(batches), masks=PADDING, forward=run_masked, progress=False
         )
         return allocate_ranks(importance, self.encoder, mrr=min(self.mrr, rank), trr=rank)
 
@@ -177,6 +178,54 @@ class OursInputs(Ours):
             masked(self._shown),
             energy=INPUT_ENERGY,
             previous=self._held,
+            masks=PADDING,
+            forward=run_masked,
+            progress=False,
+        )
+
+
+class Confine(Plain):
+    """osf_torch: the same subspaces as ours has, and C in W + U_l C V_lᵀ alone is trained."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__(encoder)
+        self._confined: osf_torch.Confined | None = None
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        if self._confined is not None:
+            self._confined.next_task(rank, progress=False, seed=task)
+            return self.encoder
+        super().begin(task, rank, batches)
+        subspaces = osf_torch.refresh(self.encoder, rank, progress=False, seed=task)
+        self._confined = osf_torch.confine(self.encoder, subspaces, update="merge")
+        return self.encoder
+
+
+class ConfineInputs(Plain):
+    """The first task as ``Confine``; from then on V alone, of what the weights read earlier."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__(encoder)
+        self._held: dict[str, osf_torch.Subspace] = {}
+
+    def begin(self, task: int, rank: float, batches: Sequence[Tokens]) -> nn.Module:
+        super().begin(task, rank, batches)
+        self._shown = batches
+        subspaces: Mapping[str, osf_torch.Subspace] = self._held or osf_torch.refresh(
+            self.encoder, rank, progress=False, seed=task
+        )
+        self._confined = osf_torch.confine(self.encoder, subspaces, update="merge")
+        return self.encoder
+
+    def end(self) -> None:
+        self._confined.release()
+        del self._confined
+        self._held = osf_torch.input_subspaces(
+            self.encoder,
+            masked(self._shown),
+            energy=INPUT_ENERGY,
+            previous=self._held,
+            masks=PADDING,
             forward=run_masked,
             progress=False,
         )
@@ -211,6 +260,8 @@ METHODS: dict[str, Method] = {
     "no-restore": Method("ours, no restore", OursWithoutRestore, tuned_as="complement"),
     "adaptive": Method("ours, adaptive ranks", OursAdaptive, tuned_as="complement"),
     "inputs": Method("ours, inputs of earlier tasks", OursInputs, tuned_as="complement"),
+    "confine": Method("ours, confined", Confine),
+    "confine-inputs": Method("ours, confined, inputs", ConfineInputs, tuned_as="confine"),
     "everything": Method("plain, every parameter", Everything, compared=False),
 }
 COMPARED = tuple(name for name, method in METHODS.items() if method.compared)

@@ -20,6 +20,8 @@ STYLES: dict[str, tuple[str, str, str]] = {  # method -> colour, marker, line
     "no-restore": ("#56B4E9", "o", ":"),
     "adaptive": ("#009E73", "P", "-"),
     "inputs": ("#000000", "*", "-"),
+    "confine": ("#0072B2", "X", ":"),
+    "confine-inputs": ("#000000", "h", ":"),
 }
 
 

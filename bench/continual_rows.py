@@ -187,6 +187,21 @@ def summarise(runs: Sequence[Run]) -> Summary:
     )
 
 
+def counterpart(summaries: Mapping[str, Summary], one: str, other: str, title: str) -> str:
+    """One sentence on a method beside the one that has the same bases: no worse, or not."""
+    if one not in summaries or other not in summaries:
+        return f"No verdict on {title} beside its counterpart: {one} or {other} did not run."
+    own, base = summaries[one], summaries[other]
+    held = own.average.mean >= base.average.mean, own.forgotten.mean <= base.forgotten.mean
+    average, forgotten = ("yes" if each else "NO" for each in held)
+    return (
+        f"{title!r} beside {other!r}, which has the same bases: average accuracy "
+        f"{100 * own.average.mean:.1f} against {100 * base.average.mean:.1f}: no lower, {average}; "
+        f"it forgets {100 * own.forgotten.mean:.1f} points against "
+        f"{100 * base.forgotten.mean:.1f}: no more, {forgotten}."
+    )
+
+
 def verdict(summaries: Mapping[str, Summary], ours: str, title: str) -> str:
     """One sentence on a method of ours: what was hoped for, and whether each part came out."""
     missing = [name for name in (ours, "plain", "peft-osf") if name not in summaries]

@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench`` that train; what they run is loaded late.
+"""The commands of ``python -m bench`` about training; what they run is loaded late.
 
 Parsing needs neither the API for training code nor what tables are drawn with.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from bench import report
 
 RESULTS = report.ROOT / "bench" / "results"
-COMMANDS = ("protect", "rounding", "continual", "redundancy", "mrr")
+COMMANDS = ("protect", "rounding", "continual", "redundancy", "mrr", "paper")
 COST_ROUNDS = 9
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
@@ -25,14 +25,26 @@ def add(commands: Any) -> None:
     protect = commands.add_parser(
         "protect", help="what protecting a step of MiniLM costs and holds"
     )
-    protect.add_argument("--rho", type=float, default=0.5, help="protected share of shorter sides")
     protect.add_argument(
-        "--batch", type=_sizes, default=[16, 64], help="sentence pairs a step; several with commas"
+        "--rho",
+        type=_shares,
+        help="protected share of shorter sides, with commas: 0.5,0.8, of a sweep 0.2 to 0.9",
     )
-    protect.add_argument("--rounds", type=int, default=9)
-    protect.add_argument("--drift-steps", type=int, default=1000, help="0 leaves drift out")
+    protect.add_argument(
+        "--batch", type=_sizes, help="sentence pairs a step, with commas: 16,64, of a sweep 64"
+    )
+    protect.add_argument("--rounds", type=int, help="default 9, of a sweep 5")
+    protect.add_argument(
+        "--drift-steps", type=int, help="at the first rho, default 1000; 0 leaves drift out"
+    )
     protect.add_argument("--drift-batch", type=int, default=4, help="sentence pairs of such a step")
     protect.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
+    protect.add_argument(
+        "--sweep",
+        action="store_true",
+        help="bytes and times over rho, without drift and with a picture",
+    )
+    protect.add_argument("--picture", type=Path, help="of a sweep; default: beside the CSV")
 
     rounding = commands.add_parser(
         "rounding", help="confined weights of bfloat16, by how C gets in"
@@ -63,6 +75,10 @@ def add(commands: Any) -> None:
         action="store_true",
         help="a small random encoder, two steps; without --csv rows go to a new temporary folder",
     )
+
+    paper = commands.add_parser("paper", help="what training Llama-3.1-8B takes, counted")
+    paper.add_argument("--tokens", type=int, default=8192, help="of a step")
+    paper.add_argument("--rho", type=_shares, default=(0.5, 0.8), help="listed with commas")
 
     redundancy = commands.add_parser("redundancy", help="zero singular directions, see what's left")
     redundancy.add_argument("--csv", type=Path, default=RESULTS / "redundancy.csv")
@@ -122,6 +138,10 @@ def run(arguments: argparse.Namespace) -> int:
         from bench import mrr_sweep
 
         return mrr_sweep.run(arguments)
+    if arguments.command == "paper":
+        from bench import paper
+
+        return paper.run(arguments)
     from bench import redundancy
 
     return redundancy.run(arguments)

@@ -67,6 +67,22 @@ def test_verdict_says_yes_and_no_from_the_figures() -> None:
     assert "peft-osf did not run" in judge({"plain": plain, "complement": plain})
 
 
+def test_a_counterpart_is_judged_on_accuracy_and_forgetting() -> None:
+    base = summary("complement", 0.66, 0.05)
+
+    def says(own: continual_rows.Summary) -> str:
+        both = {"complement": base, "confine": own}
+        return continual_rows.counterpart(both, "confine", "complement", "ours, confined")
+
+    assert says(summary("confine", 0.66, 0.05)).count("yes") == 2
+    assert says(summary("confine", 0.6, 0.06)).count("NO") == 2
+    mixed = says(summary("confine", 0.7, 0.06))
+    assert "no lower, yes" in mixed
+    assert "no more, NO" in mixed
+    missing = continual_rows.counterpart({}, "confine", "complement", "ours, confined")
+    assert "did not run" in missing
+
+
 # rows, resuming, tuning
 
 

@@ -73,7 +73,7 @@ def test_methods_train_linear_weights_alone(method: str) -> None:
         learner.end()
     if method == "lora":  # merged here to look at; the sequence goes on with the adapter
         learner.encoder = learner.encoder.merge_and_unload()  # type: ignore[operator]
-    after = dict(learner.encoder.named_parameters())
+    after = learner.encoder.state_dict()  # of a confined encoder the plain one's
     assert list(after) == list(before)
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     linear = set(linear_weights(small_encoder()))
@@ -83,7 +83,9 @@ def test_methods_train_linear_weights_alone(method: str) -> None:
         assert moved == linear
 
 
-@pytest.mark.parametrize(("method", "pinned"), [("complement", True), ("no-restore", False)])
+@pytest.mark.parametrize(
+    ("method", "pinned"), [("complement", True), ("no-restore", False), ("confine", True)]
+)
 def test_ours_pins_the_protected_part(method: str, pinned: bool) -> None:
     encoder = small_encoder()
     weights = linear_weights(encoder)
@@ -101,9 +103,28 @@ def test_ours_pins_the_protected_part(method: str, pinned: bool) -> None:
     assert (worst < 1e-3) == pinned
 
 
-def test_ours_with_inputs_keeps_later_updates_off_earlier_inputs() -> None:
+def test_confined_tasks_grow_and_keep_what_the_one_before_left() -> None:
+    encoder, examples = small_encoder(), small_tasks(1)[0].splits["train"]
+    learner = METHODS["confine"].build(encoder)
+    tokens = examples.batch(torch.arange(8))
+    trained = []
+    for task, rank in enumerate((0.5, 0.75)):
+        left = {name: w.detach().clone() for name, w in linear_weights(encoder).items()}
+        a_task(learner, examples, rank, task)
+        trained.append(sum(p.numel() for p in encoder.parameters() if p.requires_grad))
+        assert all(not torch.equal(w, left[name]) for name, w in linear_weights(encoder).items())
+    assert trained[1] < trained[0]
+    with torch.no_grad():
+        shown = encoder(*tokens)
+        plain = small_encoder()
+        plain.load_state_dict(encoder.state_dict())
+        assert torch.allclose(plain(*tokens), shown, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["inputs", "confine-inputs"])
+def test_ours_with_inputs_keeps_later_updates_off_earlier_inputs(method: str) -> None:
     encoder = small_encoder()
-    learner = METHODS["inputs"].build(encoder)
+    learner = METHODS[method].build(encoder)
     first, second = (task.splits["train"] for task in small_tasks(2))
     a_task(learner, first)
     seen = inputs_of(encoder, first.batch(torch.arange(8)))
@@ -132,9 +153,9 @@ def inputs_of(encoder: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
     return {name: x.double() for name, x in seen.items()}
 
 
-def a_task(learner: Plain, examples: Encoded, rank: float = 0.5) -> None:
+def a_task(learner: Plain, examples: Encoded, rank: float = 0.5, number: int = 0) -> None:
     tokens = examples.batch(torch.arange(8))
-    model = learner.begin(0, rank, [tokens])
+    model = learner.begin(number, rank, [tokens])
     head = continual_run.new_head(24, 3, torch.Generator().manual_seed(1))
     optimizer = continual_run.trainer(model, head, 1e-2)
     learner.protect(optimizer)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from osf_kernels.linalg.orthonormal.complement import complement
+from osf_kernels.linalg.orthonormal.complement import complement, reflector
 from osf_kernels.testing import orthonormality_ratio
 from tests.helpers import generator_for
 
@@ -141,3 +141,25 @@ def test_edges(shape: tuple[int, int, int]) -> None:
     P = complement(torch.eye(m, r).expand(b, m, r))
     assert P.shape == (b, m, m - r)
     assert_completes(torch.eye(m, r).expand(b, m, r), P)
+
+
+def test_reflector_survives_an_svd_that_fails_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LAPACK's divide and conquer did so for the bases of a trained MiniLM."""
+    Q = random_columns(40, 25, "reflector")
+    expected = reflector(Q)
+    svd = torch.linalg.svd
+
+    def failing(A: Tensor, *args: object, **options: object) -> object:
+        if A.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+        return svd(A, *args, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    Y, N = reflector(Q)
+    for found, wanted in zip((Y, N), expected, strict=True):
+        assert (found - wanted).abs().max() < 1e-4
+    H = torch.eye(40, dtype=torch.float64) - Y @ N @ Y.mT
+    assert (H.mT @ H - torch.eye(40)).abs().max() < 1e-13
+    assert (H[:, 25:].mT @ Q).abs().max() < 1e-13
