@@ -49,7 +49,8 @@ def confine(
             returned, for a model that has the weights that were saved with it, or those it started
             from.
         update: "merge", the default: W holds W₀ + U_l C V_lᵀ, brought up to date once after each
-            step of an optimizer and wherever a forward pass or ``state_dict`` finds that C is another.
+            step of an optimizer and wherever a forward pass or ``state_dict`` finds that C is
+            another.
             Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
             "beside": W is never written to, and a layer adds ((x V_l) Cᵀ) U_lᵀ to what it returns;
             for frozen weights that are shared with others, quantized or to be left as they are.

@@ -158,8 +158,9 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         sent = local(tensors[members[0][0]]).new_zeros(most)
         flat = torch.cat([local(tensors[i]).reshape(-1) for i, _ in members])
         sent[: len(flat)] = flat
-        received = [torch.empty_like(sent) for _ in range(ranks)]
-        dist.all_gather(received, sent, group=group)
+        everything = sent.new_empty(ranks * most)
+        dist.all_gather_into_tensor(everything, sent, group=group)
+        received = everything.split(most) if most else [sent] * ranks
         offsets = [0] * ranks
         for (i, cut), size in zip(members, sizes, strict=True):
             parts = []

@@ -1,0 +1,226 @@
+"""Confined models over real processes: what the ranks train together is what one process does."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from osf_torch import Subspace, confine, refresh
+from tests.distributed.ranks import Collectives, run_ranks
+from tests.helpers import generator_for
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+
+
+class Blocks(nn.Module):
+    """Sizes that neither 2 nor 3 divides, a head with fewer rows than ranks, and a convolution and
+    experts, whose weights are read by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(14, 25)
+        self.second = nn.Linear(25, 25)
+        self.conv = nn.Conv1d(5, 5, 3, padding=1)
+        self.experts = Experts(5, 5, 5)
+        self.head = nn.Linear(25, 2)
+        self.checkpointed = False
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        x = checkpoint(self.second, x, use_reentrant=False) if self.checkpointed else self.second(x)
+        x = self.conv(x.tanh().view(-1, 5, 5)).tanh()
+        x = self.experts(x).flatten(1).tanh()
+        return self.head(x)
+
+
+class Experts(nn.Module):
+    def __init__(self, count, rows, columns):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, rows, columns))
+
+    def forward(self, x):  # (T, count, columns)
+        return torch.einsum("tec,erc->ter", x, self.weight)
+
+
+SHARDED = ("first", "second", "conv", "experts", "head")
+
+
+def blocks():
+    model = Blocks()
+    gen = generator_for("confine", "distributed")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
+    return model
+
+
+def orthonormal(gen, *shape):
+    return torch.linalg.qr(torch.randn(*shape, generator=gen, dtype=torch.float64))[0]
+
+
+def subspaces_of(model, ratio=0.4):
+    """Of every matrix by refresh; of the convolution and the experts drawn ones."""
+    found = dict(
+        refresh(model, ratio, progress=False, compute_dtype=torch.float64, complement=False)
+    )
+    gen = generator_for("confine", "bases")
+    dtype = model.first.weight.dtype
+    for name, shapes in (
+        ("conv.weight", ((5, 2), (15, 2))),
+        ("experts.weight", ((5, 5, 1), (5, 5, 2))),
+    ):
+        found[name] = Subspace(*(orthonormal(gen, *shape).to(dtype) for shape in shapes))
+    return found
+
+
+def batch(step):
+    x = torch.randn(12, 14, generator=generator_for("confine", "batch", step), dtype=torch.float64)
+    return x, x[:, :2].sin()
+
+
+# What is confined how, and what the training loop does.
+VARIANTS = {
+    "merge": {},
+    "low bases": {"ratio": 0.7},
+    "left gathered": {"reshard": False},
+    "checkpointed": {"checkpointed": True},
+    "accumulated and clipped": {"parts": 2, "clip": 0.3},
+    "fused": {"fused": True},
+    "not foreach": {"foreach": False},
+    "beside": {"update": "beside"},
+    "factors": {"factors": 1},
+}
+
+
+def confined_model(dtype=torch.float64, ratio=0.4, **options):
+    model = blocks().to(dtype)
+    settings = {key: options[key] for key in ("update", "dtype") if key in options}
+    settings["rank"] = options.get("factors")
+    confined = confine(model, subspaces_of(model, ratio), **settings)
+    model.checkpointed = options.get("checkpointed", False)
+    return model, confined
+
+
+def adamw(model, **options):
+    chosen = {key: options[key] for key in ("fused", "foreach") if key in options}
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **chosen)
+
+
+def train(model, optimizer, steps, rank=0, ranks=1, parts=1, clip=None):
+    """Every rank sees its part of the batch; losses are means, so gradients are averaged."""
+    for step in steps:
+        x, y = (t.chunk(ranks)[rank].to(model.first.bias.dtype) for t in batch(step))
+        optimizer.zero_grad()
+        for part in range(parts):
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(part == parts - 1)
+            found, wanted = (t.chunk(parts)[part] for t in (model(x), y))
+            ((found - wanted).square().mean() / parts).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+
+
+@torch.no_grad()
+def evaluated(model):
+    return whole(model(batch(100)[0].to(model.first.bias.dtype)))
+
+
+def whole(t):
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t.clone()
+
+
+def report(model, confined):
+    """In this order: evaluating first tells whether the step had merged."""
+    output = evaluated(model)
+    return {
+        "output": output,
+        "weights": {name: whole(t) for name, t in model.state_dict().items()},
+        "sharded": {name for name, t in model.state_dict().items() if isinstance(t, DTensor)},
+        "drift": max(confined.drift().values()),
+    }
+
+
+def run(model, confined, rank=0, ranks=1, **options):
+    optimizer = adamw(model, **options)
+    start = evaluated(model)
+    choices = {key: options[key] for key in ("parts", "clip") if key in options}
+    train(model, optimizer, range(STEPS), rank, ranks, **choices)
+    return report(model, confined) | {"start": start}
+
+
+@lru_cache
+def single(variant):
+    options = VARIANTS[variant]
+    return run(*confined_model(**options), **options)
+
+
+def shard(model, mesh=None, reshard=None, **options):
+    for name in SHARDED:
+        fully_shard(getattr(model, name), mesh=mesh, reshard_after_forward=reshard, **options)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard, **options)
+
+
+def sharded_run(rank, ranks, variant, mesh=None):
+    options = VARIANTS[variant]
+    model, confined = confined_model(**options)
+    shard(model, mesh, options.get("reshard"))
+    return run(model, confined, rank, ranks, **options)
+
+
+def same(found, wanted, limit=1e-12):
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for key in ("start", "output"):
+        assert (found[key] - wanted[key]).norm() <= limit * wanted[key].norm(), key
+    for name, W in wanted["weights"].items():
+        assert (found["weights"][name] - W).norm() <= limit * W.norm(), name
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp2_is_the_single_process_run(ranks, variant):
+    wanted = single(variant)
+    plain = blocks().state_dict()
+    assert wanted["weights"].keys() == plain.keys()
+    assert not torch.allclose(wanted["start"], wanted["output"], rtol=1e-3)
+    for runs in results(ranks, "variants"):
+        same(runs[variant], wanted)
+        assert runs[variant]["sharded"] == plain.keys()
+        assert runs[variant]["drift"] <= 1e-13
+
+
+def every_variant(rank, ranks):
+    return {name: sharded_run(rank, ranks, name) for name in VARIANTS}
+
+
+RUNS = {
+    2: {"variants": every_variant},
+    3: {"variants": every_variant},
+}
+
+
+def everything(rank, ranks):
+    return {name: function(rank, ranks) for name, function in RUNS[ranks].items()}
+
+
+@lru_cache
+def all_results(ranks):
+    """Starting processes takes longer than what they do: once for each number of ranks."""
+    return run_ranks(ranks, everything, ranks)
+
+
+def results(ranks, name):
+    return [found[name] for found in all_results(ranks)]
