@@ -12,6 +12,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -248,14 +253,6 @@ def test_fsdp2_with_mixed_precision_moves_nothing_protected():
             assert (found["start"] - output).norm() > 0.1 * output.norm()
 
 
-def uniform_refused(rank, ranks):
-    model = blocks().bfloat16()
-    confined = confine(model, subspaces_of(blocks()))
-    shard(model)
-    del confined
-    return refusal(AssertionError, model, batch(0)[0].bfloat16())
-
-
 def refusal(kind, function, *arguments, **options):
     try:
         function(*arguments, **options)
@@ -333,7 +330,6 @@ def test_gradients_and_merging_send_what_is_trained_alone():
         assert stepped == [("all_gather_into_tensor", LAYERS * FREE)], "one for all weights"
         assert merged == stepped
         assert sum(reduced) == LAYERS * FREE
-    print(forward, backward)
 
 
 def replicated_run(rank, ranks):
@@ -361,12 +357,213 @@ def test_ddp_is_the_single_process_run():
             assert not found["sharded"]
 
 
+# --- tensor parallel ---
+
+
+def stack():
+    """Of widths that two ranks divide, as DTensor's own products want them."""
+    sizes = [(14, 26), (26, 26), (26, 10), (10, 2)]
+    model = nn.Sequential(*(part for n, m in sizes for part in (nn.Linear(n, m), nn.Tanh())))[:-1]
+    gen = generator_for("confine", "stack")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=gen, dtype=torch.float64))
+    return model.double()
+
+
+PARALLEL = {
+    "confined afterwards": {},
+    "rounded afterwards": {"dtype": torch.bfloat16},
+    "beside afterwards": {"update": "beside"},
+    "factors afterwards": {"rank": 1},
+    "confined before": {"first": True},
+    "beside before": {"first": True, "update": "beside"},
+}
+
+
+def stack_run(mesh, dtype=torch.float64, first=False, **settings):
+    model = stack().to(dtype)
+    bases = refresh(stack(), 0.4, progress=False, complement=False)
+    plan = {
+        "0": ColwiseParallel(),
+        "2": RowwiseParallel(),
+        "4": ColwiseParallel(output_layouts=Replicate()),
+    }
+    if first:
+        confined = confine(model, bases, **settings)
+    if mesh is not None:
+        with torch.no_grad():
+            parallelize_module(model, mesh, plan)
+    if not first:
+        confined = confine(model, bases, **settings)
+    # AdamW makes steps of equal size of gradients whose sign is a matter of rounding.
+    kind = torch.optim.AdamW if dtype == torch.float64 else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+
+    def output(x):
+        return model(x.to(dtype))
+
+    with torch.no_grad():
+        start = whole(output(batch(100)[0]))
+    gradients = None
+    for step in range(STEPS):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        (output(x) - y).square().mean().backward()
+        if gradients is None:
+            gradients = [whole(t.grad) for t in confined.parameters()]
+        optimizer.step()
+    with torch.no_grad():
+        ended = whole(output(batch(100)[0]))
+    return {
+        "start": start,
+        "output": ended,
+        "weights": {name: whole(t) for name, t in model.state_dict().items()},
+        "gradients": gradients,
+        "drift": max(confined.drift().values()),
+        "released": released(model, confined),
+    }
+
+
+def released(model, confined):
+    confined.release()
+    return {name: whole(t) for name, t in model.named_parameters()}
+
+
+def parallel_runs(rank, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
+    return {name: stack_run(mesh, **options) for name, options in PARALLEL.items()}
+
+
+@pytest.mark.parametrize("variant", PARALLEL)
+def test_tensor_parallel_is_the_single_process_run(variant):
+    options = PARALLEL[variant]
+    wanted = stack_run(None, **options)
+    # Of bfloat16 four layers' roundings, of 2**-8 each.
+    limit = 2**-6 if options.get("dtype") else 1e-12
+    for runs in results(2, "parallel"):
+        found = runs[variant]
+        same(found, wanted, limit)
+        for ours, theirs in zip(found["gradients"], wanted["gradients"], strict=True):
+            assert (ours - theirs).norm() <= limit * theirs.norm()
+        for name, W in found["released"].items():
+            assert torch.equal(W, found["weights"][name])
+        assert found["drift"] <= max(limit, wanted["drift"] * 1.1)
+
+
+def rowwise_after(rank, ranks):
+    model = stack()
+    confine(model, refresh(model, 0.4, progress=False, complement=False))
+    mesh = init_device_mesh("cpu", (ranks,))
+    by_torch = refusal(RuntimeError, parallelize_module, model, mesh, {"2": RowwiseParallel()})
+    model[0].weight_free = nn.Parameter(
+        distribute_tensor(model[0].weight_free.detach(), mesh, [Replicate()])
+    )
+    return by_torch, refusal(RuntimeError, model, batch(0)[0])
+
+
+def test_a_weight_and_its_block_are_parallel_together():
+    """RowwiseParallel asks for ``module.weight``, which is a leaf without a gradient alone."""
+    for by_torch, told in results(2, "rowwise"):
+        assert "found non-leaf tensor" in by_torch
+        assert "call parallelize_module before confine" in told
+
+
+def expert_parallel_run(rank, ranks):
+    """Experts shared out by their batch, before they are confined: C is shared out alike."""
+    model = blocks().double()
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        cut = distribute_tensor(model.experts.weight.detach(), mesh, [Shard(0)])
+        model.experts.weight = nn.Parameter(cut)
+    confined = confine(model, {"experts.weight": subspaces_of(blocks().double())["experts.weight"]})
+    (C,) = confined.parameters()
+    optimizer = torch.optim.AdamW([C], lr=1e-2)
+    x = torch.randn(6, 5, 5, generator=generator_for("confine", "experts"), dtype=torch.float64)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        W = model.experts.weight
+        if ranks > 1:
+            x_ = distribute_tensor(x, W.device_mesh, [Replicate()])
+        else:
+            x_ = x
+        # As a product of matrices, which DTensor knows how to share out.
+        whole_loss = torch.bmm(x_.transpose(0, 1), W.mT).square().mean()
+        whole_loss.backward()
+        with Collectives() as counted:
+            optimizer.step()
+        assert counted.calls == [], "each rank merges the experts that it has"
+    shape = tuple(C.to_local().shape) if ranks > 1 else tuple(C.shape)
+    return whole(model.state_dict()["experts.weight"]), shape, max(confined.drift().values())
+
+
+def test_experts_are_merged_where_they_are():
+    wanted, shape, _ = expert_parallel_run(0, 1)
+    found = results(2, "experts")
+    assert [one[1] for one in found] == [(3, *shape[1:]), (2, *shape[1:])]
+    for W, _, drift in found:
+        assert (W - wanted).norm() <= 1e-12 * wanted.norm()
+        assert (W - blocks().double().experts.weight).norm() > 0.01 * W.norm()
+        assert drift <= 1e-13
+
+
+# --- what is refused ---
+
+
+def refused_runs(rank, ranks):
+    model, confined = confined_model()
+    shard(model)
+    optimizer = adamw(model)
+    train(model, optimizer, range(1), rank, ranks)
+    found = {
+        "release": refusal(RuntimeError, confined.release),
+        "next_task": refusal(RuntimeError, confined.next_task, widen=1),
+    }
+    late = shard(blocks())
+    bases = subspaces_of(blocks())
+    found["whole"] = refusal(ValueError, confine, late, bases)
+    found["part"] = refusal(
+        ValueError, confine, late.first, {"weight": bases["first.weight"]}
+    )
+    # Something else than an optimizer writes to C, of which every rank has a part.
+    C = model.first.weight_free
+    with torch.no_grad():
+        C.add_(0.1)
+    found["forward"] = refusal(RuntimeError, model, batch(0)[0])
+    found["state"] = refusal(RuntimeError, model.state_dict)
+    expected = whole(model.first._parameters["weight"])
+    confined.merge()
+    moved = whole(model.state_dict()["first.weight"]) - expected
+    output = evaluated(model)
+    plain = blocks().double()
+    plain.load_state_dict({name: whole(t) for name, t in model.state_dict().items()})
+    found["merged"] = float(moved.norm()), float((evaluated(plain) - output).norm())
+    return found
+
+
+def test_what_fully_shard_rules_out_is_refused():
+    for told in results(2, "refused"):
+        for method in ("release", "next_task"):
+            assert "a model that fully_shard wasn't called on" in told[method]
+        for model in ("whole", "part"):
+            assert "confine first, then fully_shard" in told[model]
+        for reader in ("forward", "state"):
+            assert "call Confined.merge() on every rank after such writes" in told[reader]
+        moved, off = told["merged"]
+        assert moved > 0.1
+        assert off <= 1e-12
+
+
 RUNS = {
     2: {
         "variants": every_variant,
         "mixed precision": mixed_runs,
         "traffic": traffic,
         "replicated": replicated_run,
+        "parallel": parallel_runs,
+        "rowwise": rowwise_after,
+        "experts": expert_parallel_run,
+        "refused": refused_runs,
     },
     3: {"variants": every_variant},
     4: {"hsdp": hsdp_run},
@@ -374,7 +571,9 @@ RUNS = {
 
 
 def everything(rank, ranks):
-    return {name: function(rank, ranks) for name, function in RUNS[ranks].items()}
+    import os
+    only = os.environ.get("ONLY", "").split(",")
+    return {name: function(rank, ranks) for name, function in RUNS[ranks].items() if only == [""] or name in only}
 
 
 @lru_cache

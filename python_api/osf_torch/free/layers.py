@@ -106,7 +106,7 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
         return F.linear(x, weight.mT if transposed else weight, module.bias)
     place = Place(module, spec)
     W, bias = place.weight, module.bias
-    if is_dtensor(W):
+    if place.is_sharded:
         require_together(place)
     _require_frozen(spec, W)
     if is_dtensor(W) or is_dtensor(x):
