@@ -19,10 +19,10 @@ from osf_torch.free.functions import current
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach
 from osf_torch.free.merging import merge
-from osf_torch.free.spec import Place
+from osf_torch.free.spec import Place, is_fsdp
 from osf_torch.renewal import ranks_of, renewed
 from osf_torch.selection import Rank, Ranks, listed
-from osf_torch.sharding import is_dtensor
+from osf_torch.sharding import resharded
 from osf_torch.steps import owned_by
 from osf_torch.subspaces import Subspaces
 
@@ -93,7 +93,14 @@ class Confined:
         update="beside" there is nothing to do: W stays as it is, and ``module.weight`` and
         ``model.state_dict()`` are the sum.
         """
-        merge(self.places, force=any(place.spec.is_sharded for place in self.places))
+        places = self.places
+        merge(places, force=any(place.is_sharded for place in places))
+        self._reshard(places)
+
+    def _reshard(self, places: Sequence[Place]) -> None:
+        """Has FSDP2 let go of what it has gathered of weights that were merged since."""
+        if any(place.weight is not Place(place.module, place.spec).weight for place in places):
+            resharded(self._model)
 
     @torch.no_grad()
     def release(self) -> None:
@@ -164,9 +171,7 @@ class Confined:
         return found
 
     def _require_changeable(self, places: Sequence[Place], method: str) -> None:
-        if any(is_dtensor(t) for place in places for t in place.trained()) and any(
-            hasattr(module, "reshard") for module in self._model.modules()
-        ):
+        if any(is_fsdp(place.module) for place in places):
             raise RuntimeError(
                 f"osf_torch.Confined.{method}: expected a model that fully_shard wasn't called on, "
                 "which keeps the parameters that it has; save model.state_dict(), and confine the "
@@ -237,8 +242,10 @@ class Confined:
                 changed.
         """
         state.require_state(saved)
-        state.load(self.places, saved, self._settings)
-        self._references = state.references_of(saved, self.places)
+        places = self.places
+        state.load(places, saved, self._settings)
+        self._reshard(places)
+        self._references = state.references_of(saved, places)
 
 
 # --- every optimizer's steps ---
@@ -293,3 +300,4 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             place for place in confined.places if any(id(t) in owned for t in place.trained())
         ]
         merge(places, force=True)
+        confined._reshard(places)

@@ -140,6 +140,8 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The whole of sharded tensors on every rank, by one collective a group and dtype."""
     import torch.distributed as dist
 
+    # Its name up to torch 2.12.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     found: dict[int, Tensor] = {}
     together: dict[tuple[Any, ...], list[tuple[int, Sharding]]] = {}
     for i, t in enumerate(tensors):
@@ -158,8 +160,9 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         sent = local(tensors[members[0][0]]).new_zeros(most)
         flat = torch.cat([local(tensors[i]).reshape(-1) for i, _ in members])
         sent[: len(flat)] = flat
-        received = [torch.empty_like(sent) for _ in range(ranks)]
-        dist.all_gather(received, sent, group=group)
+        everything = sent.new_empty(ranks * most)
+        all_gather(everything, sent, group=group)
+        received = everything.split(most) if most else [sent] * ranks
         offsets = [0] * ranks
         for (i, cut), size in zip(members, sizes, strict=True):
             parts = []

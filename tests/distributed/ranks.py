@@ -19,9 +19,16 @@ COUNTED = (
     "all_reduce",
     "all_gather",
     "all_gather_into_tensor",
+    "all_gather_single",
     "broadcast",
     "reduce_scatter_tensor",
+    "reduce_scatter_single",
 )
+# What torch 2.13 calls others.
+NAMES = {
+    "all_gather_single": "all_gather_into_tensor",
+    "reduce_scatter_single": "reduce_scatter_tensor",
+}
 
 
 def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -73,6 +80,8 @@ class Collectives:
     def __enter__(self) -> Collectives:
         self._kept = {}
         for name in COUNTED:
+            if not hasattr(dist, name):  # of another release
+                continue
             self._kept[name] = getattr(dist, name)
             setattr(dist, name, self._counting(name))
         return self
@@ -85,8 +94,9 @@ class Collectives:
         function = self._kept[name]
 
         def run(*args: Any, **options: Any) -> Any:
-            elements = max(t.numel() for t in args if isinstance(t, torch.Tensor))
-            self.calls.append((name, elements, options.get("group")))
+            given = (*args, *options.values())
+            elements = max(t.numel() for t in given if isinstance(t, torch.Tensor))
+            self.calls.append((NAMES.get(name, name), elements, options.get("group")))
             return function(*args, **options)
 
         return run

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, FreeBasis, free_block
 from osf_torch.bases import Held, columns_of, spans_of
-from osf_torch.free.spec import Place, Spec, Update, specs_of
+from osf_torch.free.merging import cut_of
+from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.protected import require_orthonormal
@@ -119,6 +120,11 @@ def _checked(
         raise ValueError(
             f"{told} a weight without a guard, got one that protect() watches; Guard.remove() first"
         )
+    if is_fsdp(module):
+        raise ValueError(
+            f"{told} a weight that isn't sharded yet, got one of a module of fully_shard, which "
+            "would not shard C; confine first, then fully_shard"
+        )
     if hasattr(weight, "ds_shape"):
         raise ValueError(
             f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; confine "
@@ -135,6 +141,7 @@ def _checked(
             f"{told} a weight that is trained, got a frozen one; leave it out, requires_grad_() "
             'it, or pass update="beside"'
         )
+    cut_of(name, weight)  # a weight that is sharded otherwise is refused
     shape, is_flat = _matrix(name, weight, module, subspace)
     m, n = shape[-2:]
     device = weight.device
@@ -161,7 +168,7 @@ def _checked(
         is_opaque=opaque,
         trained=weight.requires_grad if before is None else before.trained,
     )
-    return Place(module, spec)
+    return AtRest(module, spec)
 
 
 def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Update) -> bool:
@@ -277,16 +284,17 @@ def made(
         options: Any = {"generator": generator, "device": generator.device}
         drawn = torch.randn(*lead, spec.rank, q, dtype=torch.float32, **options)
         B, A = spec.factors
-        found[B] = nn.Parameter(torch.zeros(*lead, p, spec.rank, dtype=dtype, device=device))
+        zeros = torch.zeros(*lead, p, spec.rank, dtype=dtype, device=device)
         # As LoRA draws A: uniform in ±1/sqrt(n) there, of that variance here.
-        found[A] = nn.Parameter((drawn / (3 * q) ** 0.5).to(device, dtype))
+        drawn = (drawn / (3 * q) ** 0.5).to(device, dtype)
+        found[B], found[A] = (nn.Parameter(_placed(t, weight)) for t in (zeros, drawn))
         return found
     if settings.decay_to == "zero":
         matrix = weight.detach().reshape(spec.matrix_shape)
         C = free_block(matrix, spec.left, spec.right).to(dtype)
     else:
         C = torch.zeros(*lead, p, q, dtype=dtype, device=device)
-    C = _replicated(C.contiguous(), weight)
+    C = _placed(C.contiguous(), weight)
     found[spec.free] = nn.Parameter(C)
     if spec.update == "merge":
         found[spec.merged] = nn.Parameter(C.clone(), requires_grad=False)
@@ -295,12 +303,19 @@ def made(
     return found
 
 
-def _replicated(t: Tensor, like: Tensor) -> Tensor:
-    """On the mesh of a weight that is a DTensor, whole on every rank."""
+def _placed(t: Tensor, like: Tensor) -> Tensor:
+    """On the mesh of a weight that is a DTensor: cut as its batch is, and else whole on all ranks.
+
+    Args:
+        t: all of it, the same on every rank.
+    """
     if not is_dtensor(like):
         return t
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
-    mesh = like.device_mesh  # type: ignore[attr-defined]
-    placed: Tensor = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    placements: Sequence[Any] = like.placements  # type: ignore[attr-defined]
+    batch = t.dim() - 2
+    chosen = [p if p.is_shard() and p.dim % like.dim() < batch else Replicate() for p in placements]
+    placed: Tensor = distribute_tensor(t, mesh, chosen, src_data_rank=None)
     return placed

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from osf_torch.free.functions import current, update_of
-from osf_torch.free.merging import part_of
+from osf_torch.free.merging import cut_of, part_of
 from osf_torch.free.spec import Place
-from osf_torch.sharding import local, sharding_of, sum_over
+from osf_torch.sharding import is_dtensor, local, sum_over
 from osf_torch.sharing import whole as whole_of
 
 PROBES = 8  # columns: they find a norm to a quarter, whichever direction moved
@@ -52,7 +52,7 @@ def reference(place: Place) -> Reference:
 def _is_rounded_sum(place: Place) -> bool:
     """Whether ``state_dict`` rounds the sum of W and what is beside it, as no layer does."""
     beside = place.spec.update == "beside" and place.is_attached
-    return beside and place.weight.element_size() < 4 and sharding_of(place.weight) is None
+    return beside and place.weight.element_size() < 4 and not is_dtensor(place.weight)
 
 
 def drift(place: Place, before: Reference) -> float:
@@ -70,11 +70,12 @@ def _times(place: Place, columns: Tensor) -> Tensor:
     """The current weight's matrix times columns (..., n, c), whole on every rank."""
     spec = place.spec
     W = local(place.weight.detach()).double()
-    cut = sharding_of(place.weight)
+    cut = cut_of(spec.name, place.weight)
     if cut is None:
         if spec.update == "beside" and place.is_attached:
-            W = W + update_of(place).double()
+            W = W + local(update_of(place)).double()
         return W.reshape(spec.matrix_shape) @ columns
+    all_columns = columns
     # What this rank holds, in its place among zeros.
     _, _, rows, across = part_of(spec, cut)
     W = W.reshape(W.shape[0], spec.right.size) if spec.is_flat else W
@@ -84,10 +85,12 @@ def _times(place: Place, columns: Tensor) -> Tensor:
         found += W @ columns[..., across, :]
     else:
         dim = -2 if rows is not None else cut.dim
+        if rows is None and columns.dim() > 2:  # a part of the batch, whose bases may be several
+            columns = columns.narrow(dim, cut.start, cut.size)
         found.narrow(dim, cut.start, cut.size).copy_(W @ columns)
     (found,) = sum_over(cut.group, [found])
     if spec.update == "beside" and place.is_attached:
-        found += _update_times(place, columns)
+        found += _update_times(place, all_columns)
     return found
 
 

@@ -16,9 +16,18 @@ from torch.nn import functional as F
 
 from osf_kernels import free_block, free_gradient, free_matrix
 from osf_torch.free.inputs import is_kept
-from osf_torch.free.merging import is_stale, merge_one, part_of, without_autocast
+from osf_torch.free.merging import (
+    cut_of,
+    merge_one,
+    part_of,
+    part_of_update,
+    require_fresh,
+    require_together,
+    whole_blocks,
+    without_autocast,
+)
 from osf_torch.free.spec import Place, Spec, spec_of
-from osf_torch.sharding import is_dtensor, local, sharding_of, sum_over
+from osf_torch.sharding import is_dtensor, local, sum_over
 
 library = torch.library.Library("osf_torch", "DEF")
 
@@ -50,7 +59,7 @@ def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) ->
         x = x.to(torch.get_autocast_dtype(kind))
     wanted = C.requires_grad and torch.is_grad_enabled()
     reduced = wanted and _reduces_inputs(spec, x, transposed)
-    operands = x, W, C, merged, base, bias, spec.handle, transposed, reduced
+    operands = x, W, C, merged, base, bias, place.handle, transposed, reduced
     if torch.compiler.is_compiling():
         compiled: Tensor = _linear(*operands)[0]
         return compiled
@@ -84,7 +93,7 @@ def _linear_forward(
     spec = spec_of(handle)
     if merged is None:
         W = _formed(W, C, handle)
-    elif not spec.is_sharded:
+    elif handle > 0:
         merge_one(spec, W, C, merged, base)
     W, bias = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, W.mT if transposed else W, bias)
@@ -218,44 +227,39 @@ def current(place: Place) -> Tensor:
     """
     spec = place.spec
     W = place.weight
+    if spec.update == "beside" and is_dtensor(W):
+        require_together(place)
+        summed: Tensor = _Sum.apply(W, _replicated_block(place), place)
+        return summed
     if spec.rank is not None:
         return (W + update_of(place)).to(W.dtype)  # rounded once
     C = place.get(spec.free)
     merged = place.get(spec.merged) if spec.update == "merge" else None
     base = place.get(spec.base) if spec.is_rounded else None
     if torch.compiler.is_compiling() and not is_dtensor(W):
-        compiled: Tensor = _current_weight(W, C, merged, base, spec.handle)
+        compiled: Tensor = _current_weight(W, C, merged, base, place.handle)
         return compiled
-    if merged is not None:
-        if is_dtensor(W) or is_dtensor(C) or spec.is_sharded:
-            require_fresh(spec, C, merged)
-        else:
-            with torch.no_grad():
-                merge_one(spec, W, C, merged, base)
+    if place.is_sharded:
+        require_together(place)
+        if merged is not None:
+            require_fresh(place)
+    elif merged is not None:
+        with torch.no_grad():
+            merge_one(spec, W, C, merged, base)
     if not torch.is_grad_enabled():
         return W if merged is not None else _formed(W, C, spec.handle).to(W.dtype)
     result: Tensor = _Current.apply(W, C, spec)
     return result
 
 
-def require_fresh(spec: Spec, C: Tensor, merged: Tensor) -> None:
-    """Refuses a sharded weight that something has written C of since it was merged.
-
-    Raises:
-        RuntimeError: so it is, as far as the host can tell without waiting.
-    """
-    C, merged = local(C), local(merged)
-    if C.device.type == "cpu" and is_stale(C, merged):
-        raise RuntimeError(
-            f"osf_torch.confine: expected the free block of {spec.name!r}, which is sharded, to be "
-            "merged before the forward pass, got one that something else than a step of a torch "
-            "optimizer has written to; call Confined.merge() on every rank after such writes"
-        )
-
-
 def update_of(place: Place) -> Tensor:
-    """U_l C V_lᵀ of the weight's shape, in C's precision."""
+    """U_l C V_lᵀ of the weight's shape, in C's precision; of a sharded weight sharded alike, which
+    is a collective and has no gradient."""
     spec = place.spec
+    if is_dtensor(place.weight):
+        require_together(place)
+        with torch.no_grad():
+            return _laid_as(place.weight, _local_update(place, _replicated_block(place)))
     spec.follow(place.device)
     with without_autocast(place.weight):
         if spec.rank is None:
@@ -272,6 +276,50 @@ def ambient(place: Place) -> tuple[Tensor, Tensor]:
     B, A = (place.get(name) for name in spec.factors)
     with without_autocast(B):
         return spec.left.expand_rows(B), spec.right.expand(A)
+
+
+def _replicated_block(place: Place) -> Any:
+    """C of a sharded weight, as a DTensor that is whole on every rank."""
+    from torch.distributed.tensor import Replicate
+
+    factors: Any = place.trained()
+    whole = [t.redistribute(placements=[Replicate()] * t.device_mesh.ndim) for t in factors]
+    return whole[0] if place.spec.rank is None else whole[0] @ whole[1]
+
+
+def _local_update(place: Place, block: Tensor) -> Tensor:
+    (C,) = whole_blocks([place], [block])
+    return part_of_update(place.spec, C, place.weight)
+
+
+def _laid_as(weight: Any, part: Tensor) -> Tensor:
+    """What this rank holds of a tensor that is sharded as the weight is, as a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(
+        part,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+    return made
+
+
+class _Sum(torch.autograd.Function):
+    """W₀ + U_l C V_lᵀ of a sharded weight; C is whole on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, C: Tensor, place: Place) -> Tensor:
+        ctx.spec, ctx.like, ctx.placed = place.spec, C, W
+        part = local(W)
+        return _laid_as(W, part + _local_update(place, C).to(part.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return None, _sharded_block(ctx.spec, g, ctx.placed, ctx.like), None
 
 
 class _Current(torch.autograd.Function):
@@ -297,27 +345,32 @@ def _block_of(g: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     return free_block(matrix, spec.left, spec.right)
 
 
-def _sharded_block(spec: Spec, g: Any, W: Any, C: Tensor) -> Tensor:
+def _sharded_block(spec: Spec, g: Any, W: Any, C: Any) -> Tensor:
     """The free block of a DTensor's gradient, summed over the ranks that hold its parts."""
     from torch.distributed.tensor import DTensor, Replicate
 
     g = g.redistribute(W.device_mesh, W.placements)
-    cut, part = sharding_of(W), local(g)
+    cut, part = cut_of(spec.name, W), local(g)
     spec.follow(part.device)
     left, right, rows, columns = part_of(spec, cut)
     part = part.to(C.dtype)
     if spec.is_flat:
         part = part.reshape(part.shape[0], spec.right.size)
     block = free_block(part, left, right, rows, columns)
-    if cut is not None and (rows is not None or columns is not None):
+    placements = [Replicate()] * W.device_mesh.ndim
+    if cut is not None and rows is None and columns is None:  # a batch
+        placements = W.placements
+    elif cut is not None:
         (block,) = sum_over(cut.group, [block])
-    if not is_dtensor(C):
-        return block
-    mesh, placements = C.device_mesh, C.placements  # type: ignore[attr-defined]
-    if cut is not None and rows is None and columns is None:  # a batch, which C is cut like
-        return DTensor.from_local(block, mesh, placements, run_check=False)
-    everywhere = DTensor.from_local(block, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    placed: Tensor = everywhere.redistribute(mesh, placements)
+    made = DTensor.from_local(
+        block.contiguous(),
+        W.device_mesh,
+        placements,
+        run_check=False,
+        shape=C.shape,
+        stride=C.stride(),
+    )
+    placed: Tensor = made.redistribute(C.device_mesh, C.placements)
     return placed
 
 
@@ -327,7 +380,7 @@ def _current_forward(
     spec = spec_of(handle)
     if merged is None:
         return _formed(W, C, handle).to(W.dtype)
-    if not spec.is_sharded:
+    if handle > 0:
         merge_one(spec, W, C, merged, base)
     return W.clone()
 

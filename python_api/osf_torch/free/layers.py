@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osf_torch.free import functions
-from osf_torch.free.merging import merge
-from osf_torch.free.spec import SPECS, Place, Spec, specs_of
-from osf_torch.sharding import is_dtensor, local
+from osf_torch.free.merging import cut_of, merge, part_of, require_fresh, require_together
+from osf_torch.free.spec import SPECS, AtRest, Place, Spec, resting, specs_of
+from osf_torch.sharding import is_dtensor
 
 ORIGINAL = "_osf_original"  # of a class made here: the one that it is a subclass of
 _HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
@@ -74,6 +74,10 @@ def _property(attribute: str) -> property:
         weight = self._parameters[attribute]
         if spec is None or weight is None:  # released
             return weight
+        if resting(self).get(attribute) is weight:  # FSDP2 reads what it put there
+            require_together(Place(self, spec))
+            part_of(spec, cut_of(spec.name, weight))
+            return weight
         _require_frozen(spec, weight)
         return functions.current(Place(self, spec))
 
@@ -102,6 +106,8 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
         return F.linear(x, weight.mT if transposed else weight, module.bias)
     place = Place(module, spec)
     W, bias = place.weight, module.bias
+    if place.is_sharded:
+        require_together(place)
     _require_frozen(spec, W)
     if is_dtensor(W) or is_dtensor(x):
         weight = functions.current(place)
@@ -109,8 +115,8 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
     if spec.update == "beside" and (spec.rank is not None or not W.element_size() >= 4):
         y = F.linear(x, W.mT if transposed else W, bias)
         return y + functions.beside(place, x, transposed=transposed).to(y.dtype)
-    if spec.is_sharded and not torch.compiler.is_compiling():
-        functions.require_fresh(spec, place.get(spec.free), place.get(spec.merged))
+    if spec.update == "merge" and place.is_sharded:
+        require_fresh(place)
     return functions.linear(place, x, bias, transposed=transposed)
 
 
@@ -198,13 +204,11 @@ def _reclass(module: nn.Module) -> None:
 
 
 def _before_state_dict(module: nn.Module, *_: Any) -> None:
-    places = [Place(module, spec) for spec in specs_of(module).values()]
+    places = [AtRest(module, spec) for spec in specs_of(module).values()]
     for place in places:
-        if place.spec.update == "merge" and place.spec.is_sharded:
-            functions.require_fresh(
-                place.spec, place.get(place.spec.free), place.get(place.spec.merged)
-            )
-    merge(place for place in places if not place.spec.is_sharded)
+        if place.spec.update == "merge" and place.is_sharded:
+            require_fresh(place)
+    merge(place for place in places if not place.is_sharded)
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -215,14 +219,14 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
             state.pop(prefix + name, None)
         if spec.update == "beside" and prefix + spec.attribute in state:
             with torch.no_grad():
-                state[prefix + spec.attribute] = functions.current(Place(module, spec)).detach()
+                state[prefix + spec.attribute] = functions.current(AtRest(module, spec)).detach()
 
 
 @torch.no_grad()
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
     for spec in specs_of(module).values():
-        place = Place(module, spec)
+        place = AtRest(module, spec)
         if spec.is_opaque:
             continue
         for name in spec.trainable:
@@ -241,13 +245,14 @@ def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 
 def _without_block(place: Place, weight: Tensor) -> Tensor:
-    """A current weight less U_l C V_lᵀ, of its dtype."""
-    if not bool(local(place.block.detach()).any()):
+    """A current weight less U_l C V_lᵀ, of its dtype; of a sharded one a collective."""
+    if not is_dtensor(place.weight) and not bool(place.block.detach().any()):
         return weight.detach().clone()
-    if is_dtensor(weight) or is_dtensor(place.block):
-        raise RuntimeError(
-            f"osf_torch.confine: expected plain tensors to load {place.spec.name!r} from while its "
-            "free block is another than zero, got sharded ones; load before training starts"
-        )
     update = functions.update_of(place)
+    if is_dtensor(weight) != is_dtensor(update):
+        kinds = ["a DTensor" if is_dtensor(t) else "a plain tensor" for t in (update, weight)]
+        raise RuntimeError(
+            f"osf_torch.confine: expected to load {place.name!r} from {kinds[0]}, as it is, got "
+            f"{kinds[1]}; torch.distributed.checkpoint.state_dict.set_model_state_dict converts it"
+        )
     return (weight.to(update.dtype) - update).to(weight.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from osf_kernels import FreeBasis, add_free_many_, free_matrix
-from osf_torch.free.spec import Place, Spec
+from osf_torch.free.spec import AtRest, Place, Spec
 from osf_torch.sharding import Sharding, gathered, is_dtensor, local, sharding_of
 
 SEEN = "_osf_version"  # of ``merged``: the version of C that it was copied from
+GATHERED = 2**26  # elements of C that are whole on a rank at a time: 256 MiB of float32
 
 
 def is_stale(C: Tensor, merged: Tensor) -> bool:
@@ -24,8 +25,13 @@ def is_stale(C: Tensor, merged: Tensor) -> bool:
     escapes.
     """
     if C.device.type == "cpu":
-        return not torch.equal(C, merged)
-    return merged.__dict__.get(SEEN) != C._version
+        return not torch.equal(local(C), local(merged))
+    return bool(merged.__dict__.get(SEEN) != _writes(C))
+
+
+def _writes(t: Any) -> Any:
+    """The counts of writes to a tensor; of a DTensor also of those to what this rank holds."""
+    return (t._version, t._local_tensor._version) if is_dtensor(t) else t._version
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
@@ -50,23 +56,17 @@ def merge(places: Iterable[Place], *, force: bool = False) -> int:
         if place.spec.update != "merge":
             continue
         C, merged = place.get(place.spec.free), place.get(place.spec.merged)
-        if is_dtensor(place.weight) or is_dtensor(C):
-            place.spec.is_sharded = True
-            if force or is_stale(local(C), local(merged)):
-                stale.append(place)
-        elif force or is_stale(C, merged):
+        if force or is_stale(C, merged):
             stale.append(place)
+    sharded = []
     for place in stale:
-        if not place.spec.is_sharded:
-            base = place.get(place.spec.base) if place.spec.is_rounded else None
-            _merge_whole(
-                place.spec,
-                place.weight,
-                place.get(place.spec.free),
-                place.get(place.spec.merged),
-                base,
-            )
-    _merge_sharded([place for place in stale if place.spec.is_sharded])
+        if place.is_sharded:
+            sharded.append(place)
+            continue
+        base = place.get(place.spec.base) if place.spec.is_rounded else None
+        C, merged = place.get(place.spec.free), place.get(place.spec.merged)
+        _merge_whole(place.spec, place.weight, C, merged, base)
+    _merge_sharded(sharded)
     return len(stale)
 
 
@@ -88,13 +88,8 @@ def _merge_whole(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor 
 def _write_sum(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None) -> None:
     if base is not None:
         W.copy_(base.to(C.dtype) + free_matrix(C, spec.left, spec.right).view(W.shape))
-    elif W.element_size() < 4:
-        raise RuntimeError(
-            f"osf_torch.confine: expected {spec.name!r} to stay of the dtype that it was confined "
-            f"with, got {W.dtype}, which a step is below the rounding of; convert the model first, "
-            "then confine it"
-        )
     else:
+        _require_precise(spec, W)
         torch.sub(C, merged, out=merged)  # in the memory of what was merged before
         matrix = W.detach().reshape(spec.matrix_shape)
         add_free_many_([matrix], [merged], [spec.left], [spec.right])
@@ -102,56 +97,148 @@ def _write_sum(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | 
             W.copy_(matrix.view(W.shape))
 
 
+def _require_precise(spec: Spec, W: Tensor) -> None:
+    """Raises RuntimeError where what a step adds would be rounded away."""
+    if W.element_size() < 4:
+        raise RuntimeError(
+            f"osf_torch.confine: expected {spec.name!r} to stay of the dtype that it was confined "
+            f"with, got {W.dtype}, which a step is below the rounding of; convert the model first, "
+            "then confine it"
+        )
+
+
 def _note(C: Tensor, merged: Tensor) -> None:
     """``merged`` is C from now on."""
     local(merged).copy_(local(C))
-    merged.__dict__[SEEN] = C._version
+    merged.__dict__[SEEN] = _writes(C)
 
 
 # --- sharded weights ---
 
 
+def require_together(place: Place) -> None:
+    """Refuses a weight that is sharded without its free block, or the other way around.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    weight, block = place.weight, place.get(place.spec.trainable[0])
+    if is_dtensor(weight) != is_dtensor(block):
+        kinds = ["a DTensor" if is_dtensor(t) else "a plain tensor" for t in (weight, block)]
+        raise RuntimeError(
+            f"osf_torch.confine: expected {place.name!r} and {place.spec.trainable[0]!r} to be "
+            f"sharded together, got {kinds[0]} and {kinds[1]}; call parallelize_module before "
+            "confine, and leave nothing of it out of fully_shard"
+        )
+
+
+def require_fresh(place: Place) -> None:
+    """Refuses a sharded weight that something has written C of since it was merged: within a
+    forward pass there is nothing to merge into, and ranks can't know of each other.
+
+    On a CPU the values tell, elsewhere the counts of writes, and values where these don't.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    if torch.compiler.is_compiling():
+        return
+    C, merged = place.get(place.spec.free), place.get(place.spec.merged)
+    if C.device.type != "cpu":  # where gathered tensors have no counts
+        rest = AtRest(place.module, place.spec)
+        C, merged = rest.get(rest.spec.free), rest.get(rest.spec.merged)
+    if not is_stale(C, merged):
+        return
+    if torch.equal(local(C), local(merged)):
+        merged.__dict__[SEEN] = _writes(C)
+        return
+    raise RuntimeError(
+        f"osf_torch.confine: expected the free block of {place.name!r}, which is sharded, to be "
+        "merged before the forward pass, got one that something else than a step of a torch "
+        "optimizer has written to; call Confined.merge() on every rank after such writes"
+    )
+
+
+def cut_of(name: str, weight: Tensor) -> Sharding | None:
+    """``sharding_of``, whose refusals name the weight."""
+    try:
+        return sharding_of(weight)
+    except ValueError as error:
+        raise ValueError(f"osf_torch.confine: parameter {name!r}: {error}") from None
+
+
 def _merge_sharded(places: Sequence[Place]) -> None:
-    """What this rank holds of each weight, from all of the difference: one gather a mesh group."""
-    differences = []
-    for place in places:
-        C, merged = place.get(place.spec.free), place.get(place.spec.merged)
-        # Of a weight that is rounded from its base all of C is added each time.
-        differences.append(C.detach() if place.spec.is_rounded else C.detach() - merged.detach())
-    for place, difference in zip(places, _whole_blocks(places, differences), strict=True):
-        spec, W = place.spec, local(place.weight.detach())
-        spec.follow(W.device)
-        if not W.numel():
-            continue
-        left, right, rows, columns = part_of(spec, sharding_of(place.weight))
-        with without_autocast(W):
-            update = free_matrix(difference, left, right, rows, columns).view(W.shape)
-        if spec.is_rounded:
-            W.copy_(local(place.get(spec.base)).to(update.dtype) + update)
-        else:
-            W += update.to(W.dtype)
-    for place in places:
-        _note(place.get(place.spec.free), place.get(place.spec.merged))
+    """What this rank holds of each weight, from all of the difference: one gather a mesh group, of
+    large models one for every ``GATHERED`` elements."""
+    for some in _portions(places):
+        differences = []
+        for place in some:
+            C, merged = place.get(place.spec.free), place.get(place.spec.merged)
+            # Of a weight that is rounded from its base all of C is added each time.
+            C = C.detach()
+            differences.append(C if place.spec.is_rounded else C - merged.detach())
+        for place, difference in zip(some, whole_blocks(some, differences), strict=True):
+            spec, W = place.spec, local(place.weight.detach())
+            if not W.numel():
+                continue
+            update = part_of_update(spec, difference, place.weight)
+            if spec.is_rounded:
+                W.copy_(local(place.get(spec.base).detach()).to(update.dtype) + update)
+            else:
+                W += update.to(W.dtype)
+        for place in some:
+            _note(place.get(place.spec.free), place.get(place.spec.merged))
 
 
-def _whole_blocks(places: Sequence[Place], blocks: Sequence[Tensor]) -> list[Tensor]:
+def _portions(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """The places in order, some at a time: of at most ``GATHERED`` elements of C, or one."""
+    portion: list[Place] = []
+    elements = 0
+    for place in places:
+        require_together(place)
+        if not place.spec.is_rounded:
+            _require_precise(place.spec, place.weight)
+        count = place.get(place.spec.free).numel()
+        if portion and elements + count > GATHERED:
+            yield portion
+            portion, elements = [], 0
+        portion.append(place)
+        elements += count
+    if portion:
+        yield portion
+
+
+def part_of_update(spec: Spec, block: Tensor, weight: Tensor) -> Tensor:
+    """What this rank holds of U_l C V_lᵀ, in the shape of its part of the weight.
+
+    Args:
+        block: C as ``whole_blocks`` has it.
+    """
+    spec.follow(block.device)
+    left, right, rows, columns = part_of(spec, cut_of(spec.name, weight))
+    return free_matrix(block, left, right, rows, columns).view(local(weight).shape)
+
+
+def whole_blocks(places: Sequence[Place], blocks: Sequence[Tensor]) -> list[Tensor]:
     """Each block as this rank needs it: whole, or of a weight sharded by its batch as that is."""
-    kept: dict[int, Tensor] = {}
-    gather: list[tuple[int, Tensor]] = []
-    for i, (place, block) in enumerate(zip(places, blocks, strict=True)):
-        cut, of_weight = sharding_of(block), sharding_of(place.weight)
-        if cut is None or (of_weight is not None and cut.dim < -2 and of_weight.dim == cut.dim):
-            kept[i] = local(block)
+    cuts = [cut_of(place.name, place.weight) for place in places]
+    # By which dimension of its batch a weight is cut, and C with it.
+    batched = [
+        cut if cut is not None and cut.dim < -2 and not place.spec.is_flat else None
+        for place, cut in zip(places, cuts, strict=True)
+    ]
+    found: dict[int, Tensor] = {}
+    gather: list[int] = []
+    for i, (block, batch) in enumerate(zip(blocks, batched, strict=True)):
+        cut = sharding_of(block)
+        if batch is not None and cut is not None and cut.dim == batch.dim:
+            found[i] = local(block)
         else:
-            gather.append((i, block))
-    kept.update(zip((i for i, _ in gather), gathered([block for _, block in gather]), strict=True))
-    found = [kept[i] for i in range(len(blocks))]
-    for i, place in enumerate(places):
-        cut = sharding_of(place.weight)
-        if cut is not None and cut.dim < -2 and not place.spec.is_flat:
-            whole = found[i].shape[cut.dim] == place.weight.shape[cut.dim] != cut.size
-            found[i] = cut.slice(found[i], cut.dim) if whole else found[i]
-    return found
+            gather.append(i)
+    for i, whole in zip(gather, gathered([blocks[i] for i in gather]), strict=True):
+        batch = batched[i]
+        found[i] = whole if batch is None else batch.slice(whole, batch.dim)
+    return [found[i] for i in range(len(blocks))]
 
 
 def part_of(spec: Spec, cut: Sharding | None) -> tuple[FreeBasis, FreeBasis, Any, Any]:

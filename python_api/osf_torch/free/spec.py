@@ -22,17 +22,19 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
 from osf_torch.free.inputs import Inputs
-from osf_torch.sharding import local
+from osf_torch.sharding import is_dtensor, local
 
 Update = Literal["merge", "beside"]
 SPECS = "_osf_free"  # of a module, in its __dict__: Spec by attribute
+_RESTING = "_osf_resting"  # of a module of FSDP2: its parameters as they are sharded, by name
+_OF_FSDP = "_is_fsdp_managed_module"  # what fully_shard sets on every module that it shards
 
 _numbers = itertools.count(1)
 _BY_HANDLE: weakref.WeakValueDictionary[int, Spec] = weakref.WeakValueDictionary()
@@ -54,8 +56,6 @@ class Spec:
         is_opaque: whether the weight's values can't be read (quantized), so that its module runs as
             it is and the free block is added to what it returns.
         trained: whether the weight required a gradient before.
-        is_sharded: whether the tensors were seen as DTensors: then they are merged between steps
-            only, never within a forward pass.
         inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         handle: by which operators find it.
@@ -72,7 +72,6 @@ class Spec:
     is_rounded: bool
     is_opaque: bool
     trained: bool
-    is_sharded: bool = False
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
     handle: int = field(default_factory=lambda: next(_numbers))
@@ -144,7 +143,7 @@ class Spec:
 
 
 def spec_of(handle: int) -> Spec:
-    return _BY_HANDLE[handle]
+    return _BY_HANDLE[abs(handle)]
 
 
 def specs_of(module: nn.Module) -> dict[str, Spec]:
@@ -160,9 +159,26 @@ class Place:
     spec: Spec
 
     def get(self, name: str) -> Tensor:
+        """What the module has now: within a forward pass of FSDP2 a gathered tensor."""
         found = self.module._parameters[name]
         assert found is not None
         return found
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the tensors are DTensors, or what FSDP2 has gathered of them: they are merged
+        between steps only, never within a forward pass."""
+        parameters = self.module._parameters
+        return (
+            is_fsdp(self.module)
+            or is_dtensor(parameters[self.spec.attribute])  # type: ignore[arg-type]
+            or is_dtensor(parameters[self.spec.trainable[0]])  # type: ignore[arg-type]
+        )
+
+    @property
+    def handle(self) -> int:
+        """By which operators find the spec; negative where they mustn't merge."""
+        return -self.spec.handle if self.is_sharded else self.spec.handle
 
     @property
     def weight(self) -> Tensor:
@@ -195,6 +211,42 @@ class Place:
     def is_attached(self) -> bool:
         """Whether the module has what it trains; not before ``confine`` is sure of all weights."""
         return self.spec.trainable[0] in self.module._parameters
+
+
+class AtRest(Place):
+    """The same, with the tensors that an optimizer has, also while FSDP2 has gathered others in
+    their place."""
+
+    def get(self, name: str) -> Tensor:
+        found = resting(self.module).get(name)
+        return super().get(name) if found is None else found
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` shards the parameters of this module."""
+    return bool(module.__dict__.get(_OF_FSDP, False))
+
+
+def resting(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a confined module as FSDP2 shards them; none where it doesn't.
+
+    A module doesn't say which they are while it has gathered ones, so that they are kept whenever
+    they are seen. FSDP2 reads every weight before the first forward pass, and after the parameters
+    were moved, which ``layers`` tells of.
+    """
+    if not is_fsdp(module):
+        return {}
+    held: dict[str, Tensor] = module.__dict__.get(_RESTING, {})
+    name = next((spec.trainable[0] for spec in specs_of(module).values()), None)
+    now: Any = None if name is None else module._parameters[name]
+    if name is None or not is_dtensor(now) or now is held.get(name):
+        return held
+    # Of other meshes are DTensors that a forward pass has, or leaves until its backward pass.
+    if held and now.device_mesh != held[name].device_mesh:  # type: ignore[attr-defined]
+        return held
+    held = {key: t for key, t in module._parameters.items() if t is not None}
+    module.__dict__[_RESTING] = held
+    return held
 
 
 def places_of(model: nn.Module) -> list[Place]:

@@ -160,7 +160,7 @@ def load(places: Sequence[Place], state: Mapping[str, Any], settings: Settings) 
     merged = require_of_weights(places, state)
     for place in places:
         _load(place, state["confined"][place.name], merged[place.name])
-    merge(places, force=any(place.spec.is_sharded for place in places))
+    merge(places, force=any(place.is_sharded for place in places))
 
 
 def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
@@ -190,11 +190,18 @@ def put(into: Tensor, t: Any) -> None:
     """Copies values, of a whole tensor also into a sharded one."""
     if t is into:
         return
+    target: Any = into
+    if is_dtensor(t) and not (is_dtensor(into) and _lie_alike(t, target)):
+        t = t.full_tensor()
     if is_dtensor(into) and not is_dtensor(t):
         from torch.distributed.tensor import distribute_tensor
 
-        target: Any = into
-        t = distribute_tensor(t.to(local(into).device), target.device_mesh, target.placements)
-    if is_dtensor(t) and not is_dtensor(into):
-        t = t.full_tensor()
+        # Every rank has all of it and takes its part.
+        t = t.to(local(into).device)
+        t = distribute_tensor(t, target.device_mesh, target.placements, src_data_rank=None)
     into.copy_(t)
+
+
+def _lie_alike(t: Any, other: Any) -> bool:
+    alike: bool = t.device_mesh == other.device_mesh and t.placements == other.placements
+    return alike
