@@ -107,7 +107,8 @@ def test_drift_tells_of_writes_to_the_weight(update):
     model._modules["second"]._parameters["weight"].data.mul_(0.97)
     after = confined.drift()
     assert after["first.weight"] == before["first.weight"]
-    wanted = moved(start["second.weight"], weights_of(model)["second.weight"], subspaces["second.weight"])
+    name = "second.weight"
+    wanted = moved(start[name], weights_of(model)[name], subspaces[name])
     assert after["second.weight"] == pytest.approx(wanted, rel=0.5)
     assert wanted > 0.01
 
