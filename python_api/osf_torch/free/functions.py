@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from osf_kernels import free_block, free_gradient, free_matrix
-from osf_torch.free.inputs import is_kept
+from osf_torch.free.inputs import is_kept, is_packed
 from osf_torch.free.merging import is_stale, merge_one, part_of
 from osf_torch.free.spec import Place, Spec, spec_of
 from osf_torch.sharding import is_dtensor, local, sharding_of, sum_over
@@ -46,7 +46,7 @@ def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) ->
     merged = place.get(spec.merged) if spec.update == "merge" else None
     base = place.get(spec.base) if spec.is_rounded else None
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # as torch's own layers
         x = x.to(torch.get_autocast_dtype(kind))
     wanted = C.requires_grad and torch.is_grad_enabled()
     reduced = wanted and _reduces_inputs(spec, x, transposed)
@@ -67,6 +67,8 @@ def _reduces_inputs(spec: Spec, x: Tensor, transposed: bool) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
+    if is_packed():
+        return False
     return not is_kept(x) and spec.inputs.width_of(spec, x, transposed) < x.shape[-1]
 
 
@@ -214,14 +216,19 @@ torch.library.register_autograd(
 def current(place: Place) -> Tensor:
     """W₀ + U_l C V_lᵀ, of which C gets its gradient from the dense one of the weight.
 
-    Of a merged weight that is W itself, seen anew, and takes no memory; beside W it is a sum.
+    Of a merged weight that is W itself, seen anew, and takes no memory; else it is a sum, which may
+    be differentiated twice.
     """
     spec = place.spec
     W = place.weight
     if spec.update == "beside":
-        return _beside(place, W)
+        return W + update_of(place).to(W.dtype)
     C, merged = place.get(spec.free), place.get(spec.merged)
     base = place.get(spec.base) if spec.is_rounded else None
+    if is_substitute(place):
+        if base is not None:
+            return (base.to(C.dtype) + update_of(place, C)).to(W.dtype)
+        return W + update_of(place, C - merged).to(W.dtype)
     if torch.compiler.is_compiling() and not is_dtensor(W):
         compiled: Tensor = _current_weight(W, C, merged, base, spec.handle)
         return compiled
@@ -251,16 +258,20 @@ def require_fresh(spec: Spec, C: Tensor, merged: Tensor) -> None:
         )
 
 
-def _beside(place: Place, W: Tensor) -> Tensor:
-    return W + update_of(place).to(W.dtype)
+def is_substitute(place: Place) -> bool:
+    """Whether C is in the place of the module's own, as ``functional_call`` has it.
+
+    Then the module's W isn't brought up to date with it: graphs may hold W.
+    """
+    return any(not isinstance(t, nn.Parameter) for t in place.trained())
 
 
-def update_of(place: Place) -> Tensor:
-    """U_l C V_lᵀ of the weight's shape, in C's precision."""
+def update_of(place: Place, C: Tensor | None = None) -> Tensor:
+    """U_l C V_lᵀ of the weight's shape, in C's precision; of the place's C or of another."""
     spec = place.spec
     spec.follow(place.device)
     if spec.rank is None:
-        update = free_matrix(place.block, spec.left, spec.right)
+        update = free_matrix(place.block if C is None else C, spec.left, spec.right)
     else:
         B, A = (place.get(name) for name in spec.factors)
         update = spec.left.expand(B.mT).mT @ spec.right.expand(A)

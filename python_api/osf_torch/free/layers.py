@@ -103,7 +103,7 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
     place = Place(module, spec)
     W, bias = place.weight, module.bias
     _require_frozen(spec, W)
-    if is_dtensor(W) or is_dtensor(x):
+    if is_dtensor(W) or is_dtensor(x) or functions.is_substitute(place):
         weight = functions.current(place)
         return F.linear(x, weight.mT if transposed else weight, bias)
     if spec.update == "beside" and (spec.rank is not None or not W.element_size() >= 4):

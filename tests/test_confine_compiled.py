@@ -1,0 +1,186 @@
+"""A confined model under torch.compile: its graph, its optimizer's, and what runs around them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from osf_torch import confine
+from tests.small_confine import (
+    Conv1D,
+    adamw,
+    bases,
+    batches,
+    drawn,
+    filled,
+    loss_of,
+    net,
+    relative,
+    weights_of,
+    worst,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
+]
+LIMIT = 3e-6
+MODES = {"merge": {}, "beside": {"update": "beside"}, "rank": {"rank": 3}}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Mixed(nn.Module):
+    """A linear layer, a Conv1D, a weight that is read, and a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 24), Conv1D(20, 24)
+        self.read, self.conv = nn.Linear(20, 20), nn.Conv1d(1, 4, 5, padding=2)
+        self.head = nn.Linear(80, 6)
+
+    def forward(self, x):
+        x = torch.tanh(self.second(torch.relu(self.first(x))))
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.head(self.conv(x[:, None]).flatten(1))
+
+
+def mixed():
+    model = filled(Mixed(), "mixed")
+    subspaces = {
+        f"{name}.weight": drawn(*module.weight.flatten(1).shape, 0.5, "UV", "high")
+        for name, module in model.named_children()
+    }
+    return model, subspaces
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_whole_graph(mode, backend, dynamic):
+    """In one graph, without a break and compiled once; the same steps as uncompiled."""
+    if backend == "inductor" and (mode != "merge" or dynamic):
+        pytest.skip("inductor compiles for half a minute: once is enough")
+    finals, losses = [], {}
+    for compiled in (False, True):
+        model, subspaces = mixed()
+        start = weights_of(model)
+        confined = confine(model, subspaces, **MODES[mode])
+        counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+        run = (
+            torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+            if compiled
+            else model
+        )
+        optimizer = adamw(model.parameters())
+        losses[compiled] = []
+        for x in batches(5, "whole"):
+            optimizer.zero_grad()
+            loss = loss_of(run, x)
+            loss.backward()
+            optimizer.step()
+            losses[compiled].append(loss.item())
+        if compiled:
+            assert counter.frame_count == 1
+        finals.append(weights_of(model))
+        assert worst(start, model, subspaces) <= LIMIT
+        assert max(confined.drift().values()) <= LIMIT
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    for name, t in finals[0].items():
+        assert relative(finals[1][name], t) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_step_and_a_model_compiled_before(mode):
+    """``confine`` takes a model that torch.compile wraps, and a compiled optimizer.step merges."""
+    finals = []
+    for compiled in (False, True):
+        model = net("compiled")
+        subspaces, start = bases(model), weights_of(model)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        confined = confine(run, subspaces, **MODES[mode])
+        optimizer = adamw(model.parameters())
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for x in batches(4, "compiled"):
+            optimizer.zero_grad()
+            loss_of(run, x).backward()
+            step()
+            for place in confined.places:
+                if mode == "merge":
+                    held, C = place.get(place.spec.merged), place.get(place.spec.free)
+                    assert torch.equal(held, C), "merged after the step"
+        finals.append(weights_of(model))
+        assert worst(start, model, subspaces) <= LIMIT
+    for name, t in finals[0].items():
+        assert relative(finals[1][name], t) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_model_sees_what_is_written_by_hand(mode):
+    """Writes that no hook follows, through ``.data`` too, and evaluation in between."""
+    model = net("written")
+    confined = confine(model, bases(model), **MODES[mode])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (x,) = batches(1, "written")
+    run(x).sum().backward()
+    for t in confined.parameters():
+        t.data.add_(0.1)
+    out = run(x)
+    plain = net("plain")
+    plain.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert relative(out, plain(x)) <= LIMIT
+    for t in confined.parameters():
+        t.data.sub_(0.05)
+    with torch.no_grad():
+        out = run(x)
+    plain.load_state_dict(model.state_dict())
+    assert relative(out, plain(x)) <= LIMIT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compiled_autocast_and_half_precision(dtype):
+    """Compiled in half precision as uncompiled: within its rounding."""
+    outs, grads = [], []
+    (x,) = batches(1, "half")
+    for compiled in (False, True):
+        model = net("half").to(dtype)
+        confined = confine(model, {k: v for k, v in bases(net("half")).items()})
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            out = run(x.to(dtype))
+        assert out.dtype == torch.bfloat16
+        out.float().sin().sum().backward()
+        outs.append(out)
+        grads.append([t.grad for t in confined.parameters()])
+    assert relative(outs[1], outs[0]) <= 2e-2
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        assert relative(b, a) <= 5e-2
+
+
+def test_the_operators_are_what_torch_asks_of_operators():
+    """Schemas, fake tensors and autograd registration, by torch's own check."""
+    model = net("opcheck")
+    confined = confine(model, bases(model))
+    place = confined.places[0]
+    spec = place.spec
+    W, C, merged = (place.get(n) for n in (spec.attribute, spec.free, spec.merged))
+    (x,) = batches(1, "opcheck")
+    x.requires_grad_()
+    names = ("test_schema", "test_autograd_registration", "test_faketensor")
+    ops = torch.ops.osf_torch
+    for reduced in (False, True):
+        arguments = x, W, C, merged, None, model.first.bias, spec.handle, False, reduced
+        torch.library.opcheck(ops.confined_linear.default, arguments, test_utils=names)
+    torch.library.opcheck(
+        ops.confined_weight.default, (W, C, merged, None, spec.handle), test_utils=names
+    )
