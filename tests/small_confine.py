@@ -111,10 +111,13 @@ def _inside(x: Tensor, basis: Tensor | Basis | None) -> Tensor:
 
 
 def protected_part(W: Tensor, subspace: Subspace) -> Tensor:
-    """W without what U and V leave free of it; of a weight with more dimensions flattened."""
+    """W without what U and V leave free of it; W may be flat in the bases' space."""
     W = W.detach().double()
-    if W.dim() > 3:
-        W = W.flatten(1)
+    for size, basis in zip(W.shape[-2:], (subspace.U, subspace.V), strict=True):
+        columns = basis.columns if isinstance(basis, Basis) else basis
+        if columns is not None and columns.shape[-2] != size:
+            W = W.flatten(1)
+            break
     return W - _inside(_inside(W, subspace.U).mT, subspace.V).mT
 
 

@@ -48,12 +48,13 @@ class Confined:
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
+        references = {
+            place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
+        }
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
-        self._references = {
-            place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
-        }
+        self._references = references
         self._held = list(places)
         if not _REGISTERED:
             before, after = (torch.compiler.disable(hook) for hook in (_before_step, _after_step))

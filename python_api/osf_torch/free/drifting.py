@@ -39,7 +39,7 @@ def reference(place: Place) -> Reference:
     Omega = _probes(spec.right.size).to(device)
     right = spec.right.to(dtype=torch.float64)
     inside = right.expand(right.reduce(Omega.mT)).mT  # V_l V_lᵀ Ω
-    both = _times(place, torch.cat([Omega, inside], -1))
+    both = _times(place, torch.cat([Omega.expand_as(inside), inside], -1))
     whole, within = both[..., :PROBES], both[..., PROBES:]
     left = spec.left.to(dtype=torch.float64)
     free = left.expand(left.reduce(within.mT)).mT

@@ -7,6 +7,7 @@ their arguments; a compiled graph holds them as they are.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,9 +25,18 @@ library = torch.library.Library("osf_torch", "DEF")
 
 
 def _define(schema: str, implementation: Any, fake: Any) -> Any:
+    """An operator of a compiled graph, whose results lie as its fake has them: one row after the
+    other, however the products that made them left them."""
     name = schema.partition("(")[0]
+
+    def whole(*operands: Any) -> Any:
+        found = implementation(*operands)
+        if isinstance(found, Tensor):
+            return found.contiguous()
+        return tuple(t.contiguous() for t in found)
+
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, whole, "CompositeExplicitAutograd")
     torch.library.register_fake(f"osf_torch::{name}", fake, lib=library)
     return getattr(torch.ops.osf_torch, name).default
 
@@ -62,8 +72,8 @@ def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) ->
 
 def _reduces_inputs(spec: Spec, x: Tensor, transposed: bool) -> bool:
     """Whether V_l is applied to the inputs in the forward pass, so that x V_l is kept and not x."""
-    tokens = x.numel() // max(1, x.shape[-1])
-    if spec.plan(tokens).order not in (("left", "both") if transposed else ("right", "both")):
+    order = spec.order(math.prod(x.shape[:-1]))
+    if order not in (("left", "both") if transposed else ("right", "both")):
         return False
     if torch.compiler.is_compiling():
         return True
@@ -110,8 +120,7 @@ def _linear_fake(
     y = x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
     if not reduced:
         return y, x.new_empty(0)
-    tokens = x.numel() // max(1, x.shape[-1])
-    return y, x.new_empty(tokens, C.shape[0 if transposed else 1])
+    return y, x.new_empty(math.prod(x.shape[:-1]), C.shape[0 if transposed else 1])
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -191,7 +200,7 @@ def _gradient_fake(
 _form = _define(
     "confined_sum(Tensor W, Tensor C, int handle) -> Tensor",
     _formed,
-    lambda W, C, handle: torch.empty_like(W, dtype=torch.promote_types(W.dtype, C.dtype)),
+    lambda W, C, handle: W.new_empty(W.shape, dtype=torch.promote_types(W.dtype, C.dtype)),
 )
 _linear = _define(
     "confined_linear(Tensor x, Tensor W, Tensor C, Tensor? merged, Tensor? base, Tensor? bias, "
@@ -329,7 +338,7 @@ def _current_forward(
     spec = spec_of(handle)
     if not spec.is_sharded:
         merge_one(spec, W, C, merged, base)
-    return W.clone()
+    return W.clone(memory_format=torch.contiguous_format)
 
 
 def _current_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -349,7 +358,7 @@ def _block_fake(g: Tensor, handle: int, dtype: torch.dtype) -> Tensor:
 _current_weight = _define(
     "confined_weight(Tensor W, Tensor C, Tensor merged, Tensor? base, int handle) -> Tensor",
     _current_forward,
-    lambda W, C, merged, base, handle: torch.empty_like(W),
+    lambda W, C, merged, base, handle: W.new_empty(W.shape),
 )
 _current_gradient = _define(
     "confined_weight_gradient(Tensor g, int handle, ScalarType dtype) -> Tensor",
