@@ -160,6 +160,7 @@ def _checked(
         is_rounded=update == "merge" and weight.element_size() < 4,
         is_opaque=opaque,
         trained=weight.requires_grad if before is None else before.trained,
+        dtype=settings.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32),
     )
     return Place(module, spec)
 
@@ -264,12 +265,9 @@ def made(
 ) -> dict[str, nn.Parameter]:
     """C or its factors, and what is held beside them, by name; of whole or replicated tensors."""
     spec, weight = place.spec, place.weight
-    dtype = settings.dtype
-    device = weight.device
+    dtype, device = spec.dtype, weight.device
     lead = spec.matrix_shape[:-2]
     p, q = spec.left.width, spec.right.width
-    if dtype is None:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     found: dict[str, nn.Parameter] = {}
     if spec.rank is not None:
         if generator is None:

@@ -55,6 +55,7 @@ class Spec:
         is_opaque: whether the weight's values can't be read (quantized), so that its module runs as
             it is and the free block is added to what it returns.
         trained: whether the weight required a gradient before.
+        dtype: of what is trained.
         is_sharded: whether the tensors were seen as DTensors: then they are merged between steps
             only, never within a forward pass.
         inputs: what the confined layers of the model have read, of all its weights.
@@ -73,6 +74,7 @@ class Spec:
     is_rounded: bool
     is_opaque: bool
     trained: bool
+    dtype: torch.dtype
     is_sharded: bool = False
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
