@@ -40,7 +40,7 @@ class Conv1D(nn.Module):
 
     def forward(self, x):
         y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
-        return y.view(x.size()[:-1] + (self.nf,))
+        return y.view((*x.size()[:-1], self.nf))
 
 
 def filled(model: nn.Module, *key: object, scale: float = 0.4) -> nn.Module:

@@ -155,7 +155,7 @@ def test_compiled_autocast_and_half_precision(dtype):
     (x,) = batches(1, "half")
     for compiled in (False, True):
         model = net("half").to(dtype)
-        confined = confine(model, {k: v for k, v in bases(net("half")).items()})
+        confined = confine(model, bases(net("half")))
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
             out = run(x.to(dtype))

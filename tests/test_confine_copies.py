@@ -137,7 +137,7 @@ def test_a_deepcopy_trains_by_itself(update):
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_functional_calls(update):
-    """Other values of C in the place of the model's: outputs, gradients, and the model as it was."""
+    """Other values of C in place of the model's: outputs, gradients, and the model as it was."""
     model, confined, _, _ = confined_net(update, "functional", torch.float64)
     plain = net("functional").double()
     train(model, [x.double() for x in batches(2, "functional")], adamw(confined.parameters()))
@@ -148,9 +148,7 @@ def test_functional_calls(update):
     before, kept = model(x).detach(), weights_of(model)
     model.zero_grad()
     names = {id(p): name for name, p in model.named_parameters()}
-    others = {
-        names[id(p)]: (p.detach() + 0.1).requires_grad_() for p in confined.parameters()
-    }
+    others = {names[id(p)]: (p.detach() + 0.1).requires_grad_() for p in confined.parameters()}
     with torch.no_grad():
         for t in explicit.trained():
             t += 0.1

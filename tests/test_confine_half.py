@@ -91,7 +91,7 @@ def test_training_in_half_precision(update, dtype):
 
 @pytest.mark.parametrize("update", ["merge", "beside"])
 def test_the_gradient_is_that_of_float64_within_the_rounding(update):
-    model, confined, subspaces, _ = half_net(torch.bfloat16, update)
+    model, confined, _, _ = half_net(torch.bfloat16, update)
     exact = net("half")
     exact.load_state_dict({n: t.double() for n, t in model.state_dict().items()})
     plain = copy.deepcopy(exact).bfloat16()

@@ -40,9 +40,7 @@ OPTIMIZERS = {
     "adamw capturable": lambda ps: adamw(ps, capturable=True),
     "adamw maximize": lambda ps: adamw(ps, maximize=True, lr=1e-3),
     "adam amsgrad": lambda ps: torch.optim.Adam(ps, lr=1e-2, amsgrad=True, weight_decay=0.01),
-    "sgd": lambda ps: torch.optim.SGD(
-        ps, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True
-    ),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
     "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.05),
     "rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=1e-2, centered=True),
     "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-2),

@@ -1,4 +1,4 @@
-"""A confined model in the settings that training code runs in: micro-batches, scalers, recomputing."""
+"""A confined model where training code runs it: micro-batches, scalers, recomputing."""
 
 from __future__ import annotations
 
@@ -224,8 +224,10 @@ def test_checkpointed_sequences():
     for segments in (None, 2):
         model.zero_grad()
         x = x.detach().requires_grad_()
-        y = model(x) if segments is None else checkpoint_sequential(
-            model, segments, x, use_reentrant=False
+        y = (
+            model(x)
+            if segments is None
+            else checkpoint_sequential(model, segments, x, use_reentrant=False)
         )
         y.sin().sum().backward()
         grads.append([t.grad.clone() for t in confined.parameters()])

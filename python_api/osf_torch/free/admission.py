@@ -23,10 +23,11 @@ Origin = Literal["start", "zero"]
 
 
 class Sides(NamedTuple):
-    """The free bases of a weight's two sides, in the place of a Subspace."""
+    """The free bases of a weight's two sides, in the place of a Subspace, and the dtype of C."""
 
     U: FreeBasis
     V: FreeBasis
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,16 @@ def _checked(
         is_rounded=update == "merge" and weight.element_size() < 4,
         is_opaque=opaque,
         trained=weight.requires_grad if before is None else before.trained,
-        dtype=settings.dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32),
+        dtype=_dtype_of(weight, subspace, settings.dtype),
     )
     return Place(module, spec)
+
+
+def _dtype_of(weight: Tensor, subspace: Subspace | Sides, dtype: torch.dtype | None) -> torch.dtype:
+    """Of what is trained."""
+    if isinstance(subspace, Sides):
+        return subspace.dtype
+    return dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
 def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Update) -> bool:

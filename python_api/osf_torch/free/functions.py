@@ -231,13 +231,13 @@ def current(place: Place) -> Tensor:
     spec = place.spec
     W = place.weight
     if spec.update == "beside":
-        return W + update_of(place).to(W.dtype)
+        return (W + update_of(place)).to(W.dtype)
     C, merged = place.get(spec.free), place.get(spec.merged)
     base = place.get(spec.base) if spec.is_rounded else None
     if is_substitute(place):
         if base is not None:
             return (base.to(C.dtype) + update_of(place, C)).to(W.dtype)
-        return W + update_of(place, C - merged).to(W.dtype)
+        return (W + update_of(place, C - merged)).to(W.dtype)
     if torch.compiler.is_compiling() and not is_dtensor(W):
         compiled: Tensor = _current_weight(W, C, merged, base, spec.handle)
         return compiled

@@ -197,8 +197,12 @@ def _reclass(module: nn.Module) -> None:
 # --- states of a model: its plain names, and weights that are up to date ---
 
 
+def _places(module: nn.Module) -> list[Place]:
+    return [Place(module, spec) for spec in specs_of(module).values()]
+
+
 def _before_state_dict(module: nn.Module, *_: Any) -> None:
-    places = [Place(module, spec) for spec in specs_of(module).values()]
+    places = _places(module)
     for place in places:
         if place.spec.update == "merge" and place.spec.is_sharded:
             functions.require_fresh(
@@ -221,8 +225,9 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 @torch.no_grad()
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
-    for spec in specs_of(module).values():
-        place = Place(module, spec)
+    merge(p for p in _places(module) if not p.spec.is_sharded)
+    for place in _places(module):
+        spec = place.spec
         if spec.is_opaque:
             continue
         for name in spec.trainable:
@@ -230,7 +235,7 @@ def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         loaded = state.get(prefix + spec.attribute)
         if spec.update == "merge":
             state[prefix + spec.merged] = place.get(spec.free).detach().clone()
-        if loaded is None:
+        if loaded is None or loaded.shape != place.weight.shape:  # torch itself tells of that
             if spec.is_rounded:
                 state[prefix + spec.base] = place.get(spec.base)
             continue
