@@ -12,8 +12,14 @@ from osf_torch.confined import Confined
 from osf_torch.coverage import log_left_out
 from osf_torch.free.admission import Origin, Settings, admitted, made
 from osf_torch.free.spec import Update
-from osf_torch.free.state import is_state, require_of_weights, require_state, sides_of
-from osf_torch.selection import unwrapped
+from osf_torch.free.state import (
+    is_state,
+    require_of_weights,
+    require_state,
+    require_trained,
+    sides_of,
+)
+from osf_torch.selection import listed, unwrapped
 from osf_torch.subspaces import Subspace
 
 
@@ -47,7 +53,7 @@ def confine(
             dimensions is a batch of matrices where U and V fit its last two, and else a matrix with
             all dimensions but the first in one (convolutions). Or what ``Confined.state_dict``
             returned, for a model that has the weights that were saved with it, or those it started
-            from.
+            from; update, rank, decay_to and dtype are then the state's.
         update: "merge", the default: W holds W₀ + U_l C V_lᵀ, brought up to date once after each
             step of an optimizer and wherever a forward pass or ``state_dict`` finds C changed.
             Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
@@ -77,18 +83,20 @@ def confine(
     Source: the free block is what ``osf_kernels.project`` leaves; rank-limited it is OPLoRA's
     update (arXiv 2510.13003), in coordinates in which no optimizer can leave it.
     """
-    state = _require_arguments(model, subspaces, update, rank, decay_to, mode)
+    state = _require_arguments(model, subspaces, update, rank, decay_to, dtype, mode)
     if state is not None:
         subspaces = sides_of(state)
-        update, rank = state["update"], state["rank"]
+        update, rank, decay_to = state["update"], state["rank"], state["decay_to"]
     chosen: Update = update or ("beside" if rank is not None else "merge")
     settings = Settings(chosen, rank, decay_to, dtype)
     places = admitted(model, subspaces, settings)
-    if state is not None:
-        require_of_weights(places, state)
     if rank is not None and generator is None:
         generator = torch.Generator("cpu").manual_seed(0)
     tensors = [made(place, settings, generator) for place in places]
+    if state is not None:
+        for place, held in zip(places, tensors, strict=True):
+            require_trained(place, held, state)
+        require_of_weights(places, state)
     confined = Confined(unwrapped(model), settings)
     confined.begin(places, tensors)
     if state is not None:
@@ -98,7 +106,13 @@ def confine(
 
 
 def _require_arguments(
-    model: object, subspaces: object, update: object, rank: object, decay_to: object, mode: object
+    model: object,
+    subspaces: object,
+    update: object,
+    rank: object,
+    decay_to: object,
+    dtype: object,
+    mode: object,
 ) -> Mapping[str, Any] | None:
     """The state, where subspaces is one."""
     if not isinstance(model, nn.Module):
@@ -126,6 +140,11 @@ def _require_arguments(
         raise ValueError(
             f'osf_torch.confine: expected decay_to to be "start" or "zero", got {decay_to!r}'
         )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            "osf_torch.confine: expected dtype to be a floating-point torch.dtype or None, got "
+            f"{dtype!r}"
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(
             f"osf_torch.confine: expected rank to be an int of at least 1 or None, got {rank!r}"
@@ -147,10 +166,16 @@ def _require_arguments(
     if not is_state(subspaces):
         return None
     require_state(subspaces)
-    for name, given in (("update", update), ("rank", rank)):
-        if given is not None and given != subspaces[name]:
+    dtypes = {side.dtype for side in sides_of(subspaces).values()}
+    for name, given, default, there in (
+        ("update", update, None, {subspaces["update"]}),
+        ("rank", rank, None, {subspaces["rank"]}),
+        ("decay_to", decay_to, "start", {subspaces["decay_to"]}),
+        ("dtype", dtype, None, dtypes),
+    ):
+        if given != default and there != {given}:
             raise ValueError(
                 f"osf_torch.confine: expected {name} to be left out with a state, or as it is "
-                f"there, {subspaces[name]!r}, got {given!r}"
+                f"there, {listed(sorted(map(repr, there)))}, got {given!r}"
             )
     return subspaces

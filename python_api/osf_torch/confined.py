@@ -48,12 +48,13 @@ class Confined:
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
+        references = {
+            place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
+        }
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
-        self._references = {
-            place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
-        }
+        self._references = references
         self._held = list(places)
         if not _REGISTERED:
             before, after = (torch.compiler.disable(hook) for hook in (_before_step, _after_step))
@@ -255,7 +256,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     """Refuses to step what no weight has any more, or weights that are frozen.
 
     Raises:
-        RuntimeError: an optimizer of a released free block, or that was made before ``confine``.
+        RuntimeError: an optimizer of a released free block, or that was made before ``confine``;
+            of a model that was made half precision since.
     """
     ended = next(
         (
@@ -276,18 +278,36 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     owned = owned_by(optimizer)
     for confined in list(_CONFINED):
         for place in confined.places:
-            weight = place.weight
-            if weight.requires_grad:
-                raise RuntimeError(
-                    f"osf_torch.confine: expected {place.spec.name!r} to stay frozen, got "
-                    "requires_grad=True; freeze it again, or Confined.release()"
-                )
-            if id(weight) in owned and not any(id(t) in owned for t in place.trained()):
-                raise RuntimeError(
-                    "osf_torch.confine: expected an optimizer of the free blocks, got one that has "
-                    f"{place.spec.name!r}, which is frozen, and not {place.spec.trainable[0]!r}: "
-                    "it was made before confine; make it of model.parameters() now"
-                )
+            _require_steppable(place, owned)
+
+
+def _require_steppable(place: Place, owned: set[int]) -> None:
+    """Refuses a step that would move the weight itself, or C by less than it can hold."""
+    weight, spec = place.weight, place.spec
+    steps = any(id(t) in owned for t in place.trained())
+    if not steps and id(weight) not in owned:
+        return
+    if weight.requires_grad:
+        raise RuntimeError(
+            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True; "
+            "freeze it again, or Confined.release()"
+        )
+    if not steps:
+        raise RuntimeError(
+            "osf_torch.confine: expected an optimizer of the free blocks, got one that has "
+            f"{spec.name!r}, which is frozen, and not {spec.trainable[0]!r}: it was made before "
+            "confine; make it of model.parameters() now"
+        )
+    dtypes = [(t.dtype, spec.dtype) for t in place.trained()]
+    if spec.update == "merge" and not spec.is_rounded:
+        dtypes.append((weight.dtype, torch.float32))
+    for dtype, least in dtypes:
+        if torch.finfo(dtype).eps > torch.finfo(least).eps:
+            raise RuntimeError(
+                f"osf_torch.confine: expected {spec.name!r} and its free block to stay of the "
+                f"precision that they were confined with, {least}, got {dtype}, which steps are "
+                "below the rounding of; convert the model first, then confine it"
+            )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -24,10 +24,11 @@ Origin = Literal["start", "zero"]
 
 
 class Sides(NamedTuple):
-    """The free bases of a weight's two sides, in the place of a Subspace."""
+    """The free bases of a weight's two sides, in the place of a Subspace, and the dtype of C."""
 
     U: FreeBasis
     V: FreeBasis
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,16 @@ def _checked(
         is_rounded=update == "merge" and weight.element_size() < 4,
         is_opaque=opaque,
         trained=weight.requires_grad if before is None else before.trained,
+        dtype=_dtype_of(weight, subspace, settings.dtype),
     )
     return AtRest(module, spec)
+
+
+def _dtype_of(weight: Tensor, subspace: Subspace | Sides, dtype: torch.dtype | None) -> torch.dtype:
+    """Of what is trained."""
+    if isinstance(subspace, Sides):
+        return subspace.dtype
+    return dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
 def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Update) -> bool:
@@ -271,12 +280,9 @@ def made(
 ) -> dict[str, nn.Parameter]:
     """C or its factors, and what is held beside them, by name; of whole or replicated tensors."""
     spec, weight = place.spec, place.weight
-    dtype = settings.dtype
-    device = weight.device
+    dtype, device = spec.dtype, weight.device
     lead = spec.matrix_shape[:-2]
     p, q = spec.left.width, spec.right.width
-    if dtype is None:
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     found: dict[str, nn.Parameter] = {}
     if spec.rank is not None:
         assert generator is not None

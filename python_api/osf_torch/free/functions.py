@@ -7,15 +7,16 @@ their arguments; a compiled graph holds them as they are.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from osf_kernels import free_block, free_gradient, free_matrix
-from osf_torch.free.inputs import is_kept
+from osf_torch.free.inputs import is_kept, is_packed
 from osf_torch.free.merging import (
     cut_of,
     merge_one,
@@ -33,9 +34,18 @@ library = torch.library.Library("osf_torch", "DEF")
 
 
 def _define(schema: str, implementation: Any, fake: Any) -> Any:
+    """An operator of a compiled graph, whose results lie as its fake has them: one row after the
+    other, however the products that made them left them."""
     name = schema.partition("(")[0]
+
+    def whole(*operands: Any) -> Any:
+        found = implementation(*operands)
+        if isinstance(found, Tensor):
+            return found.contiguous()
+        return tuple(t.contiguous() for t in found)
+
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, whole, "CompositeExplicitAutograd")
     torch.library.register_fake(f"osf_torch::{name}", fake, lib=library)
     return getattr(torch.ops.osf_torch, name).default
 
@@ -55,7 +65,7 @@ def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) ->
     merged = place.get(spec.merged) if spec.update == "merge" else None
     base = place.get(spec.base) if spec.is_rounded else None
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # as torch's own layers
         x = x.to(torch.get_autocast_dtype(kind))
     wanted = C.requires_grad and torch.is_grad_enabled()
     reduced = wanted and _reduces_inputs(spec, x, transposed)
@@ -71,11 +81,13 @@ def linear(place: Place, x: Tensor, bias: Tensor | None, *, transposed: bool) ->
 
 def _reduces_inputs(spec: Spec, x: Tensor, transposed: bool) -> bool:
     """Whether V_l is applied to the inputs in the forward pass, so that x V_l is kept and not x."""
-    tokens = x.numel() // max(1, x.shape[-1])
-    if spec.plan(tokens).order not in (("left", "both") if transposed else ("right", "both")):
+    order = spec.order(math.prod(x.shape[:-1]))
+    if order not in (("left", "both") if transposed else ("right", "both")):
         return False
     if torch.compiler.is_compiling():
         return True
+    if is_packed():
+        return False
     return not is_kept(x) and spec.inputs.width_of(spec, x, transposed) < x.shape[-1]
 
 
@@ -117,8 +129,7 @@ def _linear_fake(
     y = x.new_empty(*x.shape[:-1], W.shape[1 if transposed else 0])
     if not reduced:
         return y, x.new_empty(0)
-    tokens = x.numel() // max(1, x.shape[-1])
-    return y, x.new_empty(tokens, C.shape[0 if transposed else 1])
+    return y, x.new_empty(math.prod(x.shape[:-1]), C.shape[0 if transposed else 1])
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -198,7 +209,7 @@ def _gradient_fake(
 _form = _define(
     "confined_sum(Tensor W, Tensor C, int handle) -> Tensor",
     _formed,
-    lambda W, C, handle: torch.empty_like(W, dtype=torch.promote_types(W.dtype, C.dtype)),
+    lambda W, C, handle: W.new_empty(W.shape, dtype=torch.promote_types(W.dtype, C.dtype)),
 )
 _linear = _define(
     "confined_linear(Tensor x, Tensor W, Tensor C, Tensor? merged, Tensor? base, Tensor? bias, "
@@ -223,38 +234,52 @@ torch.library.register_autograd(
 def current(place: Place) -> Tensor:
     """W₀ + U_l C V_lᵀ, of which C gets its gradient from the dense one of the weight.
 
-    Of a merged weight that is W itself, seen anew, and takes no memory; beside W it is a sum.
+    Of a merged weight that is W itself, seen anew, and takes no memory; else it is a sum, which may
+    be differentiated twice.
     """
-    spec = place.spec
-    W = place.weight
-    if spec.update == "beside" and is_dtensor(W):
-        require_together(place)
-        summed: Tensor = _Sum.apply(W, _replicated_block(place), place)
-        return summed
-    if spec.rank is not None:
+    spec, W = place.spec, place.weight
+    is_compiled = torch.compiler.is_compiling() and not is_dtensor(W)
+    if spec.update == "beside":
+        if is_dtensor(W):
+            require_together(place)
+            summed: Tensor = _Sum.apply(W, _replicated_block(place), place)
+            return summed
+        if is_compiled and spec.rank is None:
+            formed: Tensor = _current_weight(W, place.block, None, None, place.handle)
+            return formed
         return (W + update_of(place)).to(W.dtype)  # rounded once
-    C = place.get(spec.free)
-    merged = place.get(spec.merged) if spec.update == "merge" else None
+    C, merged = place.get(spec.free), place.get(spec.merged)
     base = place.get(spec.base) if spec.is_rounded else None
-    if torch.compiler.is_compiling() and not is_dtensor(W):
+    if is_substitute(place):
+        if base is not None:
+            return (base.to(C.dtype) + update_of(place, C)).to(W.dtype)
+        return (W + update_of(place, C - merged)).to(W.dtype)
+    if is_compiled:
         compiled: Tensor = _current_weight(W, C, merged, base, place.handle)
         return compiled
     if place.is_sharded:
         require_together(place)
-        if merged is not None:
-            require_fresh(place)
-    elif merged is not None:
+        require_fresh(place)
+    else:
         with torch.no_grad():
             merge_one(spec, W, C, merged, base)
     if not torch.is_grad_enabled():
-        return W if merged is not None else _formed(W, C, spec.handle).to(W.dtype)
+        return W
     result: Tensor = _Current.apply(W, C, spec)
     return result
 
 
-def update_of(place: Place) -> Tensor:
-    """U_l C V_lᵀ of the weight's shape, in C's precision; of a sharded weight sharded alike, which
-    is a collective and has no gradient."""
+def is_substitute(place: Place) -> bool:
+    """Whether C is in the place of the module's own, as ``functional_call`` has it.
+
+    Then the module's W isn't brought up to date with it: graphs may hold W.
+    """
+    return any(not isinstance(t, nn.Parameter) for t in place.trained())
+
+
+def update_of(place: Place, C: Tensor | None = None) -> Tensor:
+    """U_l C V_lᵀ of the weight's shape, in C's precision, of the place's C or of another; of a
+    sharded weight sharded alike, which is a collective and has no gradient."""
     spec = place.spec
     if is_dtensor(place.weight):
         require_together(place)
@@ -263,7 +288,7 @@ def update_of(place: Place) -> Tensor:
     spec.follow(place.device)
     with without_autocast(place.weight):
         if spec.rank is None:
-            update = free_matrix(place.block, spec.left, spec.right)
+            update = free_matrix(place.block if C is None else C, spec.left, spec.right)
         else:
             B, A = ambient(place)
             update = B @ A
@@ -327,8 +352,6 @@ class _Current(torch.autograd.Function):
     def forward(ctx: Any, W: Tensor, C: Tensor, spec: Spec) -> Tensor:
         ctx.spec, ctx.like = spec, C
         ctx.placed = W if is_dtensor(W) else None
-        if spec.update == "beside":
-            return _formed(W, C, spec.handle).to(W.dtype)
         return W.view_as(W)
 
     @staticmethod
@@ -382,7 +405,7 @@ def _current_forward(
         return _formed(W, C, handle).to(W.dtype)
     if handle > 0:
         merge_one(spec, W, C, merged, base)
-    return W.clone()
+    return W.clone(memory_format=torch.contiguous_format)
 
 
 def _current_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -402,7 +425,7 @@ def _block_fake(g: Tensor, handle: int, dtype: torch.dtype) -> Tensor:
 _current_weight = _define(
     "confined_weight(Tensor W, Tensor C, Tensor? merged, Tensor? base, int handle) -> Tensor",
     _current_forward,
-    lambda W, C, merged, base, handle: torch.empty_like(W),
+    lambda W, C, merged, base, handle: W.new_empty(W.shape),
 )
 _current_gradient = _define(
     "confined_weight_gradient(Tensor g, int handle, ScalarType dtype) -> Tensor",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 # Nodes whose result is their argument seen anew.
 _VIEWS = ("View", "Reshape", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Alias", "Expand")
-# The names under which nodes keep what they returned.
-RESULTS = ("_saved_output", "_saved_result", "_saved_out")
+# The names under which nodes keep what they returned, as they hold it: not unpacked by hooks.
+RESULTS = ("_raw_saved_output", "_raw_saved_result", "_raw_saved_out")
 _DEPTH = 8  # how many of them stand one after the other at most
 
 
@@ -26,8 +27,9 @@ class Inputs:
 
     def __init__(self) -> None:
         self._key: object = None
-        self._together: list[tuple[Spec, int]] = []
-        self._before: dict[int, list[tuple[Spec, int]]] = {}
+        # Of the layers that read one input: the columns of x V_l, by a layer's handle.
+        self._together: dict[int, int] = {}
+        self._before: dict[int, dict[int, int]] = {}
 
     def width_of(self, spec: Spec, x: Tensor, transposed: bool) -> int:
         """The columns of x V_l of all layers that read this x, as of the last forward pass; of this
@@ -35,13 +37,20 @@ class Inputs:
         width = (spec.left if transposed else spec.right).width
         key = x.data_ptr(), x._version, x.shape
         if key != self._key:
-            self._key, self._together = key, []
+            self._key, self._together = key, {}
         known = self._before.get(spec.handle)
-        self._together.append((spec, width))
+        self._together[spec.handle] = width
         self._before[spec.handle] = self._together
-        if known is None:
-            return width
-        return sum({one.handle: columns for one, columns in known}.values())
+        return width if known is None else sum(known.values())
+
+
+def is_packed() -> bool:
+    """Whether something packs what is saved for the backward pass, as recomputing and offloading
+    do.
+
+    What a layer saves must then depend on its arguments alone: recomputed it has to be the same.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def is_kept(x: Tensor) -> bool:
@@ -56,5 +65,13 @@ def is_kept(x: Tensor) -> bool:
     if node is None:
         return False
     place = x.untyped_storage().data_ptr()
-    results = (getattr(node, name, None) for name in RESULTS)
-    return any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == place for t in results)
+    return any(_holds(getattr(node, name, None), place) for name in RESULTS)
+
+
+def _holds(saved: Any, place: int) -> bool:
+    """Whether a SavedTensor is memory at this place; not one that hooks have packed, or that was
+    let go of."""
+    t = getattr(saved, "data", None)
+    if not isinstance(t, Tensor) or getattr(saved, "unpack_hook", None) is not None:
+        return False
+    return t.untyped_storage().data_ptr() == place

@@ -109,7 +109,7 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
     if place.is_sharded:
         require_together(place)
     _require_frozen(spec, W)
-    if is_dtensor(W) or is_dtensor(x):
+    if is_dtensor(W) or is_dtensor(x) or functions.is_substitute(place):
         weight = functions.current(place)
         return F.linear(x, weight.mT if transposed else weight, bias)
     if spec.update == "beside" and (spec.rank is not None or not W.element_size() >= 4):
@@ -203,8 +203,12 @@ def _reclass(module: nn.Module) -> None:
 # --- states of a model: its plain names, and weights that are up to date ---
 
 
+def _places(module: nn.Module) -> list[AtRest]:
+    return [AtRest(module, spec) for spec in specs_of(module).values()]
+
+
 def _before_state_dict(module: nn.Module, *_: Any) -> None:
-    places = [AtRest(module, spec) for spec in specs_of(module).values()]
+    places = _places(module)
     for place in places:
         if place.spec.update == "merge" and place.is_sharded:
             require_fresh(place)
@@ -225,8 +229,9 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 @torch.no_grad()
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
-    for spec in specs_of(module).values():
-        place = AtRest(module, spec)
+    merge(place for place in _places(module) if not place.is_sharded)
+    for place in _places(module):
+        spec = place.spec
         if spec.is_opaque:
             continue
         for name in spec.trainable:
@@ -234,7 +239,7 @@ def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         loaded = state.get(prefix + spec.attribute)
         if spec.update == "merge":
             state[prefix + spec.merged] = place.get(spec.free).detach().clone()
-        if loaded is None:
+        if loaded is None or loaded.shape != place.weight.shape:  # torch itself tells of that
             if spec.is_rounded:
                 state[prefix + spec.base] = place.get(spec.base)
             continue

@@ -90,9 +90,12 @@ def _write_sum(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | 
         W.copy_(base.to(C.dtype) + free_matrix(C, spec.left, spec.right).view(W.shape))
     else:
         _require_precise(spec, W)
-        torch.sub(C, merged, out=merged)  # in the memory of what was merged before
+        if C.dtype == W.dtype:  # in the memory of what was merged before
+            difference = torch.sub(C, merged, out=merged)
+        else:  # of two that were rounded, which W is finer than
+            difference = C.to(W.dtype) - merged
         matrix = W.detach().reshape(spec.matrix_shape)
-        add_free_many_([matrix], [merged], [spec.left], [spec.right])
+        add_free_many_([matrix], [difference], [spec.left], [spec.right])
         if matrix.data_ptr() != W.data_ptr():  # of a convolution with its channels last
             W.copy_(matrix.view(W.shape))
 

@@ -12,8 +12,7 @@ Of a weight ``weight`` a confined module has these parameters beside it:
 ================  ==========================================================================
 
 All are parameters, so that whatever averages, copies, shards or moves the parameters of a model
-does
-the same to all of them: an average of W and of ``weight_merged`` belong together as W and
+does the same to all of them: an average of W and of ``weight_merged`` belong together as W and
 ``weight_merged`` do, since W is linear in it.
 """
 
@@ -28,10 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
+from osf_kernels.free.orders import Order
 from osf_torch.free.inputs import Inputs
 from osf_torch.sharding import is_dtensor, local
 
 Update = Literal["merge", "beside"]
+MANY_TOKENS = 1 << 20
 SPECS = "_osf_free"  # of a module, in its __dict__: Spec by attribute
 _RESTING = "_osf_resting"  # of a module of FSDP2: its parameters as they are sharded, by name
 _OF_FSDP = "_is_fsdp_managed_module"  # what fully_shard sets on every module that it shards
@@ -56,6 +57,7 @@ class Spec:
         is_opaque: whether the weight's values can't be read (quantized), so that its module runs as
             it is and the free block is added to what it returns.
         trained: whether the weight required a gradient before.
+        dtype: of what is trained.
         inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         handle: by which operators find it.
@@ -72,6 +74,7 @@ class Spec:
     is_rounded: bool
     is_opaque: bool
     trained: bool
+    dtype: torch.dtype
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
     handle: int = field(default_factory=lambda: next(_numbers))
@@ -135,11 +138,16 @@ class Spec:
         self.left, self.right = self.left.to(device), self.right.to(device)
 
     def plan(self, tokens: int) -> FreePlan:
-        sides = self.left.side, self.right.side
-        if torch.compiler.is_compiling():  # which would say that it looks through the cache
-            uncached: FreePlan = plan_free.__wrapped__(tokens, *sides)
-            return uncached
-        return plan_free(tokens, *sides)
+        return plan_free(tokens, self.left.side, self.right.side)
+
+    def order(self, tokens: int) -> Order:
+        """In which the gradient of C is computed. A compiled graph may be for any number of tokens:
+        what it keeps of them is as for many."""
+        if not torch.compiler.is_compiling():
+            return self.plan(tokens).order
+        # The cache would be warned of.
+        compiled: FreePlan = plan_free.__wrapped__(MANY_TOKENS, self.left.side, self.right.side)
+        return compiled.order
 
 
 def spec_of(handle: int) -> Spec:

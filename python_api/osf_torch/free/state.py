@@ -87,7 +87,11 @@ def require_state(state: Mapping[str, Any]) -> None:
 def sides_of(state: Mapping[str, Any]) -> dict[str, Sides]:
     """The free bases of each weight, as they were held."""
     return {
-        name: Sides(_read_basis(saved["left"]), _read_basis(saved["right"]))
+        name: Sides(
+            _read_basis(saved["left"]),
+            _read_basis(saved["right"]),
+            next(iter(saved["trained"].values())).dtype,
+        )
         for name, saved in state["confined"].items()
     }
 
@@ -130,7 +134,10 @@ def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dic
             continue
         whole = drifting.reference(place).whole
         off = {key: drifting.relative(whole, entry[key]) for key in ("now", "start")}
-        if not min(off.values()) <= SAME:
+        # The sum of a weight of half precision and what is beside it is rounded where it is saved.
+        rounded = place.spec.update == "beside" and place.weight.element_size() < 4
+        same = torch.finfo(place.weight.dtype).eps if rounded else SAME
+        if not min(off.values()) <= same:
             raise ValueError(
                 f"osf_torch.confine: expected {place.name!r} to be the weight that was saved with "
                 f"this state, or the one that it started from, got one off by {off['now']:.1e} and "
@@ -138,6 +145,20 @@ def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dic
             )
         found[place.name] = off["now"] <= off["start"]
     return found
+
+
+def require_trained(place: Place, held: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Refuses a state whose free block of a weight is another than ``held``, by its shapes."""
+    saved = state["confined"].get(place.name, {}).get("trained")
+    if saved is None:  # another set of weights, which is told of as a whole
+        return
+    wanted = {name: tuple(held[name].shape) for name in place.spec.trainable}
+    found = {name: tuple(t.shape) for name, t in saved.items()}
+    if found != wanted:
+        raise ValueError(
+            f"osf_torch.confine: expected a state of {place.name!r} with a free block like the "
+            f"model's, {wanted}, got {found}; confine the model of the state: confine(model, state)"
+        )
 
 
 @torch.no_grad()
@@ -150,13 +171,7 @@ def load(places: Sequence[Place], state: Mapping[str, Any], settings: Settings) 
                 f"{state[key]!r}; confine the model as it was, then load"
             )
     for place in places:
-        for name, t in state["confined"].get(place.name, {}).get("trained", {}).items():
-            if name not in place.module._parameters or place.get(name).shape != t.shape:
-                raise ValueError(
-                    f"osf_torch.confine: expected a state of {place.name!r} with a free block like "
-                    f"the model's, got {name!r} of shape {tuple(t.shape)}; confine the model of "
-                    "the state: confine(model, state)"
-                )
+        require_trained(place, {name: place.get(name) for name in place.spec.trainable}, state)
     merged = require_of_weights(places, state)
     for place in places:
         _load(place, state["confined"][place.name], merged[place.name])
@@ -181,9 +196,10 @@ def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
     elif spec.update == "merge":
         # W has the saved block in it, or the one that it was confined with.
         put(place.get(spec.merged), saved["trained"][spec.free] if has_block else started)
+    elif "base" in saved:
+        put(place.weight, saved["base"])
     elif whole is not None:
-        base = saved.get("base")
-        put(place.weight, whole - update_of(place).to(whole.dtype) if base is None else base)
+        put(place.weight, whole - update_of(place).to(whole.dtype))
 
 
 def put(into: Tensor, t: Any) -> None:
