@@ -8,7 +8,14 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -156,6 +163,7 @@ def report(model, confined):
         "weights": {name: whole(t) for name, t in model.state_dict().items()},
         "sharded": {name for name, t in model.state_dict().items() if isinstance(t, DTensor)},
         "drift": max(confined.drift().values()),
+        "free": [whole(t) for t in confined.parameters()],
     }
 
 
@@ -229,14 +237,13 @@ def mixed_runs(rank, ranks):
             shard(model, mp_policy=policy)
             key = dtype, update
             found[key] = run(model, confined, rank, ranks)
-            found[key]["free"] = {str(t.dtype) for t in confined.parameters()}
     return found
 
 
 def test_fsdp2_with_mixed_precision_moves_nothing_protected():
     for runs in results(2, "mixed precision"):
         for (dtype, _), found in runs.items():
-            assert found["free"] == {"torch.float32"}
+            assert {t.dtype for t in found["free"]} == {torch.float32}
             # What is rounded to half precision once, W itself, drifts by that rounding.
             assert found["drift"] <= (1e-6 if dtype == torch.float32 else 2**-8)
             wanted, start = single("merge")["weights"], blocks().state_dict()
@@ -522,9 +529,7 @@ def refused_runs(rank, ranks):
     late = shard(blocks())
     bases = subspaces_of(blocks())
     found["whole"] = refusal(ValueError, confine, late, bases)
-    found["part"] = refusal(
-        ValueError, confine, late.first, {"weight": bases["first.weight"]}
-    )
+    found["part"] = refusal(ValueError, confine, late.first, {"weight": bases["first.weight"]})
     # Something else than an optimizer writes to C, of which every rank has a part.
     C = model.first.weight_free
     with torch.no_grad():
@@ -554,6 +559,104 @@ def test_what_fully_shard_rules_out_is_refused():
         assert off <= 1e-12
 
 
+# --- checkpoints ---
+
+KINDS = ("merge", "beside", "factors", "rounded")
+BEFORE, AFTER = range(3), range(3, 6)
+
+
+def begun(kind, state=None):
+    """A plain model that is confined, or confined by a state."""
+    if kind == "rounded":
+        model = blocks().bfloat16()
+        # Neither are rounded biases trained, nor has AdamW gradients of a rounding's sign.
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.endswith("bias"))
+        return model, confine(model, subspaces_of(blocks()) if state is None else state)
+    model = blocks().double()
+    options = VARIANTS[kind]
+    if state is not None:
+        return model, confine(model, state)
+    settings = {"update": options.get("update"), "rank": options.get("factors")}
+    return model, confine(model, subspaces_of(model), **settings)
+
+
+def optimizer_of(model, kind):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if kind == "rounded":
+        return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+
+
+def states(model, optimizer, confined):
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "confined": confined.state_dict(),
+    }
+
+
+def saving_run(rank, ranks, folder):
+    """Trains and saves, then trains on."""
+    found = {}
+    for kind in KINDS:
+        model, confined = begun(kind)
+        shard(model)
+        optimizer = optimizer_of(model, kind)
+        train(model, optimizer, BEFORE, rank, ranks)
+        dcp.save(states(model, optimizer, confined), checkpoint_id=f"{folder}/{kind}")
+        train(model, optimizer, AFTER, rank, ranks)
+        found[kind] = report(model, confined)
+    return found
+
+
+def resuming_run(rank, ranks, folder, anew):
+    """Loads into models that are confined alike, or confined by the loaded state."""
+    return {kind: resumed(kind, rank, ranks, f"{folder}/{kind}", anew) for kind in KINDS}
+
+
+def resumed(kind, rank, ranks, folder, anew):
+    model, confined = begun(kind)
+    if anew:
+        state = {"confined": confined.state_dict()}
+        dcp.load(state, checkpoint_id=folder)
+        model, confined = begun(kind, state["confined"])
+    if ranks > 1:
+        shard(model)
+    optimizer = optimizer_of(model, kind)
+    found = states(model, optimizer, confined)
+    dcp.load(found, checkpoint_id=folder)
+    set_model_state_dict(model, found["model"])
+    set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    confined.load_state_dict(found["confined"])
+    train(model, optimizer, AFTER, rank, ranks)
+    return report(model, confined)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_run_resumes_on_other_ranks(tmp_path):
+    saved = run_ranks(2, saving_run, 2, tmp_path)
+    runs = [*saved]
+    for anew in (False, True):
+        runs += run_ranks(3, resuming_run, 3, tmp_path, anew)
+        runs.append(resuming_run(0, 1, tmp_path, anew))
+    for kind in KINDS:
+        model, confined = begun(kind)
+        optimizer = optimizer_of(model, kind)
+        train(model, optimizer, [*BEFORE, *AFTER])
+        wanted = report(model, confined)
+        limit = 2**-7 if kind == "rounded" else 1e-12
+        for run_ in runs:
+            found = run_[kind]
+            assert found["weights"].keys() == wanted["weights"].keys()
+            for name, W in wanted["weights"].items():
+                assert (found["weights"][name] - W).norm() <= limit * W.norm(), (kind, name)
+            # C goes on from where it was, whichever part of it the weight has.
+            for ours, theirs in zip(found["free"], wanted["free"], strict=True):
+                assert (ours - theirs).norm() <= 4 * limit * theirs.norm(), kind
+            assert found["drift"] <= (2**-8 if kind == "rounded" else 1e-13), kind
+
+
 RUNS = {
     2: {
         "variants": every_variant,
@@ -572,8 +675,13 @@ RUNS = {
 
 def everything(rank, ranks):
     import os
+
     only = os.environ.get("ONLY", "").split(",")
-    return {name: function(rank, ranks) for name, function in RUNS[ranks].items() if only == [""] or name in only}
+    return {
+        name: function(rank, ranks)
+        for name, function in RUNS[ranks].items()
+        if only == [""] or name in only
+    }
 
 
 @lru_cache
