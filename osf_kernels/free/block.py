@@ -49,9 +49,14 @@ def free_matrix(
         (..., m, n) of C's dtype. Mutates nothing; doesn't synchronise; draws no random numbers.
     """
     p, q = left.width, right.width
-    right_first = p * right.side.flops + right.size * left.side.flops
-    left_first = q * left.side.flops + left.size * right.side.flops
-    if right_first <= left_first:
+    m, n = (
+        side.size if part is None else part.stop - part.start
+        for side, part in ((left, rows), (right, columns))
+    )
+    # Of each side as much as its part takes, so that the smaller part goes first.
+    left_flops = left.side.flops * m / left.size
+    right_flops = right.side.flops * n / right.size
+    if p * right_flops + n * left_flops <= q * left_flops + m * right_flops:
         return left.expand_rows(right.expand(C, columns), rows)
     return right.expand(left.expand_rows(C, rows), columns)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 
 import pytest
@@ -28,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from osf_torch import Subspace, confine, refresh
+from osf_torch.free import merging
 from tests.distributed.ranks import Collectives, run_ranks
 from tests.helpers import generator_for
 
@@ -107,6 +107,7 @@ VARIANTS = {
     "merge": {},
     "low bases": {"ratio": 0.7},
     "left gathered": {"reshard": False},
+    "evaluated before the step": {"reshard": False, "evaluates": True},
     "checkpointed": {"checkpointed": True},
     "accumulated and clipped": {"parts": 2, "clip": 0.3},
     "fused": {"fused": True},
@@ -130,7 +131,7 @@ def adamw(model, **options):
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **chosen)
 
 
-def train(model, optimizer, steps, rank=0, ranks=1, parts=1, clip=None):
+def train(model, optimizer, steps, rank=0, ranks=1, parts=1, clip=None, evaluates=False):
     """Every rank sees its part of the batch; losses are means, so gradients are averaged."""
     for step in steps:
         x, y = (t.chunk(ranks)[rank].to(model.first.bias.dtype) for t in batch(step))
@@ -142,6 +143,8 @@ def train(model, optimizer, steps, rank=0, ranks=1, parts=1, clip=None):
             ((found - wanted).square().mean() / parts).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if evaluates:  # which leaves parameters gathered that the step then changes
+            evaluated(model)
         optimizer.step()
 
 
@@ -170,7 +173,7 @@ def report(model, confined):
 def run(model, confined, rank=0, ranks=1, **options):
     optimizer = adamw(model, **options)
     start = evaluated(model)
-    choices = {key: options[key] for key in ("parts", "clip") if key in options}
+    choices = {key: options[key] for key in ("parts", "clip", "evaluates") if key in options}
     train(model, optimizer, range(STEPS), rank, ranks, **choices)
     return report(model, confined) | {"start": start}
 
@@ -277,6 +280,23 @@ def hsdp_run(rank, ranks):
 def test_hsdp_is_the_single_process_run(variant):
     for found in results(4, "hsdp"):
         same(found[variant], single(variant))
+
+
+def two_kinds_run(rank, ranks):
+    """Rows shared out by tensor parallelism, then by FSDP2: of one weight on two dimensions."""
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
+    model = stack()
+    plan = {"0": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model, mesh["tp"], plan)
+    name = "0.weight"
+    confine(model, {name: refresh(stack(), 0.4, progress=False, complement=False)[name]})
+    fully_shard(model, mesh=mesh["dp"])
+    return refusal(ValueError, model, batch(0)[0])
+
+
+def test_weights_that_are_sharded_twice_are_refused():
+    for told in results(4, "two kinds"):
+        assert "parameter '0.weight': expected it to be sharded by Shard on one mesh" in told
 
 
 # --- what is sent ---
@@ -559,6 +579,44 @@ def test_what_fully_shard_rules_out_is_refused():
         assert off <= 1e-12
 
 
+def counted_run(rank, ranks):
+    """As where comparing values would wait for the device: counts of writes tell."""
+    kept, equal = merging.compares, torch.equal
+    compared = []
+
+    def counting(a, b):
+        compared.append(a.shape)
+        return equal(a, b)
+
+    merging.compares = lambda t: False
+    torch.equal = counting
+    try:
+        model, confined = confined_model()
+        shard(model)
+        optimizer = adamw(model)
+        train(model, optimizer, range(1), rank, ranks)
+        compared.clear()
+        train(model, optimizer, range(1, STEPS), rank, ranks)
+        found = report(model, confined)
+        waited = len(compared)
+        C = model.second.weight_free
+        with torch.no_grad():
+            C.to_local().mul_(2)
+        told = refusal(RuntimeError, model, batch(0)[0])
+        confined.merge()
+        evaluated(model)
+        return found | {"start": single("merge")["start"], "waited": waited, "told": told}
+    finally:
+        merging.compares, torch.equal = kept, equal
+
+
+def test_writes_are_counted_where_values_would_have_to_be_waited_for():
+    for found in results(2, "counted"):
+        same(found, single("merge"))
+        assert found["waited"] == 0
+        assert "call Confined.merge() on every rank after such writes" in found["told"]
+
+
 # --- checkpoints ---
 
 KINDS = ("merge", "beside", "factors", "rounded")
@@ -667,21 +725,15 @@ RUNS = {
         "rowwise": rowwise_after,
         "experts": expert_parallel_run,
         "refused": refused_runs,
+        "counted": counted_run,
     },
     3: {"variants": every_variant},
-    4: {"hsdp": hsdp_run},
+    4: {"hsdp": hsdp_run, "two kinds": two_kinds_run},
 }
 
 
 def everything(rank, ranks):
-    import os
-
-    only = os.environ.get("ONLY", "").split(",")
-    return {
-        name: function(rank, ranks)
-        for name, function in RUNS[ranks].items()
-        if only == [""] or name in only
-    }
+    return {name: function(rank, ranks) for name, function in RUNS[ranks].items()}
 
 
 @lru_cache
