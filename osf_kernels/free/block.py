@@ -65,7 +65,7 @@ def free_matrix(
     """
     _require("free_matrix", "C", C, (left.width, right.width))
     with full_precision():
-        if _right_first(left, right):
+        if _right_first(left, right, rows, columns):
             return left.expand_rows(right.expand(C, columns), rows)
         return right.expand(left.expand_rows(C, rows), columns)
 
@@ -126,11 +126,16 @@ def _count(part: slice | None, size: int) -> int:
     return size if part is None else part.stop - part.start
 
 
-def _right_first(left: FreeBasis, right: FreeBasis) -> bool:
-    """Whether C V_lᵀ, and then U_l of that, takes fewer FLOPs than the other way round."""
-    p, q = left.width, right.width
-    right_first = p * right.side.flops + right.size * left.side.flops
-    return right_first <= q * left.side.flops + left.size * right.side.flops
+def _right_first(
+    left: FreeBasis, right: FreeBasis, rows: slice | None = None, columns: slice | None = None
+) -> bool:
+    """Whether C V_lᵀ, and then U_l of that, takes fewer FLOPs than the other way round. A part of a
+    side takes its share of them, so that the smaller part goes first."""
+    m, n = _count(rows, left.size), _count(columns, right.size)
+    of_left = left.side.flops * m / max(1, left.size)
+    of_right = right.side.flops * n / max(1, right.size)
+    right_first = left.width * of_right + n * of_left
+    return right_first <= right.width * of_left + m * of_right
 
 
 def _add_free_(W: Tensor, C: Tensor, left: FreeBasis, right: FreeBasis) -> None:

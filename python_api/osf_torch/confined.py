@@ -227,8 +227,9 @@ class Confined:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming takes beside the model's and the optimizer's states: C, the bases, and of
-        weights of half precision W₀. C is the parameter itself, of sharded weights a DTensor, for
-        ``torch.distributed.checkpoint``. Of sharded weights a collective.
+        weights of half precision W₀. All are copies, of sharded weights DTensors, which
+        ``torch.distributed.checkpoint`` saves, and loads on any number of ranks: into what this
+        returns, which :meth:`load_state_dict` then takes. Of sharded weights a collective.
         """
         self.merge()
         return state.state_of(self.places, self._settings, self._references)

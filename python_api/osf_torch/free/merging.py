@@ -24,9 +24,14 @@ def is_stale(C: Tensor, merged: Tensor) -> bool:
     device: there the count of writes that torch keeps decides, which a write through ``.data``
     escapes.
     """
-    if C.device.type == "cpu":
+    if compares(C):
         return not torch.equal(local(C), local(merged))
     return bool(merged.__dict__.get(SEEN) != _writes(C))
+
+
+def compares(t: Tensor) -> bool:
+    """Whether values are compared, which waits for any other device."""
+    return t.device.type == "cpu"
 
 
 def _writes(t: Any) -> Any:
@@ -147,7 +152,7 @@ def require_fresh(place: Place) -> None:
     if torch.compiler.is_compiling():
         return
     C, merged = place.get(place.spec.free), place.get(place.spec.merged)
-    if C.device.type != "cpu":  # where gathered tensors have no counts
+    if not compares(C):  # where gathered tensors have no counts
         rest = AtRest(place.module, place.spec)
         C, merged = rest.get(rest.spec.free), rest.get(rest.spec.merged)
     if not is_stale(C, merged):

@@ -44,21 +44,28 @@ def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
         "shape": tuple(spec.shape),
         "left": _saved_basis(spec.left),
         "right": _saved_basis(spec.right),
-        "trained": {name: place.get(name).detach() for name in spec.trainable},
+        "trained": {name: _copied(place.get(name)) for name in spec.trainable},
     }
     if spec.is_rounded:
-        found["base"] = place.get(spec.base).detach()
+        found["base"] = _copied(place.get(spec.base))
     elif spec.update == "beside" and not spec.is_opaque and place.weight.element_size() < 4:
-        found["base"] = place.weight.detach()
+        found["base"] = _copied(place.weight)
     if not spec.is_opaque:
         start = references[place.name]
         now = drifting.reference(place).whole
-        found |= {"protected": start.protected, "start": start.whole, "now": now}
+        protected, whole = start.protected.clone(), start.whole.clone()
+        found |= {"protected": protected, "start": whole, "now": now}
     return found
 
 
+def _copied(t: Tensor) -> Tensor:
+    """A copy: what loads a checkpoint into the tensors of a state (torch.distributed.checkpoint)
+    would write to C and to the weight one after the other, and nothing would know of it between."""
+    return t.detach().clone()
+
+
 def _saved_basis(basis: FreeBasis) -> dict[str, Any]:
-    parts = {str(i): part for i, part in enumerate(basis.tensors)}
+    parts = {str(i): _copied(part) for i, part in enumerate(basis.tensors)}
     return {"size": basis.size, "width": basis.width, "held": basis.held, "parts": parts}
 
 
