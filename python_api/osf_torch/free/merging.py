@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, add_free_many_, free_matrix
-from osf_torch.free.spec import Place, Spec
+from osf_torch.free.spec import Place, Spec, places_of
 from osf_torch.sharding import Sharding, gathered, is_dtensor, local, sharding_of
 
 SEEN = "_osf_version"  # of ``merged``: the version of C that it was copied from
@@ -58,6 +58,24 @@ def merge(places: Iterable[Place], *, force: bool = False) -> int:
             )
     _merge_sharded([place for place in stale if place.spec.is_sharded])
     return len(stale)
+
+
+def require_current(model: nn.Module, weights: Iterable[Tensor], operator: str) -> None:
+    """Brings confined weights up to date that are about to be read; whole ones.
+
+    Raises:
+        ValueError: some that what is learned stands beside.
+    """
+    wanted = {id(weight) for weight in weights}
+    places = [place for place in places_of(model) if id(place.weight) in wanted]
+    beside = [place.name for place in places if place.spec.update == "beside"]
+    if beside:
+        raise ValueError(
+            f"osf_torch.{operator}: expected weights that hold what was learned, got "
+            f'{", ".join(beside)} confined with update="beside", which hold what they were before; '
+            "Confined.release() first"
+        )
+    merge(place for place in places if not place.spec.is_sharded)
 
 
 def merge_one(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None) -> None:

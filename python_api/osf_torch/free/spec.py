@@ -168,8 +168,13 @@ class Place:
     spec: Spec
 
     def get(self, name: str) -> Tensor:
-        found = self.module._parameters[name]
-        assert found is not None
+        found = self.module._parameters.get(name)
+        if found is None:
+            raise RuntimeError(
+                f"osf_torch.confine: expected the module of {self.name!r} to have its parameter "
+                f"{name!r}, got none: something else has replaced it, such as a parametrization; "
+                "release() before that"
+            )
         return found
 
     @property
