@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
-from osf_kernels.free.orders import Order
 from osf_torch.free.inputs import Inputs
 from osf_torch.sharding import local
 
@@ -141,7 +140,7 @@ class Spec:
     def plan(self, tokens: int) -> FreePlan:
         return plan_free(tokens, self.left.side, self.right.side)
 
-    def order(self, tokens: int) -> Order:
+    def order(self, tokens: int) -> str:
         """In which the gradient of C is computed. A compiled graph may be for any number of tokens:
         what it keeps of them is as for many."""
         if not torch.compiler.is_compiling():
