@@ -208,7 +208,7 @@ def _before_state_dict(module: nn.Module, *_: Any) -> None:
             functions.require_fresh(
                 place.spec, place.get(place.spec.free), place.get(place.spec.merged)
             )
-    merge(place for place in places if not place.spec.is_sharded)
+    merge((place for place in places if not place.spec.is_sharded), looks=True)
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -225,7 +225,7 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 @torch.no_grad()
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
-    merge(p for p in _places(module) if not p.spec.is_sharded)
+    merge((p for p in _places(module) if not p.spec.is_sharded), looks=True)
     for place in _places(module):
         spec = place.spec
         if spec.is_opaque:

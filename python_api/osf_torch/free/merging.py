@@ -12,28 +12,38 @@ from osf_kernels import FreeBasis, add_free_many_, free_matrix
 from osf_torch.free.spec import Place, Spec, places_of
 from osf_torch.sharding import Sharding, gathered, is_dtensor, local, sharding_of
 
-SEEN = "_osf_version"  # of ``merged``: the version of C that it was copied from
+SEEN = "_osf_seen"  # of ``merged``: the memory and the version of C that it was copied from
 
 
 def is_stale(C: Tensor, merged: Tensor) -> bool:
     """Whether C is, or may be, another than the one that W has in it.
 
     On a CPU their values are compared, whoever wrote them. Elsewhere that would wait for the
-    device: there the count of writes that torch keeps decides, which a write through ``.data``
-    escapes.
+    device: there where C lies and the count of writes that torch keeps decide, which a write
+    through ``.data`` escapes.
     """
-    if C.device.type == "cpu":
+    if is_compared(C):
         return not torch.equal(C, merged)
-    return merged.__dict__.get(SEEN) != C._version
+    return merged.__dict__.get(SEEN) != _seen(C)
+
+
+def is_compared(C: Tensor) -> bool:
+    """Whether values tell if C is merged; else what torch counts does."""
+    return C.device.type == "cpu"
+
+
+def _seen(C: Tensor) -> tuple[int, int]:
+    return local(C).data_ptr(), C._version
 
 
 @torch.no_grad()
-def merge(places: Iterable[Place], *, force: bool = False) -> int:
+def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) -> int:
     """Brings the weights of those up to date that aren't; how many they were.
 
     Args:
-        force: also those of which it isn't known, such as sharded ones: a collective, which every
+        force: also those that seem to be up to date: of sharded ones a collective, which every
             rank joins with the same places.
+        looks: whether values are compared also where that waits for the device.
     """
     stale = []
     for place in places:
@@ -44,7 +54,7 @@ def merge(places: Iterable[Place], *, force: bool = False) -> int:
             place.spec.is_sharded = True
             if force or is_stale(local(C), local(merged)):
                 stale.append(place)
-        elif force or is_stale(C, merged):
+        elif force or (not torch.equal(C, merged) if looks else is_stale(C, merged)):
             stale.append(place)
     for place in stale:
         if not place.spec.is_sharded:
@@ -111,7 +121,7 @@ def _merge_whole(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor 
 def _note(C: Tensor, merged: Tensor) -> None:
     """``merged`` is C from now on."""
     local(merged).copy_(local(C))
-    merged.__dict__[SEEN] = C._version
+    merged.__dict__[SEEN] = _seen(C)
 
 
 # --- sharded weights ---
