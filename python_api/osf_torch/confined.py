@@ -90,12 +90,14 @@ class Confined:
     def merge(self) -> None:
         """Brings the weights up to date with C now. Idempotent; of sharded weights a collective.
 
-        Steps of torch's optimizers, forward passes and ``state_dict`` do it by themselves. With
+        Steps of torch's optimizers, forward passes and ``state_dict`` do it by themselves. On a GPU
+        a forward pass doesn't see what is written through ``.data``, as optimizers and averages do
+        that aren't torch's: call this after such writes. With
         update="beside" there is nothing to do: W stays as it is, and ``module.weight`` and
         ``model.state_dict()`` are the sum.
         """
         places = self.places
-        merge(places, force=any(place.is_sharded for place in places))
+        merge(places, force=any(place.is_sharded for place in places), looks=True)
         self._reshard(places)
 
     def _reshard(self, places: Sequence[Place]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from osf_kernels import Mode, plan
 from osf_torch import measures
 from osf_torch import protected as weights
+from osf_torch.free.spec import places_of
 from osf_torch.guard import Guard
 from osf_torch.protected import Protected
 from osf_torch.selection import named_weights, require_matrices, require_values
@@ -199,6 +200,7 @@ def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer
 def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> list[Protected]:
     require_matrices(model, "protect")
     parameters = named_weights(model)
+    confined = {id(place.weight) for place in places_of(model)}
     items: dict[int, Protected] = {}
     for name, subspace in subspaces.items():
         _require_subspace(name, subspace)
@@ -208,6 +210,12 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
             raise ValueError(
                 f"osf_torch.protect: expected subspaces to name parameters of the model, "
                 f"got {name!r}; it has {len(parameters)}, the first are {known}"
+            )
+        if id(weight) in confined:
+            raise ValueError(
+                f"osf_torch.protect: expected parameter {name!r} to be trained itself, got one "
+                "that confine() trains inside its free block, where nothing protected moves; "
+                "leave it out, or Confined.release() first"
             )
         require_values(name, weight, "protect")
         try:

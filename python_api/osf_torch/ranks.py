@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
 from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select, share_of
 
@@ -146,6 +147,7 @@ def ranks_by_energy(
     ceilings = select(
         model, 1.0 if maximum is None else maximum, filter, operator="ranks_by_energy"
     )
+    require_current(model, (s.weight for s in floors), "ranks_by_energy")
     # A share leaves 0 of a weight of one direction, whose one rank is 1.
     limits = {
         low.name: (max(1, low.rank), max(1, high.rank))

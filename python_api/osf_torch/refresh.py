@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from osf_kernels import ConvergenceWarning, Refusal, TruncatedSVD, padded, truncated_svd
 from osf_torch.batching import Batch, batches, factors_of, kind_of
 from osf_torch.coverage import left_out, log, log_left_out
+from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, require_seed, select
@@ -127,6 +128,7 @@ def refresh(
     _require_options(keep, compute_dtype, dtype, seed)
     workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
     selected = _with_room(select(model, ranks, filter, operator="refresh", sharded=True))
+    require_current(model, (s.weight for s in selected), "refresh")
     if previous is not None:
         _require_fit(previous, selected)
     sharers = Ranks.of((s.weight for s in selected), group)

@@ -183,8 +183,11 @@ def _matcher(
             for key, having in owners(model).items()
             if any(is_weight(module, attribute) for module, attribute in having)
         }
+        confined = {id(place.weight) for place in places_of(model)}  # frozen, and trained by C
         return lambda name, parameter: (
-            parameter.requires_grad and id(parameter) in weights and adapter_part(name) is None
+            (parameter.requires_grad or id(parameter) in confined)
+            and id(parameter) in weights
+            and adapter_part(name) is None
         )
     if callable(filter):  # asked of matrices alone, so that it may rely on two dimensions
         return lambda name, parameter: (

@@ -581,14 +581,14 @@ def test_what_fully_shard_rules_out_is_refused():
 
 def counted_run(rank, ranks):
     """As where comparing values would wait for the device: counts of writes tell."""
-    kept, equal = merging.compares, torch.equal
+    kept, equal = merging.is_compared, torch.equal
     compared = []
 
     def counting(a, b):
         compared.append(a.shape)
         return equal(a, b)
 
-    merging.compares = lambda t: False
+    merging.is_compared = lambda t: False
     torch.equal = counting
     try:
         model, confined = confined_model()
@@ -607,7 +607,7 @@ def counted_run(rank, ranks):
         evaluated(model)
         return found | {"start": single("merge")["start"], "waited": waited, "told": told}
     finally:
-        merging.compares, torch.equal = kept, equal
+        merging.is_compared, torch.equal = kept, equal
 
 
 def test_writes_are_counted_where_values_would_have_to_be_waited_for():

@@ -110,8 +110,8 @@ def _checked(
             f"{told} a weight of one module, got one that is shared by {others}; leave it out, or "
             "untie it"
         )
-    if isinstance(module, nn.utils.parametrize.ParametrizationList) or hasattr(
-        module, f"{attribute}_orig"
+    if isinstance(module, nn.utils.parametrize.ParametrizationList) or _is_source(
+        module, attribute
     ):
         raise ValueError(
             f"{told} a plain weight, got one that a parametrization computes another from, whose "
@@ -143,7 +143,7 @@ def _checked(
             'it, or pass update="beside"'
         )
     cut_of(name, weight)  # a weight that is sharded otherwise is refused
-    shape, is_flat = _matrix(name, weight, module, subspace)
+    shape, is_flat = _matrix(name, weight, module, subspace, opaque)
     m, n = shape[-2:]
     device = weight.device
     left, right = (
@@ -173,6 +173,14 @@ def _checked(
     return AtRest(module, spec)
 
 
+def _is_source(module: nn.Module, attribute: str) -> bool:
+    """Whether a hook computes a weight from it before each call, as pruning and the older
+    weight_norm and spectral_norm do."""
+    hooks = module._forward_pre_hooks.values()
+    names = (getattr(h, "name", None) or getattr(h, "_tensor_name", None) for h in hooks)
+    return any(isinstance(name, str) and attribute.startswith(f"{name}_") for name in names)
+
+
 def _dtype_of(weight: Tensor, subspace: Subspace | Sides, dtype: torch.dtype | None) -> torch.dtype:
     """Of what is trained."""
     if isinstance(subspace, Sides):
@@ -198,12 +206,17 @@ def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Updat
 
 
 def _matrix(
-    name: str, weight: Tensor, module: nn.Module, subspace: Subspace | Sides
+    name: str, weight: Tensor, module: nn.Module, subspace: Subspace | Sides, opaque: bool
 ) -> tuple[tuple[int, ...], bool]:
     """The shape (..., m, n) that the bases are of, and whether dimensions are taken together."""
     shape: tuple[int, ...] = tuple(weight.shape)
-    if (not is_plain(weight) and not is_dtensor(weight)) or weight.dim() < 2:
-        shape = (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
+    if opaque:  # of what is packed in it
+        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+    if len(shape) < 2:
+        raise ValueError(
+            f"osf_torch.confine: parameter {name!r}: expected a weight of at least two dimensions, "
+            f"got one of shape {shape}; leave it out"
+        )
     rows = [_rows(basis) for basis in (subspace.U, subspace.V)]
     flat = (shape[0], int(torch.Size(shape[1:]).numel()))
 
@@ -235,10 +248,13 @@ def _free(
         return basis.to(device)
     if basis is not None and is_dtensor(columns_of(basis)):
         raise ValueError(f"{told} whole bases, got {side} sharded; gather it by full_tensor()")
-    require_orthonormal(side, basis)
-    if basis is not None:
-        basis = Basis(columns_of(basis).to(device), spans_of(basis))
-    return FreeBasis.of(basis, size)
+    try:
+        require_orthonormal(side, basis)
+        if basis is not None:
+            basis = Basis(columns_of(basis).to(device), spans_of(basis))
+        return FreeBasis.of(basis, size)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{told.removesuffix(' expected')} {error}") from None
 
 
 def _require_some(told: str, left: FreeBasis, right: FreeBasis, rank: int | None) -> None:

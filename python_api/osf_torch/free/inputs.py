@@ -15,8 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from osf_torch.free.spec import Spec
 
-# Nodes whose result is their argument seen anew.
-_VIEWS = ("View", "Reshape", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Alias", "Expand")
+# Nodes whose result is their argument seen anew, by what comes before "Backward".
+_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Alias", "Expand"}
+_VIEWS |= {"Squeeze", "Unsqueeze"}
 # The names under which nodes keep what they returned, as they hold it: not unpacked by hooks.
 RESULTS = ("_raw_saved_output", "_raw_saved_result", "_raw_saved_out")
 _DEPTH = 8  # how many of them stand one after the other at most
@@ -59,7 +60,7 @@ def is_kept(x: Tensor) -> bool:
     for _ in range(_DEPTH):
         if node is None:
             return False
-        if not node.name().startswith(_VIEWS):
+        if node.name().partition("Backward")[0] not in _VIEWS:
             break
         node = node.next_functions[0][0] if node.next_functions else None
     if node is None:

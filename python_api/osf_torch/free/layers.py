@@ -212,7 +212,7 @@ def _before_state_dict(module: nn.Module, *_: Any) -> None:
     for place in places:
         if place.spec.update == "merge" and place.is_sharded:
             require_fresh(place)
-    merge(place for place in places if not place.is_sharded)
+    merge((place for place in places if not place.is_sharded), looks=True)
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -229,7 +229,7 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 @torch.no_grad()
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
-    merge(place for place in _places(module) if not place.is_sharded)
+    merge((place for place in _places(module) if not place.is_sharded), looks=True)
     for place in _places(module):
         spec = place.spec
         if spec.is_opaque:

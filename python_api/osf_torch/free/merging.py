@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, add_free_many_, free_matrix
-from osf_torch.free.spec import AtRest, Place, Spec
+from osf_torch.free.spec import AtRest, Place, Spec, places_of
 from osf_torch.sharding import Sharding, gathered, is_dtensor, local, sharding_of
 
-SEEN = "_osf_version"  # of ``merged``: the version of C that it was copied from
+SEEN = "_osf_seen"  # of ``merged``: the memory and the version of C that it was copied from
 GATHERED = 2**26  # elements of C that are whole on a rank at a time: 256 MiB of float32
 
 
@@ -21,22 +21,23 @@ def is_stale(C: Tensor, merged: Tensor) -> bool:
     """Whether C is, or may be, another than the one that W has in it.
 
     On a CPU their values are compared, whoever wrote them. Elsewhere that would wait for the
-    device: there the count of writes that torch keeps decides, which a write through ``.data``
-    escapes.
+    device: there where C lies and the count of writes that torch keeps decide, which a write
+    through ``.data`` escapes.
     """
-    if compares(C):
+    if is_compared(C):
         return not torch.equal(local(C), local(merged))
-    return bool(merged.__dict__.get(SEEN) != _writes(C))
+    return bool(merged.__dict__.get(SEEN) != _seen(C))
 
 
-def compares(t: Tensor) -> bool:
-    """Whether values are compared, which waits for any other device."""
-    return t.device.type == "cpu"
+def is_compared(C: Tensor) -> bool:
+    """Whether values tell if C is merged; else what torch counts does."""
+    return C.device.type == "cpu"
 
 
-def _writes(t: Any) -> Any:
-    """The counts of writes to a tensor; of a DTensor also of those to what this rank holds."""
-    return (t._version, t._local_tensor._version) if is_dtensor(t) else t._version
+def _seen(C: Any) -> tuple[int, ...]:
+    """Where C lies, and the counts of writes to it; of a DTensor also to what this rank holds."""
+    held = local(C)
+    return held.data_ptr(), C._version, *([C._local_tensor._version] if is_dtensor(C) else [])
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
@@ -49,19 +50,21 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def merge(places: Iterable[Place], *, force: bool = False) -> int:
+def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) -> int:
     """Brings the weights of those up to date that aren't; how many they were.
 
     Args:
-        force: also those of which it isn't known, such as sharded ones: a collective, which every
+        force: also those that seem to be up to date: of sharded ones a collective, which every
             rank joins with the same places.
+        looks: whether values are compared also where that waits for the device.
     """
     stale = []
     for place in places:
         if place.spec.update != "merge":
             continue
         C, merged = place.get(place.spec.free), place.get(place.spec.merged)
-        if force or is_stale(C, merged):
+        looked = looks and not place.is_sharded
+        if force or (not torch.equal(C, merged) if looked else is_stale(C, merged)):
             stale.append(place)
     sharded = []
     for place in stale:
@@ -73,6 +76,24 @@ def merge(places: Iterable[Place], *, force: bool = False) -> int:
         _merge_whole(place.spec, place.weight, C, merged, base)
     _merge_sharded(sharded)
     return len(stale)
+
+
+def require_current(model: nn.Module, weights: Iterable[Tensor], operator: str) -> None:
+    """Brings confined weights up to date that are about to be read; whole ones.
+
+    Raises:
+        ValueError: some that what is learned stands beside.
+    """
+    wanted = {id(weight) for weight in weights}
+    places = [place for place in places_of(model) if id(place.weight) in wanted]
+    beside = [place.name for place in places if place.spec.update == "beside"]
+    if beside:
+        raise ValueError(
+            f"osf_torch.{operator}: expected weights that hold what was learned, got "
+            f'{", ".join(beside)} confined with update="beside", which hold what they were before; '
+            "Confined.release() first"
+        )
+    merge(place for place in places if not place.is_sharded)
 
 
 def merge_one(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None) -> None:
@@ -118,7 +139,7 @@ def _require_precise(spec: Spec, W: Tensor) -> None:
 def _note(C: Tensor, merged: Tensor) -> None:
     """``merged`` is C from now on."""
     local(merged).copy_(local(C))
-    merged.__dict__[SEEN] = _writes(C)
+    merged.__dict__[SEEN] = _seen(C)
 
 
 # --- sharded weights ---
@@ -152,13 +173,13 @@ def require_fresh(place: Place) -> None:
     if torch.compiler.is_compiling():
         return
     C, merged = place.get(place.spec.free), place.get(place.spec.merged)
-    if not compares(C):  # where gathered tensors have no counts
+    if not is_compared(C):  # where gathered tensors have no counts
         rest = AtRest(place.module, place.spec)
         C, merged = rest.get(rest.spec.free), rest.get(rest.spec.merged)
     if not is_stale(C, merged):
         return
     if torch.equal(local(C), local(merged)):
-        merged.__dict__[SEEN] = _writes(C)
+        merged.__dict__[SEEN] = _seen(C)
         return
     raise RuntimeError(
         f"osf_torch.confine: expected the free block of {place.name!r}, which is sharded, to be "

@@ -167,8 +167,13 @@ class Place:
 
     def get(self, name: str) -> Tensor:
         """What the module has now: within a forward pass of FSDP2 a gathered tensor."""
-        found = self.module._parameters[name]
-        assert found is not None
+        found = self.module._parameters.get(name)
+        if found is None:
+            raise RuntimeError(
+                f"osf_torch.confine: expected the module of {self.name!r} to have its parameter "
+                f"{name!r}, got none: something else has replaced it, such as a parametrization; "
+                "release() before that"
+            )
         return found
 
     @property
