@@ -242,6 +242,10 @@ def test_two_models_and_one_optimizer_each():
     train(two, batches(3, "two"), theirs)
     with pytest.raises(RuntimeError, match="to stay frozen"):
         ours.step()
+    del one.first._parameters["weight"]
+    train(two, batches(1, "two"), theirs)
+    with pytest.raises(RuntimeError, match="to have its parameter 'weight', got none"):
+        ours.step()
     assert max(second.drift().values()) <= LIMIT
     assert first.places[0].name == "first.weight"
 
