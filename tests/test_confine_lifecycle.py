@@ -164,7 +164,7 @@ def test_what_is_printed(mode):
     assert f"{count:,}" in lines[5]
     assert ("rank 2" in text) == (mode == "rank")
     plan = confined.plan(64)
-    assert "28×20, free 20×12, 64 tokens" in plan
+    assert ("28×20, free 20×12, rank 2, 64" if mode == "rank" else "28×20, free 20×12, 64") in plan
     assert "all 3: " in plan.splitlines()[-1]
     assert repr(confined).startswith("Confined(3 weights, update=")
 
@@ -241,6 +241,10 @@ def test_two_models_and_one_optimizer_each():
     dict(one.named_parameters())["first.weight"].requires_grad_(True)
     train(two, batches(3, "two"), theirs)
     with pytest.raises(RuntimeError, match="to stay frozen"):
+        ours.step()
+    del one.first._parameters["weight"]
+    train(two, batches(1, "two"), theirs)
+    with pytest.raises(RuntimeError, match="to have its parameter 'weight', got none"):
         ours.step()
     assert max(second.drift().values()) <= LIMIT
     assert first.places[0].name == "first.weight"

@@ -286,10 +286,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def _require_steppable(place: Place, owned: set[int]) -> None:
     """Refuses a step that would move the weight itself, or C by less than it can hold."""
-    weight, spec = place.weight, place.spec
-    steps = any(id(t) in owned for t in place.trained())
-    if not steps and id(weight) not in owned:
+    spec, steps = place.spec, place.steps(owned)
+    if not steps and id(place.module._parameters.get(spec.attribute)) not in owned:
         return
+    weight = place.weight
     if weight.requires_grad:
         raise RuntimeError(
             f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True; "
@@ -319,8 +319,6 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         return
     owned = owned_by(optimizer)
     for confined in list(_CONFINED):
-        places = [
-            place for place in confined.places if any(id(t) in owned for t in place.trained())
-        ]
+        places = [place for place in confined.places if place.steps(owned)]
         merge(places, force=True)
         confined._reshard(places)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -210,6 +211,11 @@ class Place:
 
     def trained(self) -> list[Tensor]:
         return [self.get(name) for name in self.spec.trainable]
+
+    def steps(self, owned: Collection[int]) -> bool:
+        """Whether what is trained is among the parameters of these ids."""
+        held = self.module._parameters
+        return any(id(held.get(name)) in owned for name in self.spec.trainable)
 
     def beside(self) -> list[Tensor]:
         """All that the module has beside the weight itself."""
