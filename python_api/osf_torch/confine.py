@@ -35,6 +35,10 @@ def confine(
     optimizer does to C, with momentum, weight decay or clipping, stays among them. Gradient,
     optimizer state and what ranks reduce of gradients shrink by pq/(mn).
 
+    C is an ordinary parameter of the model, ``<weight>_free``, which ``model.parameters()`` has and
+    ``model.state_dict()`` leaves out: that has the names and the values of the plain model's
+    weights.
+
     Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel (make
     DistributedDataParallel anew after ``release`` and ``next_task``); after ``parallelize_module``,
     or before it where that is called under ``torch.no_grad()``. Weights that ``fully_shard`` and
@@ -42,9 +46,7 @@ def confine(
     trained parameters of one dtype a group: of a model of half precision freeze what else is
     trained, or pass ``dtype=``, or keep the model in float32 and let ``MixedPrecisionPolicy`` round
     what is gathered. It gathers C and what is merged of it along with W, 2pq numbers beside mn, and
-    merging gathers C once a step, of all weights by one collective. C is an ordinary parameter of the model, ``<weight>_free``, which
-    ``model.parameters()`` has and ``model.state_dict()`` leaves out: that has the names and the
-    values of the plain model's weights.
+    merging gathers C once a step, of all weights by one collective.
 
     Args:
         model: the model to train.
