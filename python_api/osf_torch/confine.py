@@ -41,18 +41,18 @@ def confine(
     optimizer does to C, with momentum, weight decay or clipping, stays among them. Gradient,
     optimizer state and what ranks reduce of gradients shrink by pq/(mn).
 
-    Call it before the optimizer is made. C is an ordinary parameter of the model,
-    ``<weight>_free``, which ``model.parameters()`` has and ``model.state_dict()`` leaves out: that
-    has the names and the values of the plain model's weights.
+    C is an ordinary parameter of the model, ``<weight>_free``, which ``model.parameters()`` has and
+    ``model.state_dict()`` leaves out: that has the names and the values of the plain model's
+    weights.
 
-    Of several ranks: call it before DistributedDataParallel (and make that anew after ``release``
-    and ``next_task``) and before ``fully_shard``; after ``parallelize_module``, or before it where
-    that is called under ``torch.no_grad()``. Weights that ``fully_shard`` and ``parallelize_module``
-    both shard are refused at the first forward pass. ``fully_shard`` takes trained parameters of one
-    dtype a group: of a model of half precision freeze what else is trained, or pass ``dtype=``, or
-    keep the model in float32 and let ``MixedPrecisionPolicy`` round what is gathered. It gathers C
-    and what is merged of it along with W, 2pq numbers beside mn, and merging gathers C once a step,
-    of all weights by one collective.
+    Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel (make
+    DistributedDataParallel anew after ``release`` and ``next_task``); after ``parallelize_module``,
+    or before it where that is called under ``torch.no_grad()``. Weights that ``fully_shard`` and
+    ``parallelize_module`` both shard are refused at the first forward pass. ``fully_shard`` takes
+    trained parameters of one dtype a group: of a model of half precision freeze what else is
+    trained, or pass ``dtype=``, or keep the model in float32 and let ``MixedPrecisionPolicy`` round
+    what is gathered. It gathers C and what is merged of it along with W, 2pq numbers beside mn, and
+    merging gathers C once a step, of all weights by one collective.
 
     Args:
         model: the model to train.

@@ -668,9 +668,12 @@ def saving_run(rank, ranks, folder):
     return found
 
 
-def resuming_run(rank, ranks, folder, anew):
-    """Loads into models that are confined alike, or confined by the loaded state."""
-    return {kind: resumed(kind, rank, ranks, f"{folder}/{kind}", anew) for kind in KINDS}
+def resuming_run(rank, ranks, folder):
+    """Loads into models that are confined alike, then into ones confined by the loaded state."""
+    return [
+        {kind: resumed(kind, rank, ranks, f"{folder}/{kind}", anew) for kind in KINDS}
+        for anew in (False, True)
+    ]
 
 
 def resumed(kind, rank, ranks, folder, anew):
@@ -693,11 +696,9 @@ def resumed(kind, rank, ranks, folder, anew):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_a_run_resumes_on_other_ranks(tmp_path):
-    saved = run_ranks(2, saving_run, 2, tmp_path)
-    runs = [*saved]
-    for anew in (False, True):
-        runs += run_ranks(3, resuming_run, 3, tmp_path, anew)
-        runs.append(resuming_run(0, 1, tmp_path, anew))
+    runs = run_ranks(2, saving_run, 2, tmp_path)
+    for found in (*run_ranks(3, resuming_run, 3, tmp_path), resuming_run(0, 1, tmp_path)):
+        runs += found
     for kind in KINDS:
         model, confined = begun(kind)
         optimizer = optimizer_of(model, kind)

@@ -168,7 +168,7 @@ class Place:
 
     def get(self, name: str) -> Tensor:
         """What the module has now: within a forward pass of FSDP2 a gathered tensor."""
-        found = self.module._parameters.get(name)
+        found = self._held(name)
         if found is None:
             raise RuntimeError(
                 f"osf_torch.confine: expected the module of {self.name!r} to have its parameter "
@@ -176,6 +176,9 @@ class Place:
                 "release() before that"
             )
         return found
+
+    def _held(self, name: str) -> Tensor | None:
+        return self.module._parameters.get(name)
 
     @property
     def is_sharded(self) -> bool:
@@ -214,8 +217,7 @@ class Place:
 
     def steps(self, owned: Collection[int]) -> bool:
         """Whether what is trained is among the parameters of these ids."""
-        held = self.module._parameters
-        return any(id(held.get(name)) in owned for name in self.spec.trainable)
+        return any(id(self._held(name)) in owned for name in self.spec.trainable)
 
     def beside(self) -> list[Tensor]:
         """All that the module has beside the weight itself."""
@@ -235,9 +237,8 @@ class AtRest(Place):
     """The same, with the tensors that an optimizer has, also while FSDP2 has gathered others in
     their place."""
 
-    def get(self, name: str) -> Tensor:
-        found = resting(self.module).get(name)
-        return super().get(name) if found is None else found
+    def _held(self, name: str) -> Tensor | None:
+        return resting(self.module).get(name, super()._held(name))
 
 
 def is_fsdp(module: nn.Module) -> bool:
