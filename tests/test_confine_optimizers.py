@@ -208,6 +208,8 @@ def test_parameter_groups_and_two_optimizers():
     assert worst(start, model, subspaces) <= LIMIT
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where torchao compiles
 @pytest.mark.parametrize("package", ["schedulefree", "bitsandbytes", "torchao"])
 def test_optimizers_of_others(package):
     module = pytest.importorskip(package)

@@ -70,7 +70,8 @@ def confine(
         rank: s trains C = B A with B (p, s) and A (s, q), as LoRA does, beside the weight.
         decay_to: what weight decay of C pulls towards: "start", the weight as it is now, for C = 0
             there; or "zero", a weight without its free part, for C = U_lᵀ W V_l now. "zero" is for
-            merged weights of float32 and float64.
+            merged weights of float32 and float64. Optimizers whose steps are a share of the
+            parameter (Adafactor, LAMB) take small ones from C = 0: give these "zero".
         dtype: of C; None is float32, and float64 for weights of that.
         mode: "complement" alone.
         generator: what A of a ``rank`` is drawn from, alike on every rank; None is seeded with 0.
