@@ -184,12 +184,8 @@ class Place:
     def is_sharded(self) -> bool:
         """Whether the tensors are DTensors, or what FSDP2 has gathered of them: they are merged
         between steps only, never within a forward pass."""
-        parameters = self.module._parameters
-        return (
-            is_fsdp(self.module)
-            or is_dtensor(parameters[self.spec.attribute])  # type: ignore[arg-type]
-            or is_dtensor(parameters[self.spec.trainable[0]])  # type: ignore[arg-type]
-        )
+        held = self.get(self.spec.attribute), self.get(self.spec.trainable[0])
+        return is_fsdp(self.module) or any(map(is_dtensor, held))
 
     @property
     def handle(self) -> int:
