@@ -550,6 +550,7 @@ def refused_runs(rank, ranks):
     bases = subspaces_of(blocks())
     found["whole"] = refusal(ValueError, confine, late, bases)
     found["part"] = refusal(ValueError, confine, late.first, {"weight": bases["first.weight"]})
+    found["wrapped"] = refusal(ValueError, confine, DistributedDataParallel(blocks()), bases)
     # Something else than an optimizer writes to C, of which every rank has a part.
     C = model.first.weight_free
     with torch.no_grad():
@@ -572,6 +573,7 @@ def test_what_fully_shard_rules_out_is_refused():
             assert "a model that fully_shard wasn't called on" in told[method]
         for model in ("whole", "part"):
             assert "confine first, then fully_shard" in told[model]
+        assert "confine the model first, then wrap it" in told["wrapped"]
         for reader in ("forward", "state"):
             assert "call Confined.merge() on every rank after such writes" in told[reader]
         moved, off = told["merged"]
