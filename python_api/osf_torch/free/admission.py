@@ -66,8 +66,8 @@ def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace
     """The subspaces, of names that the model has."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            "osf_torch.confine: expected a model without DistributedDataParallel around it, got one "
-            "with it, whose ranks would not reduce C; confine the model first, then wrap it"
+            "osf_torch.confine: expected a model without DistributedDataParallel around it, got "
+            "one whose ranks would not reduce C; confine the model first, then wrap it"
         )
     if any(hasattr(module, "reshard") and hasattr(module, "unshard") for module in model.modules()):
         raise ValueError(
