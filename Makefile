@@ -79,6 +79,7 @@ bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CS
 	run bench overhead --csv bench/results/overhead_cpu.csv; \
 	run bench host --csv bench/results/host_cpu.csv; \
 	run bench protect --csv bench/results/protect_cpu.csv; \
+	run bench protect --sweep --csv bench/results/confine_cpu.csv; \
 	for peer in peft mini_trainer galore stiefel; do \
 	    run bench.integrations_$$peer --csv bench/results/integrations_$${peer}_cpu.csv; done; \
 	run bench refresh --suite all --csv bench/results/refresh_cpu.csv --picture bench/results/refresh_cpu.png; \

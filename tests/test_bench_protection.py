@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bench.__main__
-from bench import protection, protection_plot, protection_rows, protection_trainers, report
+from bench import minilm, protection, protection_plot, protection_rows, protection_trainers, report
 from osf_torch import refresh
 from tests.helpers import generator_for
 
@@ -83,7 +83,20 @@ def test_what_counts_as_reached(overhead, drift, good):
         assert found == [f"drift of 'protect' after 9 steps is {drift:.1e}, to be at most 1e-05"]
 
 
+@pytest.fixture
+def small_encoder(monkeypatch):
+    """The commands on an encoder of two small layers."""
+    config = minilm.Config(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3
+    )
+    torch.manual_seed(0)
+    encoder = minilm.SentenceEncoder(config).eval()
+    monkeypatch.setattr(protection.minilm, "load", lambda _: encoder)
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small_encoder")
 def test_the_command_names_what_it_missed(monkeypatch, capsys):
     monkeypatch.setattr(protection_rows, "DRIFT_TARGET", -1.0)
     monkeypatch.setattr(protection_rows, "OVERHEAD_TARGET", 1e9)
@@ -94,7 +107,8 @@ def test_the_command_names_what_it_missed(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timing
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small_encoder")
 def test_the_command(tmp_path, capsys):
     csv = tmp_path / "protect.csv"
     command = ["protect", "--rho", "0.5,0.8", "--batch", "2", "--rounds", "1"]
@@ -281,6 +295,8 @@ def test_the_picture(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small_encoder")
 def test_the_sweep_draws_beside_its_rows(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
     csv = tmp_path / "confine.csv"
