@@ -223,10 +223,16 @@ def test_from_three_fifths_on_the_gradient_is_cheaper_than_plain(rho):
 
 def test_the_plan_says_which_way_and_why():
     text = str(plan_free(5120, FreeSide.of(384, 307), FreeSide.of(384, 307)))
-    assert "384×384, free 77×77, 5120 tokens: V_l on x first, then U_l" in text
-    assert "0.40 of the weight's own gradient" in text
-    assert "keeps 77 of 384 numbers a token" in text
-    assert "the others take dense 1.02, left 0.40, both 0.44" in text
+    assert "384×384, free 77×77, 5120 tokens: a step takes 0.81 of plain training's" in text
+    assert "its gradient V_l on the inputs first 0.40 of the plain one's" in text
+    assert "(no basis first 1.02, U_l on the outputs' gradients first 0.40, both bases" in text
+    assert "77 of 384 numbers a token are kept" in text
+
+
+@pytest.mark.parametrize("tokens", [-1, "8", None, 2.0, True])
+def test_a_plan_of_no_number_of_tokens_is_refused(tokens):
+    with pytest.raises(Refusal, match="plan_free: expected tokens to be"):
+        plan_free(tokens, FreeSide.of(8, 4), FreeSide.of(8, 4))
 
 
 def well_formed():

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from osf_kernels.errors import TypeRefusal, ValueRefusal
+
 Order = Literal["dense", "right", "left", "both"]
 Held = Literal["columns", "reflector", "everything"]
 
 LABELS: dict[Order, str] = {
-    "dense": "the weight's own gradient first, then both bases",
-    "right": "V_l on x first, then U_l",
-    "left": "U_l on the outputs' gradient first, then V_l",
+    "dense": "no basis first",
+    "right": "V_l on the inputs first",
+    "left": "U_l on the outputs' gradients first",
     "both": "both bases first",
 }
 
@@ -93,13 +95,11 @@ class FreePlan:
         return (others + self.flops + self.merge_flops) / max(1, others + self.plain_flops)
 
     def __str__(self) -> str:
-        share = self.flops / max(1, self.plain_flops)
         m, n = self.left.size, self.right.size
         return (
-            f"{m}×{n}, free {self.left.width}×{self.right.width}, {self.tokens} tokens: "
-            f"{LABELS[self.order]}; {share:.2f} of the weight's own gradient, "
-            f"{self.step_share:.2f} of plain training's products, keeps {self.kept} of {n} numbers "
-            f"a token; {self.why}"
+            f"{m}×{n}, free {self.left.width}×{self.right.width}, {self.tokens} tokens: a step "
+            f"takes {self.step_share:.2f} of plain training's products, merging included; "
+            f"{self.why}; {self.kept} of {n} numbers a token are kept for the backward pass"
         )
 
 
@@ -116,12 +116,20 @@ def plan_free(tokens: int, left: Side, right: Side) -> FreePlan:
     """The order with the fewest FLOPs for a weight whose sides have these free bases.
 
     Args:
-        tokens: T, the rows of x.
+        tokens: T, the rows of x, at least 0.
         left, right: of the m rows and of the n columns of the weight.
 
     Returns:
         A FreePlan. Of equal costs the first of dense, right, left, both.
+
+    Raises:
+        ValueError: tokens below 0.
+        TypeError: tokens isn't an int.
     """
+    if isinstance(tokens, bool) or not hasattr(tokens, "__index__"):
+        raise TypeRefusal.of("plan_free", "tokens", "an int", repr(tokens))
+    if tokens < 0:
+        raise ValueRefusal.of("plan_free", "tokens", "at least 0", tokens)
     m, n, p, q = left.size, right.size, left.width, right.width
     plain = 2 * tokens * m * n
     reduced, _ = reduce_flops(left, right)
@@ -132,9 +140,8 @@ def plan_free(tokens: int, left: Side, right: Side) -> FreePlan:
         "both": tokens * (left.flops + right.flops) + 2 * tokens * p * q,
     }
     order = min(costs, key=lambda name: costs[name])
-    others = ", ".join(
-        f"{name} {costs[name] / max(1, plain):.2f}" for name in costs if name != order
-    )
+    shares = {name: f"{LABELS[name]} {costs[name] / max(1, plain):.2f}" for name in costs}
+    others = ", ".join(shares[name] for name in costs if name != order)
     return FreePlan(
         tokens,
         left,
@@ -144,5 +151,5 @@ def plan_free(tokens: int, left: Side, right: Side) -> FreePlan:
         plain,
         min(p * right.flops + n * left.flops, q * left.flops + m * right.flops),
         q if order in ("right", "both") else n,
-        f"the others take {others}",
+        f"its gradient {shares[order]} of the plain one's ({others})",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from osf_torch.confined import Confined
-from osf_torch.coverage import log_left_out
+from osf_torch.coverage import left_out, log_left_out
 from osf_torch.free.admission import Origin, Settings, admitted, made
 from osf_torch.free.spec import Update
 from osf_torch.free.state import (
@@ -45,6 +45,12 @@ def confine(
     ``model.state_dict()`` leaves out: that has the names and the values of the plain model's
     weights.
 
+    ``module.weight`` is then the current weight as autograd sees it, and no parameter; nothing is
+    written to it but by C, and ``nn.init``, pruning and tying come before ``confine``. A weight
+    that something writes to all the same is refused by the next step where the host sees it, and by
+    ``Confined.verify``. A state that is loaded is what training goes on from, with C as it began.
+    Gradients of gradients are of update="beside" alone.
+
     Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel (make
     DistributedDataParallel anew after ``release`` and ``next_task``); after ``parallelize_module``,
     or before it where that is called under ``torch.no_grad()``. Weights that ``fully_shard`` and
@@ -65,8 +71,10 @@ def confine(
         update: "merge", the default: W holds W₀ + U_l C V_lᵀ, brought up to date once after each
             step of an optimizer and wherever a forward pass or ``state_dict`` finds C changed.
             Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
-            "beside": W is never written to, and a layer adds ((x V_l) Cᵀ) U_lᵀ to what it returns;
-            for frozen weights that are shared with others, quantized or to be left as they are.
+            "beside": W is never written to, and a layer multiplies by the sum, which is formed
+            anew each time; one of half precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to
+            what it returns. For frozen weights that other models have too, that are quantized or to
+            be left as they are.
         rank: s trains C = B A with B (p, s) and A (s, q), as LoRA does, beside the weight.
         decay_to: what weight decay of C pulls towards: "start", the weight as it is now, for C = 0
             there; or "zero", a weight without its free part, for C = U_lᵀ W V_l now. "zero" is for
@@ -110,7 +118,9 @@ def confine(
     confined.begin(places, tensors)
     if state is not None:
         confined.load_state_dict(state)
-    log_left_out(model, {id(place.weight) for place in places}, "confine")
+    known = getattr(subspaces, "left_out", {})
+    if not set(left_out(model, ())) <= set(known):  # which whoever made the subspaces has told
+        log_left_out(model, (), "confine")
     return confined
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,17 +16,19 @@ from torch.optim.optimizer import (
 
 from osf_torch.free import drifting, state, summary
 from osf_torch.free.admission import Settings, admitted, made
+from osf_torch.free.drifting import drift_limit
 from osf_torch.free.functions import current
 from osf_torch.free.inputs import Inputs
-from osf_torch.free.layers import attach, detach
-from osf_torch.free.merging import merge
-from osf_torch.free.spec import Place, is_fsdp
+from osf_torch.free.layers import attach, detach, require_frozen
+from osf_torch.free.merging import is_written, merge, note_weight
+from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
 from osf_torch.renewal import ranks_of, renewed
-from osf_torch.selection import Rank, Ranks, listed
+from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
 from osf_torch.steps import owned_by
 from osf_torch.subspaces import Subspaces
 
+log = logging.getLogger("osf_torch")
 _CONFINED: weakref.WeakSet[Confined] = weakref.WeakSet()
 _REGISTERED: list[Any] = []
 _ENDED = "_osf_ended"  # of a free block that no weight has any more: what ended it
@@ -44,6 +47,7 @@ class Confined:
         self._model = model
         self._held: list[Place] = []
         self._inputs = Inputs()
+        self._told: set[str] = set()  # what a log line has said, until the next step
         self._references: dict[str, drifting.Reference] = {}
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
@@ -54,6 +58,8 @@ class Confined:
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
+            if place.spec.update == "merge":
+                note_weight(place)
         self._references = references
         self._held = list(places)
         if not _REGISTERED:
@@ -61,6 +67,28 @@ class Confined:
             _REGISTERED.append(register_optimizer_step_pre_hook(before))
             _REGISTERED.append(register_optimizer_step_post_hook(after))
         _CONFINED.add(self)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Confined:
+        """Of a confined model: what ``confine`` returned, of a copy of it one of its own.
+
+        Raises:
+            ValueError: nothing of the model is confined.
+        """
+        model = unwrapped(model)
+        places: list[Place] = [AtRest(p.module, p.spec) for p in places_of(model)]
+        if not places:
+            raise ValueError(
+                "osf_torch.Confined.of: expected a confined model, got one without confined weights"
+            )
+        owner: Any = places[0].spec.owner
+        if {id(place.module) for place in places} <= {id(place.module) for place in owner._held}:
+            found: Confined = owner
+            return found
+        made = cls(model, owner._settings)
+        made._held, made._references = places, dict(owner._references)
+        _CONFINED.add(made)
+        return made
 
     @property
     def model(self) -> nn.Module:
@@ -80,6 +108,12 @@ class Confined:
                 "it anew"
             )
         return self._held
+
+    def tell(self, what: str, text: str) -> None:
+        """Says something in a log line, once until the next step; ``what`` it is about."""
+        if what not in self._told:
+            self._told.add(what)
+            log.warning("osf_torch.confine: %s", text)
 
     # --- what a training loop calls ---
 
@@ -211,6 +245,38 @@ class Confined:
             if p.name in references
         }
 
+    @torch.no_grad()
+    def verify(self, *, tol: float | None = None) -> None:
+        """Raises RuntimeError where what is protected isn't: a confined module that isn't in the
+        model any more, a weight that was unfrozen, or that something has written to.
+
+        Args:
+            tol: on ``drift()``; None is what rounding explains, 1e-5 and two eps of the dtype.
+        """
+        for place in self.places:
+            require_in_place(self._model, place)
+            require_frozen(place.spec, place.weight)
+        for name, moved in self.drift().items():
+            place = next(place for place in self.places if place.name == name)
+            limit = drift_limit(place) if tol is None else tol
+            if not moved <= limit:
+                raise RuntimeError(
+                    f"osf_torch.Confined.verify: expected what is protected of {name!r} to have "
+                    f"moved by at most {limit:.1e} of its norm, got {moved:.1e}: something has "
+                    "written to the weight itself; load a checkpoint of this run, or release(), "
+                    "and confine what the weights are now"
+                )
+
+    def base_moved(self) -> dict[str, float]:
+        """Per weight that C stands beside ‖W − W₀‖ / ‖W₀‖, how far the weight itself is from what
+        it was at ``confine``: 0 to rounding, or something was loaded since."""
+        references = self._references
+        return {
+            p.name: drifting.base_moved(p, references[p.name])
+            for p in self.places
+            if p.name in references and p.spec.update == "beside"
+        }
+
     def plan(self, tokens: int) -> str:
         """How the gradients of C are computed for so many tokens a step, and why; in words."""
         return summary.plans(self.places, tokens)
@@ -282,6 +348,31 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     for confined in list(_CONFINED):
         for place in confined.places:
             _require_steppable(place, owned)
+        if any(place.steps(owned) for place in confined.places):
+            confined._told.clear()
+            for place in confined.places:
+                require_in_place(confined._model, place)
+                _require_unwritten(confined, place)
+
+
+def _require_unwritten(confined: Confined, place: Place) -> None:
+    """Refuses to go on from a weight whose protected part something has written to, where the host
+    sees that it was written to: see ``merging.is_written``.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    if place.spec.update != "merge" or place.is_sharded or not is_written(place):
+        return
+    moved = drifting.drift(place, confined._references[place.name])
+    if moved <= drift_limit(place):
+        note_weight(place)
+        return
+    raise RuntimeError(
+        f"osf_torch.confine: expected {place.name!r} to be as the last step left it, got one whose "
+        f"protected part something has moved by {moved:.1e} of its norm; load a checkpoint of this "
+        "run, or Confined.release(), and confine what the weights are now"
+    )
 
 
 def _require_steppable(place: Place, owned: set[int]) -> None:
@@ -292,8 +383,9 @@ def _require_steppable(place: Place, owned: set[int]) -> None:
     weight = place.weight
     if weight.requires_grad:
         raise RuntimeError(
-            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True; "
-            "freeze it again, or Confined.release()"
+            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True: it "
+            "was unfrozen, or another parameter stands in its place; freeze it, or "
+            "Confined.release() before what replaces it"
         )
     if not steps:
         raise RuntimeError(

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-from osf_torch.free.spec import places_of
+from osf_torch.free.spec import WRAPPED, places_of
 from osf_torch.kinds import adapter_part, described, is_lazy, is_plain, is_weight, owners, shape_of
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
@@ -46,7 +46,6 @@ WRAPPERS = {
     "DataParallel": "module",
     "DeepSpeedEngine": "module",
 }
-WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

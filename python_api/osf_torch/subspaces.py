@@ -189,6 +189,22 @@ class Subspaces(Mapping[str, Decomposition]):
         """Of all factors kept."""
         return sum(entry.nbytes for entry in self.values())
 
+    def without(self, *names: str) -> Subspaces:
+        """The same less some weights, which are named as left out.
+
+        Raises:
+            ValueError: a name that isn't among them.
+        """
+        unknown = [name for name in names if name not in self]
+        if unknown:
+            raise ValueError(
+                f"osf_torch.Subspaces.without: expected names of its weights, got {listed(unknown)}"
+            )
+        kept = {name: entry for name, entry in self.items() if name not in names}
+        shapes = {name: "x".join(map(str, self[name].shape)) for name in names}
+        omitted = {name: f"{shape}, left out by name" for name, shape in shapes.items()}
+        return Subspaces(kept, seed=self.seed, left_out={**self.left_out, **omitted})
+
     def to(
         self,
         device: torch.device | str | torch.dtype | None = None,

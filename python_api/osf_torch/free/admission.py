@@ -107,13 +107,13 @@ def _checked(
     if before is not None and not anew:
         raise ValueError(
             f"{told} a weight that isn't confined yet, got one that is; release() first, or "
-            "next_task() to protect more"
+            "next_task() to protect more (Confined.of(model) has both)"
         )
     if len(having) > 1:
         others = " and ".join(f"{type(m).__name__}.{a}" for m, a in having[:3])
         raise ValueError(
-            f"{told} a weight of one module, got one that is shared by {others}; leave it out, or "
-            "untie it"
+            f"{told} a weight of one module, got one that is shared by {others}; leave it out, "
+            "confine(model, subspaces.without(name)), or untie it"
         )
     if isinstance(module, nn.utils.parametrize.ParametrizationList) or _is_source(
         module, attribute
@@ -173,6 +173,7 @@ def _checked(
         is_rounded=update == "merge" and weight.element_size() < 4,
         is_opaque=opaque,
         trained=weight.requires_grad if before is None else before.trained,
+        decays_to_zero=decay_to == "zero",
         dtype=_dtype_of(weight, subspace, settings.dtype),
     )
     return AtRest(module, spec)

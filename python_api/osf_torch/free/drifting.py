@@ -15,6 +15,8 @@ from osf_torch.sharding import is_dtensor, local, sum_over
 from osf_torch.sharing import whole as whole_of
 
 PROBES = 8  # columns: they find a norm to a quarter, whichever direction moved
+DRIFT_LIMIT = 1e-5  # after thousands of steps, of float32 bases
+ROUNDED_LIMIT = 5e-3  # of bases of 16 bits, orthonormal to 4e-3
 TINY = 1e-300  # in a denominator that may be zero
 
 
@@ -55,9 +57,30 @@ def _is_rounded_sum(place: Place) -> bool:
     return beside and place.weight.element_size() < 4 and not is_dtensor(place.weight)
 
 
+@torch.no_grad()
+def base_moved(place: Place, before: Reference) -> float:
+    """‖W − W₀‖ / ‖W₀‖ of a weight that C stands beside, an estimate to a quarter; 0 to rounding
+    where nothing has written to it."""
+    Omega = _probes(place.spec.right.size).to(place.device)
+    Omega = Omega.expand(*place.spec.matrix_shape[:-2], *Omega.shape)
+    whole = _times(place, Omega, alone=True)
+    return relative(whole, before.whole)
+
+
 def drift(place: Place, before: Reference) -> float:
     """‖H(W) − H(W₀)‖ / ‖H(W₀)‖, an estimate to a quarter."""
     return relative(reference(place).protected, before.protected)
+
+
+def drift_limit(place: Place) -> float:
+    """What rounding explains of a drift: of products in float32 over many steps, and of the
+    weight's dtype."""
+    eps = torch.finfo(place.weight.dtype).eps
+    basis = min(
+        (t.element_size() for side in (place.spec.left, place.spec.right) for t in side.tensors),
+        default=4,
+    )
+    return (ROUNDED_LIMIT if basis == 2 else DRIFT_LIMIT) + 2 * eps
 
 
 def relative(now: Tensor, before: Tensor) -> float:
@@ -66,13 +89,14 @@ def relative(now: Tensor, before: Tensor) -> float:
     return float((now - before).norm() / before.norm().clamp_min(TINY))
 
 
-def _times(place: Place, columns: Tensor) -> Tensor:
-    """The current weight's matrix times columns (..., n, c), whole on every rank."""
+def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
+    """The current weight's matrix times columns (..., n, c), whole on every rank; ``alone``
+    without what stands beside it."""
     spec = place.spec
     W = local(place.weight.detach()).double()
     cut = cut_of(spec.name, place.weight)
     if cut is None:
-        if spec.update == "beside" and place.is_attached:
+        if spec.update == "beside" and place.is_attached and not alone:
             W = W + local(update_of(place)).double()
         return W.reshape(spec.matrix_shape) @ columns
     all_columns = columns
@@ -89,7 +113,7 @@ def _times(place: Place, columns: Tensor) -> Tensor:
             columns = columns.narrow(dim, cut.start, cut.size)
         found.narrow(dim, cut.start, cut.size).copy_(W @ columns)
     (found,) = sum_over(cut.group, [found])
-    if spec.update == "beside" and place.is_attached:
+    if spec.update == "beside" and place.is_attached and not alone:
         found += _update_times(place, all_columns)
     return found
 

@@ -362,6 +362,14 @@ class _Current(torch.autograd.Function):
         return None, _block_of(g, ctx.spec, ctx.like.dtype), None
 
 
+def block_of(place: Place, matrix: Tensor) -> Tensor:
+    """U_lᵀ X V_l of a tensor X like the weight; of a sharded one a collective, laid out as C."""
+    C = place.get(place.spec.free)
+    if is_dtensor(matrix):
+        return _sharded_block(place.spec, matrix, place.weight, C)
+    return _block_of(matrix, place.spec, C.dtype)
+
+
 def _block_of(g: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     spec.follow(g.device)
     matrix = g.reshape(spec.matrix_shape).to(dtype)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from osf_torch.free import functions
 from osf_torch.free.merging import cut_of, merge, part_of, require_fresh, require_together
 from osf_torch.free.spec import SPECS, AtRest, Place, Spec, resting, specs_of
-from osf_torch.sharding import is_dtensor
+from osf_torch.sharding import is_dtensor, local
 
 ORIGINAL = "_osf_original"  # of a class made here: the one that it is a subclass of
 _HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
@@ -78,7 +78,8 @@ def _property(attribute: str) -> property:
             require_together(Place(self, spec))
             part_of(spec, cut_of(spec.name, weight))
             return weight
-        _require_frozen(spec, weight)
+        require_frozen(spec, weight)
+        tell_frozen_block(Place(self, spec))
         return functions.current(Place(self, spec))
 
     def put(self: nn.Module, value: Any) -> None:
@@ -105,10 +106,11 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
         weight = module._parameters["weight"]
         return F.linear(x, weight.mT if transposed else weight, module.bias)
     place = Place(module, spec)
+    tell_frozen_block(place)
     W, bias = place.weight, module.bias
     if place.is_sharded:
         require_together(place)
-    _require_frozen(spec, W)
+    require_frozen(spec, W)
     if is_dtensor(W) or is_dtensor(x) or functions.is_substitute(place):
         weight = functions.current(place)
         return F.linear(x, weight.mT if transposed else weight, bias)
@@ -129,13 +131,26 @@ def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return y + functions.beside(Place(self, spec), x, transposed=False).to(y.dtype)
 
 
-def _require_frozen(spec: Spec, weight: Tensor) -> None:
+def tell_frozen_block(place: Place) -> None:
+    """Says where gradients are wanted and C takes none: then the weight isn't trained at all."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if not any(t.requires_grad for t in place.trained()):
+        owner: Any = place.spec.owner
+        owner.tell(
+            "frozen",
+            f"the free block of {place.name!r} doesn't require a gradient: something has frozen "
+            "it, such as an adapter that was added; Confined.parameters() are to require one",
+        )
+
+
+def require_frozen(spec: Spec, weight: Tensor) -> None:
     """Raises RuntimeError where the weight itself would be trained."""
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True, "
-            "with which an optimizer would move what is protected; freeze it again, or "
-            "Confined.release()"
+            "with which an optimizer would move what is protected: it was unfrozen, or another "
+            "parameter stands in its place; freeze it, or Confined.release() before it is replaced"
         )
 
 
@@ -228,36 +243,47 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 @torch.no_grad()
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """What is loaded is the current weight: C stays as it is, and W without it is what is left."""
+    """What is loaded is the current weight, and what training goes on from: C begins anew.
+
+    ``Confined.load_state_dict`` puts back what C was of the weights that were saved with it.
+    """
     merge((place for place in _places(module) if not place.is_sharded), looks=True)
     for place in _places(module):
         spec = place.spec
         if spec.is_opaque:
             continue
-        for name in spec.trainable:
-            state.setdefault(prefix + name, place.get(name))
         loaded = state.get(prefix + spec.attribute)
+        if loaded is not None and loaded.shape != place.weight.shape:
+            loaded = None  # torch itself tells of that
+        for name in spec.trainable:
+            if prefix + name not in state:
+                held = place.get(name)
+                state[prefix + name] = held if loaded is None else _begun(place, name, loaded)
         if spec.update == "merge":
-            state[prefix + spec.merged] = place.get(spec.free).detach().clone()
-        if loaded is None or loaded.shape != place.weight.shape:  # torch itself tells of that
-            if spec.is_rounded:
-                state[prefix + spec.base] = place.get(spec.base)
-            continue
+            state[prefix + spec.merged] = state[prefix + spec.free].detach().clone()
         if spec.is_rounded:
-            state[prefix + spec.base] = _without_block(place, loaded)
-        elif spec.update == "beside":
-            state[prefix + spec.attribute] = _without_block(place, loaded)
+            state[prefix + spec.base] = place.get(spec.base) if loaded is None else loaded
+        if loaded is not None:
+            _tell_begun(place)
 
 
-def _without_block(place: Place, weight: Tensor) -> Tensor:
-    """A current weight less U_l C V_lᵀ, of its dtype; of a sharded one a collective."""
-    if not is_dtensor(place.weight) and not bool(place.block.detach().any()):
-        return weight.detach().clone()
-    update = functions.update_of(place)
-    if is_dtensor(weight) != is_dtensor(update):
-        kinds = ["a DTensor" if is_dtensor(t) else "a plain tensor" for t in (update, weight)]
-        raise RuntimeError(
-            f"osf_torch.confine: expected to load {place.name!r} from {kinds[0]}, as it is, got "
-            f"{kinds[1]}; torch.distributed.checkpoint.state_dict.set_model_state_dict converts it"
+def _begun(place: Place, name: str, weight: Tensor) -> Tensor:
+    """What a free block, or a factor of it, is where training begins from a weight."""
+    spec, held = place.spec, place.get(name).detach()
+    if spec.rank is not None and name == spec.factors[1]:
+        return held.clone()  # A of a product that B has zero
+    if not spec.decays_to_zero:
+        return torch.zeros_like(held)
+    return functions.block_of(place, weight.detach().to(held.dtype))
+
+
+def _tell_begun(place: Place) -> None:
+    """Says once a model and load that what C had learned is in the weights from now on."""
+    owner: Any = place.spec.owner
+    moved = any(bool(local(t.detach()).any()) for t in place.trained()[:1])
+    if moved and not place.spec.decays_to_zero and owner is not None:
+        owner.tell(
+            "loaded",
+            "weights were loaded while C had moved: they are what training goes on from, and C "
+            "begins anew; Confined.load_state_dict() puts back what was saved with them",
         )
-    return (weight.to(update.dtype) - update).to(weight.dtype)

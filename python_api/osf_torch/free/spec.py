@@ -33,6 +33,8 @@ from osf_torch.sharding import is_dtensor, local
 
 Update = Literal["merge", "beside"]
 MANY_TOKENS = 1 << 20
+# What modules that stand around another one call it.
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 SPECS = "_osf_free"  # of a module, in its __dict__: Spec by attribute
 _RESTING = "_osf_resting"  # of a module of FSDP2: its parameters as they are sharded, by name
 _OF_FSDP = "_is_fsdp_managed_module"  # what fully_shard sets on every module that it shards
@@ -58,6 +60,7 @@ class Spec:
             it is and the free block is added to what it returns.
         trained: whether the weight required a gradient before.
         dtype: of what is trained.
+        decays_to_zero: whether C is the free part of the weight itself, and not what is added.
         inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         handle: by which operators find it.
@@ -75,6 +78,7 @@ class Spec:
     is_opaque: bool
     trained: bool
     dtype: torch.dtype
+    decays_to_zero: bool = False
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
     handle: int = field(default_factory=lambda: next(_numbers))
@@ -262,6 +266,32 @@ def resting(module: nn.Module) -> dict[str, Tensor]:
     held = {key: t for key, t in module._parameters.items() if t is not None}
     module.__dict__[_RESTING] = held
     return held
+
+
+def require_in_place(model: nn.Module, place: Place) -> None:
+    """Refuses a confined module that isn't where it was in the model.
+
+    Raises:
+        RuntimeError: another module stands there, or none.
+    """
+    found: nn.Module | None = model
+    for key in place.spec.name.split(".")[:-1]:
+        found = _within(found)._modules.get(key) if found is not None else None
+    found = None if found is None else _within(found)
+    if found is not place.module:
+        got = "none" if found is None else f"another {type(found).__name__}"
+        raise RuntimeError(
+            f"osf_torch.confine: expected the module of {place.name!r} in the model, got {got}, "
+            "which trains unconfined; put back what was confined, or Confined.release() and "
+            "confine the model as it is now"
+        )
+
+
+def _within(module: nn.Module) -> nn.Module:
+    """The module that another is wrapped around."""
+    while inner := next((module._modules[w] for w in WRAPPED if w in module._modules), None):
+        module = inner
+    return module
 
 
 def places_of(model: nn.Module) -> list[Place]:

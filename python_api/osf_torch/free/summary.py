@@ -51,19 +51,19 @@ def table_of(places: Sequence[Place]) -> str:
     text.append(
         f"gradient, AdamW's state and bases, MiB: {_mib(total)}; plain fine-tuning "
         f"{_mib(4 * (1 + MOMENTS) * plain)}, of gradient and state alone; PEFT's OSF "
-        f"{_mib(4 * osf)}, its frozen factors among them (float32)"
+        f"{_mib(4 * osf)}, its factors among them (all of float32)"
     )
     return "\n".join(text)
 
 
 def _osf_elements(shape: Sequence[int], rank: int) -> int:
-    """Numbers that PEFT's OSF holds of a weight that it protects ``rank`` directions of, beside it:
-    gradient and two moments of the low factors U, S, V, and the high ones, which are frozen."""
+    """Numbers that PEFT's OSF (0.21) holds of a weight that it protects ``rank`` directions of,
+    beside the weight: the low factors U, S, V, their gradient and two moments, what they began as,
+    and the high factor of the longer side."""
     *lead, m, n = shape
-    short = min(m, n)
+    short, long = sorted((m, n))
     low = (m + n + 1) * (short - rank)
-    high = (m + n + 1) * rank
-    return math.prod(lead) * ((1 + MOMENTS) * low + high + low)
+    return math.prod(lead) * ((3 + MOMENTS) * low + (rank * long if m != n else 0))
 
 
 def _mib(count: int) -> str:
@@ -95,11 +95,12 @@ def plans(places: Sequence[Place], tokens: int) -> str:
             found[kind] = (
                 f"{kind[0].size}×{kind[1].size}, free {kind[0].width}×{kind[1].width}, rank "
                 f"{spec.rank}, {tokens} tokens: as a LoRA beside the weight; "
-                f"{own / max(1, plan.plain_flops):.2f} of the weight's own gradient"
+                f"it and its gradient {own / max(1, plan.plain_flops):.2f} of the plain gradient"
             )
     lines = [f"{count:4d} × {found[kind]}" for kind, count in kinds.items()]
     share = (2 * plain + flops) / max(1, 3 * plain)
     lines.append(
-        f"all {len(places)}: {share:.2f} of the products of a plain training step, merging included"
+        f"all {len(places)}: a step takes {share:.2f} of plain training's products, merging "
+        "included"
     )
     return "\n".join(lines)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from osf_torch.confined import Confined
+from osf_torch.free.spec import WRAPPED
 from osf_torch.integrations._lora import (
     Factors,
     ambient_factors,
@@ -46,7 +47,7 @@ from osf_torch.integrations._lora import (
     write,
 )
 from osf_torch.kinds import is_conv1d
-from osf_torch.selection import WRAPPED, listed, named_weights
+from osf_torch.selection import listed, named_weights
 from osf_torch.storage import require_safetensors, together
 
 CONFIG = "adapter_config.json"
@@ -54,6 +55,23 @@ TENSORS = "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 __all__ = ["load_adapter", "save_adapter"]
+
+
+# A weight that a state was taken from and put back to is off by rounding of its dtype, 4e-3 of half
+# precision; one that was trained by more.
+BASE_LIMIT = 5e-3
+
+
+def _require_base(confined: Confined, operator: str) -> None:
+    """Refuses weights that something has loaded since they were confined."""
+    moved = confined.base_moved()
+    name = max(moved, key=lambda key: moved[key], default="")
+    if name and not moved[name] <= BASE_LIMIT:
+        raise ValueError(
+            f"osf_torch.{operator}: expected the weights that were confined, to which the adapter "
+            f"is added, got others, such as {name!r}, off by {moved[name]:.1e}: a state was loaded "
+            "since; load what Confined.state_dict() was when that was saved, or save the model"
+        )
 
 
 def save_adapter(
@@ -83,17 +101,25 @@ def save_adapter(
 
     Raises:
         ImportError: the package safetensors isn't installed.
-        ValueError: confined without a rank, whose C has no factors.
-        TypeError: weights of other layers than nn.Linear, Conv1D and quantized linear ones.
+        ValueError: confined without a rank, whose C has no factors; weights that aren't those that
+            were confined, to which the adapter doesn't belong.
+        TypeError: confined is none; weights of other layers than nn.Linear, Conv1D and quantized
+        linear ones.
         RuntimeError: the model was released; another rank failed.
 
     Mutates nothing but the files. Of sharded weights all ranks call it, and the first writes.
     Synchronises.
     """
     operator = "integrations.lora.save_adapter"
+    if not isinstance(confined, Confined):
+        raise TypeError(
+            f"osf_torch.{operator}: expected confined to be what confine() returned, got "
+            f"{type(confined).__name__}"
+        )
     places = confined.places
     _require_rank(confined, operator)
     require_lora_layers(places, operator)
+    _require_base(confined, operator)
     save_file = require_safetensors(operator, "torch").save_file
     _tell_others(confined, operator)
     tensors: dict[str, Tensor] = {}
