@@ -81,7 +81,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     plain = next(line for line in out.splitlines() if line.startswith("plain fine-tuning"))
     assert plain.split()[2:6] == ["13.0", "26.0", "26.0", "52.0"]
     assert plain.split()[8:] == ["117.0", "1.00", "172", "1.00", "434"]
-    assert "V_l on x first" in out
+    assert "V_l on the inputs first" in out
     assert cli.main(["paper", "--rho", "1.5"]) == 2
     assert "0 < --rho < 1" in capsys.readouterr().err
 

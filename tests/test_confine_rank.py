@@ -404,12 +404,13 @@ def test_a_model_loads_its_own_state_where_it_is():
     confined = confine(model, subspaces(), rank=RANK)
     train(model, adamw(model.parameters()), 5)
     state = {n: t.clone() for n, t in model.state_dict().items()}
-    factors = [t.detach().clone() for t in confined.parameters()]
+    drawn = [place.trained()[1].detach().clone() for place in confined.places]
     model.load_state_dict(state)
     for name, t in model.state_dict().items():
         assert torch.allclose(t, state[name], rtol=0, atol=EXACT)
-    for t, expected in zip(confined.parameters(), factors, strict=True):
-        assert torch.equal(t, expected)
+    for place, A in zip(confined.places, drawn, strict=True):
+        assert not place.trained()[0].any()
+        assert torch.equal(place.trained()[1], A)
 
 
 def test_release_leaves_the_sum_and_a_plain_model():
@@ -477,7 +478,7 @@ def test_a_plan_is_of_the_factors():
     text = confined.plan(64)
     flops = RANK * 6 * 64 * (M + N)
     assert "rank 3, 64 tokens: as a LoRA beside the weight" in text
-    assert float(text.split("LoRA beside the weight; ")[1].split()[0]) >= flops / (2 * 64 * M * N)
+    assert float(text.split("it and its gradient ")[1].split()[0]) >= flops / (2 * 64 * M * N)
 
 
 # --- what is refused ---

@@ -58,7 +58,7 @@ class Confined:
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
-            if place.spec.update == "merge":
+            if not place.spec.is_opaque:
                 note_weight(place)
         self._references = references
         self._held = list(places)
@@ -362,7 +362,7 @@ def _require_unwritten(confined: Confined, place: Place) -> None:
     Raises:
         RuntimeError: so it is.
     """
-    if place.spec.update != "merge" or place.is_sharded or not is_written(place):
+    if place.spec.is_opaque or place.is_sharded or not is_written(place):
         return
     moved = drifting.drift(place, confined._references[place.name])
     if moved <= drift_limit(place):

@@ -73,14 +73,14 @@ def drift(place: Place, before: Reference) -> float:
 
 
 def drift_limit(place: Place) -> float:
-    """What rounding explains of a drift: of products in float32 over many steps, and of the
-    weight's dtype."""
+    """What rounding explains of a drift: of products in float32 over many steps, of bases, and of a
+    weight that was rounded to half precision, whatever it has become since."""
+    spec = place.spec
     eps = torch.finfo(place.weight.dtype).eps
-    basis = min(
-        (t.element_size() for side in (place.spec.left, place.spec.right) for t in side.tensors),
-        default=4,
-    )
-    return (ROUNDED_LIMIT if basis == 2 else DRIFT_LIMIT) + 2 * eps
+    if spec.is_rounded:
+        eps = max(eps, torch.finfo(torch.bfloat16).eps)
+    sizes = [t.element_size() for side in (spec.left, spec.right) for t in side.tensors]
+    return (ROUNDED_LIMIT if min(sizes, default=4) == 2 else DRIFT_LIMIT) + 2 * eps
 
 
 def relative(now: Tensor, before: Tensor) -> float:

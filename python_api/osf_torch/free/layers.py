@@ -255,16 +255,21 @@ def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         loaded = state.get(prefix + spec.attribute)
         if loaded is not None and loaded.shape != place.weight.shape:
             loaded = None  # torch itself tells of that
-        for name in spec.trainable:
-            if prefix + name not in state:
-                held = place.get(name)
-                state[prefix + name] = held if loaded is None else _begun(place, name, loaded)
-        if spec.update == "merge":
-            state[prefix + spec.merged] = state[prefix + spec.free].detach().clone()
-        if spec.is_rounded:
-            state[prefix + spec.base] = place.get(spec.base) if loaded is None else loaded
         if loaded is not None:
             _tell_begun(place)
+        # The parameters themselves, so that an optimizer still has them where others are assigned.
+        for name in spec.trainable:
+            if prefix + name not in state:
+                if loaded is not None:
+                    place.get(name).copy_(_begun(place, name, loaded))
+                state[prefix + name] = place.get(name)
+        if spec.update == "merge":
+            merged = place.get(spec.merged)
+            merged.copy_(state[prefix + spec.free])
+            state[prefix + spec.merged] = merged
+        if spec.is_rounded:
+            base = place.get(spec.base) if loaded is None else loaded.detach().clone()
+            state[prefix + spec.base] = base
 
 
 def _begun(place: Place, name: str, weight: Tensor) -> Tensor:

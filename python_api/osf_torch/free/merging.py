@@ -14,7 +14,7 @@ from osf_torch.free.spec import AtRest, Place, Spec, places_of
 from osf_torch.sharding import Sharding, gathered, is_dtensor, local, sharding_of
 
 SEEN = "_osf_seen"  # of ``merged``: the memory and the version of C that it was copied from
-WEIGHT = "_osf_weight"  # of ``merged``: what the weight was when C was copied
+WEIGHT = "_osf_weight"  # of what is trained: what the weight was, as the host sees it
 SAMPLES = 64  # numbers of a weight that are looked at on a CPU
 GATHERED = 2**26  # elements of C that are whole on a rank at a time: 256 MiB of float32
 
@@ -85,18 +85,18 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
 
 def note_weight(place: Place) -> None:
     """The weight, as it is now, is what the last merge has made it, or what was looked at."""
-    _note_weight(place.get(place.spec.merged), place.weight)
+    if not is_dtensor(place.weight):
+        _note_weight(place.get(place.spec.trainable[0]), place.weight)
 
 
-def _note_weight(merged: Tensor, W: Tensor) -> None:
-    if not is_dtensor(W):
-        merged.__dict__[WEIGHT] = _state_of(W)
+def _note_weight(block: Tensor, W: Tensor) -> None:
+    block.__dict__[WEIGHT] = _state_of(W)
 
 
 def is_written(place: Place) -> bool:
     """Whether something else has written to a whole weight since, as far as the host sees without
     waiting: by torch's count of writes, and on a CPU by some of its values."""
-    noted = place.get(place.spec.merged).__dict__.get(WEIGHT)
+    noted = place.get(place.spec.trainable[0]).__dict__.get(WEIGHT)
     now = _state_of(place.weight)
     if noted is None or noted[:2] != now[:2]:
         return True
@@ -140,7 +140,7 @@ def _merge_whole(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor 
     with without_autocast(W):
         _write_sum(spec, W, C, merged, base)
     _note(C, merged)
-    _note_weight(merged, W)
+    _note_weight(C, W)
 
 
 def _write_sum(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None) -> None:
