@@ -21,7 +21,7 @@ from osf_torch.free.functions import current
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import is_written, merge, note_weight
-from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
+from osf_torch.free.spec import OF_FSDP, AtRest, Place, is_fsdp, places_of, require_in_place
 from osf_torch.renewal import ranks_of, renewed
 from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
@@ -31,6 +31,7 @@ from osf_torch.subspaces import Subspaces
 log = logging.getLogger("osf_torch")
 _CONFINED: weakref.WeakSet[Confined] = weakref.WeakSet()
 _REGISTERED: list[Any] = []
+_ENDS: set[str] = set()  # what has ended free blocks in this process
 _ENDED = "_osf_ended"  # of a free block that no weight has any more: what ended it
 
 
@@ -224,6 +225,7 @@ class Confined:
                     place.weight.copy_(current(place))
                 for t in place.trained():
                     t.__dict__[_ENDED] = what
+                    _ENDS.add(what)
                 detach(place.module, place.spec)
 
     # --- what a user asks ---
@@ -328,15 +330,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         RuntimeError: an optimizer of a released free block, or that was made before ``confine``;
             of a model that was made half precision since.
     """
-    ended = next(
-        (
-            p.__dict__[_ENDED]
-            for g in optimizer.param_groups
-            for p in g["params"]
-            if _ENDED in p.__dict__
-        ),
-        None,
-    )
+    ended = None
+    for group in optimizer.param_groups if _ENDS else ():
+        for p in group["params"]:
+            ended = p.__dict__.get(_ENDED, ended)
     if ended is not None:
         raise RuntimeError(
             f"osf_torch.confine: expected an optimizer that was made after Confined.{ended}, got "
@@ -346,6 +343,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         return
     owned = owned_by(optimizer)
     for confined in list(_CONFINED):
+        if not _concerns(confined, owned):
+            continue
         for place in confined.places:
             _require_steppable(place, owned)
         if any(place.steps(owned) for place in confined.places):
@@ -353,6 +352,18 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             for place in confined.places:
                 require_in_place(confined._model, place)
                 _require_unwritten(confined, place)
+
+
+def _concerns(confined: Confined, owned: set[int]) -> bool:
+    """Whether an optimizer has parameters of confined modules, in one call: it is asked of every
+    optimizer's steps. Of FSDP2's modules it may have others than they show now."""
+    for place in confined._held:
+        if OF_FSDP in place.module.__dict__:
+            return True
+        for t in place.module._parameters.values():
+            if id(t) in owned:
+                return True
+    return False
 
 
 def _require_unwritten(confined: Confined, place: Place) -> None:
@@ -411,6 +422,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         return
     owned = owned_by(optimizer)
     for confined in list(_CONFINED):
+        if not _concerns(confined, owned):
+            continue
         places = [place for place in confined.places if place.steps(owned)]
         merge(places, force=True)
         confined._reshard(places)

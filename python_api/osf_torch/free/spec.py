@@ -37,7 +37,7 @@ MANY_TOKENS = 1 << 20
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 SPECS = "_osf_free"  # of a module, in its __dict__: Spec by attribute
 _RESTING = "_osf_resting"  # of a module of FSDP2: its parameters as they are sharded, by name
-_OF_FSDP = "_is_fsdp_managed_module"  # what fully_shard sets on every module that it shards
+OF_FSDP = "_is_fsdp_managed_module"  # what fully_shard sets on every module that it shards
 
 _numbers = itertools.count(1)
 _BY_HANDLE: weakref.WeakValueDictionary[int, Spec] = weakref.WeakValueDictionary()
@@ -243,7 +243,7 @@ class AtRest(Place):
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` shards the parameters of this module."""
-    return bool(module.__dict__.get(_OF_FSDP, False))
+    return bool(module.__dict__.get(OF_FSDP, False))
 
 
 def resting(module: nn.Module) -> dict[str, Tensor]:
