@@ -36,10 +36,6 @@ def drawn(shape, held_U, held_V, size, dtype):
     return g.to(dtype), *(Q[:, :c].to(dtype) for Q, c in zip(Qs, (r, k), strict=True))
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="on some CPUs float32 products err 2.6 times as much as eager torch; to be mended",
-)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_direction(dtype, shape):

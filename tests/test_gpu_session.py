@@ -261,10 +261,6 @@ def test_a_backend_that_is_missing_is_a_failure(tmp_path: Path) -> None:
     assert [row["status"] for row in others] == ["ok", "ok"]
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="on some CPUs float32 products err 2.6 times as much as eager torch; to be mended",
-)
 @pytest.mark.parametrize("run", [whole_model.run, restoring.run, captures.run])
 def test_wrong_results_get_no_speed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: object
@@ -285,10 +281,6 @@ def test_wrong_results_get_no_speed(
     assert chosen.failed == len(ours)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="on some CPUs float32 products err 2.6 times as much as eager torch; to be mended",
-)
 @pytest.mark.parametrize("module", [launches, configs])
 def test_kernels_that_write_nothing_are_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: object
