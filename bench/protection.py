@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import osf_torch
-from bench import contenders, corpus, minilm, report
+from bench import contenders, report
 from bench.protection_rows import Row, missed, table
 from bench.protection_trainers import (
     COMPARED,
@@ -34,7 +34,7 @@ from bench.protection_trainers import (
     without_package,
 )
 from bench.timing import Clock, Summary, Timed, interleave, peak_extra_bytes
-from bench.training import Batch, batches
+from bench.training import Batch, batches, minilm_and_pairs
 
 RHOS, BATCHES, ROUNDS, DRIFT_STEPS = (0.5, 0.8), (16, 64), 9, 1000
 DRIFTING = (RESTORED, PROJECTED, CONFINED)
@@ -146,11 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.csv.unlink(missing_ok=True)
     say = report.progress()
     torch.manual_seed(0)
-    directory = minilm.model_directory()
-    model = minilm.load(directory)
-    pairs = corpus.sentence_pairs(corpus.topics())
-    tokens = minilm.encode([s for pair in pairs for s in pair], directory)
-    encoded = list(zip(tokens[::2], tokens[1::2], strict=True))
+    model, encoded = minilm_and_pairs()
     asked = SWEPT if sweep else COMPARED
     absent = without_package(asked)
     names = [name for name in asked if name not in absent]

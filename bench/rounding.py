@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import osf_torch
-from bench import corpus, minilm, report
-from bench.training import Batch, batches, contrastive_loss
+from bench import report
+from bench.training import Batch, batches, contrastive_loss, minilm_and_pairs
 from osf_kernels import free_block, free_matrix
 from osf_torch.free import merging
 from osf_torch.free.spec import Spec
@@ -127,11 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("bench: expected 0 < --rho < 1, --batch and --steps of at least 1")
     say = report.progress()
     torch.manual_seed(0)
-    directory = minilm.model_directory()
-    model = minilm.load(directory)
-    pairs = corpus.sentence_pairs(corpus.topics())
-    tokens = minilm.encode([s for pair in pairs for s in pair], directory)
-    encoded = list(zip(tokens[::2], tokens[1::2], strict=True))
+    model, encoded = minilm_and_pairs()
     say("refreshing")
     subspaces = osf_torch.refresh(model, arguments.rho, progress=False)
     todo = batches(encoded, arguments.batch, arguments.steps, torch.Generator().manual_seed(0))

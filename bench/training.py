@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import osf_torch
+from bench import corpus, minilm
 from osf_kernels import Basis, TruncatedSVD
 
 TEMPERATURE = 0.05
@@ -35,6 +36,17 @@ def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
     """Without the columns where every sentence is padding."""
     length = int(mask.sum(1).max())
     return ids[:, :length], mask[:, :length]
+
+
+def minilm_and_pairs() -> tuple[minilm.SentenceEncoder, list[tuple[Tokens, Tokens]]]:
+    """The trained encoder, and the encoded sentence pairs that it is trained on.
+
+    Raises FileNotFoundError where the model's package isn't installed.
+    """
+    directory = minilm.model_directory()
+    pairs = corpus.sentence_pairs(corpus.topics())
+    tokens = minilm.encode([s for pair in pairs for s in pair], directory)
+    return minilm.load(directory), list(zip(tokens[::2], tokens[1::2], strict=True))
 
 
 def batches(

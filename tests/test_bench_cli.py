@@ -30,6 +30,7 @@ from bench import (
     refresh,
     refresh_auto,
     report,
+    rounding,
     static,
     suite,
 )
@@ -201,6 +202,7 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "refresh_auto_cpu.csv": refresh_auto.AutoRow,
         "protect_cpu.csv": protection_rows.Row,
         "confine_cpu.csv": protection_rows.Row,
+        "rounding_cpu.csv": rounding.Row,
         "continual.csv": continual_rows.Row,
         "continual_lr.csv": continual_rows.Row,
         "continual_mrr.csv": continual_rows.Row,

@@ -91,7 +91,7 @@ def small_encoder(monkeypatch):
     )
     torch.manual_seed(0)
     encoder = minilm.SentenceEncoder(config).eval()
-    monkeypatch.setattr(protection.minilm, "load", lambda _: encoder)
+    monkeypatch.setattr(minilm, "load", lambda _: encoder)
 
 
 @pytest.mark.slow

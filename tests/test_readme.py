@@ -52,19 +52,23 @@ def test_the_sharded_example_runs_on_two_ranks(root, tmp_path):
     assert float(drift) <= 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
-def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    text = (root / "README.md").read_text(encoding="utf-8")
-    _, example = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
-    config = transformers.LlamaConfig(
+def small_llama(transformers):
+    return transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
+def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    text = (root / "README.md").read_text(encoding="utf-8")
+    _, example = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
+    config = small_llama(transformers)
     model = transformers.LlamaForCausalLM(config)
     dataset = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 32
     monkeypatch.chdir(tmp_path)
@@ -88,13 +92,7 @@ def test_the_trainers_confined_example_runs_and_resumes(root, tmp_path, monkeypa
     transformers = pytest.importorskip("transformers")
     text = (root / "README.md").read_text(encoding="utf-8")
     example, _ = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
+    config = small_llama(transformers)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     again = copy.deepcopy(model)
