@@ -79,7 +79,7 @@ class Trainer:
         if self.confined is not None:
             for place in self.confined.places:
                 found += place.spec.left.nbytes + place.spec.right.nbytes
-            for reference in self.confined._references.values():
+            for reference in self.confined.references.values():
                 found += _nbytes(reference)
         return found
 

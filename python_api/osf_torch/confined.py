@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
-from osf_torch.free import drifting, state, summary
+from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.drifting import drift_limit
 from osf_torch.free.functions import current
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
-from osf_torch.free.merging import is_written, merge, note_weight
-from osf_torch.free.spec import OF_FSDP, AtRest, Place, is_fsdp, places_of, require_in_place
+from osf_torch.free.merging import merge, note_weight
+from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
 from osf_torch.renewal import ranks_of, renewed
 from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
-from osf_torch.steps import owned_by
 from osf_torch.subspaces import Subspaces
 
 log = logging.getLogger("osf_torch")
-_CONFINED: weakref.WeakSet[Confined] = weakref.WeakSet()
-_REGISTERED: list[Any] = []
-_ENDS: set[str] = set()  # what has ended free blocks in this process
-_ENDED = "_osf_ended"  # of a free block that no weight has any more: what ended it
 
 
 class Confined:
@@ -40,16 +30,18 @@ class Confined:
 
     Attributes:
         update, rank, decay_to: as ``confine`` has them.
+
+    ``held``, ``told``, ``references`` and what isn't documented are for ``osf_torch.free``.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.update, self.rank, self.decay_to = settings.update, settings.rank, settings.decay_to
         self._settings = settings
         self._model = model
-        self._held: list[Place] = []
+        self.held: list[Place] = []
         self._inputs = Inputs()
-        self._told: set[str] = set()  # what a log line has said, until the next step
-        self._references: dict[str, drifting.Reference] = {}
+        self.told: set[str] = set()  # what a log line has said, until the next step
+        self.references: dict[str, drifting.Reference] = {}
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
@@ -61,13 +53,9 @@ class Confined:
             place.spec.owner, place.spec.inputs = self, self._inputs
             if not place.spec.is_opaque:
                 note_weight(place)
-        self._references = references
-        self._held = list(places)
-        if not _REGISTERED:
-            before, after = (torch.compiler.disable(hook) for hook in (_before_step, _after_step))
-            _REGISTERED.append(register_optimizer_step_pre_hook(before))
-            _REGISTERED.append(register_optimizer_step_post_hook(after))
-        _CONFINED.add(self)
+        self.references = references
+        self.held = list(places)
+        stepping.watch(self)
 
     @classmethod
     def of(cls, model: nn.Module) -> Confined:
@@ -83,12 +71,12 @@ class Confined:
                 "osf_torch.Confined.of: expected a confined model, got one without confined weights"
             )
         owner: Any = places[0].spec.owner
-        if {id(place.module) for place in places} <= {id(place.module) for place in owner._held}:
+        if {id(place.module) for place in places} <= {id(place.module) for place in owner.held}:
             found: Confined = owner
             return found
         made = cls(model, owner._settings)
-        made._held, made._references = places, dict(owner._references)
-        _CONFINED.add(made)
+        made.held, made.references = places, dict(owner.references)
+        stepping.watch(made)
         return made
 
     @property
@@ -103,17 +91,17 @@ class Confined:
         Raises:
             RuntimeError: released.
         """
-        if not self._held:
+        if not self.held:
             raise RuntimeError(
                 "osf_torch.Confined: expected a confined model, got one that was released; confine "
                 "it anew"
             )
-        return self._held
+        return self.held
 
     def tell(self, what: str, text: str) -> None:
         """Says something in a log line, once until the next step; ``what`` it is about."""
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self.told:
+            self.told.add(what)
             log.warning("osf_torch.confine: %s", text)
 
     # --- what a training loop calls ---
@@ -133,9 +121,9 @@ class Confined:
         """
         places = self.places
         merge(places, force=any(place.is_sharded for place in places), looks=True)
-        self._reshard(places)
+        self.reshard(places)
 
-    def _reshard(self, places: Sequence[Place]) -> None:
+    def reshard(self, places: Sequence[Place]) -> None:
         """Has FSDP2 let go of what it has gathered of weights that were merged since."""
         if any(place.weight is not Place(place.module, place.spec).weight for place in places):
             resharded(self._model)
@@ -160,8 +148,8 @@ class Confined:
                 "Confined.state_dict()"
             )
         self._end("release()")
-        self._held = []
-        _CONFINED.discard(self)
+        self.held = []
+        stepping.unwatch(self)
 
     def next_task(
         self, ranks: Ranks | None = None, *, widen: Rank | None = None, **options: Any
@@ -224,8 +212,7 @@ class Confined:
                 if place.spec.update == "beside":
                     place.weight.copy_(current(place))
                 for t in place.trained():
-                    t.__dict__[_ENDED] = what
-                    _ENDS.add(what)
+                    stepping.end(t, what)
                 detach(place.module, place.spec)
 
     # --- what a user asks ---
@@ -240,7 +227,7 @@ class Confined:
         collective. Synchronises.
         """
         self.merge()
-        references = self._references
+        references = self.references
         return {
             p.name: drifting.drift(p, references[p.name])
             for p in self.places
@@ -272,7 +259,7 @@ class Confined:
     def base_moved(self) -> dict[str, float]:
         """Per weight that C stands beside ‖W − W₀‖ / ‖W₀‖, how far the weight itself is from what
         it was at ``confine``: 0 to rounding, or something was loaded since."""
-        references = self._references
+        references = self.references
         return {
             p.name: drifting.base_moved(p, references[p.name])
             for p in self.places
@@ -293,7 +280,7 @@ class Confined:
 
     def __repr__(self) -> str:
         rank = "" if self.rank is None else f", rank {self.rank}"
-        return f"Confined({len(self._held)} weights, update={self.update!r}{rank})"
+        return f"Confined({len(self.held)} weights, update={self.update!r}{rank})"
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming takes beside the model's and the optimizer's states: C, the bases, and of
@@ -302,7 +289,7 @@ class Confined:
         returns, which :meth:`load_state_dict` then takes. Of sharded weights a collective.
         """
         self.merge()
-        return state.state_of(self.places, self._settings, self._references)
+        return state.state_of(self.places, self._settings, self.references)
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -316,114 +303,5 @@ class Confined:
         state.require_state(saved)
         places = self.places
         state.load(places, saved, self._settings)
-        self._reshard(places)
-        self._references = state.references_of(saved, places)
-
-
-# --- every optimizer's steps ---
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Refuses to step what no weight has any more, or weights that are frozen.
-
-    Raises:
-        RuntimeError: an optimizer of a released free block, or that was made before ``confine``;
-            of a model that was made half precision since.
-    """
-    ended = None
-    for group in optimizer.param_groups if _ENDS else ():
-        for p in group["params"]:
-            ended = p.__dict__.get(_ENDED, ended)
-    if ended is not None:
-        raise RuntimeError(
-            f"osf_torch.confine: expected an optimizer that was made after Confined.{ended}, got "
-            "one with free blocks that no weight has any more; make a new one of model.parameters()"
-        )
-    if not _CONFINED:
-        return
-    owned = owned_by(optimizer)
-    for confined in list(_CONFINED):
-        if not _concerns(confined, owned):
-            continue
-        for place in confined.places:
-            _require_steppable(place, owned)
-        if any(place.steps(owned) for place in confined.places):
-            confined._told.clear()
-            for place in confined.places:
-                require_in_place(confined._model, place)
-                _require_unwritten(confined, place)
-
-
-def _concerns(confined: Confined, owned: set[int]) -> bool:
-    """Whether an optimizer has parameters of confined modules, in one call: it is asked of every
-    optimizer's steps. Of FSDP2's modules it may have others than they show now."""
-    for place in confined._held:
-        if OF_FSDP in place.module.__dict__:
-            return True
-        for t in place.module._parameters.values():
-            if id(t) in owned:
-                return True
-    return False
-
-
-def _require_unwritten(confined: Confined, place: Place) -> None:
-    """Refuses to go on from a weight whose protected part something has written to, where the host
-    sees that it was written to: see ``merging.is_written``.
-
-    Raises:
-        RuntimeError: so it is.
-    """
-    if place.spec.is_opaque or place.is_sharded or not is_written(place):
-        return
-    moved = drifting.drift(place, confined._references[place.name])
-    if moved <= drift_limit(place):
-        note_weight(place)
-        return
-    raise RuntimeError(
-        f"osf_torch.confine: expected {place.name!r} to be as the last step left it, got one whose "
-        f"protected part something has moved by {moved:.1e} of its norm; load a checkpoint of this "
-        "run, or Confined.release(), and confine what the weights are now"
-    )
-
-
-def _require_steppable(place: Place, owned: set[int]) -> None:
-    """Refuses a step that would move the weight itself, or C by less than it can hold."""
-    spec, steps = place.spec, place.steps(owned)
-    if not steps and id(place.module._parameters.get(spec.attribute)) not in owned:
-        return
-    weight = place.weight
-    if weight.requires_grad:
-        raise RuntimeError(
-            f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True: it "
-            "was unfrozen, or another parameter stands in its place; freeze it, or "
-            "Confined.release() before what replaces it"
-        )
-    if not steps:
-        raise RuntimeError(
-            "osf_torch.confine: expected an optimizer of the free blocks, got one that has "
-            f"{spec.name!r}, which is frozen, and not {spec.trainable[0]!r}: it was made before "
-            "confine; make it of model.parameters() now"
-        )
-    dtypes = [(t.dtype, spec.dtype) for t in place.trained()]
-    if spec.update == "merge" and not spec.is_rounded:
-        dtypes.append((weight.dtype, torch.float32))
-    for dtype, least in dtypes:
-        if torch.finfo(dtype).eps > torch.finfo(least).eps:
-            raise RuntimeError(
-                f"osf_torch.confine: expected {spec.name!r} and its free block to stay of the "
-                f"precision that they were confined with, {least}, got {dtype}, which steps are "
-                "below the rounding of; convert the model first, then confine it"
-            )
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Brings up to date what the step has moved: one list of all weights of a model."""
-    if not _CONFINED:
-        return
-    owned = owned_by(optimizer)
-    for confined in list(_CONFINED):
-        if not _concerns(confined, owned):
-            continue
-        places = [place for place in confined.places if place.steps(owned)]
-        merge(places, force=True)
-        confined._reshard(places)
+        self.reshard(places)
+        self.references = state.references_of(saved, places)

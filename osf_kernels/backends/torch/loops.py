@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osf_kernels.cpu import NARROW
+from osf_kernels.cpu import NARROW, SUMMED, SUMMED_TO
 from osf_kernels.plan import Step
 
 Rows = Iterable[tuple[Any, ...]]
@@ -150,20 +150,38 @@ def _inner_in_turn(step: Step, products: Any, rows: Rows) -> None:
         addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
 
 
+def _times(x: Tensor, V: Tensor, mm: Any, addmm: Any) -> Tensor:
+    """x V; of a float32 matrix on a CPU summed ``SUMMED`` products at a time."""
+    n = x.shape[-1]
+    if n <= SUMMED or n > SUMMED_TO or not x.is_cpu or x.dtype != torch.float32:
+        whole: Tensor = mm(x, V)
+        return whole
+    out: Tensor = mm(x[..., :SUMMED], V[..., :SUMMED, :])
+    for start in range(SUMMED, n, SUMMED):
+        stop = start + SUMMED
+        addmm(out, x[..., start:stop], V[..., start:stop, :], out=out)
+    return out
+
+
 def _inner(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     left_first = step.first == "left"
     for x, out, U, Ut, V, Vt, pin, (A, _) in rows:
-        narrow = not left_first and V.shape[-1] <= NARROW and x.is_cpu and x.dtype == torch.float32
-        if narrow and A is None and pin is None:
-            wide = U.double()
-            core = mm(wide, mm(wide.mT, mm(x, V).double())).float()
-            addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
+        few = (U if left_first else V).shape[-1] <= NARROW and x.is_cpu and x.dtype == torch.float32
+        if few and A is None and pin is None:
+            if left_first:
+                wide = V.double()
+                core = mm(wide, mm(wide.mT, mm(Ut, x).mT.double())).float().mT
+                addmm(x, U, core, alpha=alpha, out=out) if beta else mm(U, core, out=out)
+            else:
+                wide = U.double()
+                core = mm(wide, mm(wide.mT, _times(x, V, mm, addmm).double())).float()
+                addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
             continue
         if A is not None:
             C = mm(A, V)
         else:
-            C = mm(mm(Ut, x), V) if left_first else mm(Ut, mm(x, V))
+            C = mm(mm(Ut, x), V) if left_first else mm(Ut, _times(x, V, mm, addmm))
         if pin is not None:
             S, _, rest_C = pin
             C.diagonal(dim1=-2, dim2=-1).sub_(S)

@@ -2,5 +2,6 @@
 
 ``spec.py`` says what is confined of a weight and under which names its tensors are held,
 ``merging.py`` brings weights up to date, ``functions.py`` is what autograd sees, ``layers.py`` are
-the classes and hooks that modules get, ``state.py`` and ``summary.py`` what is saved and shown.
+the classes and hooks that modules get, ``stepping.py`` the hooks of optimizers' steps, ``state.py``
+and ``summary.py`` what is saved and shown.
 """
