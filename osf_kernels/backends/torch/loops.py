@@ -150,38 +150,32 @@ def _inner_in_turn(step: Step, products: Any, rows: Rows) -> None:
         addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
 
 
-def _times(x: Tensor, V: Tensor, mm: Any, addmm: Any) -> Tensor:
-    """x V; of a float32 matrix on a CPU summed ``SUMMED`` products at a time."""
-    n = x.shape[-1]
-    if n <= SUMMED or n > SUMMED_TO or not x.is_cpu or x.dtype != torch.float32:
-        whole: Tensor = mm(x, V)
-        return whole
-    out: Tensor = mm(x[..., :SUMMED], V[..., :SUMMED, :])
-    for start in range(SUMMED, n, SUMMED):
-        stop = start + SUMMED
-        addmm(out, x[..., start:stop], V[..., start:stop, :], out=out)
-    return out
-
-
 def _inner(step: Step, products: Any, rows: Rows) -> None:
     (mm, addmm, _), alpha, beta = products, step.alpha, step.beta
     left_first = step.first == "left"
     for x, out, U, Ut, V, Vt, pin, (A, _) in rows:
-        few = (U if left_first else V).shape[-1] <= NARROW and x.is_cpu and x.dtype == torch.float32
+        n, exact = x.shape[-1], x.is_cpu and x.dtype == torch.float32
+        parts = range(SUMMED, n, SUMMED) if exact and n <= SUMMED_TO else ()
+        if left_first or A is not None:
+            half = mm(Ut, x) if A is None else A
+        elif parts:
+            half = mm(x[..., :SUMMED], V[..., :SUMMED, :])
+            for i in parts:
+                addmm(half, x[..., i : i + SUMMED], V[..., i : i + SUMMED, :], out=half)
+        else:
+            half = mm(x, V)
+        few = exact and (U if left_first else V).shape[-1] <= NARROW
         if few and A is None and pin is None:
             if left_first:
                 wide = V.double()
-                core = mm(wide, mm(wide.mT, mm(Ut, x).mT.double())).float().mT
+                core = mm(wide, mm(wide.mT, half.mT.double())).float().mT
                 addmm(x, U, core, alpha=alpha, out=out) if beta else mm(U, core, out=out)
             else:
                 wide = U.double()
-                core = mm(wide, mm(wide.mT, _times(x, V, mm, addmm).double())).float()
+                core = mm(wide, mm(wide.mT, half.double())).float()
                 addmm(x, core, Vt, alpha=alpha, out=out) if beta else mm(core, Vt, out=out)
             continue
-        if A is not None:
-            C = mm(A, V)
-        else:
-            C = mm(mm(Ut, x), V) if left_first else mm(Ut, _times(x, V, mm, addmm))
+        C = mm(half, V) if left_first or A is not None else mm(Ut, half)
         if pin is not None:
             S, _, rest_C = pin
             C.diagonal(dim1=-2, dim2=-1).sub_(S)
