@@ -26,11 +26,13 @@ class FreeBasis:
     Attributes:
         size, width: n and q.
         held: "columns", "reflector" or "everything".
+        side: what a plan needs to know of it.
     """
 
     def __init__(self, size: int, width: int, held: Held, parts: tuple[Tensor, ...]) -> None:
         self.size, self.width = size, width
         self.held: Held = held
+        self.side = Side(size, width, held)
         self._parts = parts
 
     @classmethod
@@ -100,6 +102,10 @@ class FreeBasis:
 
     # --- products ---
 
+    def _as(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        parts = self._parts
+        return parts if parts[0].dtype == dtype else tuple(part.to(dtype) for part in parts)
+
     def reduce(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """x F, (..., T, n) to (..., T, q), of x's dtype; where ``rows`` says so, x has columns for
         these rows of F alone.
@@ -108,11 +114,11 @@ class FreeBasis:
             return self.reduce_rows(x.mT, rows).mT
         if self.held == "everything":
             return x if rows is None else self._placed(x, rows)
-        parts = [part.to(x.dtype) for part in self._parts]
-        at = slice(0, self.size) if rows is None else rows
+        parts = self._as(x.dtype)
         if self.held == "columns":
-            return x @ parts[0][..., at, :]
+            return x @ (parts[0] if rows is None else parts[0][..., rows, :])
         Y, N = parts
+        at = slice(0, self.size) if rows is None else rows
         start = x[..., -self.width :] if rows is None else self._placed(x, rows)
         return _less(start, (x @ Y[..., at, :]) @ N, Y[..., -self.width :, :].mT)
 
@@ -120,11 +126,11 @@ class FreeBasis:
         """Fᵀ x, (..., n, T) to (..., q, T): as ``reduce``, of the rows of x, and contiguous."""
         if self.held == "everything":
             return x if rows is None else self._placed(x.mT, rows).mT
-        parts = [part.to(x.dtype) for part in self._parts]
-        at = slice(0, self.size) if rows is None else rows
+        parts = self._as(x.dtype)
         if self.held == "columns":
-            return parts[0][..., at, :].mT @ x
+            return (parts[0] if rows is None else parts[0][..., rows, :]).mT @ x
         Y, N = parts
+        at = slice(0, self.size) if rows is None else rows
         start = x[..., -self.width :, :] if rows is None else self._placed(x.mT, rows).mT
         return _less(start, Y[..., -self.width :, :], N.mT @ (Y[..., at, :].mT @ x))
 
@@ -146,13 +152,13 @@ class FreeBasis:
 
     def expand_rows(self, y: Tensor, rows: slice | None = None) -> Tensor:
         """F y, (..., q, T) to (..., n, T), contiguous; some of its rows where ``rows`` says so."""
-        at = slice(0, self.size) if rows is None else rows
         if self.held == "everything":
-            return y[..., at, :]
-        parts = [part.to(y.dtype) for part in self._parts]
+            return y if rows is None else y[..., rows, :]
+        parts = self._as(y.dtype)
         if self.held == "columns":
-            return parts[0][..., at, :] @ y
+            return (parts[0] if rows is None else parts[0][..., rows, :]) @ y
         Y, N = parts
+        at = slice(0, self.size) if rows is None else rows
         result = Y[..., at, :] @ (N @ (Y[..., -self.width :, :].mT @ y)).neg_()
         protected = self.size - self.width
         start, stop = max(at.start, protected), max(at.stop, protected)
@@ -188,6 +194,9 @@ class FreeBasis:
             return self
         return FreeBasis(self.size, self.width, self.held, moved)
 
+    def is_on(self, device: torch.device) -> bool:
+        return not self._parts or self._parts[0].device == device
+
     def of_batch(self, dim: int, part: slice) -> FreeBasis:
         """The basis of some matrices of a batch; ``dim``, below −2, counts from the end."""
         if len(self._batch) < -dim - 2:  # one basis for every matrix along it
@@ -204,11 +213,6 @@ class FreeBasis:
     def nbytes(self) -> int:
         """Of what is held."""
         return sum(part.nbytes for part in self._parts)
-
-    @property
-    def side(self) -> Side:
-        """What a plan needs to know of it."""
-        return Side(self.size, self.width, self.held)
 
 
 def _less(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -175,6 +175,7 @@ def free_gradient(
     order: Order | None = None,
     left_reduced: bool = False,
     right_reduced: bool = False,
+    finish: bool = True,
 ) -> Tensor:
     """The free block of a product over tokens, U_lᵀ (outputsᵀ inputs) V_l, in the cheapest order.
 
@@ -187,9 +188,12 @@ def free_gradient(
         left, right: of the m rows and of the n columns of the weight.
         order: of ``plan_free``; None for the cheapest.
         left_reduced, right_reduced: whether that is so, whatever the order.
+        finish: False leaves what is to be done with the product over tokens to the caller, who may
+            have more of them to add: ``left.reduce_rows`` where V_l is applied to the inputs,
+            ``right.reduce`` where U_l is to the outputs, ``free_block`` where neither is.
 
     Returns:
-        (p, q) of the operands' dtype.
+        (p, q) of the operands' dtype; without ``finish`` (m, q), (p, n), (m, n) or (p, q).
 
     Raises:
         ValueError: sizes that don't fit, an unknown order.
@@ -212,6 +216,8 @@ def free_gradient(
     if chosen in ("left", "both") and not left_reduced:
         outputs, left_reduced = left.reduce(outputs), True
     product = _over_tokens(outputs, inputs)
+    if not finish:
+        return product
     # What is left to do is done to the smaller product.
     if left_reduced:
         return product if right_reduced else right.reduce(product)

@@ -11,8 +11,8 @@ from torch import nn
 
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
+from osf_torch.free.current import current
 from osf_torch.free.drifting import drift_limit
-from osf_torch.free.functions import current
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_torch.free.functions import current, update_of
+from osf_torch.free.current import current, update_of
 from osf_torch.free.merging import cut_of, part_of
 from osf_torch.free.spec import Place
 from osf_torch.sharding import is_dtensor, local, sum_over

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osf_torch.free import functions
+from osf_torch.free.current import block_of, current, is_substitute
+from osf_torch.free.linear import beside, linear
 from osf_torch.free.merging import cut_of, merge, part_of, require_fresh, require_together
 from osf_torch.free.spec import SPECS, AtRest, Place, Spec, resting, specs_of
 from osf_torch.sharding import is_dtensor, local
@@ -80,7 +81,7 @@ def _property(attribute: str) -> property:
             return weight
         require_frozen(spec, weight)
         tell_frozen_block(Place(self, spec))
-        return functions.current(Place(self, spec))
+        return current(Place(self, spec))
 
     def put(self: nn.Module, value: Any) -> None:
         # nn.Module.__setattr__ takes parameters before a property sees them.
@@ -107,19 +108,19 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
         return F.linear(x, weight.mT if transposed else weight, module.bias)
     place = Place(module, spec)
     tell_frozen_block(place)
-    W, bias = place.weight, module.bias
-    if place.is_sharded:
+    W, bias, is_sharded = place.weight, module.bias, place.is_sharded
+    if is_sharded:
         require_together(place)
     require_frozen(spec, W)
-    if is_dtensor(W) or is_dtensor(x) or functions.is_substitute(place):
-        weight = functions.current(place)
+    if is_dtensor(W) or is_dtensor(x) or is_substitute(place):
+        weight = current(place)
         return F.linear(x, weight.mT if transposed else weight, bias)
     if spec.update == "beside" and (spec.rank is not None or not W.element_size() >= 4):
         y = F.linear(x, W.mT if transposed else W, bias)
-        return y + functions.beside(place, x, transposed=transposed).to(y.dtype)
-    if spec.update == "merge" and place.is_sharded:
+        return y + beside(place, x, transposed=transposed).to(y.dtype)
+    if is_sharded and spec.update == "merge":
         require_fresh(place)
-    return functions.linear(place, x, bias, transposed=transposed)
+    return linear(place, x, bias, transposed=transposed, is_sharded=is_sharded)
 
 
 def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,20 +129,19 @@ def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     spec = specs_of(self).get("weight")
     if spec is None:
         return y
-    return y + functions.beside(Place(self, spec), x, transposed=False).to(y.dtype)
+    return y + beside(Place(self, spec), x, transposed=False).to(y.dtype)
 
 
 def tell_frozen_block(place: Place) -> None:
     """Says where gradients are wanted and C takes none: then the weight isn't trained at all."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if place.is_trained or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if not any(t.requires_grad for t in place.trained()):
-        owner: Any = place.spec.owner
-        owner.tell(
-            "frozen",
-            f"the free block of {place.name!r} doesn't require a gradient: something has frozen "
-            "it, such as an adapter that was added; Confined.parameters() are to require one",
-        )
+    owner: Any = place.spec.owner
+    owner.tell(
+        "frozen",
+        f"the free block of {place.name!r} doesn't require a gradient: something has frozen it, "
+        "such as an adapter that was added; Confined.parameters() are to require one",
+    )
 
 
 def require_frozen(spec: Spec, weight: Tensor) -> None:
@@ -238,7 +238,7 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_:
             state.pop(prefix + name, None)
         if spec.update == "beside" and prefix + spec.attribute in state:
             with torch.no_grad():
-                state[prefix + spec.attribute] = functions.current(AtRest(module, spec)).detach()
+                state[prefix + spec.attribute] = current(AtRest(module, spec)).detach()
 
 
 @torch.no_grad()
@@ -279,7 +279,7 @@ def _begun(place: Place, name: str, weight: Tensor) -> Tensor:
         return held.clone()  # A of a product that B has zero
     if not spec.decays_to_zero:
         return torch.zeros_like(held)
-    return functions.block_of(place, weight.detach().to(held.dtype))
+    return block_of(place, weight.detach().to(held.dtype))
 
 
 def _tell_begun(place: Place) -> None:

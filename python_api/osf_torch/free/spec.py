@@ -63,7 +63,11 @@ class Spec:
         decays_to_zero: whether C is the free part of the weight itself, and not what is added.
         inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
+        shared: what layers that use the weight give their gradients to, see ``linear._shared``.
         handle: by which operators find it.
+        free, merged, base, factors: the names of what the module has beside the weight.
+        trainable: those of what is trained.
+        beside: all of them.
     """
 
     name: str
@@ -81,10 +85,24 @@ class Spec:
     decays_to_zero: bool = False
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
+    shared: tuple[Any, ...] | None = None
     handle: int = field(default_factory=lambda: next(_numbers))
+    free: str = field(init=False)
+    merged: str = field(init=False)
+    base: str = field(init=False)
+    factors: tuple[str, str] = field(init=False)
+    trainable: tuple[str, ...] = field(init=False)
+    beside: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         _BY_HANDLE[self.handle] = self
+        # Kept, since every forward pass of a layer asks for them.
+        self.free = f"{self.attribute}_free"
+        self.merged, self.base = f"{self.attribute}_merged", f"{self.attribute}_base"
+        self.factors = f"{self.free}_B", f"{self.free}_A"
+        self.trainable = (self.free,) if self.rank is None else self.factors
+        merged = (self.merged,) if self.update == "merge" else ()
+        self.beside = (*self.trainable, *merged, *((self.base,) if self.is_rounded else ()))
 
     # Copies of a module share it: what differs between them are their parameters.
     def __copy__(self) -> Spec:
@@ -92,35 +110,6 @@ class Spec:
 
     def __deepcopy__(self, memo: object) -> Spec:
         return self
-
-    # --- names ---
-
-    @property
-    def free(self) -> str:
-        return f"{self.attribute}_free"
-
-    @property
-    def merged(self) -> str:
-        return f"{self.attribute}_merged"
-
-    @property
-    def base(self) -> str:
-        return f"{self.attribute}_base"
-
-    @property
-    def factors(self) -> tuple[str, str]:
-        return f"{self.free}_B", f"{self.free}_A"
-
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """The names of what is trained."""
-        return (self.free,) if self.rank is None else self.factors
-
-    @property
-    def beside(self) -> tuple[str, ...]:
-        """The names of all that a module has beside the weight itself."""
-        merged = (self.merged,) if self.update == "merge" else ()
-        return (*self.trainable, *merged, *((self.base,) if self.is_rounded else ()))
 
     # --- the matrix ---
 
@@ -137,9 +126,10 @@ class Spec:
 
     def follow(self, device: torch.device) -> None:
         """Brings the bases to the device that the weight was moved to."""
-        if torch.compiler.is_compiling():
-            return
-        self.left, self.right = self.left.to(device), self.right.to(device)
+        if not torch.compiler.is_compiling() and not (
+            self.left.is_on(device) and self.right.is_on(device)
+        ):
+            self.left, self.right = self.left.to(device), self.right.to(device)
 
     def plan(self, tokens: int) -> FreePlan:
         return plan_free(tokens, self.left.side, self.right.side)
@@ -214,6 +204,11 @@ class Place:
 
     def trained(self) -> list[Tensor]:
         return [self.get(name) for name in self.spec.trainable]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a gradient is wanted of what is trained, of a factor at least."""
+        return any(self.get(name).requires_grad for name in self.spec.trainable)
 
     def steps(self, owned: Collection[int]) -> bool:
         """Whether what is trained is among the parameters of these ids."""

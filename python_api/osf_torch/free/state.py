@@ -11,8 +11,8 @@ from torch import Tensor
 from osf_kernels import FreeBasis
 from osf_torch.free import drifting
 from osf_torch.free.admission import Settings, Sides
+from osf_torch.free.current import current, update_of
 from osf_torch.free.drifting import Reference
-from osf_torch.free.functions import current, update_of
 from osf_torch.free.merging import merge
 from osf_torch.free.spec import Place
 from osf_torch.selection import listed
@@ -190,9 +190,8 @@ def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
     has_block: whether the weight has the saved block in it already.
     """
     spec = place.spec
-    spec.left, spec.right = (
-        _read_basis(saved[side]).to(place.device) for side in ("left", "right")
-    )
+    spec.left, spec.right = (_read_basis(saved[side]) for side in ("left", "right"))
+    spec.follow(place.device)
     whole = current(place).detach().clone() if spec.update == "beside" and has_block else None
     started = place.get(spec.merged).clone() if spec.update == "merge" else None
     for name, t in saved["trained"].items():
