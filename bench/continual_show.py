@@ -48,15 +48,23 @@ def draw_table(
     return table
 
 
-def tuning_table(found: Mapping[str, Mapping[float, float]], grid: Sequence[float]) -> str:
-    """What each method reached by learning rate; - where the search didn't go."""
-    header = ("method", *(f"{rate:g}" for rate in grid), "best")
+def tuning_table(
+    found: Mapping[str, Mapping[float, tuple[float, float]]],
+    grid: Sequence[float],
+    chosen: Mapping[str, float],
+) -> str:
+    """What each method learned by learning rate, with its standard error, and the rate that it
+    takes; - where the search didn't go."""
+
+    def cell(scores: Mapping[float, tuple[float, float]], rate: float) -> str:
+        if rate not in scores:
+            return "-"
+        score, error = scores[rate]
+        return f"{100 * score:.1f} ± {100 * error:.1f}"
+
+    header = ("method", *(f"{rate:g}" for rate in grid), "takes")
     lines = [
-        (
-            name,
-            *(f"{100 * scores[rate]:.1f}" if rate in scores else "-" for rate in grid),
-            f"{max(scores, key=lambda rate: (scores[rate], -rate)):g}",
-        )
+        (name, *(cell(scores, rate) for rate in grid), f"{chosen[name]:g}")
         for name, scores in found.items()
     ]
     return report.table(header, lines)

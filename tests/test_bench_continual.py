@@ -162,7 +162,10 @@ def test_what_is_taken_from_a_file_is_said_with_its_commits_and_dates(tmp_path: 
 def scored(
     monkeypatch: pytest.MonkeyPatch, scores: dict[float, float]
 ) -> tuple[continual.Sequences, list[float]]:
-    """Sequences whose validation accuracy is given by the learning rate."""
+    """Sequences whose validation accuracy is given by the learning rate.
+
+    Of two tasks with twelve documents each: one standard error is .1 at .4 and .6.
+    """
     asked: list[float] = []
 
     def train(*_: object, learning_rate: float, split: str, **__: object) -> list[list[float]]:
@@ -180,15 +183,17 @@ def scored(
 @pytest.mark.parametrize(
     ("values", "tried", "best"),
     [
-        ((0.9, 0.7, 0.6, 0.5, 0.4), [3e-4, 1e-4, 3e-5], 3e-5),
-        ((0.4, 0.7, 0.6, 0.5, 0.9), [3e-4, 1e-4, 3e-5], 1e-4),
-        ((0.9, 0.5, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4], 3e-4),
-        ((0.0, 0.1, 0.2, 0.3, 0.4), [3e-4, 1e-3, 3e-3, 1e-4], 3e-3),
-        ((0.0, 0.1, 0.2, 0.3, math.nan), [3e-4, 1e-3, 3e-3, 1e-4], 1e-3),
-        ((0.2, 0.2, 0.2, 0.2, 0.2), [3e-4, 3e-5, 1e-4], 3e-5),
+        ((0.9, 0.9, 0.7, 0.6, 0.5, 0.4), [3e-4, 1e-4, 3e-5, 1e-5], 1e-5),
+        ((0.9, 0.4, 0.7, 0.6, 0.5, 0.9), [3e-4, 1e-4, 3e-5], 1e-4),
+        ((0.0, 0.4, 0.56, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4, 3e-5], 1e-4),
+        ((0.9, 0.4, 0.4, 0.6, 0.5, 0.9), [3e-4, 1e-3, 1e-4], 3e-4),
+        ((0.9, 0.4, 0.4, 0.56, 0.6, 0.4), [3e-4, 1e-3, 3e-3, 1e-4], 3e-4),
+        ((0.0, 0.0, 0.0, 0.1, 0.2, 0.6), [3e-4, 1e-3, 3e-3, 1e-4], 3e-3),
+        ((0.0, 0.0, 0.0, 0.2, 0.6, math.nan), [3e-4, 1e-3, 3e-3, 1e-4], 1e-3),
+        ((0.2, 0.2, 0.2, 0.2, 0.2, 0.2), [3e-4, 1e-4, 3e-5, 1e-5], 1e-5),
     ],
 )
-def test_tuning_climbs_the_grid(
+def test_tuning_takes_the_smallest_rate_that_learns_as_much(
     values: tuple[float, ...],
     tried: list[float],
     best: float,
@@ -205,6 +210,14 @@ def test_tuning_climbs_the_grid(
     assert all(math.isnan(dict(zip(continual.GRID, values, strict=True))[rate]) for rate in asked)
     with pytest.raises(ValueError, match=r"no learning rate of lora for 2 steps .* --tune"):
         continual.rates_for(["plain", "lora"], csv, found)
+
+
+def test_the_standard_error_is_of_the_documents() -> None:
+    found = sequences()
+    run = continual_rows.Run("plain", 0, 1e-3, [[0.5], [0.1, 0.9]], ("a", "b"))
+    score, error = found.score(run)
+    assert score == pytest.approx(0.7)
+    assert error == pytest.approx(math.sqrt(0.25 / 12 + 0.09 / 12) / 2)
 
 
 def test_variants_of_ours_take_its_rate(tmp_path: Path) -> None:
@@ -275,8 +288,10 @@ def test_table_shows_every_method() -> None:
     assert all(METHODS[name].title in text for name in METHODS)
     assert "63.3" not in text  # of neither: (0.7 + 0.7)/2 is the average
     assert "70.0 ± 0.0" in text
-    tuning = continual_show.tuning_table({"plain": {1e-4: 0.5, 3e-4: 0.6}}, continual.GRID)
-    assert tuning.splitlines()[-1].split() == ["plain", "-", "50.0", "60.0", "-", "-", "0.0003"]
+    scores = {1e-4: (0.5, 0.01), 3e-4: (0.6, 0.02)}
+    tuning = continual_show.tuning_table({"plain": scores}, continual.GRID, {"plain": 3e-4})
+    line = "plain - - 50.0 ± 1.0 60.0 ± 2.0 - - 0.0003"
+    assert tuning.splitlines()[-1].split() == line.split()
 
 
 @pytest.mark.timing

@@ -132,6 +132,7 @@ def test_the_next_task(mode, grows):
         ("merge", "UV", {"widen": 100}, ValueError, "something free"),
         ("merge", "UV", {"widen": "more"}, TypeError, "widen"),
         ("merge", "UV", {"ranks": {"first.weight": 3}}, ValueError, "a rank for every weight"),
+        ("merge", "UV", {"rank": 3}, TypeError, "expected options of refresh, .*, got rank"),
         ("merge", "V", {}, ValueError, "bases of triplets"),
         ("beside", "UV", {}, RuntimeError, 'update="merge", got "beside"'),
         ("rank", "UV", {}, RuntimeError, 'update="merge", got "beside"'),
@@ -150,6 +151,16 @@ def test_a_next_task_that_is_refused_leaves_everything(mode, sides, options, kin
         assert (id(p), True) == (before[name][0], torch.equal(p, before[name][1]))
     train(model, batches(2, "goes on"), optimizer)
     assert max(confined.drift().values()) <= LIMIT
+
+
+def test_sizes_are_printed_in_units_that_fit():
+    for width, unit in ((16, "KiB"), (512, "MiB")):
+        model = nn.Sequential(nn.Linear(width, width))
+        confined = confine(model, {"0.weight": drawn(width, width, 0.5, "UV", "high")})
+        header, _, line, *_, last = confined.summary().splitlines()
+        assert header.count(unit) == 4
+        assert float(line.split()[5]) == round(width**2 / (2**10 if unit == "KiB" else 2**20), 1)
+        assert last.count(unit) == 3
 
 
 @pytest.mark.parametrize("mode", MODES)

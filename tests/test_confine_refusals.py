@@ -81,6 +81,11 @@ PLAIN = {"0.weight": Subspace(basis(10, 4), basis(12, 4))}
 
 # name: (model, subspaces, options, error, what it says beside the name)
 CASES = {
+    "a seed for a generator": (layers, {"0.weight": Subspace(basis(10, 4), basis(12, 4))},
+                               {"rank": 2, "generator": 7}, TypeError,
+                               r"torch\.Generator or None, got int"),
+    "no parameters": (nn.Sequential, {"0.weight": Subspace(basis(10, 4), basis(12, 4))}, {},
+                      ValueError, "got '0.weight'; it has none: a quantized layer"),
     "all protected": (layers, {"0.weight": Subspace(basis(10, 10), basis(12, 4))}, {}, ValueError,
                       "something free, got .* all 10 rows"),
     "none protected": (layers, {"0.weight": Subspace(None, None)}, {}, ValueError,

@@ -72,9 +72,9 @@ def confine(
             step of an optimizer and wherever a forward pass or ``state_dict`` finds C changed.
             Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
             "beside": W is never written to, and a layer multiplies by the sum, which is formed
-            anew each time; one of half precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to
-            what it returns. For frozen weights that other models have too, that are quantized or to
-            be left as they are.
+            anew each time, so that what is written to ``module.weight`` is lost; one of half
+            precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to what it returns. For frozen
+            weights that other models have too, that are quantized or to be left as they are.
         rank: s trains C = B A with B (p, s) and A (s, q), as LoRA does, beside the weight.
         decay_to: what weight decay of C pulls towards: "start", the weight as it is now, for C = 0
             there; or "zero", a weight without its free part, for C = U_lᵀ W V_l now. "zero" is for
@@ -101,6 +101,11 @@ def confine(
     update (arXiv 2510.13003), in coordinates in which no optimizer can leave it.
     """
     state = _require_arguments(model, subspaces, update, rank, decay_to, dtype, mode)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            "osf_torch.confine: expected generator to be a torch.Generator or None, got "
+            f"{type(generator).__name__}; torch.Generator().manual_seed(0) makes one"
+        )
     if state is not None:
         subspaces = sides_of(state)
         update, rank, decay_to = state["update"], state["rank"], state["decay_to"]

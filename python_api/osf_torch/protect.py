@@ -14,7 +14,7 @@ from osf_torch import protected as weights
 from osf_torch.free.spec import places_of
 from osf_torch.guard import Guard
 from osf_torch.protected import Protected
-from osf_torch.selection import named_weights, require_matrices, require_values
+from osf_torch.selection import named_weights, require_matrices, require_values, unknown
 from osf_torch.state import is_state, require_state, subspaces_of
 from osf_torch.steps import Restore, owned_by
 from osf_torch.subspaces import Subspace
@@ -206,11 +206,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
         _require_subspace(name, subspace)
         weight = parameters.get(name)
         if weight is None:
-            known = ", ".join(list(parameters)[:5])
-            raise ValueError(
-                f"osf_torch.protect: expected subspaces to name parameters of the model, "
-                f"got {name!r}; it has {len(parameters)}, the first are {known}"
-            )
+            raise unknown("protect", name, parameters)
         if id(weight) in confined:
             raise ValueError(
                 f"osf_torch.protect: expected parameter {name!r} to be trained itself, got one "

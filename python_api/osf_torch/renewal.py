@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -72,7 +73,15 @@ def renewed(
 
     Raises:
         ValueError: as ``refresh``; ranks that leave a weight out.
+        TypeError: an option that ``refresh`` doesn't have, or that is decided here.
     """
+    known = set(inspect.signature(refresh).parameters) - {"model", "ranks", "filter"}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"osf_torch.{operator}: expected options of refresh, {', '.join(sorted(known))}, got "
+            f"{listed(unknown)}"
+        )
     if isinstance(previous, Subspaces):
         # Not a warm start from the triplets alone: pinned as they are, W maps their span to
         # itself, and iterating from it never finds what outgrew it.

@@ -82,6 +82,17 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def unknown(operator: str, name: str, known: Collection[str]) -> ValueError:
+    """Of subspaces that name a parameter which the model doesn't have."""
+    held = f"it has {len(known)}, the first are {', '.join(list(known)[:5])}"
+    if not known:
+        held = "it has none: a quantized layer may hold its weight as something else"
+    return ValueError(
+        f"osf_torch.{operator}: expected subspaces to name parameters of the model, got {name!r}; "
+        + held
+    )
+
+
 def listed(names: Sequence[str], count: int = LISTED) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - count

@@ -16,7 +16,7 @@ from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.protected import require_orthonormal
-from osf_torch.selection import named_weights, require_matrices, require_values
+from osf_torch.selection import named_weights, require_matrices, require_values, unknown
 from osf_torch.sharding import is_dtensor
 from osf_torch.subspaces import Subspace
 
@@ -83,11 +83,7 @@ def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace
                 f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S)"
             )
         if name not in parameters:
-            known = ", ".join(list(parameters)[:5])
-            raise ValueError(
-                f"osf_torch.confine: expected subspaces to name parameters of the model, got "
-                f"{name!r}; it has {len(parameters)}, the first are {known}"
-            )
+            raise unknown("confine", name, parameters)
     return dict(subspaces)
 
 

@@ -15,45 +15,57 @@ MOMENTS = 2  # of AdamW, each of the gradient's size
 
 def table_of(places: Sequence[Place]) -> str:
     """A line a weight and one over all, in bytes that AdamW trains with, then the others' sums."""
+    rows = [_row_of(place) for place in places]
+    sums = [sum(figures) for figures in zip(*(figures for _, figures in rows), strict=True)]
+    rows.append(((f"all {len(places)}", "", "", ""), sums))
+    own = sum(sums[1:4])
+    unit, size = ("MiB", 2**20) if own >= 2**20 else ("KiB", 2**10)
+
+    def amount(count: float) -> str:
+        return f"{count / size:,.1f}"
+
     header = (
         *("parameter", "shape", "protected", "free block", "trained"),
-        *("gradient", "state", "bases", "beside"),
+        *(f"{what} {unit}" for what in ("gradient", "state", "bases", "beside")),
     )
-    lines, sums = [], [0, 0, 0, 0, 0]
-    plain, osf = 0, 0
-    for place in places:
-        spec = place.spec
-        trained = sum(t.numel() for t in place.trained())
-        gradient = sum(t.numel() * t.element_size() for t in place.trained())
-        bases = spec.left.nbytes + spec.right.nbytes
-        beside = sum(t.numel() * t.element_size() for t in place.beside()) - gradient
-        figures = (trained, gradient, MOMENTS * gradient, bases, beside)
-        sums = [total + figure for total, figure in zip(sums, figures, strict=True)]
-        protected = [side.size - side.width for side in (spec.left, spec.right)]
-        block = f"{spec.left.width}x{spec.right.width}"
-        if spec.rank is not None:
-            block += f", rank {spec.rank}"
-        lines.append(
-            (
-                place.name,
-                "x".join(map(str, spec.matrix_shape)),
-                "/".join(map(str, protected)),
-                block,
-                f"{trained:,}",
-                *map(_mib, figures[1:]),
-            )
+    lines = [(*words, f"{count:,}", *map(amount, rest)) for words, (count, *rest) in rows]
+    shapes = [place.spec.matrix_shape for place in places]
+    plain = 4 * (1 + MOMENTS) * sum(map(math.prod, shapes))
+    osf = 4 * sum(_osf_elements(place.spec.matrix_shape, _rank_of(place)) for place in places)
+    return "\n".join(
+        (
+            *table(header, lines),
+            f"gradient, AdamW's state and bases: {amount(own)} {unit}; plain fine-tuning "
+            f"{amount(plain)} {unit}, of gradient and state alone; PEFT's OSF {amount(osf)} "
+            f"{unit}, its factors among them (all of float32)",
         )
-        plain += math.prod(spec.matrix_shape)
-        osf += _osf_elements(spec.matrix_shape, min(protected) or max(protected))
-    lines.append((f"all {len(places)}", "", "", "", f"{sums[0]:,}", *map(_mib, sums[1:])))
-    total = sum(sums[1:4])
-    text = table(header, lines)
-    text.append(
-        f"gradient, AdamW's state and bases, MiB: {_mib(total)}; plain fine-tuning "
-        f"{_mib(4 * (1 + MOMENTS) * plain)}, of gradient and state alone; PEFT's OSF "
-        f"{_mib(4 * osf)}, its factors among them (all of float32)"
     )
-    return "\n".join(text)
+
+
+def _row_of(place: Place) -> tuple[tuple[str, ...], list[int]]:
+    """The words of a line, and its figures: numbers that are trained, then bytes."""
+    spec = place.spec
+    gradient = sum(t.nbytes for t in place.trained())
+    block = f"{spec.left.width}x{spec.right.width}"
+    words = (
+        place.name,
+        "x".join(map(str, spec.matrix_shape)),
+        "/".join(str(side.size - side.width) for side in (spec.left, spec.right)),
+        block if spec.rank is None else f"{block}, rank {spec.rank}",
+    )
+    return words, [
+        sum(t.numel() for t in place.trained()),
+        gradient,
+        MOMENTS * gradient,
+        spec.left.nbytes + spec.right.nbytes,
+        sum(t.nbytes for t in place.beside()) - gradient,
+    ]
+
+
+def _rank_of(place: Place) -> int:
+    """How many triplets PEFT's OSF would hold of the weight."""
+    protected = [side.size - side.width for side in (place.spec.left, place.spec.right)]
+    return min(protected) or max(protected)
 
 
 def _osf_elements(shape: Sequence[int], rank: int) -> int:
@@ -64,10 +76,6 @@ def _osf_elements(shape: Sequence[int], rank: int) -> int:
     short, long = sorted((m, n))
     low = (m + n + 1) * (short - rank)
     return math.prod(lead) * ((3 + MOMENTS) * low + (rank * long if m != n else 0))
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f}"
 
 
 def _factor_flops(left: FreeSide, right: FreeSide, rank: int, tokens: int) -> int:
