@@ -56,6 +56,22 @@ def test_gradients_of_all_uses_are_added(uses, shape, transposed):
         assert place.spec.shared is None
 
 
+@pytest.mark.parametrize("uses", [2, 256])
+def test_sums_of_half_precision_are_of_the_blocks(uses):
+    """Many uses under autocast err no more than one."""
+    plain, model, place = pair()
+    xs = [x + 0.5 for x in inputs(uses)]
+    sum(loss(plain(x)) for x in xs).backward()
+    model.float()
+    total = 0.0
+    for x in xs:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x.float())
+        total = total + loss(y.float())
+    total.backward()
+    assert relative(place.get(place.spec.free).grad, wanted(plain, place)) < 0.02
+
+
 def test_the_last_basis_is_applied_once():
     _, model, place = pair()
 

@@ -49,7 +49,9 @@ def confine(
     written to it but by C, and ``nn.init``, pruning and tying come before ``confine``. A weight
     that something writes to all the same is refused by the next step where the host sees it, and by
     ``Confined.verify``. A state that is loaded is what training goes on from, with C as it began.
-    Gradients of gradients are refused where torch would compute them through such a layer.
+    Gradients of gradients through such a layer are refused; ``torch.func.functional_call`` with
+    other tensors in the place of C has them, and so have the transforms of ``torch.func``. Other
+    threads may read the model while one of them trains it.
 
     Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel (make
     DistributedDataParallel anew after ``release`` and ``next_task``); after ``parallelize_module``,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from osf_kernels import free_block, free_matrix
 from osf_torch.free.merging import (
@@ -22,7 +21,7 @@ from osf_torch.free.merging import (
     whole_blocks,
     without_autocast,
 )
-from osf_torch.free.operators import define, differentiate
+from osf_torch.free.operators import define, differentiable_once, differentiate
 from osf_torch.free.spec import Place, Spec, spec_of
 from osf_torch.sharding import is_dtensor, local, sum_over
 
@@ -73,10 +72,14 @@ def formed(W: Tensor, C: Tensor, handle: int) -> Tensor:
 
 
 def is_substitute(place: Place) -> bool:
-    """Whether C is in the place of the module's own, as ``functional_call`` has it.
+    """Whether C is in the place of the module's own, as ``functional_call`` has it, or a transform
+    of ``torch.func`` is at work.
 
-    Then the module's W isn't brought up to date with it: graphs may hold W.
+    Then the weight is a sum by operators of torch alone, which all transforms and derivatives of
+    any order pass through. The module's W isn't brought up to date, since graphs may hold it.
     """
+    if torch._C._are_functorch_transforms_active():
+        return True
     return any(not isinstance(t, nn.Parameter) for t in place.trained())
 
 
@@ -145,7 +148,7 @@ class _Sum(torch.autograd.Function):
         return _laid_as(W, part + _local_update(place, C).to(part.dtype))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         return None, _sharded_block(ctx.spec, g, ctx.placed, ctx.like), None
 
@@ -158,7 +161,7 @@ class _Current(torch.autograd.Function):
         return W.view_as(W)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         if ctx.placed is not None:
             return None, _sharded_block(ctx.spec, g, ctx.placed, ctx.like), None

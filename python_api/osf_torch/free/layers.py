@@ -136,6 +136,8 @@ def tell_frozen_block(place: Place) -> None:
     """Says where gradients are wanted and C takes none: then the weight isn't trained at all."""
     if place.is_trained or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
+    if is_substitute(place):
+        return
     owner: Any = place.spec.owner
     owner.tell(
         "frozen",
@@ -150,7 +152,8 @@ def require_frozen(spec: Spec, weight: Tensor) -> None:
         raise RuntimeError(
             f"osf_torch.confine: expected {spec.name!r} to stay frozen, got requires_grad=True, "
             "with which an optimizer would move what is protected: it was unfrozen, or another "
-            "parameter stands in its place; freeze it, or Confined.release() before it is replaced"
+            "parameter stands in its place; freeze it, or Confined.release() before it is "
+            "replaced; torch.func takes those parameters alone that require a gradient"
         )
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from osf_kernels import free_gradient
 from osf_torch.free.current import ambient, formed
 from osf_torch.free.inputs import is_kept, is_packed
 from osf_torch.free.merging import merge_one
-from osf_torch.free.operators import define, differentiate
+from osf_torch.free.operators import define, differentiable_once, differentiate
 from osf_torch.free.spec import Place, Spec, spec_of
 
 
@@ -38,6 +37,11 @@ def linear(
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # as torch's own layers
         x = x.to(torch.get_autocast_dtype(kind))
+    elif x.dtype != W.dtype:
+        raise RuntimeError(
+            f"osf_torch.confine: expected inputs of {spec.name!r} to be {W.dtype}, as its weight "
+            f"is, got {x.dtype}; convert them, or run the model under torch.autocast"
+        )
     handle = -spec.handle if is_sharded else spec.handle
     wanted = C.requires_grad and torch.is_grad_enabled()
     order = spec.order(math.prod(x.shape[:-1])) if wanted else "none"
@@ -149,13 +153,12 @@ class _Linear(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         def gradient(
             dy: Tensor, inputs: Tensor, handle: int, transposed: bool, reduced: bool, dtype: Any
         ) -> Tensor:
-            found = _product(dy, inputs, spec_of(handle), transposed, reduced, ctx.finish)
-            return found.to(dtype) if ctx.finish else found
+            return _product(dy, inputs, spec_of(handle), transposed, reduced, ctx.finish).to(dtype)
 
         return *_gradients(ctx, dy, formed, gradient), None
 
@@ -164,7 +167,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _shared(spec: Spec, C: Tensor, order: str, dtype: torch.dtype) -> Tensor:
-    """What the layers that use a weight before the next backward pass give their gradients to."""
+    """What the layers that use a weight before the next backward pass give their gradients to.
+
+    Args:
+        dtype: of the products, as autocast may have it. The sum is of C's.
+    """
     key = C._version, order, dtype
     if spec.shared is None or spec.shared[0] is not C or spec.shared[1] != key:
         spec.shared = C, key, _Shared.apply(C, spec, order, dtype)
@@ -181,19 +188,20 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, C: Tensor, spec: Spec, order: str, dtype: torch.dtype) -> Tensor:
-        ctx.spec, ctx.order, ctx.dtype = spec, order, C.dtype
+        ctx.spec, ctx.order, ctx.dtype, ctx.block_dtype = spec, order, dtype, C.dtype
         left, right = spec.left, spec.right
         shape = (left.size, right.width) if order == "right" else (left.width, right.size)
-        return C.new_empty((), dtype=dtype).expand(shape)
+        return C.new_empty(()).expand(shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         spec = ctx.spec
         spec.shared = None  # what is computed from here on belongs to another backward pass
         spec.follow(g.device)
+        g = g.to(ctx.dtype)
         block = spec.left.reduce_rows(g) if ctx.order == "right" else spec.right.reduce(g)
-        return block.to(ctx.dtype), None, None, None
+        return block.to(ctx.block_dtype), None, None, None
 
 
 # --- as operators of a compiled graph ---

@@ -7,6 +7,8 @@ their arguments; a compiled graph holds them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -36,3 +38,29 @@ def differentiate(operator: Any, backward: Any, setup_context: Any) -> None:
     """Gives an operator its backward pass, as ``torch.library.register_autograd`` has it."""
     name = operator.name()
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """As torch's ``once_differentiable``, with a message that says what to do about it."""
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        # Whoever differentiates what is returned here gets the message.
+        results = [t for t in found if isinstance(t, Tensor)]
+        refusal = torch._C._functions.DelayedError(_TWICE.encode(), len(results))
+        marked: Any = refusal(*(t.detach().requires_grad_() for t in results))
+        rest = iter((marked,) if isinstance(marked, Tensor) else marked)
+        return tuple(next(rest) if isinstance(t, Tensor) else t for t in found)
+
+    return wrapped
+
+
+_TWICE = (
+    "osf_torch.confine: expected one derivative through a confined layer, got two; run the model "
+    "by torch.func.functional_call(model, {name: p * 1 for name, p in model.named_parameters() if "
+    "p.requires_grad}, inputs), where layers are of torch's own operators, or use protect"
+)

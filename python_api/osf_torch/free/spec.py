@@ -19,6 +19,7 @@ does the same to all of them: an average of W and of ``weight_merged`` belong to
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Spec:
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         shared: what layers that use the weight give their gradients to, see ``linear._shared``.
         handle: by which operators find it.
+        lock: held by a thread that brings the weight up to date.
         free, merged, base, factors: the names of what the module has beside the weight.
         trainable: those of what is trained.
         beside: all of them.
@@ -87,6 +89,7 @@ class Spec:
     inputs: Inputs = field(default_factory=Inputs)
     shared: tuple[Any, ...] | None = None
     handle: int = field(default_factory=lambda: next(_numbers))
+    lock: Any = field(default_factory=threading.Lock)
     free: str = field(init=False)
     merged: str = field(init=False)
     base: str = field(init=False)
