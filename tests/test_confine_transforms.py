@@ -98,6 +98,16 @@ def test_derivatives_of_derivatives_are_refused_with_a_way_that_has_them(update)
 
 
 @pytest.mark.parametrize("update", UPDATES)
+def test_a_gradient_of_a_constant_depends_on_the_block_too(update):
+    """Of a single layer's sum it is the sum of the weight's rows."""
+    _, model, _ = nets(update)
+    x = inputs().requires_grad_()
+    (g,) = torch.autograd.grad(model[0](x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        g.square().sum().backward()
+
+
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_graph_of_the_gradients_alone_is_made(update):
     _, model, confined = nets(update)

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("osf_torch", "DEF")
+_TWICE = (
+    "osf_torch.confine: expected one derivative through a confined layer, got two; run the model "
+    "by torch.func.functional_call(model, {name: p * 1 for name, p in model.named_parameters() if "
+    "p.requires_grad}, inputs), where layers are of torch's own operators, or use protect"
+)
 
 
 def define(schema: str, implementation: Any, fake: Any) -> Any:
@@ -47,20 +52,14 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     def wrapped(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         with torch.no_grad():
             found = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return found
-        # Whoever differentiates what is returned here gets the message.
         results = [t for t in found if isinstance(t, Tensor)]
+        if not results or not torch.is_grad_enabled():
+            return found
+        # Whoever differentiates what is returned here gets the message: also where the gradient
+        # that came in is a constant, since the result depends on C all the same.
         refusal = torch._C._functions.DelayedError(_TWICE.encode(), len(results))
         marked: Any = refusal(*(t.detach().requires_grad_() for t in results))
         rest = iter((marked,) if isinstance(marked, Tensor) else marked)
         return tuple(next(rest) if isinstance(t, Tensor) else t for t in found)
 
     return wrapped
-
-
-_TWICE = (
-    "osf_torch.confine: expected one derivative through a confined layer, got two; run the model "
-    "by torch.func.functional_call(model, {name: p * 1 for name, p in model.named_parameters() if "
-    "p.requires_grad}, inputs), where layers are of torch's own operators, or use protect"
-)

@@ -86,7 +86,7 @@ def _concerned(optimizer: torch.optim.Optimizer) -> tuple[list[Confined], set[in
     """
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     found = []
-    for confined in _CONFINED:
+    for confined in list(_CONFINED):
         for place in confined.held:
             held = map(id, place.module._parameters.values())
             if OF_FSDP in place.module.__dict__ or not owned.isdisjoint(held):
