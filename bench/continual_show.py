@@ -11,7 +11,7 @@ from rich.table import Table
 from bench import continual_tasks, report
 from bench.continual_cost import Cost
 from bench.continual_methods import METHODS
-from bench.continual_rows import Summary
+from bench.continual_rows import Spread, Summary
 from bench.continual_run import Setting
 
 
@@ -49,22 +49,18 @@ def draw_table(
 
 
 def tuning_table(
-    found: Mapping[str, Mapping[float, tuple[float, float]]],
+    found: Mapping[str, Mapping[float, Spread]],
     grid: Sequence[float],
-    chosen: Mapping[str, float],
+    best: Mapping[str, float],
 ) -> str:
-    """What each method learned by learning rate, with its standard error, and the rate that it
-    takes; - where the search didn't go."""
-
-    def cell(scores: Mapping[float, tuple[float, float]], rate: float) -> str:
-        if rate not in scores:
-            return "-"
-        score, error = scores[rate]
-        return f"{100 * score:.1f} ± {100 * error:.1f}"
-
-    header = ("method", *(f"{rate:g}" for rate in grid), "takes")
+    """What each method learned by learning rate; - where the search didn't go."""
+    header = ("method", *(f"{rate:g}" for rate in grid), "best")
     lines = [
-        (name, *(cell(scores, rate) for rate in grid), f"{chosen[name]:g}")
+        (
+            name,
+            *(str(scores[rate]) if rate in scores else "-" for rate in grid),
+            f"{best[name]:g}",
+        )
         for name, scores in found.items()
     ]
     return report.table(header, lines)
