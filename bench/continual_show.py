@@ -11,7 +11,7 @@ from rich.table import Table
 from bench import continual_tasks, report
 from bench.continual_cost import Cost
 from bench.continual_methods import METHODS
-from bench.continual_rows import Spread, Summary
+from bench.continual_rows import Summary
 from bench.continual_run import Setting
 
 
@@ -48,18 +48,14 @@ def draw_table(
     return table
 
 
-def tuning_table(
-    found: Mapping[str, Mapping[float, Spread]],
-    grid: Sequence[float],
-    best: Mapping[str, float],
-) -> str:
-    """What each method learned by learning rate; - where the search didn't go."""
+def tuning_table(found: Mapping[str, Mapping[float, float]], grid: Sequence[float]) -> str:
+    """What each method reached by learning rate; - where the search didn't go."""
     header = ("method", *(f"{rate:g}" for rate in grid), "best")
     lines = [
         (
             name,
-            *(str(scores[rate]) if rate in scores else "-" for rate in grid),
-            f"{best[name]:g}",
+            *(f"{100 * scores[rate]:.1f}" if rate in scores else "-" for rate in grid),
+            f"{max(scores, key=lambda rate: (scores[rate], -rate)):g}",
         )
         for name, scores in found.items()
     ]
