@@ -260,7 +260,7 @@ METHODS: dict[str, Method] = {
     "no-restore": Method("ours, no restore", OursWithoutRestore, tuned_as="complement"),
     "adaptive": Method("ours, adaptive ranks", OursAdaptive, tuned_as="complement"),
     "inputs": Method("ours, inputs of earlier tasks", OursInputs, tuned_as="complement"),
-    # A step of AdamW is as long in C as what is kept of one in W, the rate times √(pq). Tuning takes
+    # A step of AdamW is as long in C as what is kept of one in W, the rate times √(pq). Tuning has
     # 1e-3 for it, on one seed as on three, by less than the validation documents' standard error.
     "confine": Method("ours, confined", Confine, tuned_as="complement"),
     "confine-inputs": Method("ours, confined, inputs", ConfineInputs, tuned_as="complement"),
