@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -151,3 +153,30 @@ def test_copies_and_precisions_have_sums_of_their_own():
     sum(loss(plain(t.double())) for t in (x, y)).backward()
     assert block.grad.dtype == torch.float32
     assert relative(block.grad, wanted(plain, place)) < 0.02
+
+
+def test_a_forward_pass_alone_keeps_nothing_alive():
+    def held():
+        _, model, place = pair()
+        model(inputs(1)[0])
+        assert place.spec.shared is not None
+        return weakref.ref(place.spec), weakref.ref(place.get(place.spec.free))
+
+    spec, block = held()
+    gc.collect()
+    assert spec() is None
+    assert block() is None
+
+
+@pytest.mark.parametrize("how", ["release", "next_task"])
+def test_a_backward_pass_of_weights_that_are_confined_no_more(how):
+    model = filled(nn.Sequential(nn.Linear(20, 28)), "ended")
+    confined = confine(model, {"0.weight": drawn(28, 20, 0.5, "UV", "high")})
+    y = loss(model(batches(1, "ended", size=TOKENS)[0]))
+    if how == "release":
+        confined.release()
+    else:
+        confined.next_task(progress=False)
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"release\(\) or next_task\(\) has ended since"):
+        y.backward()

@@ -174,7 +174,7 @@ def _shared(spec: Spec, C: Tensor, order: str, dtype: torch.dtype) -> Tensor:
     """
     key = C._version, order, dtype
     if spec.shared is None or spec.shared[0] is not C or spec.shared[1] != key:
-        spec.shared = C, key, _Shared.apply(C, spec, order, dtype)
+        spec.shared = C, key, _Shared.apply(C, spec.handle, order, dtype)
     shared: Tensor = spec.shared[2]
     return shared
 
@@ -183,20 +183,21 @@ class _Shared(torch.autograd.Function):
     """Of the shape of U_l C (m, q), or of C V_lᵀ (p, n), without values or memory.
 
     Autograd sums what all uses of a weight contribute to its gradient, and the last basis is
-    applied to the sum: once for two sentences of a pair, which are two passes.
+    applied to the sum: once for two sentences of a pair, which are two passes. The spec is held by
+    its handle alone, since it holds this in turn.
     """
 
     @staticmethod
-    def forward(ctx: Any, C: Tensor, spec: Spec, order: str, dtype: torch.dtype) -> Tensor:
-        ctx.spec, ctx.order, ctx.dtype, ctx.block_dtype = spec, order, dtype, C.dtype
-        left, right = spec.left, spec.right
+    def forward(ctx: Any, C: Tensor, handle: int, order: str, dtype: torch.dtype) -> Tensor:
+        ctx.handle, ctx.order, ctx.dtype, ctx.block_dtype = handle, order, dtype, C.dtype
+        left, right = spec_of(handle).left, spec_of(handle).right
         shape = (left.size, right.width) if order == "right" else (left.width, right.size)
         return C.new_empty(()).expand(shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        spec = ctx.spec
+        spec = spec_of(ctx.handle)
         spec.shared = None  # what is computed from here on belongs to another backward pass
         spec.follow(g.device)
         g = g.to(ctx.dtype)

@@ -148,7 +148,19 @@ class Spec:
 
 
 def spec_of(handle: int) -> Spec:
-    return _BY_HANDLE[abs(handle)]
+    """By the handle that an operator or a graph has.
+
+    Raises:
+        RuntimeError: no weight has it any more.
+    """
+    spec = _BY_HANDLE.get(abs(handle))
+    if spec is None:
+        raise RuntimeError(
+            "osf_torch.confine: expected a backward pass, or a compiled graph, of weights that are "
+            "confined as they were in the forward pass, got one of weights that Confined.release() "
+            "or next_task() has ended since; run the forward pass again, or compile anew"
+        )
+    return spec
 
 
 def specs_of(module: nn.Module) -> dict[str, Spec]:
