@@ -191,7 +191,7 @@ def test_the_operators_are_what_torch_asks_of_operators(protected, transposed):
         x.requires_grad_()
         ops = torch.ops.osf_torch
         for reduced in (False, True):
-            arguments = x, layer.bias, W, C, merged, None, spec.handle, transposed, reduced
+            arguments = x, layer.bias, C, W, merged, None, spec.handle, transposed, reduced
             torch.library.opcheck(ops.confined_linear.default, arguments)
             held = ops.confined_linear(*arguments)[1].detach() if reduced else x.detach()
             dy = torch.randn(16, 20)

@@ -184,18 +184,11 @@ class FreeBasis:
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> FreeBasis:
         """The same on another device or of another dtype; itself where it is there."""
-        moved = tuple(
-            part
-            if (device is None or part.device == device) and (dtype is None or part.dtype == dtype)
-            else padded(part, device, dtype)
-            for part in self._parts
-        )
-        if all(new is old for new, old in zip(moved, self._parts, strict=True)):
+        first = self._parts[0] if self._parts else None  # all are alike in both
+        if first is None or (device in (None, first.device) and dtype in (None, first.dtype)):
             return self
+        moved = tuple(padded(part, device, dtype) for part in self._parts)
         return FreeBasis(self.size, self.width, self.held, moved)
-
-    def is_on(self, device: torch.device) -> bool:
-        return not self._parts or self._parts[0].device == device
 
     def of_batch(self, dim: int, part: slice) -> FreeBasis:
         """The basis of some matrices of a batch; ``dim``, below −2, counts from the end."""

@@ -136,7 +136,7 @@ def tell_frozen_block(place: Place) -> None:
     """Says where gradients are wanted and C takes none: then the weight isn't trained at all."""
     if place.is_trained or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if is_substitute(place):
+    if is_substitute(place):  # whose own C may want none
         return
     owner: Any = place.spec.owner
     owner.tell(

@@ -7,6 +7,7 @@ never kept.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,15 +47,15 @@ def linear(
     wanted = C.requires_grad and torch.is_grad_enabled()
     order = spec.order(math.prod(x.shape[:-1])) if wanted else "none"
     reduced = _reduces_inputs(spec, order, x, transposed)
-    held = W, C, merged, base, handle, transposed, reduced
+    held = W, merged, base, handle, transposed, reduced
     if torch.compiler.is_compiling():
-        compiled: Tensor = _linear(x, bias, *held)[0]
+        compiled: Tensor = _linear(x, bias, C, *held)[0]
         return compiled
     if not torch.is_grad_enabled():
-        return _linear_forward(x, bias, *held)[0]
+        return _linear_forward(x, bias, C, *held)[0]
     shares = order in ("left", "right") and not is_sharded
     block = _shared(spec, C, order, x.dtype) if shares else C
-    result: Tensor = _Linear.apply(x, bias, block, held)
+    result: Tensor = _Linear.apply(x, bias, block, (C, *held))
     return result
 
 
@@ -75,8 +76,8 @@ def _reduces_inputs(spec: Spec, order: str, x: Tensor, transposed: bool) -> bool
 def _linear_forward(
     x: Tensor,
     bias: Tensor | None,
-    W: Tensor,
     C: Tensor,
+    W: Tensor,
     merged: Tensor | None,
     base: Tensor | None,
     handle: int,
@@ -101,10 +102,10 @@ def _linear_forward(
 
 def _keep(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Any, ...], output: Any) -> None:
     """What the backward pass needs; x where nothing of it is reduced and C takes a gradient."""
-    W, C, merged, _, ctx.handle, ctx.transposed, ctx.reduced = held
+    C, W, merged, _, ctx.handle, ctx.transposed, ctx.reduced = held
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.block_dtype = C.dtype
-    inputs = output[1] if ctx.reduced else (x if ctx.needs_input_grad[ctx.of_block] else None)
+    inputs = output[1] if ctx.reduced else (x if ctx.needs_input_grad[2] else None)
     ctx.save_for_backward(W, inputs, C if merged is None else None)
 
 
@@ -117,7 +118,7 @@ def _gradients(
     """
     W, inputs, C = ctx.saved_tensors
     dx = dC = dbias = None
-    if ctx.needs_input_grad[ctx.of_block]:
+    if ctx.needs_input_grad[2]:
         dC = gradient(dy, inputs, ctx.handle, ctx.transposed, ctx.reduced, ctx.block_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -128,14 +129,24 @@ def _gradients(
     return dx, dbias, dC
 
 
-def _product(
-    dy: Tensor, inputs: Tensor, spec: Spec, transposed: bool, reduced: bool, finish: bool
+def _gradient(
+    dy: Tensor,
+    inputs: Tensor,
+    handle: int,
+    transposed: bool,
+    reduced: bool,
+    dtype: torch.dtype,
+    finish: bool = True,
 ) -> Tensor:
+    spec = spec_of(handle)
     spec.follow(dy.device)
     a, b = dy.reshape(-1, dy.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+    sides = spec.left, spec.right
     if transposed:  # y = x W: the gradient of W is xᵀ ∂L/∂y, with the inputs on the left
-        return free_gradient(b, a, spec.left, spec.right, left_reduced=reduced, finish=finish)
-    return free_gradient(a, b, spec.left, spec.right, right_reduced=reduced, finish=finish)
+        found = free_gradient(b, a, *sides, left_reduced=reduced, finish=finish)
+    else:
+        found = free_gradient(a, b, *sides, right_reduced=reduced, finish=finish)
+    return found.to(dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -147,20 +158,14 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, block: Tensor, held: tuple[Any, ...]
     ) -> Tensor:
         output = _linear_forward(x, bias, *held)
-        ctx.of_block = 2
-        ctx.finish = block is held[1]
+        ctx.finish = block is held[0]
         _keep(ctx, x, bias, held, output)
         return output[0]
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        def gradient(
-            dy: Tensor, inputs: Tensor, handle: int, transposed: bool, reduced: bool, dtype: Any
-        ) -> Tensor:
-            return _product(dy, inputs, spec_of(handle), transposed, reduced, ctx.finish).to(dtype)
-
-        return *_gradients(ctx, dy, formed, gradient), None
+        return *_gradients(ctx, dy, formed, partial(_gradient, finish=ctx.finish)), None
 
 
 # --- weights that are used more than once ---
@@ -211,8 +216,8 @@ class _Shared(torch.autograd.Function):
 def _linear_fake(
     x: Tensor,
     bias: Tensor | None,
-    W: Tensor,
     C: Tensor,
+    W: Tensor,
     merged: Tensor | None,
     base: Tensor | None,
     handle: int,
@@ -227,7 +232,6 @@ def _linear_fake(
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, bias, *held = inputs
-    ctx.of_block = 3
     _keep(ctx, x, bias, tuple(held), output)
 
 
@@ -235,13 +239,7 @@ def _linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any
     if dy is None:
         return (None,) * 9
     dx, dbias, dC = _gradients(ctx, dy, _form, _linear_gradient)
-    return dx, dbias, None, dC, None, None, None, None, None
-
-
-def _gradient(
-    dy: Tensor, inputs: Tensor, handle: int, transposed: bool, reduced: bool, dtype: torch.dtype
-) -> Tensor:
-    return _product(dy, inputs, spec_of(handle), transposed, reduced, finish=True).to(dtype)
+    return dx, dbias, dC, None, None, None, None, None, None
 
 
 def _gradient_fake(
@@ -257,7 +255,7 @@ _form = define(
     lambda W, C, handle: W.new_empty(W.shape, dtype=torch.promote_types(W.dtype, C.dtype)),
 )
 _linear = define(
-    "confined_linear(Tensor x, Tensor? bias, Tensor W, Tensor C, Tensor? merged, Tensor? base, "
+    "confined_linear(Tensor x, Tensor? bias, Tensor C, Tensor W, Tensor? merged, Tensor? base, "
     "int handle, bool transposed, bool reduced) -> (Tensor, Tensor)",
     _linear_forward,
     _linear_fake,

@@ -19,14 +19,14 @@ SAMPLES = 64  # numbers of a weight that are looked at on a CPU
 GATHERED = 2**26  # elements of C that are whole on a rank at a time: 256 MiB of float32
 
 
-def is_stale(C: Tensor, merged: Tensor) -> bool:
+def is_stale(C: Tensor, merged: Tensor, *, looks: bool = False) -> bool:
     """Whether C is, or may be, another than the one that W has in it.
 
     On a CPU their values are compared, whoever wrote them. Elsewhere that would wait for the
     device: there where C lies and the count of writes that torch keeps decide, which a write
-    through ``.data`` escapes.
+    through ``.data`` escapes; with ``looks`` the values do there too.
     """
-    if is_compared(C):
+    if looks or is_compared(C):
         return not _is_same(local(C.detach()), local(merged.detach()))
     return bool(merged.__dict__.get(SEEN) != _seen(C))
 
@@ -85,7 +85,7 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
                 sharded.append(place)
             continue
         with spec.lock:
-            if force or (not torch.equal(C, merged) if looks else is_stale(C, merged)):
+            if force or is_stale(C, merged, looks=looks):
                 base = place.get(spec.base) if spec.is_rounded else None
                 _merge_whole(spec, place.weight, C, merged, base)
                 count += 1
@@ -159,8 +159,7 @@ def _merge_whole(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor 
     seen, taken = _seen(C), C.detach().clone()
     with without_autocast(W):
         _write_sum(spec, W, taken, merged, base)
-    merged.copy_(taken)
-    merged.__dict__[SEEN] = seen
+    _note(merged, taken, seen)
     _note_weight(C, W)
 
 
@@ -186,10 +185,10 @@ def _require_precise(spec: Spec, W: Tensor) -> None:
         )
 
 
-def _note(C: Tensor, merged: Tensor) -> None:
-    """``merged`` is C from now on."""
-    local(merged).copy_(local(C))
-    merged.__dict__[SEEN] = _seen(C)
+def _note(merged: Tensor, taken: Tensor, seen: tuple[int, ...]) -> None:
+    """``merged`` is what was taken of C, when it was as ``seen``."""
+    local(merged).copy_(taken)
+    merged.__dict__[SEEN] = seen
 
 
 # --- sharded weights ---
@@ -266,7 +265,8 @@ def _merge_sharded(places: Sequence[Place]) -> None:
             else:
                 W += update.to(W.dtype)
         for place in some:
-            _note(place.get(place.spec.free), place.get(place.spec.merged))
+            C = place.get(place.spec.free)
+            _note(place.get(place.spec.merged), local(C), _seen(C))
 
 
 def _portions(places: Sequence[Place]) -> Iterator[list[Place]]:

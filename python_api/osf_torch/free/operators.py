@@ -1,8 +1,8 @@
-"""Defines the operators of a compiled graph.
+"""Defines the operators of a compiled graph, and refuses second derivatives.
 
-They bring the weight up to date before they use it. That changes which part of W₀ + U_l C V_lᵀ is
-held in W and which is still to be added, and never the sum, so that the operators are functions of
-their arguments; a compiled graph holds them as they are.
+The operators bring the weight up to date before they use it. That changes which part of
+W₀ + U_l C V_lᵀ is held in W and which is still to be added, and never the sum, so that they are
+functions of their arguments; a compiled graph holds them as they are.
 """
 
 from __future__ import annotations

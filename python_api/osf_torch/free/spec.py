@@ -129,9 +129,7 @@ class Spec:
 
     def follow(self, device: torch.device) -> None:
         """Brings the bases to the device that the weight was moved to."""
-        if not torch.compiler.is_compiling() and not (
-            self.left.is_on(device) and self.right.is_on(device)
-        ):
+        if not torch.compiler.is_compiling():
             self.left, self.right = self.left.to(device), self.right.to(device)
 
     def plan(self, tokens: int) -> FreePlan:

@@ -20,6 +20,7 @@ from osf_torch.free import drifting
 from osf_torch.free.drifting import drift_limit
 from osf_torch.free.merging import is_written, merge, note_weight
 from osf_torch.free.spec import OF_FSDP, Place, require_in_place
+from osf_torch.steps import owned_by
 
 if TYPE_CHECKING:
     from osf_torch.confined import Confined
@@ -81,10 +82,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 def _concerned(optimizer: torch.optim.Optimizer) -> tuple[list[Confined], set[int]]:
     """Whom an optimizer has parameters of, and the identities of all of its parameters.
 
-    It is asked of every optimizer's steps, so that all is done in one call. Of a module of FSDP2's
-    an optimizer may have other parameters than the module shows now.
+    It is asked of every optimizer's steps, so that it makes no call for each that is confined. Of a
+    module of FSDP2's an optimizer may have other parameters than the module shows now.
     """
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = owned_by(optimizer)
     found = []
     for confined in list(_CONFINED):
         for place in confined.held:
