@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from osf_kernels import cpu
 from osf_kernels.backends.precision import full_precision
-from osf_kernels.cpu import WHOLE_VECTORS
 from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.free.basis import FreeBasis
 from osf_kernels.free.orders import LABELS, Order, plan_free, reduce_flops
@@ -225,11 +225,6 @@ def free_gradient(
 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b over the rows of both. On a CPU the larger of two even widths is of the result's rows,
-    and an odd one before an even one."""
-    m, n = a.shape[-1], b.shape[-1]
-    if n % WHOLE_VECTORS:
-        swapped = m % WHOLE_VECTORS == 0 or m < n
-    else:
-        swapped = m % WHOLE_VECTORS == 0 and m < n
-    return (b.mT @ a).mT if swapped and a.device.type == "cpu" else a.mT @ b
+    """aᵀ b over the rows of both; on a CPU as (bᵀ a)ᵀ where that is faster, see ``cpu``."""
+    swapped = a.device.type == "cpu" and cpu.is_faster_transposed(a.shape[-1], b.shape[-1])
+    return (b.mT @ a).mT if swapped else a.mT @ b
