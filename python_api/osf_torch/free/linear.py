@@ -18,7 +18,12 @@ from osf_kernels import free_gradient
 from osf_torch.free.current import ambient, formed
 from osf_torch.free.inputs import is_kept, is_packed
 from osf_torch.free.merging import merge_one
-from osf_torch.free.operators import define, differentiable_once, differentiate
+from osf_torch.free.operators import (
+    anchors_of,
+    define,
+    differentiable_once,
+    differentiate,
+)
 from osf_torch.free.spec import Place, Spec, spec_of
 
 
@@ -55,7 +60,9 @@ def linear(
         return _linear_forward(x, bias, C, *held)[0]
     shares = order in ("left", "right") and not is_sharded
     block = _shared(spec, C, order, x.dtype) if shares else C
-    result: Tensor = _Linear.apply(x, bias, block, (C, *held))
+    # What the gradient of x is no linear function of; that of C is one of what comes in and x.
+    anchors = anchors_of(x, block) if x.requires_grad else ()
+    result: Tensor = _Linear.apply(x, bias, block, (C, *held), anchors)
     return result
 
 
@@ -155,17 +162,22 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, block: Tensor, held: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        block: Tensor,
+        held: tuple[Any, ...],
+        anchors: tuple[Tensor, ...],
     ) -> Tensor:
         output = _linear_forward(x, bias, *held)
-        ctx.finish = block is held[0]
+        ctx.finish, ctx.anchors = block is held[0], anchors
         _keep(ctx, x, bias, held, output)
         return output[0]
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return *_gradients(ctx, dy, formed, partial(_gradient, finish=ctx.finish)), None
+        return *_gradients(ctx, dy, formed, partial(_gradient, finish=ctx.finish)), None, None
 
 
 # --- weights that are used more than once ---

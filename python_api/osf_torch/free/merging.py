@@ -99,21 +99,34 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
 def note_weight(place: Place) -> None:
     """The weight, as it is now, is what the last merge has made it, or what was looked at."""
     if not is_dtensor(place.weight):
-        _note_weight(place.get(place.spec.trainable[0]), place.weight)
+        _note_weight(place.get(place.spec.trainable[0]), *_of_weight(place))
 
 
-def _note_weight(block: Tensor, W: Tensor) -> None:
-    block.__dict__[WEIGHT] = _state_of(W)
+def _note_weight(block: Tensor, *held: Tensor | None) -> None:
+    block.__dict__[WEIGHT] = [_state_of(t) for t in held if t is not None]
 
 
 def is_written(place: Place) -> bool:
-    """Whether something else has written to a whole weight since, as far as the host sees without
-    waiting: by torch's count of writes, and on a CPU by some of its values."""
-    noted = place.get(place.spec.trainable[0]).__dict__.get(WEIGHT)
-    now = _state_of(place.weight)
-    if noted is None or noted[:2] != now[:2]:
+    """Whether something else has written to a whole weight, or to the W₀ that it is rounded from,
+    since it was noted, as far as the host sees without waiting: by torch's count of writes, and on
+    a CPU by some of the values."""
+    return _is_written(place.get(place.spec.trainable[0]), *_of_weight(place))
+
+
+def _is_written(block: Tensor, *held: Tensor | None) -> bool:
+    noted = block.__dict__.get(WEIGHT)
+    now = [_state_of(t) for t in held if t is not None]
+    if noted is None or len(noted) != len(now):
         return True
-    return not torch.equal(noted[2], now[2])
+    return any(
+        before[:2] != after[:2] or not torch.equal(before[2], after[2])
+        for before, after in zip(noted, now, strict=True)
+    )
+
+
+def _of_weight(place: Place) -> tuple[Tensor, Tensor | None]:
+    spec = place.spec
+    return place.weight, place.get(spec.base) if spec.is_rounded and place.is_attached else None
 
 
 def _state_of(W: Tensor) -> tuple[int, int, Tensor]:
@@ -154,13 +167,18 @@ def _merge_whole(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor 
 
     C is read once, since another thread's optimizer may be writing to it: what W gets of it is what
     ``merged`` says. That is written last, since another thread that finds it like C reads W.
+
+    A weight that something else has written to isn't noted, so that the next step looks at what is
+    protected of it.
     """
     spec.follow(W.device)
+    written = _is_written(C, W, base)
     seen, taken = _seen(C), C.detach().clone()
     with without_autocast(W):
         _write_sum(spec, W, taken, merged, base)
     _note(merged, taken, seen)
-    _note_weight(C, W)
+    if not written:
+        _note_weight(C, W, base)
 
 
 def _write_sum(spec: Spec, W: Tensor, C: Tensor, merged: Tensor, base: Tensor | None) -> None:

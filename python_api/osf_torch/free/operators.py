@@ -45,8 +45,18 @@ def differentiate(operator: Any, backward: Any, setup_context: Any) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+def anchors_of(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors without elements or memory that hang in the graph where these do."""
+    return tuple(t.narrow(0, 0, 0).clone() for t in tensors)
+
+
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
-    """As torch's ``once_differentiable``, with a message that says what to do about it."""
+    """As torch's ``once_differentiable``, of whose results further derivatives are refused however
+    they are asked for, by ``torch.autograd.grad`` of some inputs too.
+
+    The results depend on the gradients that come in, and on ``ctx.anchors`` where there are some:
+    of what else they are no linear function of.
+    """
 
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -55,11 +65,21 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
         results = [t for t in found if isinstance(t, Tensor)]
         if not results or not torch.is_grad_enabled():
             return found
-        # Whoever differentiates what is returned here gets the message: also where the gradient
-        # that came in is a constant, since the result depends on C all the same.
-        refusal = torch._C._functions.DelayedError(_TWICE.encode(), len(results))
-        marked: Any = refusal(*(t.detach().requires_grad_() for t in results))
-        rest = iter((marked,) if isinstance(marked, Tensor) else marked)
+        sources = [g for g in gradients if isinstance(g, Tensor)]
+        marked = _Refused.apply(len(results), *results, *sources, *getattr(ctx, "anchors", ()))
+        rest = iter(marked)
         return tuple(next(rest) if isinstance(t, Tensor) else t for t in found)
 
     return wrapped
+
+
+class _Refused(torch.autograd.Function):
+    """The first ``count`` of some tensors, as results of the others that aren't differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(_TWICE)
