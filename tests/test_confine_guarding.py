@@ -140,6 +140,78 @@ def test_a_step_refuses_weights_that_something_has_written_to(write):
     confined.verify(tol=1e3)
 
 
+class DecaysAll(torch.optim.Optimizer):
+    """Shrinks whatever it is given, gradient or not, frozen or not, in its own step."""
+
+    def __init__(self, parameters, through_data):
+        super().__init__(parameters, {})
+        self.through_data = through_data
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            (p.data if self.through_data else p).mul_(0.9)
+            if p.grad is not None:
+                p.sub_(0.1 * p.grad)
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("update", ["merge", "beside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_that_writes_to_frozen_weights_is_refused(dtype, update, through_data):
+    """Although C is merged right after its step: into the weight, or W₀, that it has written to."""
+    model = net("guarding", "decays all").to(dtype)
+    confined = confine(model, bases(model), update=update)
+    optimizer = DecaysAll(model.parameters(), through_data)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(2, 20, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    with pytest.raises(RuntimeError, match=r"protected part has moved by .* something has written"):
+        step()
+    with pytest.raises(RuntimeError, match="something has written to the weight itself"):
+        confined.verify()
+
+
+@pytest.mark.parametrize("mode", ["merge", "beside"])
+def test_a_block_that_isnt_finite_is_named(mode):
+    model, confined, _ = confined_net(mode)
+    optimizer = torch.optim.SGD(confined.parameters(), lr=0.1)
+    model(torch.full((2, 20), float("nan"))).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"verify.* got nan: its free block '.*_free' isn't fin"):
+        confined.verify()
+
+
+def test_rounding_of_a_weight_that_has_grown_is_no_write():
+    """All of it is rounded, however small what is protected is beside that."""
+    model, confined, _ = confined_net()
+    optimizer = torch.optim.SGD(confined.parameters(), lr=1.0)
+    for i in range(30):
+        for t in confined.parameters():
+            generator = torch.Generator().manual_seed(i)
+            t.grad = torch.randn(t.shape, generator=generator) * 300
+        optimizer.step()
+    assert max(confined.drift().values()) > LIMIT
+    confined.verify()
+    with torch.no_grad():
+        model.first.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="something has written to the weight itself"):
+        confined.verify()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_confined_in_inference_mode_trains(mode):
+    model = net("guarding", "inference")
+    with torch.inference_mode():
+        confined = confine(model, bases(model), **MODES[mode])
+    train(model, batches(2, "inference"), adamw(model.parameters()))
+    confined.verify()
+
+
 def test_weights_of_the_same_run_are_no_foreign_ones():
     """Copied back over all parameters, as averages are; moved within the free block."""
     model, confined, _ = confined_net()

@@ -107,6 +107,59 @@ def test_a_gradient_of_a_constant_depends_on_the_block_too(update):
         g.square().sum().backward()
 
 
+def of_inputs(model, x):
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad((model(x).sin() * x[:, :3]).sum(), x, create_graph=True)
+    return torch.autograd.grad(g.sum(), x)
+
+
+def of_blocks(model, x):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model(x).square().mean()
+    found = torch.autograd.grad(loss, trained, create_graph=True)
+    return torch.autograd.grad(loss + sum(g.square().sum() for g in found), trained)
+
+
+def of_constants(model, x):
+    """The gradients of a sum of outputs, which depend on the inner layer through tanh alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(model(x).sum(), trained, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in found), trained, allow_unused=True)
+
+
+SECOND = {
+    "of inputs": of_inputs,
+    "of inputs that need a gradient, in blocks": lambda model, x: of_blocks(
+        model, x.clone().requires_grad_()
+    ),
+    "of blocks": of_blocks,
+    "of a sum of outputs": of_constants,
+    "hessian": lambda model, x: torch.autograd.functional.hessian(lambda v: model(v).sum(), x),
+    "hvp": lambda model, x: torch.autograd.functional.hvp(lambda v: model(v).sum(), x, x),
+    "jvp": lambda model, x: torch.autograd.functional.jvp(model, x, x),  # a trick of two
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("second", SECOND)
+def test_derivatives_of_some_inputs_alone_are_refused_too(second, update):
+    """autograd.grad passes over what isn't on the way to them."""
+    plain, model, _ = nets(update)
+    SECOND[second](plain, inputs())
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        SECOND[second](model, inputs())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_first_derivatives_by_functional_autograd(update):
+    plain, model, _ = nets(update)
+    for of in (
+        torch.autograd.functional.jacobian,
+        lambda f, x: torch.autograd.functional.vjp(f, x, x[:, :3])[1],
+    ):
+        assert relative(of(model, inputs()), of(plain, inputs())) < 1e-12
+
+
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_graph_of_the_gradients_alone_is_made(update):

@@ -74,7 +74,8 @@ def confine(
             step of an optimizer and wherever a forward pass or ``state_dict`` finds C changed.
             Weights of half precision keep a copy of W₀ and are rounded from the sum, once.
             "beside": W is never written to, and a layer multiplies by the sum, which is formed
-            anew each time, so that what is written to ``module.weight`` is lost; one of half
+            anew each time, so that what is written to ``module.weight`` or to a tensor of
+            ``model.state_dict()`` is lost (averages that write there take "merge"); one of half
             precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to what it returns. For frozen
             weights that other models have too, that are quantized or to be left as they are.
         rank: s trains C = B A with B (p, s) and A (s, q), as LoRA does, beside the weight.
@@ -113,18 +114,19 @@ def confine(
         update, rank, decay_to = state["update"], state["rank"], state["decay_to"]
     chosen: Update = update or ("beside" if rank is not None else "merge")
     settings = Settings(chosen, rank, decay_to, dtype)
-    places = admitted(model, subspaces, settings)
-    if rank is not None and generator is None:
-        generator = torch.Generator("cpu").manual_seed(0)
-    tensors = [made(place, settings, generator) for place in places]
-    if state is not None:
-        for place, held in zip(places, tensors, strict=True):
-            require_trained(place, held, state)
-        require_of_weights(places, state)
-    confined = Confined(unwrapped(model), settings)
-    confined.begin(places, tensors)
-    if state is not None:
-        confined.load_state_dict(state)
+    with torch.inference_mode(False):  # whose tensors no step may write to
+        places = admitted(model, subspaces, settings)
+        if rank is not None and generator is None:
+            generator = torch.Generator("cpu").manual_seed(0)
+        tensors = [made(place, settings, generator) for place in places]
+        if state is not None:
+            for place, held in zip(places, tensors, strict=True):
+                require_trained(place, held, state)
+            require_of_weights(places, state)
+        confined = Confined(unwrapped(model), settings)
+        confined.begin(places, tensors)
+        if state is not None:
+            confined.load_state_dict(state)
     known = getattr(subspaces, "left_out", {})
     if not set(left_out(model, ())) <= set(known):  # which whoever made the subspaces has told
         log_left_out(model, (), "confine")

@@ -12,7 +12,7 @@ from torch import nn
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.current import current
-from osf_torch.free.drifting import drift_limit
+from osf_torch.free.drifting import drift_limit, explained
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
@@ -174,15 +174,17 @@ class Confined:
         places, operator = self.places, "Confined.next_task"
         self._require_changeable(places, "next_task")
         if self.update == "beside":
+            got = '"beside"' if self.rank is None else f"rank={self.rank}"
             raise RuntimeError(
-                f'osf_torch.{operator}: expected update="merge", got "beside", where W is left as '
-                "it is; release(), refresh() and confine() anew"
+                f'osf_torch.{operator}: expected update="merge", got {got}, where W is left as it '
+                "is; release(), refresh() and confine() anew"
             )
         uneven = [place.name for place in places if not place.spec.is_even]
         if uneven:
             raise ValueError(
-                f"osf_torch.{operator}: expected bases of triplets, as many of rows as of columns, "
-                f"got others for {listed(uneven)}; release(), make new bases and confine() anew"
+                f"osf_torch.{operator}: expected 2-D weights with bases of triplets, as many of "
+                f"rows as of columns, got others for {listed(uneven)}; release(), make new bases "
+                "and confine() anew"
             )
         present = {place.name: place.spec.right.size - place.spec.right.width for place in places}
         self.merge()
@@ -240,20 +242,19 @@ class Confined:
         model any more, a weight that was unfrozen, or that something has written to.
 
         Args:
-            tol: on ``drift()``; None is what rounding explains, 1e-5 and two eps of the dtype.
+            tol: on ``drift()``; None is what rounding explains: 1e-5 and two eps of the dtype, and
+                for a weight that has grown past ‖H(W₀)‖ as much more.
         """
         for place in self.places:
             require_in_place(self._model, place)
             require_frozen(place.spec, place.weight)
         for name, moved in self.drift().items():
             place = next(place for place in self.places if place.name == name)
-            limit = drift_limit(place) if tol is None else tol
+            limit = drift_limit(place, self.references[name]) if tol is None else tol
             if not moved <= limit:
                 raise RuntimeError(
                     f"osf_torch.Confined.verify: expected what is protected of {name!r} to have "
-                    f"moved by at most {limit:.1e} of its norm, got {moved:.1e}: something has "
-                    "written to the weight itself; load a checkpoint of this run, or release(), "
-                    "and confine what the weights are now"
+                    f"moved by at most {limit:.1e} of its norm, got {moved:.1e}: {explained(place)}"
                 )
 
     def base_moved(self) -> dict[str, float]:

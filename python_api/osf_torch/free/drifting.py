@@ -72,15 +72,37 @@ def drift(place: Place, before: Reference) -> float:
     return relative(reference(place).protected, before.protected)
 
 
-def drift_limit(place: Place) -> float:
+@torch.no_grad()
+def drift_limit(place: Place, before: Reference) -> float:
     """What rounding explains of a drift: of products in float32 over many steps, of bases, and of a
-    weight that was rounded to half precision, whatever it has become since."""
+    weight that was rounded to half precision, whatever it has become since.
+
+    All of a weight is rounded, so that one whose free part has grown past what is protected may
+    drift by as much more.
+    """
     spec = place.spec
     eps = torch.finfo(place.weight.dtype).eps
     if spec.is_rounded:
         eps = max(eps, torch.finfo(torch.bfloat16).eps)
     sizes = [t.element_size() for side in (spec.left, spec.right) for t in side.tensors]
-    return (ROUNDED_LIMIT if min(sizes, default=4) == 2 else DRIFT_LIMIT) + 2 * eps
+    limit = (ROUNDED_LIMIT if min(sizes, default=4) == 2 else DRIFT_LIMIT) + 2 * eps
+    Omega = _probes(spec.right.size).to(place.device)
+    whole = _times(place, Omega.expand(*spec.matrix_shape[:-2], *Omega.shape))
+    grown = float(whole.norm() / before.protected.to(whole.device).norm().clamp_min(TINY))
+    return limit * max(1.0, grown)
+
+
+def explained(place: Place) -> str:
+    """What has moved what is protected by more than that, as far as it can be told."""
+    if all(bool(torch.isfinite(local(t.detach())).all()) for t in place.trained()):
+        return (
+            "something has written to the weight itself; load a checkpoint of this run, or "
+            "Confined.release(), and confine what the weights are now"
+        )
+    return (
+        f"its free block {place.spec.trainable[0]!r} isn't finite, as after a step with a loss or "
+        "gradient that wasn't; load a checkpoint of this run"
+    )
 
 
 def relative(now: Tensor, before: Tensor) -> float:

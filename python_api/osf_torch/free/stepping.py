@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from osf_torch.free import drifting
-from osf_torch.free.drifting import drift_limit
+from osf_torch.free.drifting import drift_limit, explained
 from osf_torch.free.merging import is_written, merge, note_weight
 from osf_torch.free.spec import OF_FSDP, Place, require_in_place
 from osf_torch.steps import owned_by
@@ -105,14 +105,14 @@ def _require_unwritten(confined: Confined, place: Place) -> None:
     """
     if place.spec.is_opaque or place.is_sharded or not is_written(place):
         return
-    moved = drifting.drift(place, confined.references[place.name])
-    if moved <= drift_limit(place):
+    before = confined.references[place.name]
+    moved = drifting.drift(place, before)
+    if moved <= drift_limit(place, before):
         note_weight(place)
         return
     raise RuntimeError(
         f"osf_torch.confine: expected {place.name!r} to be as the last step left it, got one whose "
-        f"protected part something has moved by {moved:.1e} of its norm; load a checkpoint of this "
-        "run, or Confined.release(), and confine what the weights are now"
+        f"protected part has moved by {moved:.1e} of its norm: {explained(place)}"
     )
 
 
@@ -131,8 +131,9 @@ def _require_steppable(place: Place, owned: set[int]) -> None:
     if not steps:
         raise RuntimeError(
             "osf_torch.confine: expected an optimizer of the free blocks, got one that has "
-            f"{spec.name!r}, which is frozen, and not {spec.trainable[0]!r}: it was made before "
-            "confine; make it of model.parameters() now"
+            f"{spec.name!r}, which is frozen, and not its {spec.trainable[0]!r}: it was made "
+            "before confine, or leaves free blocks to another optimizer; make it now, of those "
+            "parameters alone that require a gradient"
         )
     dtypes = [(t.dtype, spec.dtype) for t in place.trained()]
     if spec.update == "merge" and not spec.is_rounded:
