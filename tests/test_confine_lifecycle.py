@@ -135,7 +135,7 @@ def test_the_next_task(mode, grows):
         ("merge", "UV", {"rank": 3}, TypeError, "expected options of refresh, .*, got rank"),
         ("merge", "V", {}, ValueError, "bases of triplets"),
         ("beside", "UV", {}, RuntimeError, 'update="merge", got "beside"'),
-        ("rank", "UV", {}, RuntimeError, 'update="merge", got "beside"'),
+        ("rank", "UV", {}, RuntimeError, 'update="merge", got rank=2'),
     ],
 )
 def test_a_next_task_that_is_refused_leaves_everything(mode, sides, options, kind, told):
