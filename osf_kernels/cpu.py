@@ -81,9 +81,11 @@ WHOLE_VECTORS = 16
 
 
 def is_faster_transposed(m: int, n: int) -> bool:
-    """Whether aᵀ b of (T, m) and (T, n) is computed as (bᵀ a)ᵀ: an odd width is of the rows of what
-    BLAS writes, and of two odd or two even ones the smaller. Its time with the smaller one there
-    over that with the larger, by MKL 2024.2 on two AVX-512 cores (matrices not in the caches):
+    """Whether aᵀ b of (T, m) and (T, n) is computed as (bᵀ a)ᵀ, so that BLAS writes n rows.
+
+    A width that is no multiple of WHOLE_VECTORS, here called odd, goes into the rows, and of two
+    odd or two even ones the smaller. Time with the smaller one in the rows over that with the
+    larger, by MKL 2024.2 on two AVX-512 cores (matrices not in the caches):
 
         T      384, 80   1536, 80   384, 192   1536, 192   384, 304   1536, 304   1344, 384
         320    .89       .68        1.01       1.01        .98        .93         .99

@@ -210,6 +210,15 @@ def test_a_model_confined_in_inference_mode_trains(mode):
         confined = confine(model, bases(model), **MODES[mode])
     train(model, batches(2, "inference"), adamw(model.parameters()))
     confined.verify()
+    weights, state = model.state_dict(), confined.state_dict()
+    model = net("guarding", "inference")
+    model.load_state_dict(weights)
+    with torch.inference_mode():
+        confined = confine(model, state)
+        if mode in ("merge", "zero"):
+            confined.next_task(widen=1, progress=False)
+    train(model, batches(2, "inference"), adamw(model.parameters()))
+    confined.verify()
 
 
 def test_weights_of_the_same_run_are_no_foreign_ones():

@@ -187,3 +187,11 @@ def test_functional_call_says_nothing_of_frozen_blocks(caplog):
     held = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     functional_call(model, held, (inputs(),))
     assert "frozen" not in caplog.text
+
+
+def test_derivatives_of_derivatives_of_a_compiled_model_are_refused():
+    """By a backend whose graphs run under autograd as they are; others refuse by themselves."""
+    _, model, _ = nets("merge")
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        penalty(compiled, inputs()).backward()

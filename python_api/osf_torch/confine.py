@@ -23,6 +23,7 @@ from osf_torch.selection import listed, unwrapped
 from osf_torch.subspaces import Subspace
 
 
+@torch.inference_mode(False)  # no backward pass takes tensors that are made in that mode
 def confine(
     model: nn.Module,
     subspaces: Mapping[str, Subspace] | Mapping[str, Any],
@@ -114,19 +115,18 @@ def confine(
         update, rank, decay_to = state["update"], state["rank"], state["decay_to"]
     chosen: Update = update or ("beside" if rank is not None else "merge")
     settings = Settings(chosen, rank, decay_to, dtype)
-    with torch.inference_mode(False):  # whose tensors no step may write to
-        places = admitted(model, subspaces, settings)
-        if rank is not None and generator is None:
-            generator = torch.Generator("cpu").manual_seed(0)
-        tensors = [made(place, settings, generator) for place in places]
-        if state is not None:
-            for place, held in zip(places, tensors, strict=True):
-                require_trained(place, held, state)
-            require_of_weights(places, state)
-        confined = Confined(unwrapped(model), settings)
-        confined.begin(places, tensors)
-        if state is not None:
-            confined.load_state_dict(state)
+    places = admitted(model, subspaces, settings)
+    if rank is not None and generator is None:
+        generator = torch.Generator("cpu").manual_seed(0)
+    tensors = [made(place, settings, generator) for place in places]
+    if state is not None:
+        for place, held in zip(places, tensors, strict=True):
+            require_trained(place, held, state)
+        require_of_weights(places, state)
+    confined = Confined(unwrapped(model), settings)
+    confined.begin(places, tensors)
+    if state is not None:
+        confined.load_state_dict(state)
     known = getattr(subspaces, "left_out", {})
     if not set(left_out(model, ())) <= set(known):  # which whoever made the subspaces has told
         log_left_out(model, (), "confine")

@@ -12,7 +12,7 @@ from torch import nn
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.current import current
-from osf_torch.free.drifting import drift_limit, explained
+from osf_torch.free.drifting import explained
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
@@ -151,6 +151,7 @@ class Confined:
         self.held = []
         stepping.unwatch(self)
 
+    @torch.inference_mode(False)
     def next_task(
         self, ranks: Ranks | None = None, *, widen: Rank | None = None, **options: Any
     ) -> Subspaces:
@@ -228,13 +229,16 @@ class Confined:
         Of a weight of half precision it has the rounding of W as it is now. Of sharded weights a
         collective. Synchronises.
         """
+        return {place.name: found.moved for place, found in self._drifts()}
+
+    def _drifts(self) -> list[tuple[Place, drifting.Drift]]:
         self.merge()
         references = self.references
-        return {
-            p.name: drifting.drift(p, references[p.name])
-            for p in self.places
-            if p.name in references
-        }
+        return [
+            (place, drifting.drift(place, references[place.name]))
+            for place in self.places
+            if place.name in references
+        ]
 
     @torch.no_grad()
     def verify(self, *, tol: float | None = None) -> None:
@@ -248,13 +252,13 @@ class Confined:
         for place in self.places:
             require_in_place(self._model, place)
             require_frozen(place.spec, place.weight)
-        for name, moved in self.drift().items():
-            place = next(place for place in self.places if place.name == name)
-            limit = drift_limit(place, self.references[name]) if tol is None else tol
+        for place, (moved, explicable) in self._drifts():
+            limit = explicable if tol is None else tol
             if not moved <= limit:
                 raise RuntimeError(
-                    f"osf_torch.Confined.verify: expected what is protected of {name!r} to have "
-                    f"moved by at most {limit:.1e} of its norm, got {moved:.1e}: {explained(place)}"
+                    f"osf_torch.Confined.verify: expected what is protected of {place.name!r} to "
+                    f"have moved by at most {limit:.1e} of its norm, got {moved:.1e}: "
+                    f"{explained(place)}"
                 )
 
     def base_moved(self) -> dict[str, float]:
@@ -292,6 +296,7 @@ class Confined:
         self.merge()
         return state.state_of(self.places, self._settings, self.references)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes up where :meth:`state_dict` was called; the model and optimizer load their own, the

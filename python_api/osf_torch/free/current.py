@@ -44,7 +44,7 @@ def current(place: Place) -> Tensor:
             return beside
         return (W + update_of(place)).to(W.dtype)  # rounded once
     C, merged = place.get(spec.free), place.get(spec.merged)
-    base = place.get(spec.base) if spec.is_rounded else None
+    base = place.base
     if is_substitute(place):
         if base is not None:
             return (base.to(C.dtype) + update_of(place, C)).to(W.dtype)

@@ -67,33 +67,41 @@ def base_moved(place: Place, before: Reference) -> float:
     return relative(whole, before.whole)
 
 
-def drift(place: Place, before: Reference) -> float:
-    """‖H(W) − H(W₀)‖ / ‖H(W₀)‖, an estimate to a quarter."""
-    return relative(reference(place).protected, before.protected)
+class Drift(NamedTuple):
+    """Attributes:
+    moved: ‖H(W) − H(W₀)‖ / ‖H(W₀)‖, an estimate to a quarter.
+    limit: what rounding explains of it.
+    """
+
+    moved: float
+    limit: float
 
 
-@torch.no_grad()
-def drift_limit(place: Place, before: Reference) -> float:
+def drift(place: Place, before: Reference) -> Drift:
+    """Of the current weight; of a sharded one by a collective."""
+    now = reference(place)
+    moved = relative(now.protected, before.protected)
+    grown = float(now.whole.norm() / before.protected.to(now.whole.device).norm().clamp_min(TINY))
+    return Drift(moved, _limit(place) * max(1.0, grown))
+
+
+def _limit(place: Place) -> float:
     """What rounding explains of a drift: of products in float32 over many steps, of bases, and of a
     weight that was rounded to half precision, whatever it has become since.
 
-    All of a weight is rounded, so that one whose free part has grown past what is protected may
-    drift by as much more.
+    It is relative to all of the weight, which is rounded as a whole: one whose free part has grown
+    past what is protected may drift by as much more.
     """
     spec = place.spec
     eps = torch.finfo(place.weight.dtype).eps
     if spec.is_rounded:
         eps = max(eps, torch.finfo(torch.bfloat16).eps)
     sizes = [t.element_size() for side in (spec.left, spec.right) for t in side.tensors]
-    limit = (ROUNDED_LIMIT if min(sizes, default=4) == 2 else DRIFT_LIMIT) + 2 * eps
-    Omega = _probes(spec.right.size).to(place.device)
-    whole = _times(place, Omega.expand(*spec.matrix_shape[:-2], *Omega.shape))
-    grown = float(whole.norm() / before.protected.to(whole.device).norm().clamp_min(TINY))
-    return limit * max(1.0, grown)
+    return (ROUNDED_LIMIT if min(sizes, default=4) == 2 else DRIFT_LIMIT) + 2 * eps
 
 
 def explained(place: Place) -> str:
-    """What has moved what is protected by more than that, as far as it can be told."""
+    """What has moved the protected part by more than rounding does, as far as it can be told."""
     if all(bool(torch.isfinite(local(t.detach())).all()) for t in place.trained()):
         return (
             "something has written to the weight itself; load a checkpoint of this run, or "

@@ -7,6 +7,7 @@ never kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from osf_torch.free.operators import (
     define,
     differentiable_once,
     differentiate,
+    refused,
 )
 from osf_torch.free.spec import Place, Spec, spec_of
 
@@ -39,7 +41,7 @@ def linear(
     spec = place.spec
     W, C = place.weight, place.get(spec.free)
     merged = place.get(spec.merged) if spec.update == "merge" else None
-    base = place.get(spec.base) if spec.is_rounded else None
+    base = place.base
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # as torch's own layers
         x = x.to(torch.get_autocast_dtype(kind))
@@ -60,7 +62,8 @@ def linear(
         return _linear_forward(x, bias, C, *held)[0]
     shares = order in ("left", "right") and not is_sharded
     block = _shared(spec, C, order, x.dtype) if shares else C
-    # What the gradient of x is no linear function of; that of C is one of what comes in and x.
+    # The gradient of x depends on C too, and that of C on x. Where x takes none, that of C depends
+    # on the gradient that comes in alone.
     anchors = anchors_of(x, block) if x.requires_grad else ()
     result: Tensor = _Linear.apply(x, bias, block, (C, *held), anchors)
     return result
@@ -117,13 +120,14 @@ def _keep(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Any, ...], outpu
 
 
 def _gradients(
-    ctx: Any, dy: Tensor, form: Any, gradient: Any
+    ctx: Any, saved: Sequence[Any], dy: Tensor, form: Any, gradient: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, bias and C; ``form`` and ``gradient`` as operators, or as the functions that these are.
+    """Of x, bias and C, from what ``_keep`` has saved; ``form`` and ``gradient`` as operators, or
+    as the functions that these are.
 
     That of x comes last, so that it is in a cache for what reads it next.
     """
-    W, inputs, C = ctx.saved_tensors
+    W, inputs, C = saved
     dx = dC = dbias = None
     if ctx.needs_input_grad[2]:
         dC = gradient(dy, inputs, ctx.handle, ctx.transposed, ctx.reduced, ctx.block_dtype)
@@ -177,7 +181,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return *_gradients(ctx, dy, formed, partial(_gradient, finish=ctx.finish)), None, None
+        gradient = partial(_gradient, finish=ctx.finish)
+        return *_gradients(ctx, ctx.saved_tensors, dy, formed, gradient), None, None
 
 
 # --- weights that are used more than once ---
@@ -245,13 +250,17 @@ def _linear_fake(
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, bias, *held = inputs
     _keep(ctx, x, bias, tuple(held), output)
+    ctx.merged_block = None if held[2] is None else held[0]
 
 
 def _linear_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 9
-    dx, dbias, dC = _gradients(ctx, dy, _form, _linear_gradient)
-    return dx, dbias, dC, None, None, None, None, None, None
+    saved = ctx.saved_tensors  # once: a checkpoint computes them anew
+    found: tuple[Any, ...] = _gradients(ctx, saved, dy, _form, _linear_gradient)
+    if ctx.merged_block is not None:  # which is in W, where a graph of gradients doesn't see it
+        found = refused(found, (dy, *saved, ctx.merged_block))
+    return *found, None, None, None, None, None, None
 
 
 def _gradient_fake(

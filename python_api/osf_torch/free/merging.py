@@ -86,8 +86,7 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
             continue
         with spec.lock:
             if force or is_stale(C, merged, looks=looks):
-                base = place.get(spec.base) if spec.is_rounded else None
-                _merge_whole(spec, place.weight, C, merged, base)
+                _merge_whole(spec, place.weight, C, merged, place.base)
                 count += 1
     _merge_sharded(sharded)
     return count + len(sharded)
@@ -99,7 +98,7 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
 def note_weight(place: Place) -> None:
     """The weight, as it is now, is what the last merge has made it, or what was looked at."""
     if not is_dtensor(place.weight):
-        _note_weight(place.get(place.spec.trainable[0]), *_of_weight(place))
+        _note_weight(place.get(place.spec.trainable[0]), place.weight, place.base)
 
 
 def _note_weight(block: Tensor, *held: Tensor | None) -> None:
@@ -110,7 +109,7 @@ def is_written(place: Place) -> bool:
     """Whether something else has written to a whole weight, or to the W₀ that it is rounded from,
     since it was noted, as far as the host sees without waiting: by torch's count of writes, and on
     a CPU by some of the values."""
-    return _is_written(place.get(place.spec.trainable[0]), *_of_weight(place))
+    return _is_written(place.get(place.spec.trainable[0]), place.weight, place.base)
 
 
 def _is_written(block: Tensor, *held: Tensor | None) -> bool:
@@ -122,11 +121,6 @@ def _is_written(block: Tensor, *held: Tensor | None) -> bool:
         before[:2] != after[:2] or not torch.equal(before[2], after[2])
         for before, after in zip(noted, now, strict=True)
     )
-
-
-def _of_weight(place: Place) -> tuple[Tensor, Tensor | None]:
-    spec = place.spec
-    return place.weight, place.get(spec.base) if spec.is_rounded and place.is_attached else None
 
 
 def _state_of(W: Tensor) -> tuple[int, int, Tensor]:

@@ -54,27 +54,32 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     """As torch's ``once_differentiable``, of whose results further derivatives are refused however
     they are asked for, by ``torch.autograd.grad`` of some inputs too.
 
-    The results depend on the gradients that come in, and on ``ctx.anchors`` where there are some:
-    of what else they are no linear function of.
+    The results depend on the gradients that come in. A backward pass whose results depend on more
+    has tensors in ``ctx.anchors`` that hang in the graph where that does.
     """
 
     @wraps(backward)
     def wrapped(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         with torch.no_grad():
             found = backward(ctx, *gradients)
-        results = [t for t in found if isinstance(t, Tensor)]
-        if not results or not torch.is_grad_enabled():
-            return found
-        sources = [g for g in gradients if isinstance(g, Tensor)]
-        marked = _Refused.apply(len(results), *results, *sources, *getattr(ctx, "anchors", ()))
-        rest = iter(marked)
-        return tuple(next(rest) if isinstance(t, Tensor) else t for t in found)
+        return refused(found, (*gradients, *getattr(ctx, "anchors", ())))
 
     return wrapped
 
 
+def refused(found: tuple[Any, ...], sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a backward pass has found, of which derivatives by its sources are refused, where a
+    graph of the backward pass is made."""
+    results = [t for t in found if isinstance(t, Tensor)]
+    if not results or not torch.is_grad_enabled():
+        return found
+    held = (t for t in sources if isinstance(t, Tensor))
+    marked = iter(_Refused.apply(len(results), *results, *held))
+    return tuple(next(marked) if isinstance(t, Tensor) else t for t in found)
+
+
 class _Refused(torch.autograd.Function):
-    """The first ``count`` of some tensors, as results of the others that aren't differentiable."""
+    """Hands on the first ``count`` tensors, and refuses their derivatives by all that follow."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

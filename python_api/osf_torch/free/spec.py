@@ -212,6 +212,11 @@ class Place:
         return B @ A
 
     @property
+    def base(self) -> Tensor | None:
+        """W₀ of a weight that is rounded from it."""
+        return self.get(self.spec.base) if self.spec.is_rounded else None
+
+    @property
     def name(self) -> str:
         return self.spec.name
 

@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from osf_torch.free import drifting
-from osf_torch.free.drifting import drift_limit, explained
+from osf_torch.free.drifting import explained
 from osf_torch.free.merging import is_written, merge, note_weight
 from osf_torch.free.spec import OF_FSDP, Place, require_in_place
 from osf_torch.steps import owned_by
@@ -105,9 +105,8 @@ def _require_unwritten(confined: Confined, place: Place) -> None:
     """
     if place.spec.is_opaque or place.is_sharded or not is_written(place):
         return
-    before = confined.references[place.name]
-    moved = drifting.drift(place, before)
-    if moved <= drift_limit(place, before):
+    moved, limit = drifting.drift(place, confined.references[place.name])
+    if moved <= limit:
         note_weight(place)
         return
     raise RuntimeError(
