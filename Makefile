@@ -89,8 +89,9 @@ bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CS
 continual: $(INSTALLED)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too
 	@$(BIN)/python -m bench continual $(if $(ANEW),--anew)
 
-static: $(BUILT)  ## Inspect the machine code of every kernel, no GPU: registers, tensor cores, occupancy
+static: $(BUILT)  ## Inspect every kernel's machine code and model what its launches move, no GPU, 10 min
 	@$(BIN)/python -m bench static --csv bench/results/static.csv
+	@$(BIN)/python -m bench traffic --csv bench/results/traffic.csv
 
 gpu-session:  ## On a GPU machine, with its own Python: kernels, a whole model, tests, sanitizer into OUT
 	bash bench/gpu_session.sh $(OUT)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import host, overhead, refresh_cli, report, static, suite, training_cli
+from bench import host, overhead, refresh_cli, report, static, suite, traffic_cli, training_cli
 from bench.arguments import device_named, listed, require
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     refresh_cli.add(commands)
     training_cli.add(commands)
     static.add(commands)
+    traffic_cli.add(commands)
 
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
@@ -200,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return training_cli.run(arguments)
         if arguments.command == "static":
             return static.run(arguments)
+        if arguments.command == "traffic":
+            return traffic_cli.run_cases(arguments)
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0

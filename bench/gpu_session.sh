@@ -181,8 +181,8 @@ measure whole_model
 measure restoring
 
 if ncu=$(tool ncu /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu); then
-  part ncu "$out/tools.log" "$ncu" --clock-control none --launch-count 4 \
-    --kernel-name 'regex:two_pass_kernel|update_kernel' --section SpeedOfLight \
+  part ncu "$out/tools.log" "$ncu" --clock-control none --launch-count 2 \
+    --kernel-name 'regex:projection_kernel' --section SpeedOfLight \
     --section MemoryWorkloadAnalysis --section Occupancy --section LaunchStats \
     --section WarpStateStats "$python" -m bench.gpu.first_kernel --rounds 0 --out /dev/null
 else

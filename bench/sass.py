@@ -6,6 +6,7 @@ included. They say that the code is what was meant, not that it is fast.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def _jumps(instructions: Sequence[Instruction]) -> dict[int, tuple[set[int], boo
 
     BSYNC leads to the target of a BSSY of its barrier; mostly that is the next instruction. A
     call returns, and its target may as well be a part of the same code: sm_80 jumps by CALL where
-    a warp must have met before.
+    a warp must have met before. Where BRX and JMX lead is in a table that a listing doesn't show:
+    to each piece of code that nothing else leads to, which misses those that something does.
     """
     last = [instruction.address for instruction in instructions[1:]] + [-1]
     meeting: dict[str, set[int]] = {}
@@ -98,6 +100,18 @@ def _jumps(instructions: Sequence[Instruction]) -> dict[int, tuple[set[int], boo
             targets = meeting.get(instruction.operands, set())
             if following not in targets:
                 found[instruction.address] = (targets, conditional)
+    indirect = [i.address for i in instructions if i.name in ("BRX", "JMX")]
+    if indirect:
+        named = set().union(*(targets for targets, _ in found.values()))
+        pieces = {
+            after.address
+            for before, after in itertools.pairwise(instructions)
+            if not found.get(before.address, (set(), True))[1]
+            and after.address not in named
+            and after.name != "NOP"
+        }
+        for address in indirect:
+            found[address] = (pieces, found[address][1])
     return found
 
 

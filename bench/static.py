@@ -36,7 +36,7 @@ from bench.static_kernels import Code, Inspected, Kernel, find_cuobjdump
 from bench.static_triton import compile_triton, launch_key, triton_launches
 
 BACKENDS = ("triton", "cuda")
-MULTIPLYING = ("one_pass", "two_pass", "multiply", "update", "gram", "coefficients")
+MULTIPLYING = ("projection", "multiply", "gram", "coefficients", "update")
 # Gets what is at work, how many kernels were compiled, and of how many (None: not known yet).
 Step = Callable[[str, int, int | None], None]
 

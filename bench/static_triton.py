@@ -40,31 +40,36 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
         "fp32, bf16 bases": aot.Class(fp32, bf16, "tf32x3"),
     }
 
-    def described(made: Any, name: str, dtype: str, layout: str) -> tuple[Kernel, Any]:
+    def serving(kind: aot.Class, *, aligned: bool = True, padded: bool = False) -> Iterator[Any]:
+        """The configs of a class, each with the least rank by which its code differs."""
+        math = aot.math_of(kind)
+        for of, config in configs.shipped(architecture, aligned):
+            if of == math:
+                options = {"aligned": aligned, "padded": padded}
+                rank, *_ = aot.ranks_served(architecture, math, config, **options)
+                yield aot.launches_of(config, kind, rank=rank, **options)
+
+    def described(made: Any, dtype: str, layout: str) -> tuple[Kernel, Any]:
         values = made.config._asdict()
         resident = values.pop("programs_per_sm")
-        # The grid of a product has a program a tile; each of an update's does several.
-        launched = resident if made.kernel == "update" else None
+        # The grid of a product has a program a tile; each of a projection's does tasks in turn.
+        launched = resident if made.kernel == "projection" else None
         config = " ".join(f"{key}={value}" for key, value in values.items())
         threads = WARP * made.config.num_warps
         # The launch's own shared memory is known once it is compiled.
         return Kernel(
-            "triton", name, architecture, dtype, layout, config, threads, 0, launched
+            "triton", made.kernel, architecture, dtype, layout, config, threads, 0, launched
         ), made
 
     for aligned in (True, False):
         for dtype, kind in classes.items():
             if not aligned and dtype not in ("bf16", "fp16", "fp32 (tf32x3)"):
                 continue
-            for width, config in configs.shipped(architecture, aligned):
-                if width == aot.operand_bytes(config, kind):
-                    made = aot.launches_of(config, kind, aligned=aligned)
-                    yield described(made, made.kernel, dtype, _layout(aligned))
+            for made in serving(kind, aligned=aligned):
+                yield described(made, dtype, _layout(aligned))
     for dtype in ("bf16", "fp32 (tf32x3)"):
-        for width, config in configs.shipped(architecture):
-            if width == aot.operand_bytes(config, classes[dtype]):
-                made = aot.launches_of(config, classes[dtype], padded=77)
-                yield described(made, made.kernel, dtype, "padded")
+        for made in serving(classes[dtype], padded=True):
+            yield described(made, dtype, "padded")
     for aligned in (True, False):
         for x in (bf16, fp16, fp32):
             name = str(x).removeprefix("torch.")
@@ -77,9 +82,7 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
                 rows.append((ragged, "odd basis", 127))
             for product, layout, rank in rows:
                 made = aot.products_of(product, x, "tf32x3", aligned=aligned, rank=rank)
-                multiplies = isinstance(product, configs.TwoPass)
-                label = "multiply" if multiplies else made.kernel
-                yield described(made, label, _shorter(x), layout)
+                yield described(made, _shorter(x), layout)
 
 
 def compile_triton(made: Any, architecture: str, cuobjdump: Path) -> tuple[int, Code]:

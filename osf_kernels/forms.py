@@ -1,7 +1,7 @@
 """The forms of the projection: one table of what each multiplies, in which order, and why.
 
-Two kernels compute all of them (``backends/jobs.py``): one reduces a matrix to coefficients, one
-adds products of a basis and a coefficient. With E = U Uᵀ and F = V Vᵀ of the columns a caller
+Two kinds of jobs compute all of them (``backends/jobs.py``): one reduces a matrix to coefficients,
+one adds products of a basis and a coefficient. With E = U Uᵀ and F = V Vᵀ of the columns a caller
 passed, whatever they span, the result is beta·g + alpha·X:
 
 ==============  ================================  ===================================

@@ -16,9 +16,19 @@ import torch
 from osf_kernels import env
 from osf_kernels._version import __version__
 from osf_kernels.backends import cuda
-from osf_kernels.backends.choosing import NAMES, WORKS, choose, requested, unavailable_reason
+from osf_kernels.backends.choosing import (
+    NAMES,
+    WORKS,
+    Verdict,
+    Work,
+    architecture,
+    choose,
+    requested,
+    unavailable_reason,
+    verdict,
+)
 from osf_kernels.errors import BackendUnavailableError
-from osf_kernels.plan import GROUPED_RANK_LIMIT
+from osf_kernels.gpu import rank_limit
 
 __all__ = ["Info", "collect", "render"]
 
@@ -136,16 +146,28 @@ def _choices(devices: list[Device]) -> list[Choice]:
     found: list[Choice] = []
     for entry in devices:
         for work in WORKS:
-            for bound in (False, True) if work == "projection" else (False,):
-                try:
-                    device = torch.device(entry["device"])
-                    backend, why = choose(work, requested(), device, "float32", flop_bound=bound)
-                except (BackendUnavailableError, ValueError) as error:
-                    backend, why = "none", str(error)
-                words = f"{work} beyond rank {GROUPED_RANK_LIMIT}" if bound else work
-                found.append(
-                    {"device": entry["device"], "work": words, "backend": backend, "why": why}
-                )
+            for dtype in ("float32", "bfloat16") if work == "projection" else ("float32",):
+                found += _choices_of(entry["device"], work, dtype)
+    return found
+
+
+def _choices_of(name: str, work: Work, dtype: str) -> list[Choice]:
+    """Who runs a piece of work; of projections on both sides of the rank where that changes."""
+    device = torch.device(name)
+    words: list[tuple[str, Verdict | None]] = [(work, None)]
+    if work == "projection":
+        limit = rank_limit(architecture(device), dtype, 2).rank
+        words = [
+            (f"{dtype} projection up to rank {limit}", verdict(device, dtype, 2, limit)),
+            (f"{dtype} projection beyond it", verdict(device, dtype, 2, limit + 1)),
+        ]
+    found: list[Choice] = []
+    for word, fused in words:
+        try:
+            backend, why = choose(work, requested(), device, dtype, fused=fused)
+        except (BackendUnavailableError, ValueError) as error:
+            backend, why = "none", str(error)
+        found.append({"device": name, "work": word, "backend": backend, "why": why})
     return found
 
 

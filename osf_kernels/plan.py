@@ -36,10 +36,6 @@ MODES: tuple[Mode, ...] = ("complement", "core")
 # FLOPs. GPUs: bf16 ridge ranks 117 (sm_80) and 155 (sm_90) of three passes, times 4/3.
 FLOPS_PER_BYTE = 156.0
 
-# Above this many columns a side a grouped hand-written kernel is FLOP-bound and library GEMMs
-# are ahead of it: the bf16 ridge rank of sm_90. To be replaced by a measured table.
-GROUPED_RANK_LIMIT = 160
-
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -89,10 +85,10 @@ class Plan:
         form: the form, or the forms of a list, joined by " + ".
         flops: floating-point operations of all matrices (a multiply-add is two).
         bytes: bytes read and written, each operand once a step.
-        launches: calls of the two grouped kernels for the whole list, each one launch for the
-            matrices that agree on dtypes, layouts and tile config (cuda: on dtype and class of
-            ranks, 127 at a time), in every slice that the workspace holds; on the torch backend,
-            matmuls.
+        launches: on triton, launches: one for all matrices that agree on dtypes, layouts and tile
+            config; on cuda, calls of its two kernels, each one launch for the matrices that agree
+            on dtype and class of ranks, 127 at a time, in every slice that the workspace holds; on
+            the torch backend, matmuls.
         workspace_bytes: coefficients and partial sums that live at once.
         backend: the backend, or the backends of a list, joined by " + ".
         why: the reason for the form and for the backend.
@@ -308,13 +304,15 @@ def _two_sided(x: Matrix, left: Side, right: Side, *, flip: bool, device: str, o
     return step
 
 
-def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
+def on_backend(x: Matrix, step: Step, reads: int, composed: bool, kept: bool = False) -> Step:
     """A step with the passes over g that a backend makes.
 
     Args:
         reads: how often the backend reads g for the coefficients of both sides.
         composed: whether torch runs it, product by product: a sum into a matrix of its own copies
             g there first, and the terms of an update that aren't joined are added one by one.
+        kept: whether all calls are one launch in which g is in the cache whenever it is read again:
+            memory sees one read and one write.
     """
     more = 0
     for call in step.calls:
@@ -323,6 +321,9 @@ def on_backend(x: Matrix, step: Step, reads: int, composed: bool) -> Step:
         elif composed and isinstance(call, Expand):
             copies = (call.into == "w" and call.beta != 0.0) + (call.plus != "")
             more += 2 * (copies + (call.by == "AB" and not step.joined))
+    if kept and step.calls and not step.halves:
+        more = 2 - step.passes
+        step = replace(step, why=f"{step.why}; g is in L2 when the update reads it again")
     moved = more * x.batch * x.m * x.n * BYTES[x.dtype]
     return replace(step, passes=step.passes + more, bytes=step.bytes + moved)
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import osf_kernels
-from osf_kernels import Basis, Prepared, requested_backend
-from osf_kernels.backends import grouped
-from osf_kernels.backends.choosing import module
+from osf_kernels import Basis, Prepared
+from osf_kernels.backends.cuda.slices import SlicedProgram
 from osf_kernels.testing import (
     assert_error_within,
     project_eager,
@@ -259,26 +258,45 @@ def halves_make_the_whole(case: List) -> None:
         assert all(map(torch.equal, (*halves.A, *halves.B), kept))
 
 
-def slices_share_the_workspace(case: List, monkeypatch: pytest.MonkeyPatch, limit: int) -> int:
-    """A list that the workspace doesn't hold is run slice by slice; returns how many."""
-    programs: list[grouped.Program] = []
-    make = grouped.Program.__init__
+def small_workspace_serves(case: List, limit: int, shares: int) -> None:
+    """With a workspace of ``limit`` bytes a list has the bits that it has with room for all of it.
 
-    def making(self: grouped.Program, *args: Any, **options: Any) -> None:
-        make(self, *args, **options)
-        programs.append(self)
-
-    monkeypatch.setattr(grouped.Program, "__init__", making)
+    ``shares``: how many times the memory of a single matrix it takes where the limit holds less.
+    """
     grads = case.draw()
-    spare = module(requested_backend()).spare_bytes(grads[0].device)
-    prepared = case.prepare(workspace_bytes=limit + spare)
+    roomy, tight = case.prepare(grads), case.prepare(grads, workspace_bytes=limit)
     for _ in range(2):
         before = case.refill(grads)
-        prepared.project_(grads)
+        others = [x.clone() for x in before]
+        tight.project_(grads)
         case.assert_projected(grads, before)
-    (program,) = programs
-    assert prepared.plan.workspace_bytes <= max(limit + spare, program._arena_bytes)
-    return len(program._slices)
+        roomy.project_(others)
+        assert all(map(torch.equal, grads, others))
+    most, taken = roomy.plan.workspace_bytes, tight.plan.workspace_bytes
+    each = [
+        osf_kernels.prepare([x], [U], [V], mode=case.mode).plan.workspace_bytes  # type: ignore[arg-type]
+        for x, U, V in zip(grads, case.Us, case.Vs, strict=True)
+    ]
+    assert 0 < taken <= max(limit, shares * max(each))
+    assert taken < most if limit < most else taken <= most
+
+
+def slices_share_the_workspace(case: List, monkeypatch: pytest.MonkeyPatch, limit: int) -> int:
+    """A list that the workspace doesn't hold is run slice by slice; returns how many. (CUDA's;
+    Triton's single launch uses the workspace by halves in turn.)"""
+    small_workspace_serves(case, limit, 1)
+    slices: list[int] = []
+    make = SlicedProgram.__init__
+
+    def making(self: SlicedProgram, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        slices.append(len(self._slices))
+
+    monkeypatch.setattr(SlicedProgram, "__init__", making)
+    grads = case.draw()
+    case.prepare(grads, workspace_bytes=limit).project_(grads)
+    (count,) = slices
+    return count
 
 
 def shards_make_the_whole(

@@ -33,6 +33,7 @@ from bench import (
     rounding,
     static,
     suite,
+    traffic_cli,
 )
 
 CPU = torch.device("cpu")
@@ -213,6 +214,7 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "integrations_peft_cpu.csv": integrations_peft.Row,
         "integrations_stiefel_cpu.csv": integrations_stiefel.Row,
         "static.csv": static.Row,
+        "traffic.csv": traffic_cli.Row,
     }
     found = sorted((root / "bench" / "results").glob("*.csv"))
     assert found

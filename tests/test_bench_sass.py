@@ -147,6 +147,35 @@ def test_branches_meet_behind_a_bsync_out_of_line() -> None:
     assert found == {0: 6}
 
 
+def test_kinds_of_tasks_behind_an_indirect_branch() -> None:
+    """It leads to each piece of code behind an end of another that nothing else leads to."""
+    lines = [
+        "MOV R1, R2",  # 0: the loop over tasks
+        "@P0 EXIT",
+        "BRX R36 -0x30",
+        "MOV R4, RZ",  # 3: the first kind
+        "HMMA.16816.F32 R4, R8, R12, R4",  # 4: its loop
+        "@P1 BRA 0x40",
+        "BRA 0xc0",
+        "@P2 BRA 0xa0",  # 7: the second kind
+        "HMMA.16816.F32 R4, R8, R12, R4",  # 8: its loop
+        "@P1 BRA 0x80",
+        "STG.E.128 [R2.64], R4",  # 10: where both ways of the second meet
+        "BRA 0xc0",
+        "BRA 0x0",  # 12: the next task
+        "BRA 0xd0",  # 13: padding, never reached
+        "NOP",
+    ]
+    assert heads(*lines) == {0: 13, 4: 2, 8: 2}
+    assert heads(*[line.replace("BRX", "JMX") for line in lines]) == {0: 13, 4: 2, 8: 2}
+    found = sass.hot_loop(code(*lines))
+    assert found is not None
+    assert (found.instructions, found.tensor_core) == (2, 1)
+    # A conditional one leads on as well.
+    lines[2] = "@P3 BRX R36 -0x30"
+    assert heads(*lines) == {0: 13, 4: 2, 8: 2}
+
+
 def test_hot_loop_passes_over_a_wait_inside_and_takes_most_products() -> None:
     product = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, !UPT"
     found = sass.hot_loop(

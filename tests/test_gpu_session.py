@@ -24,6 +24,7 @@ from bench.gpu import (
     whole_model,
 )
 from bench.gpu.measure import Measurement, Part
+from osf_kernels.backends.triton import configs as table
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -281,21 +282,60 @@ def test_wrong_results_get_no_speed(
     assert chosen.failed == len(ours)
 
 
-@pytest.mark.parametrize("module", [launches, configs])
 def test_kernels_that_write_nothing_are_wrong(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: object
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What the contender before wrote isn't taken for the work of the next."""
-    monkeypatch.setattr(module.triton, "coefficients", lambda jobs, **options: None)  # type: ignore[attr-defined]
-    monkeypatch.setattr(module.triton, "update", lambda jobs, **options: None)  # type: ignore[attr-defined]
-    module.run(part(tmp_path))  # type: ignore[attr-defined]
+    monkeypatch.setattr(launches.triton, "coefficients", lambda jobs, **options: None)
+    monkeypatch.setattr(launches.triton, "update", lambda jobs, **options: None)
+    monkeypatch.setattr(osf_kernels, "project_", lambda g, U, V: g)
+    launches.run(part(tmp_path))
     rows = rows_of(tmp_path / "rows.csv")
     ours = [row for row in rows if not row["contender"].startswith("torch")]
+    cases = list(launches.cases(tiny=True))
     alone = [row for row in ours if not row["case"].startswith("projection")]
-    assert alone
+    assert len(alone) == 2 * len(cases)
     assert all(row["status"].startswith("wrong: error inf") for row in alone)
+    whole = [row for row in ours if row["case"].startswith("projection")]
+    assert whole
+    assert not any(row["status"] == "ok" for row in whole)
     torchs = [row for row in rows if row["contender"].startswith("torch")]
     assert all(row["status"] == "ok" for row in torchs)
+
+
+def test_configs_that_write_nothing_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(configs, "launched", lambda *matrix_and_config: lambda: None)
+    configs.run(part(tmp_path))
+    rows = rows_of(tmp_path / "rows.csv")
+    assert len({row["config"] for row in rows}) == len(rows) == 6
+    assert all(row["status"].startswith("wrong: error") for row in rows)
+    assert all(row["device_ms"] == "" for row in rows)
+
+
+def test_a_config_that_does_not_fit_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refusing(*matrix_and_config: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(configs, "launched", refusing)
+    configs.run(part(tmp_path))
+    rows = rows_of(tmp_path / "rows.csv")
+    assert len(rows) == 6
+    assert {row["status"] for row in rows} == {
+        "failed: RuntimeError: out of resource: shared memory"
+    }
+
+
+def test_the_configs_tried_differ_and_begin_with_the_pinned_one() -> None:
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        for rank in (64, 128):
+            pinned = table.projection_config(architecture, "bfloat16", rank)
+            found = configs.tried(pinned)
+            assert found[0] == pinned
+            assert len(set(found)) == len(found) == 6
 
 
 def test_results_that_differ_from_call_to_call_are_wrong(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_text_shows_all_of_the_json_in_aligned_columns(
     assert list(blocks) == ["Versions", "Devices", "Backends", "Who runs what", "Environment"]
     assert len(blocks["Versions"]) == len(found["versions"])
     assert len(blocks["Backends"]) == len(found["backends"])
-    assert len(blocks["Who runs what"]) == len(found["choices"]) == 4 * len(found["devices"])
+    assert len(blocks["Who runs what"]) == len(found["choices"]) == 6 * len(found["devices"])
     assert [line.split()[0] for line in blocks["Environment"]] == list(env.VARIABLES)
     for lines in blocks.values():
         # Two blanks end the first column; the second begins where it does in every row.

@@ -25,6 +25,7 @@ RANKS = {
     "osf_kernels.plan": 2,
     "osf_kernels.forms": 1,
     "osf_kernels.cpu": 1,
+    "osf_kernels.gpu": 1,
     "osf_kernels.basis": 1,
     "osf_kernels.env": 1,
     "osf_kernels._padding": 1,

@@ -16,8 +16,10 @@ import osf_torch
 from osf_kernels import Basis, _padding
 from osf_kernels._padding import empty, is_aligned, is_padded, padded
 from osf_kernels.backends import grouped, jobs
+from osf_kernels.backends.chains import chain_of
 from osf_kernels.backends.operands import Arena
-from osf_kernels.backends.triton import configs, schedule
+from osf_kernels.backends.triton import configs, groups
+from osf_kernels.backends.triton.views import dot_rule
 from osf_kernels.plan import Matrix, Mode, choose
 from osf_kernels.testing import project_reference
 from osf_torch.protected import columns_of
@@ -110,46 +112,27 @@ def test_padding_lies_in_the_storage() -> None:
     assert not is_padded(flat.as_strided((9, 77), (76, 1)))  # lines overlap
 
 
-UNALIGNED = [
-    *(config for _, config in configs.shipped("sm_90", aligned=False)),
-    *configs.shipped_products("sm_90", "bfloat16", aligned=False),
-]
+UNALIGNED = [config for _, config in configs.shipped("sm_90", aligned=False)]
 
 
 def torch_new(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype)
 
 
-def configs_of(problem: jobs.Problem) -> list[configs.Config]:
-    """The configs of all launches of one matrix, nothing run."""
-    chosen: list[configs.Config] = []
-
-    def reduction(_: object, width: int, r: int, k: int, aligned: bool) -> configs.Config:
-        return configs.coefficients_config("sm_90", width, r, k, aligned=aligned)
-
-    def update(_: object, width: int, rank: int, aligned: bool) -> configs.Update:
-        return configs.update_config("sm_90", width, rank, aligned)
-
-    new = torch_new if not _padding.pads(problem.x.device) else Arena(problem.x.device).new
-    for job in itertools.chain.from_iterable(jobs.steps(problem, torch.float32, new)):
-        if isinstance(job, jobs.Coefficients):
-            made = schedule.coefficients_launches(
-                [job],
-                fill=128,
-                float32_precision="tf32x3",
-                choose=reduction,  # type: ignore[arg-type]
-            )
-        else:
-            made = schedule.update_launches([job], float32_precision="tf32x3", choose=update)
-        chosen += [launch.config for launch in made]
-    return chosen
-
-
 def unaligned(problem: jobs.Problem) -> bool:
-    """Whether any launch of a matrix takes a config for operands that aren't aligned."""
-    found = configs_of(problem)
-    assert found
-    return any(config is other for config in found for other in UNALIGNED)
+    """Whether a matrix takes a config for operands that aren't aligned; nothing is run."""
+
+    def choose(_: object, math: configs.Math, rank: int, aligned: bool) -> configs.Projection:
+        return configs.projection_config("sm_90", math, rank, aligned)
+
+    arena = Arena(problem.x.device)
+    new = arena.new if _padding.pads(problem.x.device) else torch_new
+    bases = [t.dtype for t in (problem.U, problem.V) if t is not None]
+    coefficient, _ = dot_rule(problem.x.dtype, bases, (FP32,), "tf32x3")
+    chain = chain_of(problem, coefficient, new)
+    assert chain
+    config = groups.plan_chain(chain, arena, "tf32x3", choose).config
+    return any(config is other for other in UNALIGNED)
 
 
 SPANS = (("high", "high"), ("low", "low"), ("high", "low"), (None, "high"), ("low", None))

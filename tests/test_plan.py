@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from osf_kernels import Basis, plan, prepare
+from osf_kernels import Basis, gpu, plan, prepare
 from osf_kernels.backends import choosing
 from osf_kernels.forms import FORMS, calls_of, work
 from osf_kernels.plan import Matrix, choose, on_backend
@@ -188,7 +189,7 @@ def test_passes_are_those_of_the_backend_that_runs():
         )
         for name, rank in itertools.product(choosing.NAMES, (16, 64, 200))
     }
-    assert [reads["triton", rank] for rank in (16, 64, 200)] == [1, 2, 2]
+    assert [reads["triton", rank] for rank in (16, 64, 200)] == [1, 1, 1]
     assert [reads["cuda", rank] for rank in (16, 64, 200)] == [1, 1, 2]
     assert [reads["torch", rank] for rank in (16, 64, 200)] == [2, 2, 2]
     for rank, joined in ((64, True), (1024, False)):
@@ -200,3 +201,40 @@ def test_passes_are_those_of_the_backend_that_runs():
             told = on_backend(x, step, count, composed)
             more = count - 1 + (2 if composed and not joined else 0)
             assert (told.passes, told.bytes) == (3 + more, step.bytes + more * size)
+        kept = on_backend(x, step, 1, False, kept=True)
+        assert (kept.passes, kept.bytes) == (2, step.bytes - size)
+        assert "in L2" in kept.why
+
+
+def test_what_fits_l2_is_read_from_memory_once():
+    """Of Triton's launches, by the cache of the device they are planned for."""
+    triton = choosing.module("triton")
+    pytest.importorskip("triton")
+    device = torch.device("cpu")  # planned as for sm_80, whose L2 has 40 MB
+    for size, kept in ((512, True), (4096, True), (8192, False)):
+        x = Matrix(size, size, 64, 64, dtype="bfloat16", basis_dtype="bfloat16")
+        assert triton.keeps(x, device) == kept
+        assert not choosing.module("torch").keeps(x, device)
+        assert not choosing.module("cuda").keeps(x, device)
+        assert triton.keeps(replace(x, r=None), device), "in bands, whatever its size"
+
+
+def test_rank_limits_are_of_an_architecture_a_dtype_and_sides():
+    """And each names what it rests on; a dtype or an architecture without rows has some all the
+    same."""
+    for architecture, dtype, sides in itertools.product(
+        gpu.ARCHITECTURES, ("bfloat16", "float16", "float32"), (1, 2)
+    ):
+        limit = gpu.rank_limit(architecture, dtype, sides)
+        assert limit.rank >= 64
+        assert limit.source
+    limits = {
+        gpu.rank_limit(*key).rank
+        for key in itertools.product(("sm_80", "sm_90"), ("bfloat16", "float32"), (1, 2))
+    }
+    assert len(limits) > 4, "not one number for all"
+    at, beyond = (
+        choosing.verdict(torch.device("meta"), "bfloat16", 2, rank) for rank in (112, 113)
+    )
+    assert (at.ahead, beyond.ahead) == (True, False)
+    assert "beyond rank 112" in beyond.why

@@ -1,102 +1,103 @@
-"""Six tile configs of the update and six of the coefficients, beside the pinned ones.
+"""Six tile configs of the projection: the pinned one and what lies next to it.
 
-One bfloat16 matrix of 4096×4096 at r = 64 and 128. A config that doesn't fit has a row that says
-so.
+One bfloat16 matrix of 4096×4096 at r = 64 and 128, projected in one launch. A config that doesn't
+fit has a row that says so.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from bench import check
-from bench.gpu.launches import COEFFICIENT_BOUND
 from bench.gpu.matrix import Matrix, draw, projected, worst
-from bench.gpu.measure import Part, Results, main, poison
+from bench.gpu.measure import Part, Results, main
 from bench.models import Shape
-from osf_kernels.backends import jobs, triton
-from osf_kernels.backends.triton.configs import TwoPass, Update
+from osf_kernels.backends.jobs import Problem
+from osf_kernels.backends.triton import configs
+from osf_kernels.backends.triton.configs import Projection
+from osf_kernels.plan import Step
 
-BF16, F32 = torch.bfloat16, torch.float32
-
-# The first of each is what is pinned for sm_90 beyond rank 32 and from rank 65 on.
-UPDATES = (
-    Update(128, 128, 64, 8, 8, 2, 1),
-    Update(128, 64, 32, 8, 8, 2, 2),
-    Update(128, 64, 64, 8, 4, 2, 2),
-    Update(64, 128, 64, 8, 4, 3, 2),
-    Update(128, 128, 32, 8, 8, 3, 1),
-    Update(256, 64, 32, 8, 8, 2, 1),
-)
-TWO_PASSES = (
-    TwoPass(128, 64, 128, 8, 4, 1),
-    TwoPass(128, 64, 64, 4, 3, 3),
-    TwoPass(128, 64, 64, 4, 4, 2),
-    TwoPass(128, 128, 64, 8, 3, 1),
-    TwoPass(64, 128, 128, 4, 3, 1),
-    TwoPass(256, 64, 64, 8, 3, 1),
-)
+BF16 = torch.bfloat16
+DUAL = Step("dual", "left", -1.0, 1.0, 0, 0, 0, "", "")
 
 
-def words(config: Update | TwoPass) -> str:
+def tried(pinned: Projection) -> list[Projection]:
+    """What is pinned for this GPU, then a change in each of what its time may hang on."""
+    return [
+        pinned,
+        pinned._replace(strip=2 * pinned.strip),
+        pinned._replace(strip=pinned.strip // 2),
+        pinned._replace(block_m=pinned.block_m // 2),
+        pinned._replace(reduction_stages=max(1, pinned.reduction_stages - 1)),
+        pinned._replace(update_stages=pinned.update_stages + 1),
+    ]
+
+
+def words(config: Projection) -> str:
     """As the pinned table writes it."""
     return f"{type(config).__name__}({', '.join(map(str, config))})"
+
+
+def launched(x: Tensor, U: Tensor, V: Tensor, config: Projection) -> Callable[[], None]:
+    """A call that projects x in place with that config."""
+    from osf_kernels.backends.chains import chain_of
+    from osf_kernels.backends.grouped import WORKSPACE_BYTES
+    from osf_kernels.backends.operands import Arena
+    from osf_kernels.backends.triton import dispatch, launch
+
+    arena = Arena(x.device)
+    problem = Problem(x, x, U, V, DUAL)
+    chain = chain_of(problem, dispatch._coefficient_dtype(problem), arena.new)
+    launches, size = dispatch._launches(x.device, [(chain, arena)], config, None, WORKSPACE_BYTES)
+    executable = launch.Executable(launches, x.device, kept=1)
+    memory = torch.empty(size, dtype=torch.uint8, device=x.device)
+    return lambda: executable.run([memory.data_ptr()])
+
+
+def architecture(device: torch.device) -> str:
+    """The row of the config table of an NVIDIA GPU, and of the interpreter."""
+    if device.type != "cuda":
+        return "sm_80"
+    return configs.architecture_of_capability(*torch.cuda.get_device_capability(device))
 
 
 def run(part: Part) -> None:
     shape = Shape(192, 160) if part.tiny else Shape(4096, 4096)
     for rank in (32,) if part.tiny else (64, 128):
         matrix = draw(*shape, rank, BF16, part.device)
-        # Turn about, so that a part that is stopped has some of both.
-        for update_config, two_pass_config in zip(UPDATES, TWO_PASSES, strict=True):
-            update(part, matrix, update_config)
-            two_pass(part, matrix, two_pass_config)
+        pinned = configs.projection_config(architecture(part.device), "bfloat16", rank)
+        for config in tried(pinned):
+            projection(part, matrix, config)
 
 
-def update(part: Part, matrix: Matrix, config: Update) -> None:
-    """out = x − U A − B Vᵀ."""
-    x, U, V = matrix
-    A, B = U.mT.float() @ x.float(), x.float() @ V.float()
-    B -= U.float() @ (A @ V.float())
-    out, truth = torch.empty_like(x), projected(x, U, V)
+def projection(part: Part, matrix: Matrix, config: Projection) -> None:
+    """x − U A − B Vᵀ in place, with A, B and what corrects B."""
+    pristine, U, V = matrix
+    x, truth = pristine.clone(), projected(pristine, U, V)
 
-    def call() -> Results:
-        triton.update([jobs.Update(out, x, U, A, B, V.mT, -1.0, 1.0)], config=config)
-        return (out,)
+    def prepare() -> None:
+        x.copy_(pristine)
 
-    row = part.row(f"{Shape(*x.shape)}", BF16, U.shape[1], "update", words(config))
+    row = part.row(f"{Shape(*x.shape)}", BF16, U.shape[1], "projection", words(config))
     with part.writing(row):
+        run_once = launched(x, U, V, config)
+
+        def call() -> Results:
+            run_once()
+            return (x,)
+
         if part.gate(
             row,
             call,
-            lambda results: worst(results, [truth], x),
+            lambda results: worst(results, [truth], pristine),
             check.bound(BF16),
-            lambda: poison(out),
+            prepare,
         ):
-            part.time(row, call)
-
-
-def two_pass(part: Part, matrix: Matrix, config: TwoPass) -> None:
-    """A = Uᵀx and B = xV."""
-    x, U, V = matrix
-    truths = (U.double().mT @ x.double(), x.double() @ V.double())
-    A, B = (truth.float() for truth in truths)
-
-    def call() -> Results:
-        triton.coefficients([jobs.Coefficients(x, U, V, A, B)], variant="two_pass", config=config)
-        return A, B
-
-    row = part.row(f"{Shape(*x.shape)}", BF16, U.shape[1], "two_pass", words(config))
-    with part.writing(row):
-        if part.gate(
-            row,
-            call,
-            lambda results: worst(results, truths),
-            COEFFICIENT_BOUND[F32],
-            lambda: poison(A, B),
-        ):
-            part.time(row, call)
+            part.time(row, call, prepare)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Each launch alone, Triton's against torch's products, over ranks, dtypes and shapes.
+"""The projection in its one launch, and its sums and its update alone, beside torch's products.
 
-Settles up to which rank the grouped kernels are worth taking (``plan.GROUPED_RANK_LIMIT``), up to
-which one read of x gives both coefficients (``configs.ONE_PASS_RANK_SUM``), and what rows of bases
-that aren't a multiple of 16 bytes cost (r = 77, with rows 77 and 80 elements apart).
+Settles up to which rank the grouped kernels are worth taking (``plan.GROUPED_RANK_LIMIT``), what a
+launch of its own for either half takes more than the whole, and what rows of bases that aren't a
+multiple of 16 bytes cost (r = 77, with rows 77 and 80 elements apart).
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def cases(tiny: bool) -> Iterator[Case]:
 def run(part: Part) -> None:
     for case in cases(part.tiny):
         matrix = draw(*case.shape, case.rank, case.dtype, part.device, case.leading)
+        whole(part, case, matrix)
         coefficients(part, case, matrix)
         update(part, case, matrix)
-        whole(part, case, matrix)
 
 
 def coefficients(part: Part, case: Case, matrix: Matrix) -> None:
@@ -73,18 +73,14 @@ def coefficients(part: Part, case: Case, matrix: Matrix) -> None:
         A = A.contiguous()  # as the library allocates it
     A_low, B_low = torch.empty_like(A, dtype=case.dtype), torch.empty_like(B, dtype=case.dtype)
 
-    def ours(variant: str) -> Results:
-        triton.coefficients([jobs.Coefficients(x, U, V, A, B)], variant=variant)
+    def ours() -> Results:
+        triton.coefficients([jobs.Coefficients(x, U, V, A, B)])
         return A, B
 
     def torchs() -> Results:
         return torch.mm(U.mT, x, out=A_low), torch.mm(x, V, out=B_low)
 
-    calls = {"triton two_pass": lambda: ours("two_pass")}
-    if case.rank <= 64:  # the widest block of one_pass
-        calls["triton one_pass"] = lambda: ours("one_pass")
-    calls["torch"] = torchs
-    for name, call in calls.items():
+    for name, call in (("triton", ours), ("torch", torchs)):
         row = part.row(f"coefficients {case}", case.dtype, case.rank, name)
         bound = COEFFICIENT_BOUND[case.dtype if name == "torch" else F32]
         with part.writing(row):
@@ -128,7 +124,7 @@ def update(part: Part, case: Case, matrix: Matrix) -> None:
 
 
 def whole(part: Part, case: Case, matrix: Matrix) -> None:
-    """The projection: every launch of ours, beside torch's two orders of products."""
+    """The projection: one launch of ours, beside torch's two orders of products."""
     pristine, U, V = matrix
     g, out, truth = pristine.clone(), torch.empty_like(pristine), projected(pristine, U, V)
 

@@ -13,14 +13,16 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import device as Device  # the name torch is this package's backend
+from torch import version as torch_version
+from torch.cuda import get_device_properties
 from torch.cuda import is_available as is_cuda_available
 
-from osf_kernels import env
+from osf_kernels import env, gpu
 from osf_kernels.errors import BackendUnavailableError, TypeRefusal, ValueRefusal
-from osf_kernels.plan import GROUPED_RANK_LIMIT, Matrix, Step
+from osf_kernels.plan import Matrix, Step
 
 # "projection": the forms of ``plan.py``, grouped. "products": those of ``primitives.py`` with a
 # sketch, and Gram matrices. "factorization": Cholesky and small SVDs, which exist in torch and
@@ -105,15 +107,37 @@ def _require_no_float64(name: str, dtype: str) -> None:
         )
 
 
+class Verdict(NamedTuple):
+    """Whether fused kernels are ahead of library products, and why."""
+
+    ahead: bool
+    why: str
+
+
+def architecture(device: Device) -> str:
+    """The row of the tables of ``gpu.py`` for a device; sm_90's where it is no GPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = get_device_properties(device)
+    if torch_version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return gpu.architecture_of_capability(properties.major, properties.minor)
+
+
 def choose(
-    work: Work, request: str, device: Device, dtype: str, *, flop_bound: bool = False
+    work: Work,
+    request: str,
+    device: Device,
+    dtype: str,
+    *,
+    fused: Verdict | None = None,
 ) -> tuple[str, str]:
     """(backend, why) for one piece of work.
 
     Args:
         request: "auto", or the backend that was asked for by name.
         dtype: of the matrices, without "torch.".
-        flop_bound: of a projection, whether library matmuls are ahead of the grouped kernels.
+        fused: of a projection, whether the fused kernels are to be ahead of library products.
 
     Raises:
         BackendUnavailableError: an explicit choice can't serve this device.
@@ -135,14 +159,14 @@ def choose(
         return "torch", f"the backend for {device.type} tensors"
     if dtype == "float64":
         return "torch", "float64 is computed by torch alone"
-    if flop_bound:
-        return "torch", f"FLOP-bound beyond rank {GROUPED_RANK_LIMIT}: library matmuls"
+    if fused is not None and not fused.ahead:
+        return "torch", fused.why
     name = "cuda" if work == "factorization" else "triton"
     reason = unavailable_reason(name, device)
     if reason is not None:
         return "torch", f"{name} is not available: {reason}"
-    if work == "projection":
-        return name, f"bytes and launches are the bound up to rank {GROUPED_RANK_LIMIT}"
+    if fused is not None:
+        return name, fused.why
     return name, "fewer launches, a matrix read once"
 
 
@@ -150,7 +174,17 @@ def choose_for(request: str, device: Device, x: Matrix, step: Step) -> tuple[str
     """:func:`choose` for the projection of one matrix; raises as that does."""
     if step.form in ("identity", "zero"):
         return "torch", "no product to compute"
-    flop_bound = (
-        step.form in ("sequential", "dual in turn") or max(x.r or 0, x.k or 0) > GROUPED_RANK_LIMIT
-    )
-    return choose("projection", request, device, x.dtype, flop_bound=flop_bound)
+    if step.form in ("sequential", "dual in turn"):
+        fused = Verdict(False, "one side after the other: library matmuls")
+    else:
+        sides = (x.r is not None) + (x.k is not None)
+        fused = verdict(device, x.dtype, sides, max(x.r or 0, x.k or 0))
+    return choose("projection", request, device, x.dtype, fused=fused)
+
+
+def verdict(device: Device, dtype: str, sides: int, rank: int) -> Verdict:
+    """Whether a fused kernel is to be ahead at a rank, by ``gpu.rank_limit``."""
+    limit = gpu.rank_limit(architecture(device), dtype, sides)
+    if rank > limit.rank:
+        return Verdict(False, f"library matmuls beyond rank {limit.rank}: {limit.source}")
+    return Verdict(True, f"one launch, up to rank {limit.rank}: {limit.source}")

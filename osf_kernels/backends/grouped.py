@@ -1,9 +1,7 @@
 """Programs of the grouped backends, Triton and CUDA: made once, run with other matrices each time.
 
 A program holds the launches of a list of problems with everything that they need but the addresses
-of the matrices and of the workspace, which a call writes into their records. The list is cut into
-slices whose coefficients and partial sums fit the workspace; they run one after another in the same
-memory.
+of the matrices and of the workspace, which a call writes into their records.
 
 May import: torch, ``backends.jobs``, ``backends.operands`` and the module of a backend.
 """
@@ -19,18 +17,8 @@ import torch
 from torch import Tensor
 
 from osf_kernels import _padding
-from osf_kernels.backends.jobs import (
-    Coefficients,
-    Job,
-    Problem,
-    Stage,
-    coefficient_dtype,
-    each_of_batch,
-    in_stages,
-    reduced,
-    steps,
-)
-from osf_kernels.backends.operands import ALIGNMENT, WORKSPACE, Arena, Lie, Operand
+from osf_kernels.backends.jobs import Problem
+from osf_kernels.backends.operands import ALIGNMENT, WORKSPACE, Lie, Operand
 from osf_kernels.plan import Step
 
 # Of coefficients and partial sums of the matrices of a list that run side by side.
@@ -39,13 +27,16 @@ WORKSPACE_BYTES = 256 << 20
 Ready = tuple[Tensor | None, Tensor | None]  # coefficients A and B
 
 
-class Executable(Protocol):
-    """Launches in order.
+class Runnable(Protocol):
+    """Launches in order, over matrices whose addresses a call brings.
 
-    ``parts_bytes`` is what their partial sums take.
+    Attributes:
+        calls: how many launches, or groups of them of one kernel.
+        workspace_bytes: of memory that a call brings.
     """
 
-    parts_bytes: int
+    calls: int
+    workspace_bytes: int
 
     def run(self, addresses: Sequence[int]) -> None:
         """``addresses``: of each argument, the workspace first, cut to multiples of 16 bytes."""
@@ -54,28 +45,20 @@ class Executable(Protocol):
 class Kernels(Protocol):
     """What the module of a grouped backend provides."""
 
-    def compiled(
-        self, stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int
-    ) -> Executable:
-        """The launches of stages of jobs, whose operands may be of arguments to come; ``kept`` says
-        for how many sets of addresses their records may stay on the device."""
+    def program(
+        self, problems: Sequence[Problem], limit: int, *, kept: int, halves: bool
+    ) -> Runnable:
+        """What runs problems whose operands may be of arguments to come.
 
-    def parts_bytes(self, job: Coefficients) -> int:
-        """What the partial sums of a job take at least, however many jobs share a launch."""
-
-    def spare_bytes(self, device: torch.device) -> int:
-        """The most that the partial sums of a launch take beyond those of its jobs."""
+        Args:
+            limit: bytes of the workspace; a single matrix that takes more gets more.
+            kept: for how many sets of addresses records may stay on the device.
+            halves: compute A and B of the problems, and no more.
+        """
 
 
 class Program:
-    """What a list of problems runs on one device.
-
-    Args:
-        problems: with an ``Operand`` for whatever a call brings.
-        limit: bytes of the workspace; a single matrix that takes more has a slice of its own.
-        kept: as in ``Kernels.compiled``.
-        halves: compute A and B of the problems, and no more.
-    """
+    """What a list of problems runs on one device; arguments as of ``Kernels.program``."""
 
     def __init__(
         self,
@@ -87,15 +70,8 @@ class Program:
         halves: bool = False,
     ) -> None:
         self.device = problems[0].x.device
-        slices = sliced(problems, kernels, limit, halves=halves)
-        stages = [list(in_stages(map(iter, calls))) for _, calls in slices]
-        self.calls = sum(map(len, stages))
-        self._arena_bytes = max(arena.bytes for arena, _ in slices)
-        self._slices = [kernels.compiled(each, self.device, kept=kept) for each in stages]
-        self.workspace_bytes = max(
-            arena.bytes + executable.parts_bytes
-            for (arena, _), executable in zip(slices, self._slices, strict=True)
-        )
+        self._made = kernels.program(problems, limit, kept=kept, halves=halves)
+        self.calls, self.workspace_bytes = self._made.calls, self._made.workspace_bytes
 
     def run(self, addresses: Sequence[int]) -> None:
         """``addresses`` of the arguments in their order; their lowest bits aren't looked at."""
@@ -106,10 +82,8 @@ class Program:
             self._run(addresses)
 
     def _run(self, addresses: Sequence[int]) -> None:
-        memory = torch.empty(self._arena_bytes, dtype=torch.uint8, device=self.device)
-        cut = [memory.data_ptr(), *[address & -ALIGNMENT for address in addresses]]
-        for executable in self._slices:
-            executable.run(cut)
+        memory = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self.device)
+        self._made.run([memory.data_ptr(), *[address & -ALIGNMENT for address in addresses]])
 
 
 class ListProgram:
@@ -211,38 +185,3 @@ def single(
     ]
     problem = Problem(places[0], places[1] or places[0], places[2], places[3], step)
     return Program([problem], kernels, kept=256)
-
-
-def sliced(
-    problems: Sequence[Problem], kernels: Kernels, limit: int, *, halves: bool = False
-) -> list[tuple[Arena, list[list[Stage]]]]:
-    """The kernel calls of each matrix, in slices as large as the workspace holds."""
-    calls_of = _halves if halves else _calls
-    arena = Arena(problems[0].x.device)
-    slices: list[tuple[Arena, list[list[Stage]]]] = [(arena, [])]
-    parts = 0
-    limit -= kernels.spare_bytes(arena.device)
-    for matrix in itertools.chain.from_iterable(map(each_of_batch, problems)):
-        before = arena.bytes
-        calls = calls_of(matrix, arena)
-        jobs = itertools.chain.from_iterable(calls)
-        own = sum(kernels.parts_bytes(job) for job in jobs if isinstance(job, Coefficients))
-        if slices[-1][1] and arena.bytes + parts + own > limit:
-            arena.bytes, parts = before, 0
-            arena = Arena(arena.device)
-            slices.append((arena, []))
-            calls = calls_of(matrix, arena)
-        parts += own
-        slices[-1][1].append(calls)
-    return slices
-
-
-def _calls(problem: Problem, arena: Arena) -> list[Stage]:
-    return list(steps(problem, coefficient_dtype(problem.x), arena.new))
-
-
-def _halves(problem: Problem, arena: Arena) -> list[Stage]:
-    if problem.S is None:
-        A, B = (t if t is not None and t.numel() else None for t in (problem.A, problem.B))
-        problem = problem._replace(A=A, B=B)
-    return list(reduced(problem))

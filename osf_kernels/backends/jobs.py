@@ -1,13 +1,13 @@
-"""What the two grouped kernels are asked for: the forms of ``osf_kernels/forms.py`` as jobs.
-
-The two kernels are the only thing a backend implements:
+"""What grouped kernels are asked for: the forms of ``osf_kernels/forms.py`` as jobs of two kinds.
 
 ``coefficients``  A = Uᵀ x and/or B = x V  (optionally less S Vᵀ and U S), one read of x
 ``update``        out = beta·x + alpha·(L1 R1 + L2 R2) + addend, one read of x and one write
 
-A form yields its jobs one after another; :func:`in_stages` gathers the same job of every matrix of
-a list, so that a whole model takes one call of a kernel a job. Restoring is projecting with an
-offset on the coefficients (S) or with a dense addend.
+The CUDA backend has a kernel for each. A form yields its jobs one after another (:func:`steps`),
+and :func:`in_stages` gathers the same job of every matrix of a list, so that a whole model takes
+one call of a kernel a job. The Triton backend joins them in chains (``chains.py``), a list of
+which is one launch. Restoring is projecting with an offset on the coefficients (S) or with a dense
+addend.
 
 May import: torch, ``osf_kernels.forms``, ``osf_kernels.plan``, ``backends.operands``.
 """

@@ -32,6 +32,9 @@ class Placed(int):
         placed.argument = argument
         return placed
 
+    def __add__(self, offset: int) -> Placed:
+        return Placed.at(int(self) + offset, self.argument)
+
 
 class Lie(NamedTuple):
     """How a tensor lies in memory, but for where."""
@@ -111,6 +114,12 @@ class Operand:
         """One matrix of a batch."""
         steps = sum(i * stride for i, stride in zip(index, self._strides, strict=False))
         return self._view(steps, self.shape[len(index) :], self._strides[len(index) :])
+
+    def narrow(self, dim: int, first: int, length: int) -> Operand:
+        """Some of the rows, or of the columns, of a matrix."""
+        shape = list(self.shape)
+        shape[dim] = length
+        return self._view(first * self._strides[dim], shape, self._strides)
 
     def diagonal(self) -> Operand:
         return self._view(0, (min(self.shape),), (sum(self._strides),))

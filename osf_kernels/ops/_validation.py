@@ -262,7 +262,9 @@ def admit(
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
     backend, why = choose_for(request, device, x, step)
-    step = on_backend(x, step, module(backend).coefficient_reads(x), backend == "torch")
+    runs = module(backend)
+    kept = runs.keeps(x, device)
+    step = on_backend(x, step, runs.coefficient_reads(x), backend == "torch", kept)
     dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
     direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)
     return Decision(x, step, backend, why, direct)

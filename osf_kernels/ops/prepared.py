@@ -74,8 +74,8 @@ def prepare(
             wider than its side, and only ``coefficients``, ``apply_`` and ``restore_`` with
             coefficients run.
         workspace_bytes: what coefficients and partial sums may take at once on Triton and CUDA
-            (256 MiB); a list that needs more runs in slices, and a matrix that does alone. What
-            ``coefficients`` returns is beside it.
+            (256 MiB); a list that needs more uses it several times, and a matrix that does gets
+            more. What ``coefficients`` returns is beside it.
 
     Returns:
         A :class:`Prepared`. It runs on the backend that ``use_backend`` names now.

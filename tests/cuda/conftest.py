@@ -17,7 +17,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     kernels = Emulated()
     monkeypatch.setattr(cuda, "coefficients", kernels.coefficients)
     monkeypatch.setattr(cuda, "update", kernels.update)
-    monkeypatch.setattr(cuda, "compiled", kernels.compiled)
+    monkeypatch.setattr(cuda, "program", kernels.program)
     monkeypatch.setattr(cuda, "unavailable_reason", lambda device=None: None)
     choosing.unavailable_reason.cache_clear()
     grouped.single.cache_clear()

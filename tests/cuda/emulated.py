@@ -6,10 +6,11 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from osf_kernels.backends.jobs import Coefficients, Job, Update
+from osf_kernels.backends import cuda
+from osf_kernels.backends.cuda.slices import SlicedProgram
+from osf_kernels.backends.jobs import Coefficients, Job, Problem, Update
 from tests.emulator.harness import run
 from tests.helpers import Memory
 
@@ -28,11 +29,17 @@ class Emulated:
     def update(self, jobs: Sequence[Update]) -> None:
         self._run(jobs)
 
-    def compiled(
-        self, stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int
-    ) -> EmulatedProgram:
-        assert device.type == "cpu"
-        return EmulatedProgram(stages, self)
+    def program(
+        self, problems: Sequence[Problem], limit: int, *, kept: int, halves: bool
+    ) -> SlicedProgram:
+        assert problems[0].x.device.type == "cpu"
+        return SlicedProgram(
+            problems,
+            limit,
+            lambda stages: EmulatedProgram(stages, self),
+            cuda.parts_bytes,
+            halves=halves,
+        )
 
     def _run(self, jobs: Sequence[Coefficients] | Sequence[Update]) -> None:
         done = run(jobs, seeds=(5,), multiprocessors=6)[0]

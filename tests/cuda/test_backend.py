@@ -143,7 +143,7 @@ def test_a_program_hands_over_the_records_of_its_matrices(monkeypatch: pytest.Mo
         [Update(x, x, None, None, B[1], V.mT, -1.0, 1.0)],
         [Update(x.mT, batch[(0,)].mT, None, None, None, None, 1.0, -1.0, x.mT)],
     ]
-    executable = cuda.compiled(stages, device, kept=1)
+    executable = cuda.Executable(stages, device)
     assert executable.parts_bytes == 2 * 27 * 8
     for addresses in ([1 << 20, 1 << 40, (1 << 62) + 16], [1 << 21, 16, 32]) * 2:
 

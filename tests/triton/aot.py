@@ -13,8 +13,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from osf_kernels.backends.jobs import Coefficients, Update
-from osf_kernels.backends.triton import configs, gram_schedule, launch, schedule
+from osf_kernels.backends.chains import chain_of
+from osf_kernels.backends.jobs import Problem
+from osf_kernels.backends.operands import Arena
+from osf_kernels.backends.triton import (
+    configs,
+    dispatch,
+    groups,
+    launch,
+    product_schedule,
+    tasks,
+)
+from osf_kernels.backends.triton.launches import Launch
+from osf_kernels.plan import Step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,7 +81,11 @@ class Compiled(NamedTuple):
     # A TF32 operand must run along the summed dimension. One that does not is turned on its way
     # into shared memory, by copies of 4 bytes (still a warp's 128 bytes at once).
     float32_operands: bool = False
-    part_loads: int = 0  # of 16 bytes, of parts of sums; not among wide_loads
+    # Of 16 bytes, of what another program of the launch has written; not among wide_loads.
+    passed_loads: int = 0
+    # Of the narrow loads, those before and behind loops: of a launch with singular values, theirs.
+    narrow_outside: int = 0
+    with_offset: bool = False
 
 
 def whole_width(columns: int) -> int:
@@ -78,49 +93,91 @@ def whole_width(columns: int) -> int:
     return -(-columns // 8) * 8
 
 
-def matrix(rows: int, columns: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+def matrix(rows: int, columns: int, dtype: torch.dtype, width: int = 0) -> torch.Tensor:
     """Rows ``width`` elements apart; contiguous where that is 0."""
-    return torch.empty(rows, width or columns, dtype=dtype)[:, :columns]
+    return torch.empty(rows, width or columns, dtype=dtype, device="meta")[:, :columns]
+
+
+DUAL = Step("dual", "left", -1.0, 1.0, 0, 0, 0, "", "")
+_FILL = 4096  # so many processors that every sum is split
 
 
 def launches_of(
-    config: configs.Config, kind: Class, *, aligned: bool = True, padded: int = 0
-) -> schedule.Launch:
-    """The launch a config makes of contiguous matrices, metadata and all.
+    config: configs.Projection,
+    kind: Class,
+    *,
+    aligned: bool = True,
+    padded: bool = False,
+    offset: bool = False,
+    rank: int = 0,
+) -> Launch:
+    """The one launch of a dual projection of matrices so long that every sum is split.
 
-    Padded: bases and coefficients of so many columns, or as many as a one_pass config can take,
-    in rows of whole 16-byte vectors.
+    Args:
+        aligned: or of odd width and rank.
+        padded: the rank is three below the block's, in rows of whole 16-byte vectors.
+        offset: coefficients are less U diag(S) and V diag(S), as where singular values are pinned.
+        rank: by default the block's, or one less where that isn't aligned.
     """
-    m, n = (512, 512) if aligned else (513, 511)  # long enough for every sum to be split
-    rank = 64 if aligned else 63
-    if isinstance(config, configs.OnePass):
-        rank = config.block_r if aligned else config.block_r - 1
-    if padded:
-        rank = min(padded, config.block_r - 3) if isinstance(config, configs.OnePass) else padded
-    width = padded and whole_width(rank)
-    x = torch.empty(m, n, dtype=kind.x)
-    U, V = (matrix(rows, rank, kind.basis, width) for rows in (m, n))
-    A, B = torch.empty(rank, n), matrix(m, rank, torch.float32, width)
-    if isinstance(config, configs.Update):
-        (made,) = schedule.update_launches(
-            [Update(x, x, U, A, B, V.mT, -1.0, 1.0)],
-            float32_precision=kind.float32_precision,
-            choose=lambda *_: config,
-        )
-        return made
-    products = config
-    assert isinstance(products, (configs.OnePass, configs.TwoPass))
-    (made,) = schedule.coefficients_launches(
-        [Coefficients(x, U, V, A, B)],
-        fill=4096,
-        float32_precision=kind.float32_precision,
-        choose=lambda *_: products,
-    )
+    (made,), _ = _planned(config, kind, aligned=aligned, padded=padded, offset=offset, rank=rank)
     return made
 
 
+def math_of(kind: Class) -> configs.Math:
+    """Which rows of the config table a class of operands uses."""
+    _, math = _planned(configs.projection_config("sm_80", "float32", 32), kind)
+    return math
+
+
+def ranks_served(
+    architecture: str,
+    math: configs.Math,
+    config: configs.Projection,
+    *,
+    aligned: bool = True,
+    padded: bool = False,
+) -> list[int]:
+    """A rank that a config's block holds, and one beyond all blocks: those for which the rules
+    take it. The code for the two differs."""
+    less = 3 if padded else int(not aligned)
+    widest = max(row.block_r for _, row in configs.shipped(architecture, aligned))
+    found = []
+    for rank in (config.block_r - less, 2 * widest - less):
+        if configs.projection_config(architecture, math, rank, aligned) == config:
+            found.append(rank)
+    return found
+
+
+def _planned(
+    config: configs.Projection,
+    kind: Class,
+    *,
+    aligned: bool = True,
+    padded: bool = False,
+    offset: bool = False,
+    rank: int = 0,
+) -> tuple[list[Launch], configs.Math]:
+    m, n = (1024, 1024) if aligned else (1025, 1023)
+    rank = rank or config.block_r - (3 if padded else not aligned)
+    x = matrix(m, n, kind.x)
+    U, V = (matrix(rows, rank, kind.basis, padded and whole_width(rank)) for rows in (m, n))
+    S = torch.empty(rank, device="meta") if offset else None
+    problem = Problem(x, x, U, V, DUAL, S)
+    arena = Arena(x.device)
+    chain = chain_of(problem, dispatch._coefficient_dtype(problem), arena.new)
+    maths: list[configs.Math] = []
+
+    def choose(_: object, math: configs.Math, *__: object) -> configs.Projection:
+        maths.append(math)
+        return config
+
+    planned = groups.plan_chain(chain, arena, kind.float32_precision, choose)
+    launches, _ = tasks.projection_launches([planned], fill=_FILL, room=0.0, limit=1 << 40)
+    return launches, maths[0]
+
+
 def products_of(
-    config: configs.TwoPass | configs.Gram,
+    config: configs.Multiply | configs.Gram,
     dtype: torch.dtype,
     precision: str,
     *,
@@ -128,52 +185,45 @@ def products_of(
     transposed: bool = False,
     rank: int = 128,
     padded: bool = False,
-) -> schedule.Launch:
+) -> Launch:
     """The launch a config makes of A Q (or Aᵀ Q), or of Aᵀ A (or A Aᵀ), in float32 accuracy.
 
     Not aligned: A has rows of odd width. Padded: Q has rows of whole 16-byte vectors.
     """
     m, n = (1024, 1024) if aligned else (1023, 1021)
-    A = torch.empty(m, n, dtype=dtype)
-    if isinstance(config, configs.TwoPass):
+    A = matrix(m, n, dtype)
+    if isinstance(config, configs.Multiply):
         products = config
         width = padded and whole_width(rank)
-        Q, out = (matrix(rows, rank, torch.float32, width) for rows in (n, m))
-        job = Coefficients(A, None, Q, None, out)
-        if transposed:
-            job = Coefficients(A, torch.empty(m, rank), None, torch.empty(rank, n), None)
-        (made,) = schedule.coefficients_launches(
-            [job],
-            fill=4096,
+        rows, columns = (n, m) if transposed else (m, n)
+        Q = matrix(columns, rank, torch.float32, width)
+        (made,) = product_schedule.multiply_launches(
+            [A],
+            [Q],
+            [matrix(rows, rank, torch.float32, width)],
+            transpose=transposed,
+            fill=_FILL,
             float32_precision=precision,
             choose=lambda *_: products,
-            accurate=True,
         )
         return made
     size = m if transposed else n
-    (made,) = gram_schedule.gram_launches(
+    (made,) = product_schedule.gram_launches(
         [A],
-        [torch.empty(size, size)],
+        [matrix(size, size, torch.float32)],
         right=not transposed,
-        fill=4096,
+        fill=_FILL,
         float32_precision=precision,
         choose=lambda *_: config,
     )
     return made
 
 
-def operand_bytes(config: configs.Config, kind: Class) -> int:
-    """Which rows of the config table a class of operands uses."""
-    dot = launches_of(config, kind).constants["DOT"]
-    assert isinstance(dot, torch.dtype)
-    return dot.itemsize
-
-
-def compiled_of(made: schedule.Launch, architecture: str) -> Any:
+def compiled_of(made: Launch, architecture: str) -> Any:
     """What Triton makes of a launch for an architecture, with no driver."""
     kernel = launch.kernel_of(made)
     constants = launch.constexprs(made, architecture.startswith("gfx"))
-    pointers = {"meta": "*i64", "workspace": "*fp32"}
+    pointers = {"meta": "*i64", "constant": "*i64", "workspace": "*fp32"}
     signature = {
         name: pointers.get(name, "constexpr" if name in constants else "i32")
         for name in kernel.arg_names
@@ -190,13 +240,106 @@ def compiled_of(made: schedule.Launch, architecture: str) -> Any:
     )
 
 
-def compile_launch(made: schedule.Launch, architecture: str) -> Compiled:
+def compile_launch(made: Launch, architecture: str) -> Compiled:
     compiled = compiled_of(made, architecture)
-    kind = ", ".join(str(v).removeprefix("torch.") for v in list(made.constants.values())[:7])
-    name = f"{made.kernel} {made.config} [{kind}] on {architecture}"
+    constants = made.constants
+    name = f"{made.kernel} {made.config} [{_words(constants)}] on {architecture}"
     read = _hip if architecture.startswith("gfx") else _cuda
-    float32_operands = made.constants["DOT"] == torch.float32
-    return read(name, architecture, compiled)._replace(float32_operands=float32_operands)
+    # The operands of ``multiply`` are those that x is cut into.
+    operands = [constants.get(key) for key in ("DOT", "C_DOT", "UPDATE_DOT")]
+    if made.kernel == "multiply":
+        operands = [constants["X"]]
+    return read(name, architecture, compiled)._replace(
+        float32_operands=torch.float32 in operands,
+        with_offset=bool(constants.get("HAS_OFFSET")),
+    )
+
+
+def _words(constants: dict[str, object]) -> str:
+    """What tells launches of a config apart."""
+    names = ("X", "U", "BASIS", "DOT", "PRECISION", "X_LAYOUT", "U_LAYOUT", "WHOLE", "HAS_OFFSET")
+    return ", ".join(
+        f"{name}={str(constants[name]).removeprefix('torch.')}"
+        for name in names
+        if name in constants
+    )
+
+
+def innermost_loops(text: str) -> list[str]:
+    """The loops of PTX or of AMD's assembly that hold no other one, in the order of the text."""
+    lines = text.splitlines()
+    label = re.compile(r"^(\$L__BB\w+|\.LBB\w+):")
+    places = {found[1]: i for i, line in enumerate(lines) if (found := label.match(line))}
+    loops = []
+    for end, line in enumerate(lines):
+        jump = re.search(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+(\$L__BB\w+|\.LBB\w+)", line)
+        if jump and places[jump[1]] <= end:
+            loops.append((places[jump[1]], end))
+    return [
+        "\n".join(lines[start : end + 1])
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+
+
+_PRODUCT = re.compile(r"\bw?g?mma\.(?:sync|mma_async)")
+
+
+def sum_faults(made: Launch, ptx: str) -> list[str]:
+    """What keeps the loads of A, of B and of C from running beside their products."""
+    assert isinstance(made.config, configs.Projection)
+    found = []
+    loops = [loop for loop in innermost_loops(ptx) if _PRODUCT.search(loop)]
+    sums = [loop for loop in loops if "cp.async" in loop and "st.global" not in loop]
+    if len(sums) != 3:
+        found.append(f"{len(sums)} loops that copy, not those of A, B and C")
+    for loop in sums:
+        groups = loop.count("cp.async.commit_group")
+        waits = [int(number) for number in re.findall(r"cp\.async\.wait_group\s+(\d+)", loop)]
+        wanted = 2 * (made.config.reduction_stages - 2)  # of x and of the basis, in later steps
+        if groups != 2 or min(waits, default=0) < wanted:
+            found.append(f"{groups} copies a step, {waits} pending beside the products")
+        if "ld.global" in loop:
+            found.append("loads past the copies")
+    return found
+
+
+def update_loop(ptx: str) -> str:
+    """The loop that multiplies a panel by factors that are held, and stores it."""
+    (found,) = [
+        loop for loop in innermost_loops(ptx) if "st.global" in loop and _PRODUCT.search(loop)
+    ]
+    return found
+
+
+def copy_faults(made: Launch, ptx: str) -> list[str]:
+    """What keeps the loads of an update from running beside its products, in PTX before sm_100.
+
+    Of the copies that a step issues, those of a later step must still be pending where it waits for
+    its own; copies are of 16 bytes; and what is converted are x and the result alone.
+    """
+    config, loop = made.config, update_loop(ptx)
+    assert isinstance(config, configs.Projection)
+    found = []
+    groups = loop.count("cp.async.commit_group")
+    waits = [int(number) for number in re.findall(r"cp\.async\.wait_group\s+(\d+)", loop)]
+    pending = min(waits, default=0)
+    if not groups or pending < groups:
+        found.append(f"{groups} copies a step, {pending} pending beside the products")
+    if loop.rfind("cp.async.wait_group") > re.search(r"mma\.(?:sync|mma_async)", loop).start():  # type: ignore[union-attr]
+        found.append("waits for copies behind a product")
+    widths = re.findall(r"cp\.async\.c[ag]\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", loop)
+    if any(int(width, 0) != 16 for width in widths) or "cp.async.ca" in loop:
+        found.append("copies of other than 16 bytes")
+    if re.search(r"ld\.global", loop):
+        found.append("loads past the copies")
+    held = config.block_m * config.block_n // (32 * config.num_warps)  # of a tile, by a thread
+    widened = len(re.findall(r"cvt\.f32\.bf16\s", loop))
+    narrowed = len(re.findall(r"cvt\.rn\.bf16\.f32\s", loop))
+    narrowed += 2 * len(re.findall(r"cvt\.rn\.bf16x2\.f32\s", loop))
+    if (widened, narrowed) != (held, held):
+        found.append(f"{widened} values widened and {narrowed} narrowed, not {held} each")
+    return found
 
 
 def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
@@ -213,15 +356,10 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
-    # The scheduler's own scalars are 64 bits wide; a narrower access is a part of a tile. Parts of
-    # sums come by .cg, and are as wide as they can be whatever the operands are.
-    widths = [
-        int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
-    ]
-    for kind in re.findall(r"ld\.global(?!\.cg)(\S*)", ptx):
-        vector, element = re.search(r"\.v(\d)", kind), re.search(r"\.[bfsu](\d+)$", kind)
-        assert element, kind
-        widths.append(int(element[1]) * (int(vector[1]) if vector else 1) // 8)
+    widths = _widths(ptx)
+    # Beside c, in the short loop that corrects, sm_100 reads S.
+    loops = [loop for loop in innermost_loops(ptx) if "ld.global.cg" not in loop]
+    inside = [width for loop in loops for width in _widths(loop)]
     return Compiled(
         name,
         architecture,
@@ -235,12 +373,32 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
         int(getattr(compiled.metadata, "tmem_size", None) or 0),
         len(re.findall(r"add(?:\.rn)?\.f32 ", ptx))
         + 2 * len(re.findall(r"add(?:\.rn)?\.f32x2 ", ptx)),
-        part_loads=len(re.findall(r"ld\.global\.cg\.v4\.b32", ptx)),
+        passed_loads=len(re.findall(r"ld\.global\.cg\.v4\.b32", ptx)),
+        narrow_outside=sum(width < 8 for width in widths) - sum(width < 8 for width in inside),
     )
+
+
+def _widths(ptx: str) -> list[int]:
+    """The bytes of every load and copy of a tile.
+
+    The scheduler's own scalars are 64 bits wide; a narrower access is a part of a tile. What
+    another program has written comes by .cg: parts of sums, as wide as they can be whatever the
+    operands are, and coefficients, of which C has any strides.
+    """
+    widths = [
+        int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\S* \[.*?\], \[.*?\], (\w+)", ptx)
+    ]
+    for kind in re.findall(r"ld\.global(?!\.cg)(\S*)", ptx):
+        vector, element = re.search(r"\.v(\d)", kind), re.search(r"\.[bfsu](\d+)$", kind)
+        assert element, kind
+        widths.append(int(element[1]) * (int(vector[1]) if vector else 1) // 8)
+    return widths
 
 
 def _hip(name: str, architecture: str, compiled: Any) -> Compiled:
     text = compiled.asm["amdgcn"]
+    narrow = r"(?:global|buffer)_load_(?:u?short|d16|u?byte|sbyte)"
+    inside = sum(len(re.findall(narrow, loop)) for loop in innermost_loops(text))
 
     def figure(key: str) -> int:
         return sum(map(int, re.findall(rf"\.{key}:\s+(\d+)", text)))
@@ -255,9 +413,10 @@ def _hip(name: str, architecture: str, compiled: Any) -> Compiled:
         figure("vgpr_count"),
         int(compiled.metadata.shared),
         len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
-        len(re.findall(r"(?:global|buffer)_load_(?:u?short|d16|u?byte|sbyte)", text)),
+        len(re.findall(narrow, text)),
         0,
         len(re.findall(r"v_add_f32", text)) + 2 * len(re.findall(r"v_pk_add_f32", text)),
+        narrow_outside=len(re.findall(narrow, text)) - inside,
     )
 
 
@@ -274,8 +433,11 @@ def faults(compiled: Compiled, config: configs.Config, *, aligned: bool = True) 
         found.append(f"{compiled.shared_bytes} bytes of shared memory, limit {limit}")
     if aligned and not compiled.wide_loads:
         found.append("no 16-byte load")
-    if aligned and compiled.narrow_loads and not compiled.float32_operands:
-        found.append(f"{compiled.narrow_loads} loads of under 8 bytes")
+    narrow = compiled.narrow_loads
+    if compiled.with_offset:
+        narrow -= compiled.narrow_outside
+    if aligned and narrow and not compiled.float32_operands:
+        found.append(f"{narrow} loads of under 8 bytes")
     if compiled.architecture.startswith("sm_"):
         resident = config.programs_per_sm
         registers = compiled.registers * config.num_warps * 32 * resident
@@ -289,11 +451,11 @@ def faults(compiled: Compiled, config: configs.Config, *, aligned: bool = True) 
 
 
 def product_faults(
-    compiled: Compiled, config: configs.TwoPass | configs.Gram, *, aligned: bool
+    compiled: Compiled, config: configs.Multiply | configs.Gram, *, aligned: bool
 ) -> list[str]:
     """The same of the products in float32 accuracy, whose running sums are added apart."""
     found = faults(compiled, config, aligned=aligned)
-    if isinstance(config, configs.TwoPass):
+    if isinstance(config, configs.Multiply):
         tile = config.block_q * config.block_r
     else:
         tile = config.block**2

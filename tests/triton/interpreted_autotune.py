@@ -9,8 +9,11 @@ import torch
 
 import osf_kernels
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.jobs import Coefficients, Update
+from osf_kernels.backends.chains import chain_of
+from osf_kernels.backends.jobs import Coefficients, Problem, Update
+from osf_kernels.backends.operands import Arena, Operand
 from osf_kernels.backends.triton import autotune, configs, dispatch
+from osf_kernels.plan import Step
 from osf_kernels.testing import (
     assert_error_within,
     project_eager,
@@ -32,7 +35,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watching:
 def touching(watched: Watching, *tensors: torch.Tensor) -> list[bool]:
     """Of every launch, in order, whether its records hold the address of a tensor."""
     addresses = {t.data_ptr() for t in tensors}
-    return [bool(addresses & set(records.tolist())) for records in watched.records]
+    return [
+        bool(addresses & {*records.tolist(), *constant.tolist()})
+        for records, constant in zip(watched.records, watched.constants, strict=True)
+    ]
 
 
 def rank_by(monkeypatch: pytest.MonkeyPatch, wanted: int) -> list[int]:
@@ -57,7 +63,7 @@ def test_coefficients(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> Non
     job = Coefficients(x, U, V, torch.empty(8, 48), torch.empty(40, 8))
     backend.coefficients([job])
     assert_coefficients(job)
-    pinned = configs.coefficients_config("sm_80", 4, 8, 8)
+    pinned = configs.projection_config("sm_80", "float32", 8)
     assert len(runs) == len(configs.candidates(pinned))
     # The search's launches know no address of the job, the last does.
     own = [t for t in job if isinstance(t, torch.Tensor)]
@@ -83,6 +89,36 @@ def test_update_in_place(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> 
     backend.update([job])
     assert len(runs) == count, "the bucket's choice is remembered"
     assert_update(job, before)
+
+
+def test_copies_of_a_chain() -> None:
+    """Each matrix is copied once, with its strides, wherever it stands in the chain, also turned;
+    what has no values yet gets some. Nothing of the caller's is among them."""
+    g = generator_for("autotune chain")
+    wide = randn(40, 64, dtype=torch.bfloat16, generator=g)
+    x = wide[:, 8:56]
+    U, V = (randn(size, 8, dtype=x.dtype, generator=g) for size in x.shape)
+    step = Step("dual", "left", -1.0, 1.0, 0, 0, 0, "", "")
+    chain = chain_of(Problem(x, x, U, V, step), torch.bfloat16, Arena(x.device).new)
+    copies, _ = autotune.scratch_chain(chain, x.device)
+    found: dict[int, set[int]] = {}
+    for link, copied in zip(chain, copies, strict=True):
+        assert (link.after, link.c_after) == (copied.after, copied.c_after)
+        assert type(link.step) is type(copied.step)
+        for own, copy in zip(link.step, copied.step, strict=True):
+            if not isinstance(own, (torch.Tensor, Operand)):
+                assert own == copy
+                continue
+            assert (own.shape, own.stride(), own.dtype) == (copy.shape, copy.stride(), copy.dtype)
+            assert bool(copy.isfinite().all())
+            if isinstance(own, torch.Tensor):
+                assert torch.equal(own, copy)
+                found.setdefault(own.data_ptr(), set()).add(copy.data_ptr())
+    assert found.keys() == {t.data_ptr() for t in (x, U, V)}
+    assert all(len(places) == 1 for places in found.values())
+    own_memory = {t.untyped_storage().data_ptr() for t in (wide, U, V)}
+    used = [t for link in copies for t in link.step if isinstance(t, torch.Tensor)]
+    assert not own_memory & {t.untyped_storage().data_ptr() for t in used}
 
 
 def test_products(monkeypatch: pytest.MonkeyPatch, watched: Watching) -> None:

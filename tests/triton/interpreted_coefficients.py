@@ -8,18 +8,16 @@ import pytest
 import torch
 
 from osf_kernels.backends import triton as backend
+from osf_kernels.backends.chains import chain_of_job
 from osf_kernels.backends.jobs import Coefficients
-from osf_kernels.backends.triton import configs, schedule
+from osf_kernels.backends.operands import Arena
+from osf_kernels.backends.triton import configs, groups, tasks
 from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_coefficients, draw, draw_coefficients
-from tests.triton.watching import watch
+from tests.triton.watching import records_of, watch
 
 # Small tiles, so that small matrices have several and every edge is ragged.
-CONFIGS: dict[str, configs.OnePass | configs.TwoPass] = {
-    "one_pass": configs.OnePass(32, 16, 32, 4, 1),
-    "two_pass": configs.TwoPass(32, 32, 16, 4, 1),
-}
-VARIANTS = tuple(CONFIGS)
+CONFIG = configs.Projection(32, 16, 16, 32, 16, 32, 4, 1, 1)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What float16 shares with bfloat16 runs for it in the full suite.
 QUICK_DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16)
@@ -31,44 +29,41 @@ def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "SHORTEST_SPLIT", 32)
 
 
-def run(jobs: list[Coefficients], variant: str = "two_pass", **options: str) -> None:
-    backend.coefficients(jobs, config=CONFIGS[variant], **options)  # type: ignore[arg-type]
+def run(jobs: list[Coefficients], float32_precision: str | None = None) -> None:
+    backend.coefficients(jobs, config=CONFIG, float32_precision=float32_precision)
 
 
 def bits(job: Coefficients) -> list[torch.Tensor]:
     return [t.clone() for t in (job.A, job.B) if t is not None]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
-def test_against_float64(variant: str, dtype: torch.dtype) -> None:
-    g = generator_for(variant, dtype)
+def test_against_float64(dtype: torch.dtype) -> None:
+    g = generator_for(dtype)
     job = draw_coefficients((75, 41), (20, 13), g, dtype=dtype)
-    run([job], variant)
+    run([job])
     assert_coefficients(job)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("dtype", "basis"),
     [pair for pair in itertools.product(DTYPES, DTYPES) if pair[0] != pair[1]],
     ids=str,
 )
-def test_mixed_dtypes(variant: str, dtype: torch.dtype, basis: torch.dtype) -> None:
-    g = generator_for(variant, dtype, basis)
+def test_mixed_dtypes(dtype: torch.dtype, basis: torch.dtype) -> None:
+    g = generator_for(dtype, basis)
     job = draw_coefficients((70, 34), (9, 17), g, dtype=dtype, basis=basis)
-    run([job], variant)
+    run([job])
     assert_coefficients(job)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("basis_layout", LAYOUTS)
-def test_strides(variant: str, x_layout: str, basis_layout: str) -> None:
+def test_strides(x_layout: str, basis_layout: str) -> None:
     """Every class of strides gives the numbers of contiguous copies."""
-    g = generator_for(variant, x_layout, basis_layout)
+    g = generator_for(x_layout, basis_layout)
     job = draw_coefficients(
         (72, 40),
         (16, 8),
@@ -78,14 +73,13 @@ def test_strides(variant: str, x_layout: str, basis_layout: str) -> None:
         basis_layout=basis_layout,
         offset=False,
     )
-    run([job], variant)
+    run([job])
     assert_coefficients(job)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_expanded_and_transposed_views(variant: str) -> None:
-    g = generator_for(variant)
+def test_expanded_and_transposed_views() -> None:
+    g = generator_for("views")
     row = torch.randn(1, 40, generator=g)
     x = row.expand(56, 40)
     Vh = draw(8, 40, torch.float32, g)
@@ -94,17 +88,16 @@ def test_expanded_and_transposed_views(variant: str) -> None:
     B = torch.full((8, 56), torch.nan).mT
     for matrix, left, right, a, b in ((x, U, Vh.mT, A, B), (x.mT, Vh.mT, U, B.mT, A.mT)):
         job = Coefficients(matrix, left, right, a, b)
-        run([job], variant)
+        run([job])
         assert_coefficients(job)
 
 
-@pytest.mark.parametrize("variant", [pytest.param("one_pass", marks=pytest.mark.slow), "two_pass"])
-def test_list_of_mixed_shapes(variant: str) -> None:
+def test_list_of_mixed_shapes() -> None:
     """Any mix of shapes, ranks and dtypes in one call, to the bit what a rerun gives.
 
     A loop gives these bits too where the launch of the list doesn't fill the machine, as here.
     """
-    g = generator_for("list", variant)
+    g = generator_for("list")
     shapes = [((33, 70), (5, 5)), ((8, 8), (1, 3)), ((100, 17), (17, 4)), ((64, 32), (32, 16))]
     jobs = [
         draw_coefficients(shape, ranks, g, dtype=dtype)
@@ -112,7 +105,7 @@ def test_list_of_mixed_shapes(variant: str) -> None:
             shapes, (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16), strict=True
         )
     ]
-    run(jobs, variant)
+    run(jobs)
     for job in jobs:
         assert_coefficients(job)
     listed = [bits(job) for job in jobs]
@@ -120,7 +113,7 @@ def test_list_of_mixed_shapes(variant: str) -> None:
         for job in again:
             for out in (job.A, job.B):
                 out.fill_(torch.nan)  # type: ignore[union-attr]
-        run(list(again), variant)
+        run(list(again))
         for job in again:
             before = listed[[other is job for other in jobs].index(True)]
             assert all(map(torch.equal, bits(job), before))
@@ -128,70 +121,74 @@ def test_list_of_mixed_shapes(variant: str) -> None:
 
 def test_sums_are_split() -> None:
     """The cases above do split sums: parts are written, and added in the same launch."""
-    g = generator_for("split")
-    job = draw_coefficients((130, 41), (20, 13), g)
-    for config in CONFIGS.values():
-        (made,) = schedule.coefficients_launches(
-            [job], fill=128, float32_precision="ieee", choose=lambda *_, c=config: c
-        )
-        fields = 16 if made.kernel == "one_pass" else 21
-        at = 2 + made.problems + 1 + fields * made.problems + made.sums + 1
-        parts = made.metadata[at + 9]  # of A, the first record of a sum
-        assert parts == 3
-        assert made.workspace_elements >= parts * 41 * 20
+    job = draw_coefficients((130, 41), (20, 13), generator_for("split"))
+    arena = Arena(torch.device("cpu"))
+    planned = groups.plan_chain(chain_of_job(job), arena, "ieee", lambda *_: CONFIG)
+    (made,), workspace_bytes = tasks.projection_launches(
+        [planned], fill=128, room=1 << 20, limit=1 << 20
+    )
+    # The sum over 130 rows, of A; that over 41 columns is too short.
+    ((place, cut),) = planned.cuts.items()
+    assert planned.chain[place].step.into == "A"
+    assert (cut.parts, cut.length) == (3, 48)
+    assert workspace_bytes == cut.memory.numel() * 4 == 3 * 41 * 20 * 4
+    assert made.constants["HAS_PARTS"]
+    # The parts, what adds three of them, and B.
+    assert [fields[14] for fields in records_of(made)] == [0, 3, 0]
+    assert made.tasks == 3 * 4 + 4 + 5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_list_that_fills_the_machine_splits_no_sum(
-    variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_that_fills_the_machine_splits_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone a matrix has parts; among others it has none, is as accurate, and has the same bits
     in every run."""
-    monkeypatch.setitem(configs.FILL, "sm_80", 8 if variant == "one_pass" else 32)
+    monkeypatch.setitem(configs.FILL, "sm_80", 64)
     watching = watch(monkeypatch)
-    g = generator_for("full", variant)
+    g = generator_for("full")
     jobs = [draw_coefficients((130, 41), (20, 13), g) for _ in range(4)]
-    run(jobs[:1], variant)
+    run(jobs[:1])
     assert_coefficients(jobs[0])
-    run(jobs, variant)
+    run(jobs)
     listed = [bits(job) for job in jobs]
-    run(jobs, variant)
+    run(jobs)
     for job, before in zip(jobs, listed, strict=True):
         assert_coefficients(job)
         assert all(map(torch.equal, bits(job), before))
     alone, together, again = watching.planned
     assert together.metadata == again.metadata
-    assert alone.tiles * 4 > together.tiles
-    # One read has parts of B, of its strips, whatever the list.
-    assert (alone.sums, together.sums) == ((2, 8) if variant == "one_pass" else (1, 0))
+    assert (alone.constants["HAS_PARTS"], together.constants["HAS_PARTS"]) == (True, False)
+    assert [fields[14] for fields in records_of(alone)] == [0, 3, 0]
+    assert [fields[14] for fields in records_of(together)] == [0] * 8
+    assert alone.tasks * 4 > together.tasks
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "basis_layout", ["rows", pytest.param("unaligned", marks=pytest.mark.slow)]
 )
-def test_offset(variant: str, basis_layout: str) -> None:
-    g = generator_for(variant, basis_layout)
+def test_offset(basis_layout: str) -> None:
+    g = generator_for(basis_layout)
     job = draw_coefficients((72, 40), (12, 12), g, basis_layout=basis_layout, offset=True)
     strided = torch.rand(36, generator=g)[::3]
     for S, root in ((job.S, True), (strided, True), (strided, False)):
         each = job._replace(S=S, root=root)
         down = each._replace(x=each.x.mT.contiguous().mT)
         for one in (each, down):
-            run([one], variant)
+            run([one])
             assert_coefficients(one)
 
 
-def test_offsets_of_a_root_and_of_others_share_a_launch() -> None:
+def test_offsets_of_a_root_and_of_others_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = watch(monkeypatch)
     g = generator_for("roots")
     jobs = [
         draw_coefficients((72, 40), (12, 12), g, offset=True, root=root) for root in (True, False)
     ]
-    (made,) = schedule.coefficients_launches(
-        jobs, fill=128, float32_precision="ieee", choose=lambda *_: CONFIGS["two_pass"]
-    )
-    assert made.problems == 4
-    run(jobs, "two_pass")
+    run(jobs)
+    (made,) = watching.planned
+    # Where a sum is stored, whether S is taken off: of the one without root not of A.
+    assert [fields[22] != 0 for fields in records_of(made) if fields[15]] == [True] * 2 + [
+        False,
+        True,
+    ]
     for job in jobs:
         assert_coefficients(job)
 
@@ -200,17 +197,16 @@ def test_offset_without_a_split() -> None:
     """Where one program holds the whole sum, it subtracts the offset itself."""
     g = generator_for("direct")
     job = draw_coefficients((20, 24), (7, 7), g, offset=True, dtype=torch.bfloat16)
-    run([job], "two_pass")
+    run([job])
     assert_coefficients(job)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_output_in_the_dtype_of_x(variant: str, dtype: torch.dtype) -> None:
-    g = generator_for(variant, dtype, "out")
+def test_output_in_the_dtype_of_x(dtype: torch.dtype) -> None:
+    g = generator_for(dtype, "out")
     job = draw_coefficients((70, 40), (9, 10), g, dtype=dtype, out=dtype)
-    run([job], variant)
+    run([job])
     assert_coefficients(job)
 
 
@@ -244,21 +240,20 @@ def test_empty_list() -> None:
 def test_rank_beyond_the_block(dtype: torch.dtype) -> None:
     g = generator_for("rank", dtype)
     job = draw_coefficients((50, 70), (45, 37), g, dtype=dtype)
-    run([job], "two_pass")
+    run([job])
     assert_coefficients(job)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("variant", VARIANTS)
 # numpy, under the interpreter, warns of an Inf times a zero.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_non_finite_values_stay(variant: str, value: float) -> None:
-    g = generator_for(variant, value)
+def test_non_finite_values_stay(value: float) -> None:
+    g = generator_for(value)
     for dtype in (torch.float32, torch.bfloat16):
         job = draw_coefficients((70, 40), (9, 10), g, dtype=dtype)
         job.x[37, 21] = value
-        run([job], variant)
+        run([job])
         assert job.A is not None
         assert job.B is not None
         assert not bool(job.A[:, 21].isfinite().any())
@@ -273,19 +268,18 @@ def test_non_finite_values_stay(variant: str, value: float) -> None:
 def test_float32_precisions(precision: str) -> None:
     g = generator_for(precision)
     job = draw_coefficients((70, 40), (9, 10), g)
-    run([job], "one_pass", float32_precision=precision)
+    run([job], float32_precision=precision)
     assert_coefficients(job, precision)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pinned_configs(variant: str, dtype: torch.dtype) -> None:
-    """The table's own tiles, chosen by rule and by name, on a list."""
-    g = generator_for(variant, dtype, "pinned")
+def test_pinned_configs(dtype: torch.dtype) -> None:
+    """The table's own tiles, chosen by rule, on a list."""
+    g = generator_for(dtype, "pinned")
     shapes = [((150, 90), (8, 30)), ((130, 270), (64, 60))]
     jobs = [draw_coefficients(shape, ranks, g, dtype=dtype) for shape, ranks in shapes]
-    backend.coefficients(jobs, variant=variant)
+    backend.coefficients(jobs)
     for job in jobs:
         assert_coefficients(job)
 
@@ -296,5 +290,5 @@ def test_ill_scaled_values() -> None:
     g = generator_for("scales")
     job = draw_coefficients((70, 40), (9, 10), g)
     job.x.mul_(torch.logspace(-10, 10, 40))
-    run([job], "one_pass")
+    run([job])
     assert_coefficients(job)

@@ -1,9 +1,12 @@
 """Partial sums of programs that run side by side, under Triton's interpreter (test_interpreter.py).
 
-The parts of a sum arrive in any order; the sum has the same bits.
+The parts of a product in float32 accuracy arrive in any order; the sum has the same bits. Those of
+a projection are in interpreted_tasks.py.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,18 +16,16 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.jobs import Coefficients
 from osf_kernels.backends.triton import configs, dispatch, launch
-from osf_kernels.backends.triton.kernels import coefficients as kernels
+from osf_kernels.backends.triton.kernels import gram as gram_kernels
+from osf_kernels.backends.triton.kernels import multiply as multiply_kernels
 from tests.helpers import generator_for
 from tests.triton.interleaving import Stuck, interleave
-from tests.triton.jobs import assert_coefficients, draw, draw_coefficients
+from tests.triton.jobs import assert_gram, assert_multiply, draw
 from tests.triton.watching import watch
 
-ONE_PASS = configs.OnePass(32, 16, 16, 4, 1)
-TWO_PASS = configs.TwoPass(32, 32, 16, 4, 1)
+MULTIPLY = configs.Multiply(32, 16, 16, 4, 1)
 GRAM = configs.Gram(32, 32, 4, 1)
-Config = configs.OnePass | configs.TwoPass
 SEEDS = range(3)
 # More than are resident side by side, and fewer than there are tiles: some claim several, and those
 # that start when others have ended find what these have left.
@@ -54,50 +55,62 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", nan)
 
 
-def jobs_of() -> list[Coefficients]:
-    """Several parts each, but the first: one."""
-    g = generator_for("side by side")
-    shapes = [((20, 20), (4, 4)), ((68, 36), (12, 16)), ((20, 68), (4, 8))]
-    return [draw_coefficients(shape, ranks, g) for shape, ranks in shapes]
+class Multiply:
+    """Aᵀ Q of two matrices, the sum over 100 rows in three parts."""
+
+    kernels: ModuleType = multiply_kernels
+
+    def __init__(self) -> None:
+        g = generator_for("products side by side")
+        self.As = [draw(100, 40, torch.float32, g) for _ in range(2)]
+        self.Q = torch.randn(2, 100, 12, generator=g)
+        self.out = torch.empty(2, 40, 12)
+
+    def run(self) -> None:
+        self.out.fill_(torch.nan)
+        backend.multiply(self.As, self.Q, self.out, transpose=True, config=MULTIPLY)
+
+    def check(self) -> None:
+        assert_multiply(self.As, self.Q, self.out, True)
 
 
-def bits(jobs: list[Coefficients]) -> list[Tensor]:
-    return [t.clone() for job in jobs for t in (job.A, job.B) if t is not None]
+class Gram:
+    """Aᵀ A of two matrices, the sum over 100 rows in three parts."""
+
+    kernels: ModuleType = gram_kernels
+
+    def __init__(self) -> None:
+        g = generator_for("squares side by side")
+        self.As = [draw(100, 40, torch.float32, g) for _ in range(2)]
+        self.out = torch.empty(2, 40, 40)
+
+    def run(self) -> None:
+        self.out.fill_(torch.nan)
+        backend.gram(self.As, self.out, config=GRAM)
+
+    def check(self) -> None:
+        assert_gram(self.As, self.out, "right")
+
+
+PRODUCTS: dict[str, type[Multiply | Gram]] = {"multiply": Multiply, "gram": Gram}
+NAMES = ("multiply", pytest.param("gram", marks=pytest.mark.slow))
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("config", [ONE_PASS, TWO_PASS], ids=["one_pass", "two_pass"])
+@pytest.mark.parametrize("name", NAMES)
 def test_any_order_of_programs_gives_the_same_bits(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = jobs_of()
-    backend.coefficients(jobs, config=config)
-    for job in jobs:
-        assert_coefficients(job)
-    expected = bits(jobs)
+    case = PRODUCTS[name]()
+    case.run()
+    case.check()
+    expected = case.out.clone()
     for seed in SEEDS:
-        for out in (t for job in jobs for t in (job.A, job.B) if t is not None):
-            out.fill_(torch.nan)
         with monkeypatch.context() as patch:
             launched = interleave(patch, seed)
-            backend.coefficients(jobs, config=config)
+            case.run()
         assert launched == [PROGRAMS], "one launch"
-        assert all(map(torch.equal, bits(jobs), expected)), seed
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("poisoned")
-def test_symmetric_products_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    g = generator_for("squares side by side")
-    As = [draw(130, 40, torch.float32, g) for _ in range(2)]
-    expected, out = torch.empty(2, 40, 40), torch.empty(2, 40, 40)
-    backend.gram(As, expected, config=GRAM)
-    for seed in SEEDS:
-        with monkeypatch.context() as patch:
-            launched = interleave(patch, seed)
-            backend.gram(As, out.fill_(torch.nan), config=GRAM)
-        assert launched == [PROGRAMS]
-        assert torch.equal(out, expected), seed
+        assert torch.equal(case.out, expected), seed
 
 
 @triton.jit
@@ -115,7 +128,7 @@ def not_reset(counters, claimed, tiles):
     pass
 
 
-LAST = tl.constexpr(16)  # tile of jobs_of() with TWO_PASS
+LAST = tl.constexpr(15)  # tile of Multiply()
 
 
 @triton.jit
@@ -124,16 +137,16 @@ def sums_first(counters):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("config", [ONE_PASS, TWO_PASS], ids=["one_pass", "two_pass"])
-def test_a_sum_that_does_not_wait_is_seen(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sum_that_does_not_wait_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads what is not written yet."""
-    jobs = jobs_of()
-    monkeypatch.setattr(kernels, "wait_for_products", no_wait)
+    case = PRODUCTS[name]()
+    monkeypatch.setattr(case.kernels, "wait_for_products", no_wait)
     for seed in range(12):
         with monkeypatch.context() as patch:
             interleave(patch, seed)
-            backend.coefficients(jobs, config=config)
-        if any(bool(t.isnan().any()) for t in bits(jobs)):
+            case.run()
+        if bool(case.out.isnan().any()):
             return
     pytest.fail("never seen")
 
@@ -145,79 +158,83 @@ def test_a_wait_without_end_is_seen(
 ) -> None:
     """For a product that does not count, or that nobody is left to claim."""
     watching = watch(monkeypatch)
-    monkeypatch.setattr(kernels, name, mutant)
+    monkeypatch.setattr(multiply_kernels, name, mutant)
     interleave(monkeypatch, 0, resident=2)
     with pytest.raises(InterpreterError, match=Stuck.__name__):
-        backend.coefficients(jobs_of(), config=TWO_PASS)
+        Multiply().run()
     (made,) = watching.planned
-    assert made.tiles + made.sum_tiles == LAST.value + 1
+    assert made.tasks == LAST.value + 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [ONE_PASS, TWO_PASS], ids=["one_pass", "two_pass"])
-def test_parts_are_added_in_their_order(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_added_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """One element a part: the sum is that of a loop over the parts in float32, to the bit."""
     g = generator_for("order of parts")
     m, n = 9 * 32, 20
     scales = torch.logspace(-3, 3, m)[torch.randperm(m, generator=g)]
     x = torch.randn(m, n, generator=g) * scales[:, None]
-    U = torch.zeros(m, 4)
-    U[::32] = 1.0
-    V = torch.zeros(n, 4)
-    job = Coefficients(x, U, V, torch.empty(4, n), torch.empty(m, 4))
+    Q = torch.zeros(1, m, 4)
+    Q[:, ::32] = 1.0
+    rows = x[::32]
+    square = torch.zeros(m, n)
+    square[::32] = rows
     expected, backwards = torch.zeros(n), torch.zeros(n)
+    squared, squared_backwards = torch.zeros(n, n), torch.zeros(n, n)
     for part in range(9):
-        expected = expected + x[32 * part]
-        backwards = backwards + x[m - 32 - 32 * part]
+        expected, backwards = expected + rows[part], backwards + rows[8 - part]
+        squared = squared + rows[part, :, None] * rows[part]
+        squared_backwards = squared_backwards + rows[8 - part, :, None] * rows[8 - part]
     assert not torch.equal(expected, backwards)
+    assert not torch.equal(squared, squared_backwards)
+    out, squares = torch.empty(1, n, 4), torch.empty(1, n, n)
     for seed in SEEDS:
         with monkeypatch.context() as patch:
             interleave(patch, seed)
-            backend.coefficients([job], config=config, float32_precision="ieee")
-        assert job.A is not None
-        assert torch.equal(job.A, expected.expand(4, -1))
+            backend.multiply([x], Q, out, transpose=True, config=MULTIPLY)
+            backend.gram([square], squares, config=GRAM)
+        assert torch.equal(out[0], expected[:, None].expand(n, 4))
+        assert torch.equal(squares[0], squared)
 
 
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the same metadata serves the next call: nothing of it has changed."""
     watching = watch(monkeypatch)
     interleave(monkeypatch, 7)
-    backend.coefficients(jobs_of(), config=ONE_PASS)
-    backend.coefficients(jobs_of(), config=TWO_PASS)
-    g = generator_for("squares")
-    backend.gram([draw(130, 40, torch.float32, g)], torch.empty(1, 40, 40), config=GRAM)
-    assert len(watching.planned) == 3
+    Multiply().run()
+    Gram().run()
+    assert len(watching.planned) == 2
     for made, metadata in zip(watching.planned, watching.records, strict=True):
-        assert made.sums > 0
-        assert min(made.tiles, made.sum_tiles) > 0
-        assert made.tiles + made.sum_tiles > PROGRAMS
+        _, tiles, sums = made.counts
+        assert sums == 2
+        assert min(tiles, made.tasks - tiles) > 0
+        assert made.tasks > PROGRAMS
         assert metadata[: len(made.metadata)].tolist() == made.metadata
 
 
 def test_counters_that_are_not_reset_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     watching = watch(monkeypatch)
-    monkeypatch.setattr(kernels, "finish", not_reset)
-    backend.coefficients(jobs_of(), config=ONE_PASS)
+    monkeypatch.setattr(multiply_kernels, "finish", not_reset)
+    Multiply().run()
     (made,), (metadata,) = watching.planned, watching.records
-    claims = made.tiles + made.sum_tiles + PROGRAMS
-    assert metadata[: len(made.metadata)].tolist() == [claims, made.tiles, *made.metadata[2:]]
+    left = [made.tasks + PROGRAMS, made.counts[1], *made.metadata[2:]]
+    assert metadata[: len(made.metadata)].tolist() == left
 
 
 @pytest.mark.slow
 def test_kept_records_serve_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A repeated call copies no records to the device, and its counters start at zero."""
     watching = watch(monkeypatch)
-    jobs = jobs_of()
+    case = Gram()
     device = torch.device("cpu")
-    plan = dispatch._plan_coefficients(device, jobs, None, TWO_PASS, "tf32x3", False)
+    plan = dispatch._plan_gram(device, case.As, case.out, "right", GRAM, "tf32x3")
     executable = launch.Executable(plan, device, kept=1)
     executable.run()
-    expected = bits(jobs)
+    case.check()
+    expected = case.out.clone()
     for seed in SEEDS:
-        for out in (t for job in jobs for t in (job.A, job.B) if t is not None):
-            out.fill_(torch.nan)
+        case.out.fill_(torch.nan)
         with monkeypatch.context() as patch:
             interleave(patch, seed)
             executable.run()
-        assert all(map(torch.equal, bits(jobs), expected)), seed
+        assert torch.equal(case.out, expected), seed
     assert watching.uploads == 1

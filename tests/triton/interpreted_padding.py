@@ -6,6 +6,8 @@ store beyond the width of a result, would show.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +16,18 @@ import osf_kernels
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs
-from osf_kernels.backends.triton.schedule import View
+from osf_kernels.backends.triton.views import View
 from osf_kernels.testing import assert_error_within, project_eager, project_reference
 from tests.helpers import generator_for, randn
 from tests.triton.jobs import assert_coefficients, assert_multiply, assert_update
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 M, N = 48, 40
+# Blocks of 16 of a rank, and of 32, which hold every rank here whole.
+CONFIGS = (
+    configs.Projection(16, 16, 16, 32, 16, 32, 4, 1, 1),
+    configs.Projection(16, 16, 32, 32, 16, 16, 4, 1, 1),
+)
 
 
 def padded(values: Tensor, down: bool = False) -> Tensor:
@@ -57,7 +64,7 @@ def coefficients_job(
     return Coefficients(x, U, V, A, B, torch.rand(r, generator=g) if offset else None)
 
 
-def run_coefficients(job: Coefficients, config: configs.OnePass | configs.TwoPass) -> None:
+def run_coefficients(job: Coefficients, config: configs.Projection) -> None:
     backend.coefficients([job], config=config)
     # What lies around an output here is NaN; ``assert_coefficients`` looks for sevens.
     A, B = (t.clone() for t in (job.A, job.B) if t is not None)
@@ -71,23 +78,24 @@ def run_coefficients(job: Coefficients, config: configs.OnePass | configs.TwoPas
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_coefficients(dtype: torch.dtype, down: bool) -> None:
     g = generator_for(dtype, down)
-    for config in (configs.OnePass(16, 16, 32, 4, 1), configs.TwoPass(16, 16, 16, 4, 1)):
+    for config in CONFIGS:
         run_coefficients(coefficients_job((21, 13), dtype, g, down, False), config)
         run_coefficients(coefficients_job((13, 13), dtype, g, down, True), config)
 
 
 @pytest.mark.parametrize("down", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_update(dtype: torch.dtype, down: bool) -> None:
-    """Ranks that end in the first chunk of 16, in the second, and with it."""
+def test_update(dtype: torch.dtype, down: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that end in the first chunk of 16, in the second, and with it; and in one of 32."""
+    monkeypatch.setitem(configs.FILL, "sm_80", 1)  # so that a task has more than one tile across
     g = generator_for(dtype, down, "update")
-    for r, k in ((13, 21), (32, 5)):
+    for (r, k), config in itertools.product(((13, 21), (32, 5)), CONFIGS):
         L1, L2 = draw(M, r, dtype, g, down), draw(M, k, torch.float32, g, down)
         R1, R2 = draw(r, N, torch.float32, g, not down), draw(k, N, dtype, g, not down)
         x = draw(M, N, dtype, g, down)
         job = Update(x, x, L1, R1, L2, R2, -1.0, 1.0)
         before = x.clone()
-        backend.update([job], config=configs.Update(32, 16, 16, 2, 4, 1))
+        backend.update([job], config=config)
         assert_update(job, before)
         assert bool(outside(x).isnan().all())
 
@@ -98,10 +106,10 @@ def test_matrix_of_ragged_shape(down: bool) -> None:
     g = generator_for("ragged", down)
     x, U, V = (draw(*shape, torch.bfloat16, g, down) for shape in ((45, 37), (45, 9), (37, 11)))
     A, B = (padded(torch.full(shape, torch.nan), down) for shape in ((9, 37), (45, 11)))
-    run_coefficients(Coefficients(x, U, V, A, B), configs.TwoPass(16, 16, 16, 4, 1))
+    run_coefficients(Coefficients(x, U, V, A, B), CONFIGS[0])
     job = Update(x, x, U, A, B, V.mT, -1.0, 1.0)
     before = x.clone()
-    backend.update([job], config=configs.Update(32, 16, 16, 2, 4, 1))
+    backend.update([job], config=CONFIGS[0])
     assert_update(job, before)
     assert bool(outside(x).isnan().all())
 
@@ -111,7 +119,7 @@ def test_products_in_float32_accuracy() -> None:
     A = draw(M, N, torch.bfloat16, g, False)
     Q = draw(N, 21, torch.float32, g, False)[None]
     out = padded(torch.full((M, 21), torch.nan))
-    backend.multiply([A], Q, out[None], config=configs.TwoPass(16, 16, 16, 4, 1))
+    backend.multiply([A], Q, out[None], config=configs.Multiply(16, 16, 16, 4, 1))
     assert_multiply([A], Q, out[None].clone(), False)
     assert bool(outside(out).isnan().all())
 

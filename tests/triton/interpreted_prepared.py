@@ -17,7 +17,7 @@ from osf_kernels import Basis, requested_backend, use_backend
 from osf_kernels.backends.triton import launch
 from tests import lists
 from tests.lists import F16, F32, MIXED, PINNED, SPLIT, Entry, List
-from tests.triton.watching import Watching, watch
+from tests.triton.watching import Watching, records_of, watch
 
 MODES = ("complement", pytest.param("core", marks=pytest.mark.slow))
 FEW = (MIXED[0], MIXED[1], MIXED[2], MIXED[4])
@@ -188,13 +188,14 @@ def test_pins_and_bases_of_fewer_batch_dimensions() -> None:
         case.assert_restored(again, before, [pinned])
 
 
-@pytest.mark.parametrize(("limit", "slices"), [(1, 3), (2500, 2), (1 << 20, 1)])
-def test_slices_share_the_workspace(
-    limit: int, slices: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One after another in the same memory, however small it is."""
-    case = List(FEW, "slices")
-    assert lists.slices_share_the_workspace(case, monkeypatch, limit) == slices
+@pytest.mark.parametrize("limit", [1, 4000, 1 << 20])
+def test_turns_share_the_workspace(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one launch, matrices one after another in the same memory, however small it is."""
+    watching = watch(monkeypatch)
+    entries = [Entry((24 + 4 * i, 32), F32, "high high", (4, 4)) for i in range(5)]
+    lists.small_workspace_serves(List(entries, "turns"), limit, 2)
+    assert {made.tasks for made in watching.planned[:2]} == {watching.planned[0].tasks}
+    assert len(watching.records) == 4
 
 
 # --- captures ------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def test_threads_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_launches_of_a_list_do_not_grow_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dozen matrices of mixed shapes take the launches of three: four, and what is planned."""
+    """A dozen matrices of mixed shapes take the one launch of three, which is what is planned."""
     watching = watch(monkeypatch)
     shapes = [(24, 32), (32, 16), (16, 48), (40, 24), (64, 16), (16, 16)]
     entries = [Entry(shapes[i % 6], F32, "high high", (4, 4)) for i in range(12)]
@@ -351,8 +352,12 @@ def test_launches_of_a_list_do_not_grow_with_it(monkeypatch: pytest.MonkeyPatch)
         watching.planned.clear()
         prepared = case.prepare(xs)
         prepared.project_(xs)
-        assert len(watching.records) == len(watching.planned) == prepared.plan.launches == 4
-        assert [made.problems for made in watching.planned] == [count, count, count, count]
+        assert len(watching.records) == len(watching.planned) == prepared.plan.launches == 1
+        (made,) = watching.planned
+        # Of each matrix tiles of A, C, B and the update, none of them in parts here.
+        kinds = [fields[0] for fields in records_of(made)]
+        assert [kinds.count(kind) for kind in range(3)] == [count] * 3
+        assert kinds.count(3) >= count
     assert requested_backend() == "triton"
 
 

@@ -13,10 +13,20 @@ from osf_kernels.backends.triton import configs
 from tests.helpers import generator_for
 from tests.triton.jobs import LAYOUTS, assert_frame_kept, assert_update, draw, guarded
 
-CONFIG = configs.Update(32, 16, 16, 2, 4, 1)
+# In tasks of two tiles, over chunks of ranks; and of one, where a block holds most ranks whole.
+CONFIGS = {
+    "chunks": configs.Projection(32, 16, 16, 32, 16, 32, 4, 1, 1),
+    "whole": configs.Projection(32, 16, 32, 32, 16, 16, 4, 1, 1),
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What float16 shares with bfloat16 runs for it in the full suite.
 QUICK_DTYPES = (torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _wide_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of a few tiles across, as where there are enough of them for every processor."""
+    monkeypatch.setitem(configs.FILL, "sm_80", 1)
 
 
 def draw_update(
@@ -55,11 +65,18 @@ def draw_update(
     )
 
 
-def run(*jobs: Update, **options: str) -> None:
+def run(*jobs: Update) -> None:
+    """With each config, from the same values."""
     before = [job.x.clone() for job in jobs]
-    backend.update(list(jobs), config=CONFIG, **options)  # type: ignore[arg-type]
-    for job, x in zip(jobs, before, strict=True):
-        assert_update(job, x)
+    for config in CONFIGS.values():
+        for job, x in zip(jobs, before, strict=True):
+            if job.out is job.x:
+                job.x.copy_(x)
+            else:
+                job.out.fill_(torch.nan)
+        backend.update(list(jobs), config=config)
+        for job, x in zip(jobs, before, strict=True):
+            assert_update(job, x)
 
 
 @pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
@@ -123,8 +140,13 @@ def test_out_of_place_from_an_expanded_x() -> None:
 
 
 @pytest.mark.slow
-def test_transposed_list_equals_loop_and_rerun() -> None:
-    """A list of mixed shapes, dtypes and orientations is to the bit what a loop gives."""
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transposed_list_equals_loop_and_rerun(name: str) -> None:
+    """A list of mixed shapes, dtypes and orientations is to the bit what a loop gives.
+
+    Of the second config a block holds the ranks of most of them whole when they run alone; beside
+    one whose rank is beyond it they are looped over.
+    """
     g = generator_for("list")
     jobs = [
         draw_update((33, 70), (5, 5), g),
@@ -134,13 +156,15 @@ def test_transposed_list_equals_loop_and_rerun() -> None:
         draw_update((30, 24), (3, 8), g, beta=0.0),
     ]
     inputs = [job.x.clone() for job in jobs]
-    run(*jobs)
+    backend.update(jobs, config=CONFIGS[name])
+    for job, x in zip(jobs, inputs, strict=True):
+        assert_update(job, x)
     outs = [job.out.clone() for job in jobs]
     for batch in (jobs, *([job] for job in jobs)):
         for job in batch:
             i = [other is job for other in jobs].index(True)
             job.x.copy_(inputs[i])
-        backend.update(list(batch), config=CONFIG)
+        backend.update(list(batch), config=CONFIGS[name])
         for job in batch:
             i = [other is job for other in jobs].index(True)
             assert torch.equal(job.out, outs[i])
@@ -196,24 +220,25 @@ def test_float16_takes_coefficients_beyond_its_range() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # numpy, under the interpreter, warns of an Inf times a zero.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_non_finite_values_stay(value: float, dtype: torch.dtype) -> None:
+def test_non_finite_values_stay(name: str, value: float, dtype: torch.dtype) -> None:
     g = generator_for(value, dtype)
-    for name, place, rows, columns in (
+    for operand, place, rows, columns in (
         ("x", (21, 17), slice(21, 22), slice(17, 18)),
         ("R1", (3, 17), slice(None), slice(17, 18)),
         ("L2", (21, 3), slice(21, 22), slice(None)),
     ):
         job = draw_update((40, 33), (9, 8), g, dtype=dtype)
-        getattr(job, name)[place] = value
-        backend.update([job], config=CONFIG)
-        assert not bool(job.out[rows, columns].isfinite().any()), name
+        getattr(job, operand)[place] = value
+        backend.update([job], config=CONFIGS[name])
+        assert not bool(job.out[rows, columns].isfinite().any()), operand
         rest = job.out.clone()
         rest[rows, columns] = 0
-        assert bool(rest.isfinite().all()), name
+        assert bool(rest.isfinite().all()), operand
 
 
 @pytest.mark.slow

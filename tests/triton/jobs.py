@@ -1,7 +1,7 @@
 """Jobs for the two kernels, their float64 truth, and how far from it a result may be.
 
 The bounds are forward error bounds of the sums the kernels promise: float32 accumulation of
-products of operands rounded as ``schedule.dot_rule`` says, then one rounding to the output's
+products of operands rounded as ``views.dot_rule`` says, then one rounding to the output's
 dtype. They scale with |U|ᵀ|x| and the like, element by element.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends.jobs import Coefficients, Update
-from osf_kernels.backends.triton import schedule
+from osf_kernels.backends.triton.views import dot_rule
 
 FLOAT32_UNIT = 2.0**-24
 # Relative error of one product, by how it is taken (tf32x3 drops the product of the two tails).
@@ -106,7 +106,7 @@ def assert_coefficients(job: Coefficients, float32_precision: str = "ieee") -> N
     """A and B against float64, and nothing else written."""
     x, U, V, A, B, S, root = job
     bases = [t.dtype for t in (U, V) if t is not None]
-    dot, precision = schedule.dot_rule(x.dtype, bases, (), float32_precision)
+    dot, precision = dot_rule(x.dtype, bases, (), float32_precision)
     product = 0.0 if torch.float32 not in (x.dtype, *bases) else PRODUCT_UNIT[precision]
     for name, out, basis, left, other in (("A", A, U, True, V), ("B", B, V, False, U)):
         if out is None or basis is None:
@@ -148,7 +148,7 @@ def assert_update(job: Update, x: Tensor, float32_precision: str = "ieee") -> No
     bases = [basis.dtype for basis, _ in pairs if basis is not None]
     coefficients = [other.dtype for _, other in pairs if other is not None]
     source = x.dtype if job.beta else job.out.dtype
-    dot, precision = schedule.dot_rule(
+    dot, precision = dot_rule(
         source, bases or (source,), coefficients or (source,), float32_precision
     )
     rounding = torch.finfo(dot).eps / 2 if dot != torch.float32 else PRODUCT_UNIT[precision]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from osf_kernels.backends.chains import Chain, chain_of_job
 from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.operands import Operand
 from osf_kernels.backends.triton import autotune, configs
@@ -17,7 +18,7 @@ class Unusable(Exception):
     """Stands for a candidate that does not compile."""
 
 
-PINNED = configs.update_config("sm_90", 2, 64)
+PINNED = configs.projection_config("sm_90", "bfloat16", 64)
 
 
 def test_takes_the_fastest_and_remembers_it() -> None:
@@ -86,21 +87,37 @@ def test_buckets() -> None:
     ]
 
 
+def tensors_of(chain: Chain) -> list[torch.Tensor]:
+    return [t for link in chain for t in link.step if isinstance(t, torch.Tensor)]
+
+
 def test_scratch_shares_no_memory() -> None:
     x = torch.randn(12, 10).mT
     U, V = torch.randn(10, 3), torch.randn(1, 2).expand(12, 2)
     A, B = torch.randn(3, 12), torch.randn(10, 2)
-    job = Coefficients(x, U, V, A, B)
-    copy = autotune.scratch_coefficients(job)
-    update = Update(x, x, U, A, B, V.mT, -1.0, 1.0)
-    other = autotune.scratch_update(update)
-    assert other.out is other.x, "in place as the job is"
-    assert (other.alpha, other.beta, other.addend) == (-1.0, 1.0, None)
-    mine = {t.untyped_storage().data_ptr() for t in job if isinstance(t, torch.Tensor)}
-    for scratch in (*copy, *other):
-        if isinstance(scratch, torch.Tensor):
-            assert scratch.untyped_storage().data_ptr() not in mine
-    assert copy.x.stride() == x.stride()
+    sums = chain_of_job(Coefficients(x, U, V, A, B))
+    update = chain_of_job(Update(x, x, U, A, B, V.mT, -1.0, 1.0))
+    mine = {t.untyped_storage().data_ptr() for t in (x, U, V, A, B)}
+
+    def scratch_of(chain: Chain) -> Chain:
+        copies, arena = autotune.scratch_chain(chain, torch.device("cpu"))
+        assert arena.bytes == 0
+        for t, copy in zip(tensors_of(chain), tensors_of(copies), strict=True):
+            assert copy.untyped_storage().data_ptr() not in mine
+            assert (copy.shape, copy.stride(), copy.dtype) == (t.shape, t.stride(), t.dtype)
+            assert torch.equal(copy, t)
+        return copies
+
+    (link,) = scratch_of(update)
+    step = link.step
+    assert isinstance(step, Update)
+    assert step.out.data_ptr() == step.x.data_ptr(), "in place as the job is"
+    assert (step.alpha, step.beta, step.addend) == (-1.0, 1.0, None)
+    # A matrix that two sums read is one, so that the second finds it in L2.
+    first, second = (link.step for link in scratch_of(sums))
+    assert first.x is not None
+    assert second.x is not None
+    assert first.x.data_ptr() == second.x.data_ptr()
 
 
 def test_median_of_times() -> None:
@@ -126,12 +143,12 @@ def test_a_search_runs_its_candidates_inside_the_call_it_is_for(
     monkeypatch.setattr(dispatch.launch, "driver", Driver())
     x, V = torch.randn(64, 32), torch.randn(32, 8)
     jobs = [Coefficients(x, None, V, None, torch.empty(64, 8))]
-    call = (jobs, None, None, None)
-    thread = threading.Thread(target=dispatch.coefficients, args=call, daemon=True)
+    call = (jobs, None, None)
+    thread = threading.Thread(target=dispatch.run_jobs, args=call, daemon=True)
     thread.start()
     thread.join(timeout=20)
     assert not thread.is_alive(), "the search waits for its own call"
-    pinned = configs.coefficients_config("sm_80", 4, 0, 8)
+    pinned = configs.projection_config("sm_80", "float32", 8)
     assert len(launched) == len(configs.candidates(pinned)) + 1
 
 
@@ -142,6 +159,27 @@ def test_scratch_of_operands_is_in_place_where_the_job_is() -> None:
     x, other = (Operand.like(like, argument) for argument in (1, 2))
     assert x.data_ptr() == other.data_ptr()
     for out, in_place in ((x, True), (x.mT.mT, True), (other, False)):
-        job = autotune.scratch_update(Update(out, x, None, None, None, None, 1.0, 1.0))
-        assert (job.out is job.x) == in_place
-        assert job.out.device == device
+        chain = chain_of_job(Update(out, x, None, None, None, None, 1.0, 1.0))
+        ((link,), _) = autotune.scratch_chain(chain, device)
+        step = link.step
+        assert isinstance(step, Update)
+        assert (step.out.data_ptr() == step.x.data_ptr()) == in_place
+        assert step.out.device == device
+
+
+def test_chains_of_like_sizes_share_a_choice() -> None:
+    """What takes about as long: the same steps and dtypes, sizes of the same powers of two."""
+
+    def key(m: int, n: int, r: int, dtype: torch.dtype = torch.bfloat16) -> object:
+        def matrix(rows: int, columns: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(rows, columns, dtype=dtype, device="meta")
+
+        A, B = matrix(r, n, torch.float32), matrix(m, r, torch.float32)
+        chain = chain_of_job(Coefficients(matrix(m, n), matrix(m, r), matrix(n, r), A, B))
+        return autotune.key_of_chain(chain)
+
+    like = key(1000, 600, 60)
+    assert hash(like) == hash(key(1024, 1000, 64))
+    assert like == key(1024, 1000, 64)
+    for other in (key(1025, 600, 60), key(1000, 600, 32), key(1000, 600, 60, torch.float32)):
+        assert like != other

@@ -1,4 +1,4 @@
-"""The projection's Triton kernels on a GPU: float64 parity, determinism, streams, graphs, 64-bit
+"""The projection's Triton kernel on a GPU: float64 parity, determinism, streams, graphs, 64-bit
 offsets. Those of the products in float32 accuracy are in ``test_gpu_products``."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs
 from osf_kernels.ops._names import Names
 from tests.helpers import generator_for, randn
-from tests.lists import SPLIT, List
+from tests.lists import SPLIT, Entry, List, small_workspace_serves
 from tests.triton.jobs import assert_coefficients, assert_update
 
 launch = pytest.importorskip("osf_kernels.backends.triton.launch", exc_type=ImportError)
@@ -114,17 +114,17 @@ def test_padded_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["one_pass", "two_pass"])
-def test_variants_and_offset(dtype: torch.dtype, variant: str) -> None:
-    g = generator_for("gpu", dtype, variant)
-    for ranks in ((32, 32), (64, 64)):
+def test_offset(dtype: torch.dtype) -> None:
+    """Less U diag(S) and V diag(S), of rows and of columns, up to a block's rank and beyond."""
+    g = generator_for("gpu offset", dtype)
+    for ranks in ((32, 32), (64, 64), (200, 200)):
         jobs = [draw((1500, 900), ranks, dtype, g, offset=True)]
         assert jobs[0].A is not None
         assert jobs[0].B is not None
         columns = jobs[0].x.mT.contiguous().mT
         A, B = torch.empty_like(jobs[0].A), torch.empty_like(jobs[0].B)
         jobs.append(jobs[0]._replace(x=columns, A=A, B=B))
-        backend.coefficients(jobs, variant=variant)
+        backend.coefficients(jobs)
         for job in jobs:
             assert_coefficients(job, "tf32x3")
 
@@ -266,7 +266,7 @@ def test_repeated_call_copies_nothing() -> None:
         prepared.run_project_(names, grads)
         torch.cuda.synchronize()
     events = [event.key for event in profile.key_averages()]
-    assert any("update" in key for key in events)
+    assert any("projection_kernel" in key for key in events)
     assert not [key for key in events if "Memcpy" in key]
 
 
@@ -305,20 +305,80 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert_update(Update(x[tail], before, U[tail], A, B[tail], V.mT, -1.0, 1.0), before)
 
 
-@pytest.mark.parametrize("width", [2, 4])
-def test_every_pinned_config_of_this_device(width: int) -> None:
-    """Whatever the rules choose among, forced in turn."""
-    g = generator_for("gpu configs", width)
-    dtype = torch.bfloat16 if width == 2 else torch.float32
-    for row_width, config in configs.shipped(launch.architecture(torch.device("cuda"))):
-        if row_width != width:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_pinned_config_of_this_device(dtype: torch.dtype) -> None:
+    """Whatever the rules choose among, forced in turn, at ranks up to the block and beyond."""
+    g = generator_for("gpu configs", dtype)
+    architecture = launch.architecture(torch.device("cuda"))
+    maths = ("bfloat16",) if dtype == torch.bfloat16 else ("tf32", "float32")
+    for math, config in configs.shipped(architecture):
+        if math not in maths:
             continue
-        job = draw((1000, 776), (24, 32), dtype, g)
-        if isinstance(config, configs.Update):
-            backend.coefficients([job])
+        precision = "tf32" if (math, dtype) == ("tf32", torch.float32) else "tf32x3"
+        options = {"config": config, "float32_precision": precision}
+        for rank in (24, config.block_r + 8):
+            job = draw((1000, 776), (rank, 32), dtype, g)
+            backend.coefficients([job], **options)  # type: ignore[arg-type]
+            assert_coefficients(job, precision)
             before = job.x.clone()
-            backend.update([update_of(job)], config=config)
-            assert_update(update_of(job), before, "tf32x3")
-        elif isinstance(config, (configs.OnePass, configs.TwoPass)):
-            backend.coefficients([job], config=config)
-            assert_coefficients(job, "tf32x3")
+            backend.update([update_of(job)], **options)  # type: ignore[arg-type]
+            assert_update(update_of(job), before, precision)
+
+
+# Long enough for sums to be split; in a list that runs through many tasks.
+LONG = ((2048, 192), (192, 2048), (768, 640))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_projections_with_every_pinned_config_of_this_device(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step of a list in one launch, parts of sums and what corrects them included."""
+    for math, config in configs.shipped(launch.architecture(torch.device("cuda"))):
+        if (math == "bfloat16") != (dtype == torch.bfloat16):
+            continue
+        monkeypatch.setattr(configs, "projection_config", lambda *_, found=config: found)
+        ranks = ((24, 16), (config.block_r + 8, 40))
+        entries = [Entry(shape, dtype, "high high", r) for shape in LONG for r in ranks]
+        case = List(entries, f"gpu whole {config}", device="cuda", factor=4.0)
+        with osf_kernels.use_backend("triton"):
+            prepared = case.prepare()
+            grads = case.draw()
+            before = [x.clone() for x in grads]
+            prepared.project_(grads)
+        case.assert_projected(grads, before)
+
+
+def test_a_projection_in_flight_on_several_streams() -> None:
+    """Programs of three calls share the processors; tasks of each wait for others of their own."""
+    g = generator_for("gpu projections on streams")
+    xs = [randn(2048, 512 + 64 * i, dtype=torch.bfloat16, generator=g).cuda() for i in range(3)]
+    bases = []
+    for x in xs:
+        for size in x.shape:
+            gaussian = torch.randn(size, 32, generator=g)
+            bases.append(torch.linalg.qr(gaussian).Q.bfloat16().contiguous().cuda())
+    with osf_kernels.use_backend("triton"):
+        expected = [
+            osf_kernels.project(x, bases[2 * i], bases[2 * i + 1]) for i, x in enumerate(xs)
+        ]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in xs]
+        for _ in range(100):
+            found = []
+            for i, (stream, x) in enumerate(zip(streams, xs, strict=True)):
+                with torch.cuda.stream(stream):
+                    found.append(osf_kernels.project(x, bases[2 * i], bases[2 * i + 1]))
+            torch.cuda.synchronize()
+            for actual, wanted in zip(found, expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_matrices_in_turns_through_a_small_workspace(limit: int) -> None:
+    """What waits for memory waits for tasks before it alone: calls return, and with the same bits
+    as where each matrix has memory of its own."""
+    entries = [Entry((640, 512), torch.bfloat16, "high high", (24, 16)) for _ in range(24)]
+    case = List(entries, f"gpu turns {limit}", device="cuda", factor=4.0)
+    with osf_kernels.use_backend("triton"):
+        small_workspace_serves(case, limit, 2)

@@ -54,7 +54,7 @@ def draw(
 
 
 def check_multiply(
-    As: list[Tensor], Q: Tensor, transpose: bool, config: configs.TwoPass | None = None
+    As: list[Tensor], Q: Tensor, transpose: bool, config: configs.Multiply | None = None
 ) -> Tensor:
     left = torch.stack([A.mT if transpose else A for A in As])
     out = torch.full((len(As), left.shape[1], Q.shape[2]), torch.nan, device="cuda")
@@ -206,7 +206,7 @@ def test_every_pinned_config_of_this_device(dtype: torch.dtype) -> None:
         As = draw(shape, 2, dtype, g)
         Q = torch.randn(1, shape[1], 72, generator=g).cuda()
         for config in configs.shipped_products(architecture, name, aligned):
-            if isinstance(config, configs.TwoPass):
+            if isinstance(config, configs.Multiply):
                 check_multiply(As, Q, False, config)
             elif isinstance(config, configs.Gram):
                 check_gram(As, "right", config)

@@ -21,14 +21,16 @@ pytestmark = pytest.mark.skipif(
 FILES = (
     "interpreted_coefficients",
     "interpreted_ordered",
+    "interpreted_tasks",
     "interpreted_update",
     "interpreted_padding",
     "interpreted_projection",
     "interpreted_products",
     "interpreted_prepared",
+    "interpreted_traffic",
     "interpreted_autotune",
 )
-WITHOUT_SLOW = ("interpreted_autotune", "interpreted_padding")
+WITHOUT_SLOW = ("interpreted_autotune", "interpreted_padding", "interpreted_traffic")
 
 
 def run_interpreted(root: Path, names: Sequence[str], marker: str) -> None:

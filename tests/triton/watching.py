@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels.backends.triton import launch
-from osf_kernels.backends.triton.schedule import Launch
+from osf_kernels.backends.triton.launches import Launch
 
 
 class Watching(launch.Driver):
@@ -19,6 +19,7 @@ class Watching(launch.Driver):
     def __init__(self) -> None:
         self.planned: list[Launch] = []
         self.records: list[Tensor] = []  # of each launch, those of later ones of its call behind
+        self.constants: list[Tensor] = []  # of each, what is the same in every call, or parts
         self.uploads = 0
 
     def upload(self, *args: Any) -> Tensor:
@@ -27,6 +28,7 @@ class Watching(launch.Driver):
 
     def launch(self, kernel: Any, grid: tuple[int, int, int], *args: Any, **options: Any) -> None:
         self.records.append(args[0])
+        self.constants.append(args[1])
         super().launch(kernel, grid, *args, **options)
 
 
@@ -42,3 +44,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watching:
     monkeypatch.setattr(launch, "driver", watching)
     monkeypatch.setattr(launch, "Executable", Executable)
     return watching
+
+
+def records_of(made: Launch) -> list[list[int]]:
+    """The records of a projection's launch, as ``tasks`` numbers their fields."""
+    assert made.kernel == "projection"
+    _, tasks = made.counts
+    places = sorted({task >> 32 for task in made.constant[:tasks]})
+    records = list(made.constant[tasks:])
+    ends = [*places[1:], len(records)]
+    return [records[place:end] for place, end in zip(places, ends, strict=True)]

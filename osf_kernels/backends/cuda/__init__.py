@@ -34,7 +34,8 @@ from torch import Tensor
 
 from osf_kernels.backends.cuda import factorizations
 from osf_kernels.backends.cuda.records import Call, address_of, pack
-from osf_kernels.backends.jobs import Coefficients, Job, Update
+from osf_kernels.backends.cuda.slices import SlicedProgram
+from osf_kernels.backends.jobs import Coefficients, Job, Problem, Update
 from osf_kernels.errors import BackendUnavailableError, ValueRefusal
 from osf_kernels.plan import Matrix
 
@@ -43,15 +44,15 @@ __all__ = [
     "cholesky_inverse",
     "coefficient_reads",
     "coefficients",
-    "compiled",
     "gram",
     "jacobi_svd",
+    "keeps",
     "largest_cholesky",
     "largest_jacobi",
     "multiply",
     "pack",
     "parts_bytes",
-    "spare_bytes",
+    "program",
     "unavailable_reason",
     "update",
 ]
@@ -115,6 +116,11 @@ def coefficient_reads(x: Matrix) -> int:
     """How often x is read for both coefficients: once for each block of ranks."""
     half = x.dtype == x.basis_dtype != "float32"
     return -(-max(x.r or 0, x.k or 0, 1) // (128 if half else 64))
+
+
+def keeps(x: Matrix, device: torch.device) -> bool:
+    """Whether x is in L2 whenever it is read again: not where a launch goes through a list."""
+    return False
 
 
 def coefficients(jobs: Sequence[Coefficients]) -> None:
@@ -275,7 +281,7 @@ def largest_jacobi(device: torch.device, square: bool = True, *, rows: int | Non
 
 
 class Executable:
-    """``grouped.Executable``: records packed once, in which a call puts the addresses.
+    """``slices.Executable``: records packed once, in which a call puts the addresses.
 
     The extension hands records to the kernels as their parameters, so a CUDA graph owns them.
     """
@@ -307,9 +313,12 @@ class Executable:
                 _extension().update(records, _index(self._device), _ALLOW_TF32, stream)
 
 
-def compiled(stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int) -> Executable:
-    """``grouped.Kernels.compiled``; records are on the host, the last ones kept."""
-    return Executable(stages, device)
+def program(problems: Sequence[Problem], limit: int, *, kept: int, halves: bool) -> SlicedProgram:
+    """``grouped.Kernels.program``; records are on the host, those of the last call kept."""
+    device = problems[0].x.device
+    return SlicedProgram(
+        problems, limit, lambda stages: Executable(stages, device), parts_bytes, halves=halves
+    )
 
 
 # Rows and columns of x in a unit of work: of float32 operands, of 16-bit ones at ranks up to 64 and
@@ -320,7 +329,7 @@ _H200_PROCESSORS = 132
 
 
 def parts_bytes(job: Coefficients) -> int:
-    """``grouped.Kernels.parts_bytes``, as csrc/coefficients_host.cpp cuts a job: a part of A for
+    """What the partial sums of a job take, as csrc/coefficients_host.cpp cuts it: a part of A for
     each block of rows, and one of B for each split of the columns."""
     (m, n), U, V = job.x.shape, job.U, job.V
     r = 0 if U is None else U.shape[1]
@@ -340,11 +349,6 @@ def parts_bytes(job: Coefficients) -> int:
     splits = -(-tiles // tiles_per_split)
     elements: int = row_blocks * r * -(-n // 4) * 4 + splits * m * -(-k // 4) * 4
     return 4 * elements
-
-
-def spare_bytes(device: torch.device) -> int:
-    """``grouped.Kernels.spare_bytes``: a job has the parts it has, whatever runs beside it."""
-    return 0
 
 
 @functools.lru_cache(maxsize=64)

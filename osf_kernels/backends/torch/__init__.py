@@ -45,6 +45,11 @@ def coefficient_reads(x: Matrix) -> int:
     return 2
 
 
+def keeps(x: Matrix, device: torch.device) -> bool:
+    """Whether x is in a cache whenever it is read again: not known of library products."""
+    return False
+
+
 def coefficients_of(
     xs: Sequence[Tensor],
     Us: Sequence[Tensor | None],

@@ -1,12 +1,12 @@
-"""Triton backend: the two grouped kernels of ``backends.jobs``, and batched products in float32
-accuracy, for NVIDIA and AMD GPUs.
+"""Triton backend: lists of projections in one launch, and batched products in float32 accuracy, for
+NVIDIA and AMD GPUs.
 
 Importing this package needs no triton; :func:`unavailable_reason` says whether it can be used.
 Under ``TRITON_INTERPRET=1``, set before triton is first imported, it runs on CPU tensors.
 
-Layout: ``kernels`` holds the device code; ``configs`` the pinned tables; ``schedule`` and
-``gram_schedule`` group jobs into launches; ``launch`` runs them; ``dispatch`` ties these together
-and ``autotune`` searches where asked.
+Layout: ``kernels`` holds the device code; ``configs`` the pinned tables; ``tasks`` plans launches
+of projections and ``product_schedule`` those of products; ``views`` are matrices as kernels see
+them; ``launch`` runs launches; ``dispatch`` ties these together; ``autotune`` searches.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from osf_kernels.backends.grouped import Executable
-from osf_kernels.backends.jobs import Coefficients, Job, Update
-from osf_kernels.plan import Matrix
+from osf_kernels import gpu
+from osf_kernels.backends.grouped import Runnable
+from osf_kernels.backends.jobs import Coefficients, Problem, Update
+from osf_kernels.plan import BYTES, Matrix
 
 from . import configs
 
 __all__ = [
     "coefficient_reads",
     "coefficients",
-    "compiled",
     "gram",
+    "keeps",
     "multiply",
-    "parts_bytes",
-    "spare_bytes",
+    "program",
     "unavailable_reason",
     "update",
 ]
@@ -75,15 +75,26 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
 
 
 def coefficient_reads(x: Matrix) -> int:
-    """How often x is read for both coefficients: once by ``one_pass``, twice by ``two_pass``."""
-    return 1 if (x.r or 0) + (x.k or 0) <= configs.ONE_PASS_RANK_SUM else 2
+    """How often x is read from memory for both coefficients: the two sums meet in L2."""
+    return 1
+
+
+def keeps(x: Matrix, device: torch.device) -> bool:
+    """Whether x is in L2 whenever it is read again.
+
+    By a model of that cache (``python -m bench traffic``) it is up to a share of it, and with one
+    basis whatever its size, since it goes in bands; of a larger one with two bases 2.9 to 3.4
+    passes were counted, for 3.
+    """
+    if x.r is None or x.k is None:
+        return True
+    return gpu.fits_l2(_launch().architecture(device), x.m * x.n * BYTES[x.dtype])
 
 
 def coefficients(
     jobs: Sequence[Coefficients],
     *,
-    variant: str | None = None,
-    config: configs.OnePass | configs.TwoPass | None = None,
+    config: configs.Projection | None = None,
     float32_precision: str | None = None,
 ) -> None:
     """A = Uᵀ x and B = x V, less diag(S) Vᵀ and U diag(S), for every job of the list.
@@ -95,7 +106,6 @@ def coefficients(
 
     Args:
         jobs: bfloat16, float16 or float32 matrices of any strides, each on one device.
-        variant: "one_pass" or "two_pass" instead of the pinned rule.
         config: tile config instead of the pinned one.
         float32_precision: "tf32x3", "tf32" or "ieee" for float32 operands. Default: "tf32x3", on
             AMD "ieee", which is native there; what torch's matmuls may do changes nothing.
@@ -103,13 +113,13 @@ def coefficients(
     Raises:
         TypeError: a float64 (or other) dtype. ValueError: an option that cannot be honoured.
     """
-    _dispatch().coefficients(jobs, variant, config, float32_precision)
+    _dispatch().run_jobs(jobs, config, float32_precision)
 
 
 def update(
     jobs: Sequence[Update],
     *,
-    config: configs.Update | None = None,
+    config: configs.Projection | None = None,
     float32_precision: str | None = None,
 ) -> None:
     """out = beta·x + alpha·(L1 R1 + L2 R2) + addend for every job of the list.
@@ -120,25 +130,13 @@ def update(
 
     Args and Raises: as :func:`coefficients`.
     """
-    _dispatch().update(jobs, config, float32_precision)
+    _dispatch().run_jobs(jobs, config, float32_precision)
 
 
-def compiled(stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int) -> Executable:
-    """``grouped.Kernels.compiled``."""
-    made: Executable = _dispatch().compiled(stages, device, kept=kept)
+def program(problems: Sequence[Problem], limit: int, *, kept: int, halves: bool) -> Runnable:
+    """``grouped.Kernels.program``: all steps of a projection in one launch."""
+    made: Runnable = _dispatch().program(problems, limit, kept=kept, halves=halves)
     return made
-
-
-def parts_bytes(job: Coefficients) -> int:
-    """``grouped.Kernels.parts_bytes``."""
-    found: int = _dispatch().parts_bytes(job)
-    return found
-
-
-def spare_bytes(device: torch.device) -> int:
-    """``grouped.Kernels.spare_bytes``."""
-    found: int = _dispatch().spare_bytes(device)
-    return found
 
 
 def multiply(
@@ -147,7 +145,7 @@ def multiply(
     out: Tensor,
     *,
     transpose: bool = False,
-    config: configs.TwoPass | None = None,
+    config: configs.Multiply | None = None,
 ) -> None:
     """out[i] = A_i Q[i], or A_iᵀ Q[i], in float32 accuracy whatever the dtype of A.
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from osf_kernels import env
-from osf_kernels.backends.jobs import Coefficients, Update
-from osf_kernels.backends.operands import Operand
+from osf_kernels.backends.chains import Chain
+from osf_kernels.backends.operands import Arena, Operand
 
 from . import configs
 
@@ -26,9 +26,9 @@ __all__ = [
     "Tuner",
     "bucket",
     "enabled",
+    "key_of_chain",
     "scratch",
-    "scratch_coefficients",
-    "scratch_update",
+    "scratch_chain",
     "time_ms",
 ]
 
@@ -114,34 +114,33 @@ def scratch(tensor: Tensor | Operand) -> Tensor:
     return tensor.clone() if 0 in tensor.stride() else copy.copy_(tensor)
 
 
-def _place(matrix: Tensor | Operand) -> tuple[int | None, int]:
-    """An address, and of an operand the argument that it is behind."""
-    address = matrix.data_ptr()
-    return getattr(address, "argument", None), address
+def scratch_chain(chain: Chain, device: torch.device) -> tuple[Chain, Arena]:
+    """A chain over copies of all of its matrices, and what its parts may take of a workspace.
+
+    A matrix that stands in several places is copied once, so that a step finds in L2 what the one
+    before has read.
+    """
+    copies: dict[Hashable, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, (Tensor, Operand)):
+            return value
+        place = value.data_ptr()
+        key = getattr(place, "argument", None), int(place), value.numel()
+        if key not in copies:
+            copies[key] = scratch(value)
+        return copies[key].as_strided(value.shape, value.stride())
+
+    links = [link._replace(step=type(link.step)(*map(copied, link.step))) for link in chain]
+    return links, Arena(device)
 
 
-def _scratch_or_none(tensor: Tensor | Operand | None) -> Tensor | None:
-    return None if tensor is None else scratch(tensor)
-
-
-def scratch_coefficients(job: Coefficients) -> Coefficients:
-    """A job over copies of every tensor of ``job``."""
-    U, V, A, B, S = map(_scratch_or_none, (job.U, job.V, job.A, job.B, job.S))
-    return Coefficients(scratch(job.x), U, V, A, B, S, job.root)
-
-
-def scratch_update(job: Update) -> Update:
-    """A job over copies of every tensor of ``job``; in place where ``job`` is."""
-    out = scratch(job.out)
-    in_place = _place(job.out) == _place(job.x)
-    return Update(
-        out,
-        out if in_place else scratch(job.x),
-        _scratch_or_none(job.L1),
-        _scratch_or_none(job.R1),
-        _scratch_or_none(job.L2),
-        _scratch_or_none(job.R2),
-        job.alpha,
-        job.beta,
-        _scratch_or_none(job.addend),
-    )
+def key_of_chain(chain: Chain) -> tuple[Hashable, ...]:
+    """Of chains that take about as long: their steps, dtypes, and sizes by buckets."""
+    key: list[Hashable] = []
+    for link in chain:
+        key.append(type(link.step).__name__)
+        for value in link.step:
+            if isinstance(value, (Tensor, Operand)):
+                key.append((value.dtype, *map(bucket, value.shape)))
+    return tuple(key)

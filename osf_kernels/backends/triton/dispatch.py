@@ -4,85 +4,125 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from osf_kernels.backends.jobs import Coefficients, Job, Update
-from osf_kernels.backends.operands import Operand
+from osf_kernels import gpu
+from osf_kernels.backends.chains import Chain, chain_of_halves, chain_of_job, chains_of
+from osf_kernels.backends.jobs import Coefficients, Problem, Update, each_of_batch
+from osf_kernels.backends.operands import Arena
 
-from . import autotune, configs, launch, schedule
-from .gram_schedule import gram_launches
+from . import autotune, configs, groups, launch, tasks
+from .launches import Launch
+from .product_schedule import gram_launches, multiply_launches
+from .views import View, dot_rule
 
-__all__ = ["coefficients", "compiled", "gram", "multiply", "parts_bytes", "spare_bytes", "update"]
-
-JobT = TypeVar("JobT", Coefficients, Update)
+__all__ = ["gram", "multiply", "program", "run_jobs"]
 
 _PRECISIONS = ("tf32x3", "tf32", "ieee")
 
 
-def coefficients(
-    jobs: Sequence[Coefficients],
-    variant: str | None,
-    config: configs.OnePass | configs.TwoPass | None,
+class Program:
+    """``grouped.Runnable``: the launches of problems, and the workspace that they take."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        limit: int,
+        *,
+        kept: int,
+        halves: bool,
+    ) -> None:
+        device = problems[0].x.device
+        band = gpu.room_in_l2(launch.architecture(device)) / 4
+        planned: list[tuple[Chain, Arena]] = []
+        for problem in itertools.chain.from_iterable(map(each_of_batch, problems)):
+            if halves:
+                planned.append((chain_of_halves(problem), Arena(device)))
+            else:
+                planned += chains_of(problem, _coefficient_dtype(problem), band)
+        launches, self.workspace_bytes = _launches(device, planned, None, None, limit)
+        self.calls = len(launches)
+        self._executable = launch.Executable(launches, device, kept=kept)
+
+    def run(self, addresses: Sequence[int]) -> None:
+        self._executable.run(addresses)
+
+
+def program(problems: Sequence[Problem], limit: int, *, kept: int, halves: bool) -> Program:
+    """``grouped.Kernels.program``."""
+    return Program(problems, limit, kept=kept, halves=halves)
+
+
+def run_jobs(
+    jobs: Sequence[Coefficients | Update],
+    config: configs.Projection | None,
     float32_precision: str | None,
-    accurate: bool = False,
 ) -> None:
-    options = variant, config, _float32_precision(float32_precision), accurate
+    """Jobs over tensors, once, that don't wait for each other."""
     for device, mine in _by_device(jobs).items():
-        run(_plan_coefficients(device, mine, *options), device)
+        chains = [(chain_of_job(job), Arena(device)) for job in mine]
+        launches, size = _launches(device, chains, config, float32_precision, _ANY_SIZE)
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        run(launches, device, [memory.data_ptr()])
 
 
-def update(
-    jobs: Sequence[Update], config: configs.Update | None, float32_precision: str | None
-) -> None:
+_ANY_SIZE = 1 << 62
+
+
+def _launches(
+    device: torch.device,
+    chains: Sequence[tuple[Chain, Arena]],
+    config: configs.Projection | None,
+    float32_precision: str | None,
+    limit: int,
+) -> tuple[list[Launch], int]:
+    """The launches of chains that lie in workspaces of their own, and the workspace of all."""
+    architecture = launch.architecture(device)
     precision = _float32_precision(float32_precision)
-    for device, mine in _by_device(jobs).items():
-        run(_plan_update(device, mine, config, precision), device)
+
+    def choose(chain: Chain, math: configs.Math, rank: int, aligned: bool) -> configs.Projection:
+        if config is not None:
+            return config
+        pinned = configs.projection_config(architecture, math, rank, aligned)
+        if not _searching():
+            return pinned
+
+        def runner() -> Callable[[configs.Config], None]:
+            copies, arena = autotune.scratch_chain(chain, device)
+
+            def run_with(chosen: configs.Config) -> None:
+                made, size = _launches(device, [(copies, arena)], chosen, precision, limit)  # type: ignore[arg-type]
+                run(made, device, [torch.empty(size, dtype=torch.uint8, device=device).data_ptr()])
+
+            return run_with
+
+        key = ("projection", architecture, aligned, *autotune.key_of_chain(chain))
+        return _tuner().choose(key, pinned, runner)
+
+    planned = [groups.plan_chain(chain, arena, precision, choose) for chain, arena in chains]
+    return tasks.projection_launches(
+        planned,
+        fill=configs.FILL[architecture],
+        room=gpu.room_in_l2(architecture),
+        limit=limit,
+    )
 
 
-def run(launches: Sequence[schedule.Launch], device: torch.device) -> None:
+def _coefficient_dtype(problem: Problem) -> torch.dtype:
+    """Of A and B where an update multiplies them."""
+    bases = [t.dtype for t in (problem.U, problem.V) if t is not None]
+    return dot_rule(problem.x.dtype, bases, (torch.float32,), "tf32x3")[0]
+
+
+def run(launches: Sequence[Launch], device: torch.device, addresses: Sequence[int] = ()) -> None:
     """Launches over tensors, once."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        launch.Executable(launches, device, kept=0).run()
-
-
-def compiled(
-    stages: Sequence[Sequence[Job]], device: torch.device, *, kept: int
-) -> launch.Executable:
-    """``grouped.Kernels.compiled``."""
-    precision = _float32_precision(None)
-    launches: list[schedule.Launch] = []
-    for stage in stages:
-        reductions = [job for job in stage if isinstance(job, Coefficients)]
-        updates = [job for job in stage if isinstance(job, Update)]
-        if reductions:
-            launches += _plan_coefficients(device, reductions, None, None, precision, False)
-        if updates:
-            launches += _plan_update(device, updates, None, precision)
-    return launch.Executable(launches, device, kept=kept)
-
-
-def parts_bytes(job: Coefficients) -> int:
-    """``grouped.Kernels.parts_bytes``: where the launch fills the machine, so that it splits none,
-    a job by two reductions has no parts, and one by a single read has those of its strips."""
-    precision = _float32_precision(None)
-    (made, *_) = [
-        *_plan_coefficients(job.x.device, [job], None, None, precision, False, fill=1),
-        None,
-    ]
-    return 0 if made is None else 4 * made.workspace_elements
-
-
-def spare_bytes(device: torch.device) -> int:
-    """``grouped.Kernels.spare_bytes``: a launch that is split has at most a tile a processor more
-    than its parts need, of the largest tile of two reductions."""
-    architecture = launch.architecture(device)
-    tile = max(config.block_q * config.block_r for config in configs.two_pass(architecture))
-    return 2 * configs.FILL[architecture] * tile * 4
+        launch.Executable(launches, device, kept=0).run(addresses)
 
 
 def multiply(
@@ -90,7 +130,7 @@ def multiply(
     Q: Tensor,
     out: Tensor,
     transpose: bool,
-    config: configs.TwoPass | None,
+    config: configs.Multiply | None,
 ) -> None:
     _check_alike("multiply", As, out)
     _check_float32("multiply", "Q", Q)
@@ -105,14 +145,39 @@ def multiply(
         _refuse("multiply", "Q", expected, Q)
     if out.shape != (len(As), m, Q.shape[2]):
         _refuse("multiply", "out", str((len(As), m, Q.shape[2])), out)
+    device = out.device
+    precision = _float32_precision("tf32x3")
+    architecture = launch.architecture(device)
+
+    def choose(A: Tensor, basis: Tensor, result: Tensor, aligned: bool) -> configs.Multiply:
+        if config is not None:
+            return config
+        whole = all(View.of(t).layout.aligned for t in (basis, result))
+        rank = basis.shape[1]
+        pinned = configs.multiply_config(architecture, _name(A.dtype), rank, aligned, whole)
+        if not _searching():
+            return pinned
+
+        def runner() -> Callable[[configs.Config], None]:
+            copy, factor = autotune.scratch(A), autotune.scratch(basis).unsqueeze(0)
+            made = autotune.scratch(result).unsqueeze(0)
+            return lambda chosen: multiply([copy], factor, made, transpose, chosen)  # type: ignore[arg-type]
+
+        sizes = tuple(autotune.bucket(length) for length in (*A.shape, rank))
+        key = ("multiply", architecture, aligned, whole, transpose, A.dtype, *sizes)
+        return _tuner().choose(key, pinned, runner)
+
     bases = Q.expand(len(As), -1, -1).unbind()
-    jobs = [
-        Coefficients(A, basis, None, result.mT, None)
-        if transpose
-        else Coefficients(A, None, basis, None, result)
-        for A, basis, result in zip(As, bases, out.unbind(), strict=True)
-    ]
-    coefficients(jobs, "two_pass", config, "tf32x3", accurate=True)
+    launches = multiply_launches(
+        As,
+        bases,
+        out.unbind(),
+        transpose=transpose,
+        fill=configs.FILL[architecture],
+        float32_precision=precision,
+        choose=choose,
+    )
+    run(launches, device)
 
 
 def gram(As: Sequence[Tensor], out: Tensor, side: str, config: configs.Gram | None) -> None:
@@ -137,7 +202,7 @@ def _plan_gram(
     side: str,
     config: configs.Gram | None,
     precision: str,
-) -> list[schedule.Launch]:
+) -> list[Launch]:
     architecture = launch.architecture(device)
 
     def choose(A: Tensor, size: int, aligned: bool) -> configs.Gram:
@@ -167,78 +232,6 @@ def _plan_gram(
     )
 
 
-def _plan_coefficients(
-    device: torch.device,
-    jobs: Sequence[Coefficients],
-    variant: str | None,
-    config: configs.OnePass | configs.TwoPass | None,
-    precision: str,
-    accurate: bool,
-    fill: int | None = None,
-) -> list[schedule.Launch]:
-    architecture = launch.architecture(device)
-
-    def choose(
-        job: Coefficients, width: int, r: int, k: int, aligned: bool
-    ) -> configs.OnePass | configs.TwoPass:
-        if config is not None:
-            return config
-        # A matrix without elements still has coefficients (zero, less the offset).
-        wanted = variant if job.x.numel() else "two_pass"
-        pinned: configs.OnePass | configs.TwoPass
-        if accurate:
-            beside = [schedule.View.of(tensor) for tensor in job[1:5] if tensor is not None]
-            whole = all(view.layout.aligned for view in beside)
-            dtype = _name(job.x.dtype)
-            pinned = configs.multiply_config(architecture, dtype, max(r, k), aligned, whole)
-        else:
-            pinned = configs.coefficients_config(architecture, width, r, k, wanted, aligned)
-        if not _searching():
-            return pinned
-
-        def runner() -> Callable[[configs.Config], None]:
-            scratch = [autotune.scratch_coefficients(job)]
-            return lambda chosen: coefficients(scratch, None, chosen, precision, accurate)  # type: ignore[arg-type]
-
-        bucket = _bucket(job, job.x, r, k)
-        key = ("coefficients", architecture, aligned, variant, accurate, *bucket)
-        return _tuner().choose(key, pinned, runner)
-
-    return schedule.coefficients_launches(
-        jobs,
-        fill=configs.FILL[architecture] if fill is None else fill,
-        float32_precision=precision,
-        choose=choose,
-        accurate=accurate,
-    )
-
-
-def _plan_update(
-    device: torch.device,
-    jobs: Sequence[Update],
-    config: configs.Update | None,
-    precision: str,
-) -> list[schedule.Launch]:
-    architecture = launch.architecture(device)
-
-    def choose(job: Update, width: int, rank: int, aligned: bool) -> configs.Update:
-        if config is not None:
-            return config
-        pinned = configs.update_config(architecture, width, rank, aligned)
-        if not _searching():
-            return pinned
-
-        def runner() -> Callable[[configs.Config], None]:
-            scratch = [autotune.scratch_update(job)]
-            return lambda chosen: update(scratch, chosen, precision)  # type: ignore[arg-type]
-
-        return _tuner().choose(
-            ("update", architecture, aligned, *_bucket(job, job.out, rank)), pinned, runner
-        )
-
-    return schedule.update_launches(jobs, float32_precision=precision, choose=choose)
-
-
 @functools.lru_cache
 def _tuner() -> autotune.Tuner:
     return autotune.Tuner(
@@ -255,11 +248,6 @@ def _searching() -> bool:
     if not autotune.enabled():
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def _bucket(job: Coefficients | Update, matrix: Tensor, *ranks: int) -> tuple[object, ...]:
-    dtypes = tuple(field.dtype for field in job if isinstance(field, (Tensor, Operand)))
-    return (dtypes, *(autotune.bucket(size) for size in (*matrix.shape, *ranks)))
 
 
 def _float32_precision(asked: str | None) -> str:
@@ -316,8 +304,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _by_device(jobs: Sequence[JobT]) -> dict[torch.device, list[JobT]]:
-    grouped: dict[torch.device, list[JobT]] = {}
+def _by_device(
+    jobs: Sequence[Coefficients | Update],
+) -> dict[torch.device, list[Coefficients | Update]]:
+    grouped: dict[torch.device, list[Coefficients | Update]] = {}
     for job in jobs:
         grouped.setdefault(job.x.device, []).append(job)
     return grouped

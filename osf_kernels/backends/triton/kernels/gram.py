@@ -75,7 +75,7 @@ def symmetric_sum_tile(
 
 @triton.jit(do_not_specialize=["problems", "tiles", "sums"])
 def gram_kernel(
-    meta,  # int64: two counters (``ordered``), then what gram_schedule says of products and sums
+    meta,  # int64: two counters (``ordered``), then what product_schedule says of products and sums
     workspace,  # float32
     problems,
     tiles,

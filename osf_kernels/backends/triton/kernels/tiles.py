@@ -24,13 +24,26 @@ def find_problem(starts, problems, tile):
 
 
 @triton.jit
+def load_address(bases, record, FIELD: tl.constexpr):
+    """An address of a record: 48 bits behind the base whose number is in the bits above.
+
+    Without ``bases`` a record has addresses as they are.
+    """
+    place = tl.load(record + FIELD)
+    if bases is not None:
+        place = tl.load(bases + (place >> 48)) + (place & 0xFFFFFFFFFFFF)
+    return place
+
+
+@triton.jit
 def load_view(
     record,
     FIELD: tl.constexpr,  # address, stride along rows, stride along columns
     ROWS: tl.constexpr,  # field of the number of rows
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
-    LAYOUT: tl.constexpr,  # schedule.Layout
+    LAYOUT: tl.constexpr,  # views.Layout
+    bases=None,
 ):
     """A matrix of a record, to be read before any loop over its tiles.
 
@@ -38,16 +51,16 @@ def load_view(
     function is lost when that is inlined.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    base = tl.load(record + FIELD).to(tl.pointer_type(DTYPE))
+    base = load_address(bases, record, FIELD).to(tl.pointer_type(DTYPE))
     row_stride = tl.load(record + FIELD + 1)
     column_stride = tl.load(record + FIELD + 2)
     # No dimension passes 2³¹; offsets do, so strides and addresses stay int64.
     row_count = tl.load(record + ROWS).to(tl.int32)
     column_count = tl.load(record + COLUMNS).to(tl.int32)
-    if LAYOUT == 1 or LAYOUT == 5:
+    if LAYOUT == 1 or LAYOUT == 5 or LAYOUT == 7:
         base = tl.multiple_of(base, 16)
         row_stride = tl.multiple_of(row_stride, VECTOR)
-    if LAYOUT == 2 or LAYOUT == 6:
+    if LAYOUT == 2 or LAYOUT == 6 or LAYOUT == 8:
         base = tl.multiple_of(base, 16)
         column_stride = tl.multiple_of(column_stride, VECTOR)
     if LAYOUT == 1:
@@ -58,13 +71,19 @@ def load_view(
 
 
 @triton.jit
+def turned(view):
+    """The transpose of a view."""
+    return view[0], view[2], view[1], view[4], view[3]
+
+
+@triton.jit
 def tile_pointers(view, rows, columns, LAYOUT: tl.constexpr):
     """Addresses of the tile rows[:, None], columns[None, :] of a view."""
     wide_rows = rows.to(tl.int64)[:, None]
     wide_columns = columns.to(tl.int64)[None, :]
-    if LAYOUT == 1 or LAYOUT == 3 or LAYOUT == 5:
+    if LAYOUT == 1 or LAYOUT == 3 or LAYOUT == 5 or LAYOUT == 7:
         pointers = view[0] + wide_rows * view[1] + wide_columns
-    elif LAYOUT == 2 or LAYOUT == 4 or LAYOUT == 6:
+    elif LAYOUT == 2 or LAYOUT == 4 or LAYOUT == 6 or LAYOUT == 8:
         pointers = view[0] + wide_columns * view[2] + wide_rows
     else:
         pointers = view[0] + wide_rows * view[1] + wide_columns * view[2]
@@ -86,9 +105,9 @@ def load_mask(view, rows, columns, LAYOUT: tl.constexpr):
     VECTOR: tl.constexpr = 128 // view[0].dtype.element_ty.primitive_bitwidth
     row_end = view[3]
     column_end = view[4]
-    if LAYOUT == 5:
+    if LAYOUT == 5 or LAYOUT == 7:
         column_end = tl.cdiv(column_end, VECTOR) * VECTOR
-    if LAYOUT == 6:
+    if LAYOUT == 6 or LAYOUT == 8:
         row_end = tl.cdiv(row_end, VECTOR) * VECTOR
     return (rows < row_end)[:, None] & (columns < column_end)[None, :]
 
@@ -113,13 +132,29 @@ def load_tile(view, rows, columns, LAYOUT: tl.constexpr, CLEAR: tl.constexpr = T
 
 @triton.jit
 def store_tile(
-    view, rows, columns, values, DTYPE: tl.constexpr, LAYOUT: tl.constexpr, INTERPRET: tl.constexpr
+    view,
+    rows,
+    columns,
+    values,
+    DTYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    LAST: tl.constexpr = False,
 ):
-    """Write a float32 tile of a view, rounded once to its dtype."""
+    """Write a float32 tile of a view, rounded once to its dtype.
+
+    Where a view's padding holds zeros it is written too: values beyond the matrix must be zero.
+    What is stored LAST nothing reads again: in L2 it makes room first.
+    """
+    if LAYOUT == 7 or LAYOUT == 8:
+        mask = load_mask(view, rows, columns, LAYOUT)
+    else:
+        mask = tile_mask(view, rows, columns)
     tl.store(
         tile_pointers(view, rows, columns, LAYOUT),
         narrow(values, DTYPE, INTERPRET),
-        mask=tile_mask(view, rows, columns),
+        mask=mask,
+        eviction_policy="evict_first" if LAST else "",
     )
 
 

@@ -1,7 +1,12 @@
-"""Host side of the symmetric products: which matrices share a launch, and their records.
+"""Host side of the products in float32 accuracy: which matrices share a launch, and their records.
 
-As ``schedule``, whose terms it uses: pure arithmetic, imports torch, never triton. A record is
+Pure arithmetic on addresses, sizes and strides. Imports torch, never triton.
 
+A launch's metadata is one int64 array: two counters, zero (``kernels.ordered``); then problems + 1
+prefix sums of tiles and a record a problem; then the same of the sums of their parts. A record is
+
+Multiply   0 x, 3 q, 4 summed length, 5 basis, 8 rank, 9 parts, 10 length of a part,
+           11 offset of the parts, 12 out (q, rank); of a sum: the same
 Gram       0 x, 3 size, 4 summed length, 5 parts, 6 length of a part, 7 offset of the parts,
            8 out (size, size); of a sum: the same
 
@@ -17,9 +22,60 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .schedule import Launch, SummedGroup, View, accurate_rule, ceil_div
+from .launches import Launch, SummedGroup, split
+from .views import View, accurate_rule, ceil_div
 
-__all__ = ["gram_launches"]
+__all__ = ["gram_launches", "multiply_launches"]
+
+
+def multiply_launches(
+    As: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    out: Sequence[Tensor],
+    *,
+    transpose: bool,
+    fill: int,
+    float32_precision: str,
+    choose: Callable[[Tensor, Tensor, Tensor, bool], configs.Multiply],
+) -> list[Launch]:
+    """Group matrices into launches; ``choose(A, basis, out, aligned)`` picks a config.
+
+    Args:
+        As: (m, n) each.
+        bases: (n, rank), or (m, rank) with transpose, float32.
+        out: A·basis, or Aᵀ·basis, float32.
+    """
+    groups: dict[tuple[object, ...], tuple[configs.Multiply, dict[str, object], SummedGroup]] = {}
+    for matrix, basis, result in zip(As, bases, out, strict=True):
+        x, b, q = View.of(matrix), View.of(basis), View.of(result)
+        if not (q.rows and q.columns):
+            continue
+        transposed = transpose
+        if x.runs_down:
+            x, transposed = x.mT, not transpose
+        _, precision = accurate_rule(x.dtype, float32_precision)
+        config = choose(matrix, basis, result, x.layout.aligned)
+        constants: dict[str, object] = {
+            "X": x.dtype,
+            "BASIS": b.dtype,
+            "PRECISION": precision,
+            "X_LAYOUT": int(x.layout),
+            "BASIS_LAYOUT": int(b.layout),
+            "OUT_LAYOUT": int(q.layout),
+            "TRANSPOSED": transposed,
+        }
+        key = (config, *constants.values())
+        *_, group = groups.setdefault(key, (config, constants, SummedGroup()))
+        block = ceil_div(q.rows, config.block_q) * ceil_div(q.columns, config.block_r)
+        # Each is split by itself, so that it has the same bits in every list.
+        parts, part = split(block, b.rows, config.block_k, fill)
+        offset = group.reserve(parts, q.rows, q.columns) if parts > 1 else 0
+        record = (*x.fields, q.rows, b.rows, *b.fields, q.columns, parts, part, offset, *q.fields)
+        group.products.add(block * parts, record)
+        if parts > 1:
+            side = configs.sum_block(config)
+            group.sums.add(ceil_div(q.rows, side) * ceil_div(q.columns, side), record)
+    return [group.launch("multiply", config, made) for config, made, group in groups.values()]
 
 
 def gram_launches(

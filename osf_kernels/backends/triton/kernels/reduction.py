@@ -1,0 +1,299 @@
+"""A tile of Aᵀ = xᵀ U, of B = x V, or of C = A V, less what pins it or corrects it.
+
+The sum over a long dimension may be cut in parts, each a task; a task of its own adds them, in
+their order. What follows the sum is one piece of code, ``store_result``, and each value is rounded
+once, to the dtype in which it is read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tasks import wait
+from .tiles import (
+    accurate_product,
+    load_address,
+    load_tile,
+    load_view,
+    operand,
+    store_tile,
+    tile_mask,
+    tile_pointers,
+    turned,
+    widen,
+)
+
+__all__ = ["reduction"]
+
+
+@triton.jit
+def product(
+    bases,
+    record,
+    part,
+    rows,
+    ranks,
+    X: tl.constexpr,
+    BASIS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    BASIS_LAYOUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """x[rows, :] basis[:, ranks] over a part's length, or xᵀ[rows, :] where TRANSPOSED."""
+    # Turned as a view: a tile that is turned once it is loaded takes registers on its way. Of a
+    # layout's number the next one is its transpose's, or the one before.
+    TURNED: tl.constexpr = 0 if X_LAYOUT == 0 else X_LAYOUT - 1 + 2 * (X_LAYOUT % 2)
+    LAYOUT: tl.constexpr = TURNED if TRANSPOSED else X_LAYOUT
+    if TRANSPOSED:
+        x = turned(load_view(record, 4, 8, 7, X, X_LAYOUT, bases))
+    else:
+        x = load_view(record, 4, 7, 8, X, X_LAYOUT, bases)
+    basis = load_view(record, 9, 8, 12, BASIS, BASIS_LAYOUT, bases)
+    length = tl.multiple_of(tl.load(record + 34).to(tl.int32), BLOCK_K)
+    first = part * length
+    values = tl.zeros((BLOCK_Q, BLOCK_R), dtype=tl.float32)
+    for step in tl.range(first, tl.minimum(first + length, basis[3]), BLOCK_K, num_stages=STAGES):
+        steps = step + tl.arange(0, BLOCK_K)
+        x_tile = operand(load_tile(x, rows, steps, LAYOUT), DOT, INTERPRET)
+        # Columns beyond the rank are cleared once, when the sum is stored.
+        loaded = load_tile(basis, steps, ranks, BASIS_LAYOUT, BASIS_LAYOUT == 6)
+        values = tl.dot(x_tile, operand(loaded, DOT, INTERPRET), values, input_precision=PRECISION)
+    return values
+
+
+@triton.jit
+def part_pointers(bases, record, part, rows, ranks):
+    """Addresses of a tile of a part, and which exist; parts are (q, rank up to 4) float32."""
+    q_count = tl.load(record + 7).to(tl.int32)
+    padded = tl.multiple_of(tl.cdiv(tl.load(record + 12).to(tl.int32), 4) * 4, 4)
+    start = load_address(bases, record, 13).to(tl.pointer_type(tl.float32))
+    start = tl.multiple_of(start, 16)
+    start += part * (q_count.to(tl.int64) * padded)
+    pointers = start + rows.to(tl.int64)[:, None] * padded + ranks[None, :]
+    return pointers, (rows < q_count)[:, None] & (ranks < padded)[None, :]
+
+
+@triton.jit
+def sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The same tile of all parts, added in their order."""
+    values = tl.zeros((BLOCK_Q, BLOCK_R), dtype=tl.float32)
+    for part in tl.range(0, count, num_stages=1):
+        pointers, mask = part_pointers(bases, record, part, rows, ranks)
+        # From L2: another program wrote it.
+        values += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+    return values
+
+
+@triton.jit
+def diagonal(bases, record, rows, ranks):
+    """diag(S)[rows, ranks] in float32; zeros for a record without S."""
+    rank_count = tl.load(record + 12).to(tl.int32)
+    scales = load_address(bases, record, 22).to(tl.pointer_type(tl.float32))
+    is_there = (ranks < rank_count) & (tl.load(record + 22) != 0)
+    scale = tl.load(scales + ranks * tl.load(record + 23), mask=is_there, other=0.0)
+    return tl.where(rows[:, None] == ranks[None, :], scale[None, :], 0.0)
+
+
+@triton.jit
+def plus_product(
+    values,
+    counters,
+    bases,
+    record,
+    rows,
+    ranks,
+    OTHER: tl.constexpr,
+    OTHER_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """values + other[rows, :] (alpha c − diag(S))[:, ranks]; waits until c is there."""
+    alpha = tl.load(record + 33).to(tl.float32)
+    other = load_view(record, 24, 7, 27, OTHER, OTHER_LAYOUT, bases)
+    c = load_view(record, 28, 27, 12, tl.float32, 0, bases)
+    if HAS_CORRECTION:
+        wait(counters, record, 31)
+    # In short pieces, one at a time: beside the sum few registers are left.
+    for piece in tl.range(0, other[4], 16, num_stages=1):
+        inner = piece + tl.arange(0, 16)
+        left = load_tile(other, rows, inner, OTHER_LAYOUT)
+        right = tl.zeros((16, ranks.shape[0]), dtype=tl.float32)
+        if HAS_CORRECTION:
+            right = alpha * tl.load(
+                tile_pointers(c, inner, ranks, 0),
+                mask=tile_mask(c, inner, ranks) & (tl.load(record + 28) != 0),
+                other=0.0,
+                cache_modifier=".cg",  # another program wrote it
+            )
+        if HAS_OFFSET:
+            right -= diagonal(bases, record, inner, ranks)
+        values += accurate_product(left, right, PRECISION, INTERPRET)
+    return values
+
+
+@triton.jit
+def store_result(
+    values,
+    counters,
+    bases,
+    record,
+    rows,
+    ranks,
+    OUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr,
+    OTHER: tl.constexpr,
+    OTHER_LAYOUT: tl.constexpr,
+    INITIAL: tl.constexpr,
+    INITIAL_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Write values ± initial + other·(alpha c − diag(S)), those terms that a record has."""
+    if HAS_INITIAL:  # noqa: SIM102 (the outer test is taken while compiling)
+        if tl.load(record + 18) != 0:
+            initial = load_view(record, 18, 7, 12, INITIAL, INITIAL_LAYOUT, bases)
+            tile = widen(load_tile(initial, rows, ranks, INITIAL_LAYOUT), INTERPRET)
+            values += tl.load(record + 21).to(tl.float32) * tile
+    if OTHER is not None:
+        if HAS_OFFSET or HAS_CORRECTION:
+            values = plus_product(
+                values,
+                counters,
+                bases,
+                record,
+                rows,
+                ranks,
+                OTHER,
+                OTHER_LAYOUT,
+                PRECISION,
+                HAS_OFFSET,
+                HAS_CORRECTION,
+                INTERPRET,
+            )
+    elif HAS_OFFSET:
+        values -= diagonal(bases, record, rows, ranks)
+    out = load_view(record, 15, 7, 12, OUT, OUT_LAYOUT, bases)
+    store_tile(out, rows, ranks, values, OUT, OUT_LAYOUT, INTERPRET)
+
+
+@triton.jit
+def reduction(
+    counters,
+    bases,
+    record,
+    local,
+    X: tl.constexpr,
+    BASIS: tl.constexpr,
+    OUT: tl.constexpr,
+    OTHER: tl.constexpr,  # None: a record's S is taken off the diagonal
+    INITIAL: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,  # precision of the products of what is added to the sum
+    X_LAYOUT: tl.constexpr,
+    BASIS_LAYOUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr,
+    OTHER_LAYOUT: tl.constexpr,
+    INITIAL_LAYOUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One (BLOCK_Q, BLOCK_R) tile: of a part, of the sum of parts, or of a result in one go."""
+    # Rank chunks innermost: they share a panel of x.
+    chunks = tl.cdiv(tl.load(record + 12).to(tl.int32), BLOCK_R)
+    panels = tl.cdiv(tl.load(record + 7).to(tl.int32), BLOCK_Q)
+    part = local // (chunks * panels)
+    rows = local // chunks % panels * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    ranks = local % chunks * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_part = False
+    if HAS_PARTS:
+        count = tl.load(record + 14).to(tl.int32)
+        is_part = (tl.load(record + 13) != 0) & (count == 0)
+        if count > 0:
+            values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q, BLOCK_R)
+        else:
+            values = product(
+                bases,
+                record,
+                part,
+                rows,
+                ranks,
+                X,
+                BASIS,
+                DOT,
+                PRECISION,
+                X_LAYOUT,
+                BASIS_LAYOUT,
+                TRANSPOSED,
+                BLOCK_Q,
+                BLOCK_K,
+                BLOCK_R,
+                STAGES,
+                INTERPRET,
+            )
+    else:
+        values = product(
+            bases,
+            record,
+            part,
+            rows,
+            ranks,
+            X,
+            BASIS,
+            DOT,
+            PRECISION,
+            X_LAYOUT,
+            BASIS_LAYOUT,
+            TRANSPOSED,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_R,
+            STAGES,
+            INTERPRET,
+        )
+    # Padding must come out as zeros, and padding of the basis may be NaN.
+    values = tl.where((ranks < tl.load(record + 12))[None, :], values, 0.0)
+    if is_part:
+        pointers, mask = part_pointers(bases, record, part, rows, ranks)
+        tl.store(pointers, values, mask=mask)
+    else:
+        store_result(
+            values,
+            counters,
+            bases,
+            record,
+            rows,
+            ranks,
+            OUT,
+            OUT_LAYOUT,
+            OTHER,
+            OTHER_LAYOUT,
+            INITIAL,
+            INITIAL_LAYOUT,
+            EXACT,
+            HAS_OFFSET,
+            HAS_INITIAL,
+            HAS_CORRECTION,
+            INTERPRET,
+        )
