@@ -226,32 +226,13 @@ def reduction(
     part = local // (chunks * panels)
     rows = local // chunks % panels * BLOCK_Q + tl.arange(0, BLOCK_Q)
     ranks = local % chunks * BLOCK_R + tl.arange(0, BLOCK_R)
+    count = 0
     is_part = False
     if HAS_PARTS:
         count = tl.load(record + 14).to(tl.int32)
         is_part = (tl.load(record + 13) != 0) & (count == 0)
-        if count > 0:
-            values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q, BLOCK_R)
-        else:
-            values = product(
-                bases,
-                record,
-                part,
-                rows,
-                ranks,
-                X,
-                BASIS,
-                DOT,
-                PRECISION,
-                X_LAYOUT,
-                BASIS_LAYOUT,
-                TRANSPOSED,
-                BLOCK_Q,
-                BLOCK_K,
-                BLOCK_R,
-                STAGES,
-                INTERPRET,
-            )
+    if count > 0:
+        values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q, BLOCK_R)
     else:
         values = product(
             bases,
