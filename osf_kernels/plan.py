@@ -108,6 +108,12 @@ class Plan:
     matrices: tuple[tuple[Matrix, Step, str], ...] = field(repr=False)
     notes: tuple[str, ...] = ()
 
+    @property
+    def _passes(self) -> str:
+        """The least and the most reads and writes of a matrix in the list."""
+        found = sorted({step.passes for _, step, _ in self.matrices}) or [0]
+        return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
     def __str__(self) -> str:
         kinds = Counter((_shape(x), step.label, backend) for x, step, backend in self.matrices)
         lines = [f"{self.mode} projection on {self.device}, {_plural(len(self.matrices))}"]
@@ -120,6 +126,7 @@ class Plan:
             f"  form      {self.form}",
             f"  FLOPs     {_scaled(self.flops, 1000, ('', 'k', 'M', 'G', 'T', 'P'))}",
             f"  bytes     {_scaled(self.bytes, 1024, _BYTE_UNITS)}",
+            f"  passes    {self._passes} over the matrices, of memory",
             f"  launches  {self.launches}",
             f"  workspace {_scaled(self.workspace_bytes, 1024, _BYTE_UNITS)}",
             f"  backend   {self.backend}",

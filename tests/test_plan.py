@@ -206,6 +206,17 @@ def test_passes_are_those_of_the_backend_that_runs():
         assert "in L2" in kept.why
 
 
+def test_passes_are_printed():
+    """Of a list whose matrices take more and fewer, the least and the most."""
+    g = torch.empty(96, 64, device="meta")
+    both, one = bases(96, 8, "high"), bases(64, 8, "high")
+    assert "passes    3 over" in str(plan(g, both, None))
+    passes = [step.passes for _, step, _ in plan([g, g], [both, both], [None, one]).matrices]
+    assert len(set(passes)) == 2
+    told = f"passes    {min(passes)} to {max(passes)} over"
+    assert told in str(plan([g, g], [both, both], [None, one]))
+
+
 def test_what_fits_l2_is_read_from_memory_once():
     """Of Triton's launches, by the cache of the device they are planned for."""
     triton = choosing.module("triton")
