@@ -13,6 +13,7 @@ from torch import nn
 
 from osf_kernels import use_backend
 from osf_kernels.backends import choosing
+from osf_kernels.backends.cuda.slices import SlicedProgram
 from osf_kernels.ops import _validation
 from osf_kernels.testing import project_reference, relative_error
 from osf_torch import Subspace, lists, protect, refresh
@@ -31,14 +32,15 @@ class CountingKernels:
     def unavailable_reason(self, device):
         return None
 
-    def parts_bytes(self, job):
-        return 0
-
-    def spare_bytes(self, device):
-        return 0
-
-    def compiled(self, stages, device, *, kept):
-        return Launches(self, len(stages))
+    def program(self, problems, limit, *, kept, halves):
+        """As the CUDA backend's, which takes a call of a kernel for each stage."""
+        return SlicedProgram(
+            problems,
+            limit,
+            lambda stages: Launches(self, len(stages)),
+            lambda job: 0,
+            halves=halves,
+        )
 
 
 class Launches:
