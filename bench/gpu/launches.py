@@ -1,8 +1,8 @@
 """The projection in its one launch, and its sums and its update alone, beside torch's products.
 
-Settles up to which rank the grouped kernels are worth taking (``plan.GROUPED_RANK_LIMIT``), what a
-launch of its own for either half takes more than the whole, and what rows of bases that aren't a
-multiple of 16 bytes cost (r = 77, with rows 77 and 80 elements apart).
+Settles up to which rank the grouped kernels are worth taking (``gpu.rank_limit``), what a launch of
+its own for either half takes more than the whole, and what rows of bases that are no multiple of 16
+bytes cost (r = 77, with rows 77 and 80 elements apart).
 """
 
 from __future__ import annotations
