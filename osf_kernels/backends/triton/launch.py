@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from osf_kernels.backends import choosing
 from osf_kernels.backends.operands import Placed
 
 from . import configs
@@ -66,10 +67,7 @@ def index_of(device: torch.device) -> int:
 
 @functools.lru_cache
 def _architecture(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    if ON_AMD:
-        return str(properties.gcnArchName).split(":")[0]
-    return configs.architecture_of_capability(properties.major, properties.minor)
+    return choosing.architecture(torch.device("cuda", index))
 
 
 @functools.lru_cache
