@@ -97,7 +97,8 @@ def _launches(
 
             def run_with(chosen: configs.Config) -> None:
                 made, size = _launches(device, [(copies, arena)], chosen, precision, limit)  # type: ignore[arg-type]
-                run(made, device, [torch.empty(size, dtype=torch.uint8, device=device).data_ptr()])
+                memory = torch.empty(size, dtype=torch.uint8, device=device)
+                run(made, device, [memory.data_ptr()])
 
             return run_with
 
