@@ -14,9 +14,10 @@ from torch import Tensor
 
 import osf_kernels
 from osf_kernels.backends import triton as backend
-from osf_kernels.backends.jobs import Coefficients, Update
-from osf_kernels.backends.triton import configs
+from osf_kernels.backends.jobs import Coefficients, Problem, Update
+from osf_kernels.backends.triton import configs, dispatch
 from osf_kernels.backends.triton.views import View
+from osf_kernels.plan import Step
 from osf_kernels.testing import assert_error_within, project_eager, project_reference
 from tests.helpers import generator_for, randn
 from tests.triton.jobs import assert_coefficients, assert_multiply, assert_update
@@ -112,6 +113,25 @@ def test_matrix_of_ragged_shape(down: bool) -> None:
     backend.update([job], config=CONFIGS[0])
     assert_update(job, before)
     assert bool(outside(x).isnan().all())
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_matrix_that_is_kept_has_zeros_for_padding(
+    down: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "Dual in turn" multiplies what its first update has stored in the workspace."""
+    monkeypatch.setattr(configs, "projection_config", lambda *_: CONFIGS[0])
+    g = generator_for("kept", down)
+    x = draw(*((50, 33) if down else (33, 50)), torch.float32, g, down)
+    before = x.clone()
+    U, V = (torch.linalg.qr(torch.randn(size, 4, generator=g))[0] for size in x.shape)
+    step = Step("dual in turn", "left", -1.0, 1.0, 0, 0, 0, "", "")
+    made = dispatch.program([Problem(x, x, U, V, step)], 1 << 30, kept=0, halves=False)
+    memory = torch.empty(made.workspace_bytes, dtype=torch.uint8).fill_(0xFF)
+    made.run([memory.data_ptr()])
+    # What is less its projection onto the complement.
+    truth, peer = project_reference(before, U, V), project_eager(before, U, V)
+    assert_error_within(x, before.double() - truth, before - peer, scale=before)
 
 
 def test_products_in_float32_accuracy() -> None:

@@ -17,6 +17,7 @@ from .tiles import (
     load_view,
     operand,
     store_tile,
+    tile_mask,
     tile_pointers,
     widen,
 )
@@ -97,7 +98,7 @@ def update(
     left2 = left_tile(l2, rows, ranks, DOT, L2_LAYOUT, INTERPRET)
     for column in tl.range(first, end, BLOCK_N, num_stages=STAGES if WHOLE else 1):
         columns = column + tl.arange(0, BLOCK_N)
-        # With beta = 0 the mask is empty: x is not read. Padding is not stored.
+        # With beta = 0 the mask is empty: x is not read. Padding may come along.
         x_tile = tl.load(
             tile_pointers(x, rows, columns, X_LAYOUT),
             mask=load_mask(x, rows, columns, X_LAYOUT) & is_read,
@@ -129,4 +130,6 @@ def update(
         if HAS_ADDEND:
             addend = load_view(record, 28, 10, 11, ADDEND, ADDEND_LAYOUT, bases)
             values += widen(load_tile(addend, rows, columns, ADDEND_LAYOUT, False), INTERPRET)
+        if OUT_LAYOUT == 7 or OUT_LAYOUT == 8:  # whose padding is stored, and is to hold zeros
+            values = tl.where(tile_mask(out, rows, columns), values, 0.0)
         store_tile(out, rows, columns, values, OUT, OUT_LAYOUT, INTERPRET, True)
