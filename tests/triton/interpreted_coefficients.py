@@ -1,4 +1,4 @@
-"""A = Uᵀx and B = xV under Triton's interpreter (see test_interpreter.py)."""
+"""A = Uᵀx and B = xV under Triton's interpreter (see interpreter.py)."""
 
 from __future__ import annotations
 

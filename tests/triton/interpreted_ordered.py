@@ -1,4 +1,4 @@
-"""Partial sums of programs that run side by side, under Triton's interpreter (test_interpreter.py).
+"""Partial sums of programs that run side by side, under Triton's interpreter (interpreter.py).
 
 The parts of a product in float32 accuracy arrive in any order; the sum has the same bits. Those of
 a projection are in interpreted_tasks.py.

@@ -1,4 +1,4 @@
-"""A Q, Aᵀ Q, Aᵀ A and A Aᵀ in float32 accuracy under Triton's interpreter (test_interpreter.py)."""
+"""A Q, Aᵀ Q, Aᵀ A and A Aᵀ in float32 accuracy under Triton's interpreter (interpreter.py)."""
 
 from __future__ import annotations
 
