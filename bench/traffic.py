@@ -94,12 +94,13 @@ class Region(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a program asks for, computes and stores, or what it waits for."""
+    """What a program asks for, computes and stores, what it waits for, or what it counts up."""
 
     reads: Sequence[Region] = ()
     writes: Sequence[Region] = ()
     flops: int = 0
     wait: tuple[int, int] | None = None  # a counter, and up to what
+    signal: int | None = None  # a counter, which is counted up once all before is stored
     last_read: bool = False  # what is stored isn't read again
 
 
@@ -141,6 +142,12 @@ class View(NamedTuple):
         )
 
 
+def _part(parts: View, number: int) -> View:
+    """Of parts that lie one behind the other."""
+    size = parts.rows * parts.columns * parts.item
+    return parts._replace(address=parts.address + number * size)
+
+
 class Tasks:
     """The tasks of a planned launch.
 
@@ -154,6 +161,7 @@ class Tasks:
         self._records = launch.constant[count:]
         self._bases = metadata[self.counters :]
         self._config, self._constants = launch.config, launch.constants
+        self.claimed: dict[int, int] = {}  # of the record of a C, how many of its tiles
         self.programs_per_processor: int = launch.config.programs_per_sm
         self.config = " ".join(f"{name}={value}" for name, value in launch.config._asdict().items())
 
@@ -171,8 +179,9 @@ class Tasks:
         return bool(self._records[place] == 3)
 
     def steps(self, place: int, local: int) -> Iterator[Step]:
-        """As ``kernels/reduction.py`` and ``kernels/update.py`` go."""
-        return self._update(place, local) if self.is_update(place) else self._sum(place, local)
+        """As ``kernels/reduction.py`` and ``kernels/update.py`` go; of C, a tile of its sum."""
+        ways = (self._sum, self._sum, self._of_C, self._update)
+        return ways[self._records[place]](place, local)
 
     def stages(self, place: int) -> int:
         config = self._config
@@ -186,54 +195,112 @@ class Tasks:
     def _address(self, place: int) -> int:
         return self._bases[place >> 48] + (place & 0xFFFFFFFFFFFF)
 
-    def _sum(self, place: int, local: int) -> Iterator[Step]:
-        record, config = self._records[place : place + 35], self._config
-        kind, q, length, rank = record[0], record[7], record[8], record[12]
-        chunks = -(-rank // config.block_r)
-        panels = -(-q // config.block_q)
-        row, chunk = local // chunks % panels * config.block_q, local % chunks * config.block_r
-        first = local // (chunks * panels) * record[34]
-        names = {0: ("X", "U", "A", "V"), 1: ("X", "V", "B", "U"), 2: ("FROM", "BY", "", "")}
-        x_name, basis_name, out_name, other_name = names[kind]
-        width = min(config.block_r, rank - chunk)
+    def _first_part(self, place: int) -> View:
+        """The first of a record's parts."""
+        q, rank = self._records[place + 7], self._records[place + 12]
         padded = -(-rank // 4) * 4
-        parts = View(self._address(record[13]), padded, 1, q, padded, 4)
+        return View(self._address(self._records[place + 13]), padded, 1, q, padded, 4)
+
+    def _sum(self, place: int, local: int) -> Iterator[Step]:
+        record, config = self._records[place : place + 37], self._config
+        kind, q, length, rank = record[0], record[7], record[8], record[12]
+        block_q, block_r = config.block_q, config.block_r
+        chunks = -(-rank // block_r)
+        panels = -(-q // block_q)
+        panel, chunk = local // chunks % panels, local % chunks * block_r
+        row, part = panel * block_q, local // (chunks * panels)
+        x_name, basis_name, out_name, other_name = ("X", "UVAB"[kind], "AB"[kind], "VU"[kind])
+        width = min(block_r, rank - chunk)
         if record[14]:
             for i in range(record[14]):
-                part = parts._replace(address=parts.address + i * q * padded * 4)
-                yield Step([part.tile(row, chunk, config.block_q, config.block_r)])
+                yield Step([_part(self._first_part(place), i).tile(row, chunk, block_q, block_r)])
         else:
             x = self._view(place + 4, q, length, self._item(x_name))
-            if kind != 1:
+            if kind == 0:
                 x = self._view(place + 4, length, q, self._item(x_name)).mT
             basis = self._view(place + 9, length, rank, self._item(basis_name))
+            first = part * record[34]
             for k in range(first, min(first + record[34], length), config.block_k):
-                x_tile = x.tile(row, k, config.block_q, config.block_k)
-                basis_tile = basis.tile(k, chunk, config.block_k, config.block_r)
+                x_tile = x.tile(row, k, block_q, config.block_k)
+                basis_tile = basis.tile(k, chunk, config.block_k, block_r)
                 flops = 2 * x_tile.rows * x_tile.columns * width
                 yield Step([x_tile, basis_tile], flops=flops)
             if record[13]:
-                at = local // (chunks * panels) * q * padded * 4
-                parts = parts._replace(address=parts.address + at)
-                yield Step(writes=[parts.tile(row, chunk, config.block_q, config.block_r)])
+                stored = _part(self._first_part(place), part).tile(row, chunk, block_q, block_r)
+                yield Step(writes=[stored])
                 return
-        reads = []
         if record[18]:
             initial = self._view(place + 18, q, rank, self._item("INITIAL"))
-            reads.append(initial.tile(row, chunk, config.block_q, config.block_r))
-        if record[22] and record[24]:
-            other = self._view(place + 24, q, rank, self._item(other_name))
-            reads.append(other.tile(row, chunk, config.block_q, config.block_r))
-        flops = 0
+            yield Step([initial.tile(row, chunk, block_q, block_r)])
+        if record[36]:
+            yield from self._make_C(place + record[36])
+        reads = []
+        other = self._view(place + 24, q, record[27], self._item(other_name))
+        height, flops = min(block_q, q - row), 0
         if record[28]:
             yield Step(wait=(record[31], record[32]))
-            other = self._view(place + 24, q, record[27], self._item(other_name))
             c = self._view(place + 28, record[27], rank, 4)
-            reads.append(other.tile(row, 0, config.block_q, record[27]))
-            reads.append(c.tile(0, chunk, record[27], config.block_r))
-            flops = 3 * 2 * min(config.block_q, q - row) * record[27] * width
-        out = self._view(place + 15, q, rank, self._item(out_name) if out_name else 4)
-        yield Step(reads, [out.tile(row, chunk, config.block_q, config.block_r)], flops)
+            reads += [other.tile(row, 0, block_q, other.columns)]
+            reads += [c.tile(0, chunk, other.columns, block_r)]
+            flops = 3 * 2 * height * other.columns * width
+        elif record[22]:
+            reads.append(other.tile(row, chunk, block_q, block_r))
+        out = self._view(place + 15, q, rank, self._item(out_name))
+        yield Step(reads, [out.tile(row, chunk, block_q, block_r)], flops)
+        if record[35]:
+            c = place + record[35]
+            yield from self._product_of_C(c, chunk, 0, width, self._records[c + 12], panel)
+            made = _part(self._first_part(c), panel)
+            yield Step(writes=[made.tile(chunk, 0, width, made.columns)])
+
+    def _product_of_C(
+        self, place: int, row: int, column: int, rows: int, columns: int, part: int
+    ) -> Iterator[Step]:
+        """A tile of a part of C, or of all of it, of what is stored of A or B."""
+        record, block_k = self._records[place : place + 36], self._config.block_k
+        x = self._view(place + 4, record[8], record[7], self._item("FROM")).mT
+        basis = self._view(place + 9, record[8], record[12], self._item("BY"))
+        first = part * record[34]
+        for k in range(first, min(first + record[34], record[8]), block_k):
+            x_tile, basis_tile = (
+                x.tile(row, k, rows, block_k),
+                basis.tile(k, column, block_k, columns),
+            )
+            flops = 2 * x_tile.rows * x_tile.columns * basis_tile.columns
+            yield Step([x_tile, basis_tile], flops=flops)
+
+    def _make_C(self, place: int) -> Iterator[Step]:
+        """Those tiles of C that no other program has claimed."""
+        record = self._records[place : place + 35]
+        _, tiles = self._tiles_of_C(place)
+        while self.claimed.setdefault(place, 0) < tiles:
+            self.claimed[place] += 1
+            yield Step(wait=(record[1], record[2]))
+            yield from self._of_C(place, self.claimed[place] - 1)
+            yield Step(signal=record[3])
+
+    def _tiles_of_C(self, place: int) -> tuple[int, int]:
+        """(chunks of the rank, tiles)."""
+        q, rank = self._records[place + 7], self._records[place + 12]
+        chunks = -(-rank // self._config.block_r)
+        return chunks, chunks * -(-q // self._constants["BLOCK_C"])
+
+    def _of_C(self, place: int, tile: int) -> Iterator[Step]:
+        record, rows, columns = self._records, self._constants["BLOCK_C"], self._config.block_r
+        chunks, _ = self._tiles_of_C(place)
+        q, rank = record[place + 7], record[place + 12]
+        where = tile // chunks * rows, tile % chunks * columns, rows, columns
+        if self._constants["C_IN_PARTS"]:
+            for i in range(record[place + 14]):
+                yield Step([_part(self._first_part(place), i).tile(*where)])
+        else:
+            yield from self._product_of_C(place, *where, 0)
+        reads = []
+        if record[place + 18]:
+            initial = self._view(place + 18, q, rank, self._item("INITIAL"))
+            reads.append(initial.tile(*where))
+        out = self._view(place + 15, q, rank, 4)
+        yield Step(reads, [out.tile(*where)])
 
     def _update(self, place: int, local: int) -> Iterator[Step]:
         record, config, constants = self._records[place : place + 32], self._config, self._constants
@@ -283,6 +350,7 @@ class _Program:
 def run(tasks: Tasks, device: Device, programs: int, cache: Cache) -> Traffic:
     """The launch in the model; the cache is left as it is at the end, and flushed for the count."""
     counts = [0] * tasks.counters
+    tasks.claimed.clear()
     waiting: dict[int, list[tuple[int, int]]] = {}  # of a counter: (up to what, program)
     todo = iter(tasks.order)
     pool = [_Program() for _ in range(min(programs, len(tasks.order)))]
@@ -299,6 +367,18 @@ def run(tasks: Tasks, device: Device, programs: int, cache: Cache) -> Traffic:
         waiting.setdefault(counter, []).append((until, program))
         return True
 
+    def count_up(counter: int, now: float) -> None:
+        counts[counter] += 1
+        still = []
+        for until, other in waiting.pop(counter, []):
+            if counts[counter] >= until:
+                pool[other].ended_us = max(pool[other].ended_us, now + device.signal_us)
+                heapq.heappush(events, (now + device.signal_us, other))
+            else:
+                still.append((until, other))
+        if still:
+            waiting[counter] = still
+
     while events:
         now, index = heapq.heappop(events)
         program = pool[index]
@@ -314,22 +394,17 @@ def run(tasks: Tasks, device: Device, programs: int, cache: Cache) -> Traffic:
                 continue
         step = next(program.steps, None)
         place = program.task[0]
-        if step is None:  # the task is done once what it computed last is stored
-            done = max(now, program.ended_us)
-            last_us = max(last_us, done)
-            counter = tasks.counts_up(place)
-            counts[counter] += 1
-            still = []
-            for until, other in waiting.pop(counter, []):
-                if counts[counter] >= until:
-                    pool[other].ended_us = max(pool[other].ended_us, done + device.signal_us)
-                    heapq.heappush(events, (done + device.signal_us, other))
-                else:
-                    still.append((until, other))
-            if still:
-                waiting[counter] = still
-            program.task = None
-            heapq.heappush(events, (done + device.task_us, index))
+        if step is None or step.signal is not None:  # once what was computed last is stored
+            if program.ended_us > now:
+                program.steps = itertools.chain([step] if step else [], program.steps)
+                heapq.heappush(events, (program.ended_us, index))
+                continue
+            last_us = max(last_us, now)
+            signal = None if step is None else step.signal
+            count_up(tasks.counts_up(place) if signal is None else signal, now)
+            if signal is None:
+                program.task = None
+            heapq.heappush(events, (now + (device.task_us if signal is None else 0.0), index))
             continue
         if step.wait is not None:
             counter, until = step.wait

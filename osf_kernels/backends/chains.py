@@ -53,7 +53,7 @@ class Link(NamedTuple):
 
     step: Step
     after: int | None = None
-    c_after: int | None = None  # before ``c`` is read, its sum may be under way
+    c_after: int | None = None  # the step that makes ``c``; a sum may be under way before it
 
 
 Chain = list[Link]
@@ -222,16 +222,19 @@ class _Builder:
         }
         self.held: dict[str, Matrix] = {"x": x, "y": out}  # A as (r, n), B as (m, k), C as (r, k)
         self.links: Chain = []
-        self.written_C = 0  # the place of the step that made it
+        self.made: dict[str, int] = {}  # the place of the step that made a coefficient
         # A sum that C corrects before it is stored, and the step it follows.
         self.waiting: tuple[Reduction, int | None] | None = None
 
     def chain(self) -> Chain:
         for name, matrix in self.ready.items():
             self.held[name] = matrix
-            if matrix.numel() and matrix.dtype != self.coefficient and self._is_multiplied(name):
+            # What C is made from is the result of a step, which may make C's products at its end.
+            is_read = matrix.dtype != self.coefficient and self._is_multiplied(name)
+            if matrix.numel() and (is_read or self._source_of_C() == name):
                 made = Reduction(_letter(name), self._stored(name, self.coefficient))
                 self._add(made._replace(initial=_as_stored(name, matrix)), after=None)
+                self.made[name] = len(self.links) - 1
         for i, call in enumerate(self.calls):
             if isinstance(call, Expand):
                 last = i == len(self.calls) - 1
@@ -256,8 +259,7 @@ class _Builder:
         for call in self.calls:
             if isinstance(call, Expand) and call.into == name:  # it is corrected, or made anew
                 return False
-        by = any(isinstance(call, Expand) and name in call.by for call in self.calls)
-        return by or self._source_of_C() == name
+        return any(isinstance(call, Expand) and name in call.by for call in self.calls)
 
     def _add(self, step: Step, c_after: int | None = None, *, after: int | None = -1) -> None:
         """After the step before, unless said otherwise."""
@@ -300,6 +302,7 @@ class _Builder:
                 self.waiting = made, begins
             else:
                 self._add(made, after=begins)
+                self.made[name] = len(self.links) - 1
 
     def _reduce_C(self, name: str | None) -> None:
         assert name is not None
@@ -313,8 +316,8 @@ class _Builder:
             if rest is not None:
                 made = made._replace(initial=rest if name == "A" else rest.mT, sign=-1)
             made = made._replace(S=self.S)
-        self._add(made)
-        self.written_C = len(self.links) - 1
+        self._add(made, after=self.made.get(name))
+        self.made["C"] = len(self.links) - 1
 
     def _correct(self, call: Expand) -> None:
         """A or B plus, or from, C and the basis of the other side."""
@@ -328,11 +331,12 @@ class _Builder:
             made, begins = self.waiting
             self.waiting = None
             corrected = made._replace(other=other, c=c, alpha=alpha)
-            self._add(corrected, self.written_C, after=begins)
+            self._add(corrected, self.made["C"], after=begins)
             return
         initial = _as_stored(name, self.held[name]) if call.beta else None
         out = self._stored(name, self.coefficient)
-        self._add(Reduction(name, out, initial=initial, other=other, c=c, alpha=alpha))
+        made = Reduction(name, out, initial=initial, other=other, c=c, alpha=alpha)
+        self._add(made, self.made["C"], after=None if initial is None else self.made.get(name))
 
     def _update(self, call: Expand, last: bool) -> None:
         step = self.step

@@ -286,7 +286,7 @@ _PRODUCT = re.compile(r"\bw?g?mma\.(?:sync|mma_async)")
 
 
 def sum_faults(made: Launch, ptx: str) -> list[str]:
-    """What keeps the loads of A, of B and of C from running beside their products."""
+    """What keeps the loads of A, B and parts of C from running beside their products."""
     assert isinstance(made.config, configs.Projection)
     found = []
     loops = [loop for loop in innermost_loops(ptx) if _PRODUCT.search(loop)]
@@ -301,6 +301,35 @@ def sum_faults(made: Launch, ptx: str) -> list[str]:
             found.append(f"{groups} copies a step, {waits} pending beside the products")
         if "ld.global" in loop:
             found.append("loads past the copies")
+    return found
+
+
+_SHAPE = re.compile(r"(w?g?mma)\.(?:sync|mma_async)\S*?\.m(\d+)n(\d+)k(\d+)")
+
+
+def repeated_products(made: Launch, ptx: str) -> list[str]:
+    """Loops in which a program multiplies more than its tiles: warps for which there are too few
+    rows of them take the same products as others. Of a launch that makes no parts of C."""
+    config, constants = made.config, made.constants
+    assert isinstance(config, configs.Projection)
+    found = []
+    for loop in innermost_loops(ptx):
+        shapes = _SHAPE.findall(loop)
+        if not shapes or "cp.async" not in loop:
+            continue
+        taken = 0.0
+        for name, *sizes in shapes:  # of a warp, or of four
+            m, n, k = map(int, sizes)
+            taken += m * n * k * config.num_warps / (4 if name == "wgmma" else 1)
+        wanted, precision = config.block_q * config.block_k * config.block_r, "PRECISION"
+        if "st.global" in loop:
+            wanted, precision = (
+                2 * config.block_m * config.block_n * config.block_r,
+                "UPDATE_PRECISION",
+            )
+        wanted *= 3 if constants[precision] == "tf32x3" else 1
+        if taken != wanted:
+            found.append(f"{taken / wanted:.2f} times the products, {precision}")
     return found
 
 
@@ -357,8 +386,13 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
     assert found, usage
     registers, stack, local = map(int, found.groups())
     widths = _widths(ptx)
-    # Beside c, in the short loop that corrects, sm_100 reads S.
-    loops = [loop for loop in innermost_loops(ptx) if "ld.global.cg" not in loop]
+    # Loops over tiles copy and multiply. In those that take S off it is read as it lies.
+    product = rf"{TENSOR_CORE[architecture]}|mma\.sync"
+    loops = [
+        loop
+        for loop in innermost_loops(ptx)
+        if "cp.async" in loop and re.search(product, loop) and "ld.global.cg" not in loop
+    ]
     inside = [width for loop in loops for width in _widths(loop)]
     return Compiled(
         name,

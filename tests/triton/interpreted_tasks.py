@@ -7,6 +7,7 @@ are resident, each matrix has the bits that it has alone, and faults planted in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -50,10 +51,12 @@ class Case(NamedTuple):
 
     steps: tuple[tuple[Name, First], ...]
     shapes: tuple[tuple[int, int], ...]
-    fill: int = 1  # 1: no sum is in parts, and each matrix is a group of its own in the order
+    fill: int = 1  # 1: no sum is in parts but C, and each matrix is a group of its own in the order
     limit: int = ROOM
     launches: int = 1
     dtype: torch.dtype = torch.float32
+    ranks: tuple[int, int] = (6, 4)
+    config: configs.Projection = CONFIG
 
 
 BOTH: tuple[Name, First] = ("dual", "left")
@@ -71,6 +74,9 @@ CASES = {
         (("mixed", "right"),) * 2, HALF, fill=96, launches=2, dtype=torch.bfloat16
     ),
     "inner": Case((("inner", "left"),) * 2, TWO, fill=96),
+    # Parts of C in two steps; C in tiles that are products of what is stored.
+    "long parts of C": Case((BOTH,) * 2, ((40, 72), (36, 64)), config=CONFIG._replace(block_q=32)),
+    "ranks beyond a block": Case((BOTH, ("mixed", "left")), ((40, 72), (36, 64)), ranks=(20, 18)),
     "left": Case((("left", "left"),) * 3, (*HALF, (16, 16)), fill=96, dtype=torch.bfloat16),
     "right": Case((("right", "left"),) * 3, (*TWO, (16, 16))),
     "several forms": Case((BOTH, ("left", "left"), ("right", "left")), (*TWO, (24, 24)), fill=32),
@@ -88,13 +94,14 @@ class Run:
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.case = case = CASES[name]
         monkeypatch.setitem(configs.FILL, "sm_80", case.fill)
+        monkeypatch.setattr(configs, "projection_config", lambda *_: case.config)
         g = generator_for("tasks", name)
         self.before, self.problems = [], []
         for (form, first), (m, n) in zip(case.steps, case.shapes, strict=True):
             x = randn(m, n, dtype=case.dtype, generator=g)
             U, V = (
                 torch.linalg.qr(randn(size, rank, dtype=torch.float32, generator=g))[0].to(x.dtype)
-                for size, rank in ((m, 6), (n, 4))
+                for size, rank in zip((m, n), case.ranks, strict=True)
             )
             kept = form in ("dual", "sequential", "left", "right")  # x less its projection
             alpha, beta = (-1.0, 1.0) if kept else (1.0, 0.0)
@@ -242,7 +249,7 @@ def reset_by_all(counters, count, BLOCK: tl.constexpr):
         tl.store(counters + offsets, tl.zeros((BLOCK,), tl.int64), mask=offsets < count)
 
 
-LAST = tl.constexpr(18)  # task of the case "dual"
+LAST = tl.constexpr(16)  # task of the case "dual"
 
 
 @triton.jit
@@ -276,8 +283,8 @@ def assert_seen(run: Run, monkeypatch: pytest.MonkeyPatch, expected: Sequence[Te
 def test_a_task_that_does_not_wait_is_seen(
     name: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads what is not written yet, or writes what is still read. In ``reduction`` it is C that
-    a coefficient waits for before it is corrected."""
+    """It reads what is not written yet, or writes what is still read. In ``reduction`` it is parts
+    of C, which are added, and C, by which a coefficient is corrected."""
     run = Run(name, monkeypatch)
     expected = run.alone()
     monkeypatch.setattr(kernels if module == "projection" else sums, "wait", no_wait)
@@ -301,16 +308,21 @@ def test_memory_that_is_not_waited_for_is_seen(name: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "mutant"),
-    [("done", uncounted), pytest.param("claim", backwards, marks=pytest.mark.slow)],
+    ("module", "name", "mutant"),
+    [
+        (kernels, "done", uncounted),
+        pytest.param(sums, "done", uncounted, marks=pytest.mark.slow),
+        pytest.param(kernels, "claim", backwards, marks=pytest.mark.slow),
+    ],
+    ids=["task", "tile of C", "claim"],
 )
 def test_a_wait_without_end_is_seen(
-    name: str, mutant: object, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, name: str, mutant: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a task that does not count, or that nobody is left to claim."""
+    """For a task or a tile of C that is not counted, or that nobody is left to claim."""
     run = Run("dual", monkeypatch)
     watching = watch(monkeypatch)
-    monkeypatch.setattr(kernels, name, mutant)
+    monkeypatch.setattr(module, name, mutant)
     interleave(monkeypatch, 0, resident=2)
     with pytest.raises(InterpreterError, match=Stuck.__name__):
         run.run(run.program())
@@ -326,7 +338,9 @@ def test_counters_that_are_not_reset_are_seen(monkeypatch: pytest.MonkeyPatch) -
     (made,), (metadata,) = watching.planned, watching.records
     counters = metadata[: made.counts[0]].tolist()
     assert counters[:2] == [made.tasks + PROGRAMS, PROGRAMS]
-    assert sum(counters[2:]) == made.tasks  # each has counted one of them up
+    # Each task has counted one of them up. The tile of either C was claimed and counted, and each
+    # of the five tiles of B has claimed one more, in vain.
+    assert sum(counters[2:]) == made.tasks + 2 * 2 + 5
 
 
 @pytest.mark.slow

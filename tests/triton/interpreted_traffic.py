@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 import osf_kernels
 from bench.l2 import LINE_BYTES
-from bench.traffic import Tasks
+from bench.traffic import Step, Tasks
 from osf_kernels.backends import grouped
 from osf_kernels.backends.triton import configs, dispatch
 from tests.helpers import generator_for, randn
@@ -49,7 +49,7 @@ class Touched:
 
 @contextmanager
 def touching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Touched]:
-    """Collects what the interpreter loads and stores between two ends of tasks, scalars aside."""
+    """Collects what the interpreter loads and stores between two signals, scalars aside."""
     touched = Touched()
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -87,7 +87,7 @@ def test_tasks_touch_what_the_model_says(
     config = CHUNKED if ranks == (40, 24) else SMALL
     monkeypatch.setattr(configs, "projection_config", lambda *_: config)
     monkeypatch.setattr(configs, "SHORTEST_SPLIT", 32)
-    monkeypatch.setitem(configs.FILL, "sm_80", 64 if split else 1)
+    monkeypatch.setitem(configs.FILL, "sm_80", 256 if split else 1)
     monkeypatch.setattr(dispatch.launch, "_INTERPRETED_PROGRAMS", 1)
     grouped.single.cache_clear()
     watching = watch(monkeypatch)
@@ -102,11 +102,16 @@ def test_tasks_touch_what_the_model_says(
         osf_kernels.project_many_(xs, Us, Vs)
     (made,), (records,) = watching.planned, watching.records
     tasks = Tasks(made, records.tolist())
-    assert len(touched.tasks) == len(tasks.order) == made.tasks
     assert bool(made.constants["HAS_PARTS"]) == split
     of_x = {line for x in xs for line in lines_of(x)}
-    for (place, local), (reads, writes) in zip(tasks.order, touched.tasks, strict=True):
-        steps = list(tasks.steps(place, local))
+    said = [
+        (place, list(steps))
+        for place, local in tasks.order
+        for steps in until_signals(tasks.steps(place, local))
+    ]
+    tiles_of_C = 0 if None in ranks else 2 * -(-ranks[0] // 16) * -(-ranks[1] // 16)
+    assert len(touched.tasks) == len(said) == made.tasks + tiles_of_C
+    for (place, steps), (reads, writes) in zip(said, touched.tasks, strict=True):
         said_reads, said_writes = (
             list(dict.fromkeys(line for step in steps for r in regions(step) for line in r.lines()))
             for regions in (lambda step: step.reads, lambda step: step.writes)
@@ -117,6 +122,17 @@ def test_tasks_touch_what_the_model_says(
             assert [line for line in reads if line in of_x] == [
                 line for line in said_reads if line in of_x
             ]
+
+
+def until_signals(steps: Iterator[Step]) -> Iterator[list[Step]]:
+    """The steps of a task; those up to a signal that it gives under way apart."""
+    found = []
+    for step in steps:
+        found.append(step)
+        if step.signal is not None:
+            yield found
+            found = []
+    yield found
 
 
 def lines_of(t: Tensor) -> range:

@@ -37,6 +37,16 @@ def test_takes_the_fastest_and_remembers_it() -> None:
     assert len(tried) == 2 * len(configs.candidates(PINNED))
 
 
+def test_candidates_have_whole_steps_in_a_part_of_c() -> None:
+    """A part is of as many rows as a tile: a step beyond them would read the next tile's."""
+    for architecture in configs.ARCHITECTURES:
+        for aligned in (True, False):
+            for _, config in configs.shipped(architecture, aligned):
+                for row in configs.candidates(config):
+                    assert isinstance(row, configs.Projection)
+                    assert row.block_q % row.block_k == 0, (architecture, row)
+
+
 def test_skips_what_does_not_compile() -> None:
     def run(config: configs.Config) -> None:
         if config != PINNED._replace(num_warps=4):

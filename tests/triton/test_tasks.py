@@ -1,407 +1,42 @@
-"""Which matrices share a launch, its tasks, their order and waits. No triton needed."""
+"""The tasks of a launch: their waits, their order, sums in parts. No triton needed."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bench import traffic
-from osf_kernels import gpu
-from osf_kernels._padding import is_aligned
-from osf_kernels.backends.chains import Chain, chain_of, chain_of_halves, chain_of_job
-from osf_kernels.backends.jobs import Coefficients, Problem, Update
-from osf_kernels.backends.operands import WORKSPACE, Arena, Lie, Operand, Placed
-from osf_kernels.backends.triton import configs, groups, tasks
+from osf_kernels.backends.jobs import Problem
+from osf_kernels.backends.operands import WORKSPACE
+from osf_kernels.backends.triton import configs, tasks
 from osf_kernels.backends.triton.launches import Launch, split
-from osf_kernels.backends.triton.views import Layout, View, accurate_rule, dot_rule
-from osf_kernels.forms import FORMS, First, Name
-from osf_kernels.plan import Step
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-META = torch.device("meta")
-ANY_SIZE = 1 << 62
-A, B, C, UPDATE = range(4)  # kinds of tasks
-SUM_FIELDS, UPDATE_FIELDS = 35, 32  # of a record
-
-# --- lists, planned --------------------------------------------------------------------------
-
-
-class Operands:
-    """Matrices without values, each of them an argument of its own."""
-
-    def __init__(self) -> None:
-        self.ends: dict[int, int] = {}  # of each argument, in bytes
-
-    def __call__(self, rows: int, columns: int, dtype: torch.dtype = BF16) -> Operand:
-        number = WORKSPACE + 1 + len(self.ends)
-        self.ends[number] = rows * columns * dtype.itemsize
-        lie = Lie((rows, columns), (columns, 1), dtype, 0, is_padded=False)
-        return Operand.lying(lie, META, number)
-
-
-def problem(
-    new: Operands,
-    m: int,
-    n: int,
-    ranks: tuple[int, int],
-    form: Name = "dual",
-    first: First = "left",
-    *,
-    dtype: torch.dtype = BF16,
-    basis: torch.dtype | None = None,
-    values: bool = False,
-    rest: bool = False,
-) -> Problem:
-    """One matrix in place; with ``values`` and ``rest`` what restoring pins."""
-    (r, k), held = ranks, basis or dtype
-    x = new(m, n, dtype)
-    U = new(m, r, held) if form != "right" else None
-    V = new(n, k, held) if form != "left" else None
-    # Of those that keep one side's result, g is part of the sum.
-    beta = 1.0 if form.startswith("dual") or form == "sequential" else 0.0
-    step = Step(form, first, -1.0 if beta else 1.0, beta, 0, 0, 0, "", "")
-    S = torch.empty(r, device=META) if values else None
-    pins: tuple[Any, Any] = (new(r, n), new(m, k)) if rest else (None, None)
-    return Problem(x, x, U, V, step, S, rest_A=pins[0], rest_B=pins[1])
-
-
-class Made(NamedTuple):
-    """A list, planned."""
-
-    launches: list[Launch]
-    workspace_bytes: int
-    planned: list[groups.Planned]
-
-
-def made_of(
-    chains: Sequence[tuple[Chain, Arena]],
-    architecture: str = "sm_90",
-    *,
-    limit: int = ANY_SIZE,
-    fill: int | None = None,
-    room: float | None = None,
-    precision: str = "tf32x3",
-    config: configs.Projection | None = None,
-) -> Made:
-    def choose(_: Chain, math: configs.Math, rank: int, aligned: bool) -> configs.Projection:
-        return config or configs.projection_config(architecture, math, rank, aligned)
-
-    planned = [groups.plan_chain(chain, arena, precision, choose) for chain, arena in chains]
-    launches, size = tasks.projection_launches(
-        planned,
-        fill=fill or configs.FILL[architecture],
-        room=gpu.room_in_l2(architecture) if room is None else room,
-        limit=limit,
-    )
-    return Made(launches, size, planned)
-
-
-def of_problems(problems: Sequence[Problem], *, halves: bool = False, **options: Any) -> Made:
-    chains = []
-    for each in problems:
-        arena = Arena(META)
-        bases = [t.dtype for t in (each.U, each.V) if t is not None]
-        coefficient, _ = dot_rule(each.x.dtype, bases, (FP32,), "tf32x3")
-        chain = chain_of_halves(each) if halves else chain_of(each, coefficient, arena.new)
-        chains.append((chain, arena))
-    return made_of(chains, **options)
-
-
-def of_jobs(jobs: Sequence[Coefficients | Update], **options: Any) -> list[Launch]:
-    chains = [(chain_of_job(job), Arena(META)) for job in jobs]
-    return made_of(chains, **options).launches
-
-
-def job(m: int, n: int, r: int, k: int, dtype: torch.dtype = BF16) -> Coefficients:
-    def matrix(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype, device=META)
-
-    A, B = matrix(r, n, FP32), matrix(m, k, FP32)
-    return Coefficients(matrix(m, n), matrix(m, r), matrix(n, k), A, B)
-
-
-def update_job(c: Coefficients, beta: float = 1.0) -> Update:
-    assert c.V is not None
-    return Update(c.x, c.x, c.U, c.A, c.B, c.V.mT, -1.0, beta)
-
-
-# --- a launch, read back ---------------------------------------------------------------------
-
-
-class Task(NamedTuple):
-    """One of the tasks of a launch."""
-
-    record: int  # where it is
-    tile: int
-    kind: int
-    waits: list[tuple[int, int]]  # for counters, up to what
-    counts: int  # the counter that it counts up
-    matrix: int  # the argument that it reads or writes first; WORKSPACE for parts and coefficients
-
-
-def numbers(launch: Launch) -> list[int]:
-    """What is the same in every call, to read or to change."""
-    assert isinstance(launch.constant, list)
-    return launch.constant
-
-
-def record_of(launch: Launch, place: int) -> list[int]:
-    start = launch.counts[1] + place
-    kind = launch.constant[start]
-    return list(launch.constant[start : start + (UPDATE_FIELDS if kind == UPDATE else SUM_FIELDS)])
-
-
-def argument_of(address: int) -> int:
-    """Whose address a record has; WORKSPACE where it is an address itself."""
-    return max(WORKSPACE, (address >> tasks.ARGUMENT_BITS) - 1)
-
-
-def read(launch: Launch) -> list[Task]:
-    """The tasks in their order."""
-    counters, count = launch.counts
-    assert launch.metadata[:counters] == [0] * counters, "a counter that isn't at zero"
-    found = []
-    for entry in launch.constant[:count]:
-        place, tile = entry >> 32, entry & 0xFFFFFFFF
-        record = record_of(launch, place)
-        kind, counter, until, counts = record[:4]
-        waits = [(counter, until)] if until else []
-        if kind < C and record[32]:
-            waits.append((record[31], record[32]))
-        adds = kind != UPDATE and record[14] > 0
-        matrix = WORKSPACE if adds else argument_of(record[4])
-        found.append(Task(place, tile, kind, waits, counts, matrix))
-    assert len(found) == launch.tasks
-    return found
-
-
-def tiles_in(launch: Launch, place: int) -> int:
-    """How many tiles a record is of."""
-    record, config = record_of(launch, place), launch.config
-    assert isinstance(config, configs.Projection)
-    if record[0] == UPDATE:
-        return -(-record[10] // config.block_m) * -(-record[11] // record[31])
-    tiles = -(-record[7] // config.block_q) * -(-record[12] // config.block_r)
-    return tiles if record[14] else tiles * max(1, -(-record[8] // record[34]))
-
-
-def assert_progress(launch: Launch) -> None:
-    """Waits end whatever runs when: what is waited for comes before, and is exactly enough."""
-    order = read(launch)
-    whole: dict[int, int] = {}
-    for task in order:
-        assert 2 <= task.counts < launch.counts[0], "a counter of the scheduler's own, or none"
-        whole[task.counts] = whole.get(task.counts, 0) + 1
-    before: dict[int, int] = {}
-    for i, task in enumerate(order):
-        for counter, until in task.waits:
-            assert before.get(counter, 0) == until, (
-                f"task {i} waits for {until} of counter {counter}, before it come "
-                f"{before.get(counter, 0)}"
-            )
-            assert whole[counter] == until, "some of what it waits for comes behind"
-        before[task.counts] = before.get(task.counts, 0) + 1
-    assert len({task[:2] for task in order}) == len(order), "a tile is computed twice"
-
-
-def assert_in_order(made: Made, ends: dict[int, int]) -> int:
-    """Whatever runs when, a task reads what was written for it and overwrites what was read.
-
-    Every pair of tasks of which one writes what the other reads or writes must be ordered by their
-    waits, and be it by way of others. Returns how many such pairs there were.
-    """
-    starts, end = {WORKSPACE: 1 << 8}, (1 << 8) + made.workspace_bytes
-    for number, size in ends.items():
-        starts[number] = end = -(-end // 16) * 16
-        end += size
-
-    def placed(number: int) -> int:
-        return int(number) + (starts[number.argument] if isinstance(number, Placed) else 0)
-
-    ordered = 0
-    for launch in made.launches:
-        order = read(launch)
-        model = traffic.Tasks(launch, list(map(placed, launch.metadata)))
-        done = list(_known_done(order))
-        writer = np.full(end // 2 + 1, -1, dtype=np.int32)  # of every two bytes
-        reads: list[tuple[int, np.ndarray[Any, Any]]] = []
-        mask = np.zeros(end // 2 + 1, dtype=bool)
-        for i, task in enumerate(order):
-            steps = list(model.steps(task.record, task.tile))
-            own_reads = _places_of([region for step in steps for region in step.reads])
-            own_writes = _places_of([region for step in steps for region in step.writes])
-            others = np.unique(writer[np.concatenate([own_reads, own_writes])])
-            for other in others[others >= 0].tolist():
-                assert done[i] >> other & 1, f"task {i} may come before {other}, which writes"
-                ordered += 1
-            mask[own_writes] = True
-            for other, found in reads:
-                if mask[found].any():
-                    assert done[i] >> other & 1, f"task {i} writes what {other} may still read"
-                    ordered += 1
-            mask[own_writes] = False
-            writer[own_writes] = i
-            reads.append((i, own_reads))
-    return ordered
-
-
-def _known_done(order: Sequence[Task]) -> Iterator[int]:
-    """Of each task those that are done when it begins, as bits."""
-    counting: dict[int, int] = {}  # of a counter, the tasks before that count it and theirs
-    for i, task in enumerate(order):
-        done = 0
-        for counter, _ in task.waits:
-            done |= counting[counter]
-        yield done
-        counting[task.counts] = counting.get(task.counts, 0) | done | 1 << i
-
-
-def _places_of(regions: Sequence[traffic.Region]) -> np.ndarray[Any, Any]:
-    """Where tiles lie, in pairs of bytes."""
-    found = [np.zeros(0, dtype=np.int64)]
-    for region in dict.fromkeys(regions):
-        rows = region.address + np.arange(region.rows, dtype=np.int64) * region.strides[0]
-        columns = np.arange(region.columns, dtype=np.int64) * region.strides[1]
-        elements = (rows[:, None] + columns).ravel() // 2
-        found.append((elements[:, None] + np.arange(region.item // 2)).ravel())
-    return np.unique(np.concatenate(found))
-
-
-# --- what shares a launch --------------------------------------------------------------------
-
-
-def test_a_whole_model_takes_one_launch() -> None:
-    """A hundred matrices of many shapes: sums, parts of them, what corrects them, updates."""
-    new = Operands()
-    shapes = [(64 * i, 128 * (1 + i % 5)) for i in range(1, 101)]
-    problems = [problem(new, m, n, (32, 32)) for m, n in shapes]
-    (launch,) = of_problems(problems).launches
-    assert launch.kernel == "projection"
-    order = read(launch)
-    assert {task.kind for task in order} == {A, B, C, UPDATE}
-    assert {task.matrix for task in order if task.kind == UPDATE} == {
-        each.x.data_ptr().argument for each in problems
-    }
-    assert_progress(launch)
-
-
-def test_jobs_of_one_kind_take_one_launch() -> None:
-    jobs = [job(64 * i, 128, 64, 48) for i in range(1, 40, 4)]
-    (sums,) = of_jobs(jobs)
-    assert {task.kind for task in read(sums)} == {A, B}
-    (updates,) = of_jobs([update_job(each) for each in jobs])
-    assert {task.kind for task in read(updates)} == {UPDATE}
-    for launch in (sums, updates):
-        assert_progress(launch)
-
-
-def test_dtypes_layouts_and_configs_take_launches_of_their_own() -> None:
-    new = Operands()
-    like = problem(new, 512, 512, (64, 64))
-    for other in (
-        problem(new, 512, 512, (64, 64), dtype=FP32),
-        problem(new, 512, 512, (64, 64), basis=FP32),
-        problem(new, 512, 512, (128, 128)),
-        problem(new, 513, 511, (64, 64)),
-    ):
-        assert len(of_problems([like, other]).launches) == 2
-    # Neither shapes, ranks of one block nor forms of the same layouts.
-    for other in (
-        problem(new, 1024, 256, (40, 64)),
-        problem(new, 512, 512, (64, 64), "sequential"),
-        problem(new, 512, 512, (64, 64), values=True),
-    ):
-        assert len(of_problems([like, other]).launches) == 1
-
-
-def test_constant_is_tasks_then_records() -> None:
-    """And holds nothing that another call could have otherwise."""
-    new = Operands()
-    problems = [problem(new, 640, 512, (64, 64)) for _ in range(3)]
-    (launch,) = of_problems(problems).launches
-    counters, count = launch.counts
-    assert count == launch.tasks
-    assert all(type(number) is int for number in launch.constant)
-    order = read(launch)
-    places = sorted({task.record for task in order})
-    length = len(launch.constant) - count
-    assert places[0] == 0
-    # Each record is as long as its kind's, and none is without a task.
-    kinds = {task.record: task.kind for task in order}
-    sizes = [after - before for before, after in itertools.pairwise([*places, length])]
-    assert [UPDATE_FIELDS if kinds[place] == UPDATE else SUM_FIELDS for place in places] == sizes
-    assert launch.constants["HAS_PARTS"]
-    assert sum(kind == UPDATE for kind in kinds.values()) == len(problems), "a record an update"
-    # Of a record every tile has a task.
-    for place in places:
-        tiles = sorted(task.tile for task in order if task.record == place)
-        assert tiles == list(range(tiles_in(launch, place)))
-    assert {counter for task in order for counter, _ in task.waits} < set(range(2, counters))
-
-
-def test_metadata_is_counters_then_the_addresses_of_arguments() -> None:
-    """The first address is of none, so that a word without a number is the address itself."""
-    new = Operands()
-    problems = [problem(new, 640, 512, (64, 64)) for _ in range(3)]
-    (launch,) = of_problems(problems).launches
-    counters = launch.counts[0]
-    assert launch.metadata[:counters] == [0] * counters
-    assert not any(isinstance(number, Placed) for number in launch.metadata[: counters + 1])
-    none, *arguments = launch.metadata[counters:]
-    assert none == 0
-    assert [(int(each), getattr(each, "argument", None)) for each in arguments] == [
-        (0, argument) for argument in range(1 + len(new.ends))
-    ]
-    # The records name every one of them and no more.
-    named = {
-        argument_of(record_of(launch, task.record)[at])
-        for task in read(launch)
-        for at in ((4, 7, 14, 17, 21, 24) if task.kind == UPDATE else (4, 9, 15))
-    }
-    assert named == set(range(len(arguments)))
-
-
-def test_an_address_is_an_argument_and_what_is_added() -> None:
-    """Of a tensor whose address is known it is that, and the call brings no argument."""
-    new = Operands()
-    x = new(64, 256).narrow(1, 128, 128)
-    out, ready = new(64, 128), new(128, 16).mT
-    held = torch.empty(64, 16, dtype=BF16)
-    (launch,) = of_jobs([Update(out, x, held, ready, None, None, -1.0, 1.0)])
-    record = record_of(launch, read(launch)[0].record)
-    bits = tasks.ARGUMENT_BITS
-    assert record[4:7] == [3 << bits, 128, 1]
-    assert record[7:10] == [(2 << bits) + 256, 256, 1]
-    assert record[14:17] == [held.data_ptr(), 16, 1]
-    assert record[17:20] == [4 << bits, 1, 16]
-    assert len(launch.metadata) == launch.counts[0] + 5
-
-
-def test_arguments_are_as_many_as_a_record_can_name() -> None:
-    lie, most = Lie((64, 64), (64, 1), BF16, 0, is_padded=False), 2**15 - 2
-    basis = torch.empty(64, 16, dtype=BF16, device=META)
-
-    def planned(argument: int) -> list[Launch]:
-        x = Operand.lying(lie, META, argument)
-        return of_jobs([Update(x, x, basis, basis.mT, None, None, -1.0, 1.0)])
-
-    (launch,) = planned(most)
-    address = record_of(launch, 0)[4]
-    assert argument_of(address) == most
-    assert address < 1 << 63, "a word of the array"
-    with pytest.raises(ValueError, match=f"expected at most {most} matrices in a list"):
-        planned(most + 1)
-
+from osf_kernels.forms import FORMS, First
+from tests.triton.task_checks import (
+    BF16,
+    FP16,
+    FP32,
+    META,
+    UPDATE,
+    A,
+    B,
+    C,
+    Made,
+    Operands,
+    Task,
+    assert_in_order,
+    assert_progress,
+    job,
+    numbers,
+    of_jobs,
+    of_problems,
+    problem,
+    read,
+    record_of,
+    tiles_in,
+)
 
 # --- that waits end, and suffice -------------------------------------------------------------
 
@@ -434,6 +69,10 @@ LISTS: dict[str, Listed] = {
         problem(new, 256, 192, (24, 24), values=True, rest=True),
         problem(new, 192, 320, (24, 24), "dual in turn"),
     ],
+    "c of nothing": lambda new: [
+        problem(new, 256, 128, (16, 0), "inner", "left"),
+        problem(new, 128, 256, (0, 16), "inner", "right"),
+    ],
     "nothing": lambda new: [
         problem(new, 0, 64, (8, 8)),
         problem(new, 128, 64, (0, 0)),
@@ -450,10 +89,10 @@ def test_waits_end_and_suffice(name: str) -> None:
     for launch in made.launches:
         assert_progress(launch)
     ordered = assert_in_order(made, new.ends)
-    assert ordered > 10 * len(problems) or name == "nothing"
+    assert ordered > 10 * len(problems) or name.endswith("nothing")
 
 
-@pytest.mark.parametrize("name", ["dual", "wide ranks", "every form", "restore"])
+@pytest.mark.parametrize("name", ["dual", "wide ranks", "every form", "restore", "c of nothing"])
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_waits_end_and_suffice_where_matrices_take_turns(name: str, share: float) -> None:
     """In a workspace that holds some of the matrices at once."""
@@ -477,6 +116,12 @@ def test_waits_end_and_suffice_whatever_fits_l2(room: float) -> None:
     assert_in_order(made, new.ends)
 
 
+def test_parts_of_c_of_half_a_step_are_refused() -> None:
+    config = configs.projection_config("sm_90", "bfloat16", 64)._replace(block_q=32, block_k=64)
+    with pytest.raises(ValueError, match="expected block_q to be a multiple of block_k"):
+        of_problems([problem(Operands(), 256, 256, (16, 16))], config=config)
+
+
 def test_halves_wait_for_their_parts_alone() -> None:
     new = Operands()
     problems = [
@@ -491,10 +136,10 @@ def test_halves_wait_for_their_parts_alone() -> None:
     assert assert_in_order(made, new.ends)
 
 
-def test_ready_coefficients_are_read_as_they_are() -> None:
-    """Where they have the dtype of the products; otherwise they are rounded to it first."""
+def test_ready_coefficients_are_rounded_to_the_dtype_of_the_products() -> None:
+    """By tasks that make the parts of C, so that there are some where they have that dtype too."""
     new = Operands()
-    for dtype, kinds in ((BF16, [C, B, UPDATE]), (FP32, [A, C, B, UPDATE])):
+    for dtype, kinds in ((BF16, [A, C, B, UPDATE]), (FP32, [A, C, B, UPDATE])):
         ready = problem(new, 128, 64, (16, 16))._replace(
             A=new(16, 64, dtype), B=new(128, 16, dtype)
         )
@@ -643,7 +288,8 @@ def test_an_update_begins_where_the_sums_have_ended() -> None:
         written = [each.writes[0] for each in model.steps(place, task.tile) if each.writes]
         starts = [each.address for each in written]
         corner = (panel * config.block_m * 2048 + first) * 2
-        assert starts == list(range(corner, corner + 2 * config.strip, 2 * config.block_n))
+        end = corner + 2 * min(config.strip, 2048 - first)
+        assert starts == list(range(corner, end, 2 * config.block_n))
 
 
 def test_few_updates_take_narrower_strips() -> None:
@@ -655,7 +301,7 @@ def test_few_updates_take_narrower_strips() -> None:
         panels = 1024 // config.block_m
         most = panels * 1024 // config.block_n
         assert count == most or count >= fill
-        assert count in (most, panels * 1024 // config.strip) or count < 2 * fill
+        assert count in (most, panels * -(-1024 // config.strip)) or count < 2 * fill
 
 
 # --- sums in parts ---------------------------------------------------------------------------
@@ -675,18 +321,17 @@ def test_a_list_that_fills_the_machine_splits_no_sum_but_those_of_c() -> None:
     shapes = [(2048, 512, (64, 64)), (512, 2048, (64, 40))]
     problems = [problem(new, *shape) for shape in shapes]
     for each in problems:
-        assert {"A", "B"} <= set(cuts_of(of_problems([each])))
+        assert set(cuts_of(of_problems([each]))) == set("ABC")
     many = of_problems(problems * 24)
     assert set(cuts_of(many)) == {"C"}
     sums = [task for launch in many.launches for task in read(launch) if task.kind in (A, B)]
     assert len(sums) >= configs.FILL["sm_90"]
-    assert not cuts_of(of_problems([problem(new, 64, 64, (8, 8))])), "too short"
+    assert set(cuts_of(of_problems([problem(new, 64, 64, (8, 8))]))) == {"C"}, "too short"
     (bare,) = of_problems([problem(new, 64, 64, (8, 8))]).launches
     assert not bare.constants["HAS_PARTS"]
 
 
 def test_sums_are_split_where_tiles_are_fewer_than_half_of_what_fills_the_machine() -> None:
-    """Of C = A V those of each alone count, as others wait for it."""
     shape = (2048, 1024, (64, 64))
     config = configs.projection_config("sm_90", "bfloat16", 64)
     tiles = (2048 + 1024) // config.block_q
@@ -698,7 +343,7 @@ def test_sums_are_split_where_tiles_are_fewer_than_half_of_what_fills_the_machin
     assert not launch.constants["HAS_PARTS"]
 
 
-@pytest.mark.parametrize(("n", "kinds"), [(128, {A}), (1024, {A, B, C})])
+@pytest.mark.parametrize(("n", "kinds"), [(128, {A}), (1024, {A, B})])
 def test_parts_are_added_once_and_in_order(n: int, kinds: set[int]) -> None:
     """One record is of all parts of a sum, and one adds what they have written."""
     new = Operands()
@@ -707,9 +352,9 @@ def test_parts_are_added_once_and_in_order(n: int, kinds: set[int]) -> None:
     order = read(launch)
     adding: dict[int, Task] = {}
     for task in order:
-        if task.kind != UPDATE and record_of(launch, task.record)[14]:
+        if task.kind in (A, B) and record_of(launch, task.record)[14]:
             adding.setdefault(task.record, task)
-    assert [task.kind for task in adding.values()] == sorted(kinds, key=[A, C, B].index)
+    assert [task.kind for task in adding.values()] == sorted(kinds)
     # Where arguments start doesn't matter here.
     model = traffic.Tasks(launch, [0] * len(launch.metadata))
     for place, task in adding.items():
@@ -723,7 +368,7 @@ def test_parts_are_added_once_and_in_order(n: int, kinds: set[int]) -> None:
         parts, (q, length, rank, part) = added[14], (own[at] for at in (7, 8, 12, 34))
         assert parts > 1
         assert own[14] == 0, "a product"
-        assert set(own[15:34]) == {0}, "what follows the sum is for the one that adds"
+        assert set(own[15:34] + own[35:]) == {0}, "what follows the sum is for the one that adds"
         assert length == (4096 if task.kind == A else n)
         assert (parts - 1) * part < length <= parts * part
         assert part % launch.config.block_k == 0
@@ -742,6 +387,41 @@ def test_parts_are_added_once_and_in_order(n: int, kinds: set[int]) -> None:
                 for step in model.steps(own_place, i * tiles + tile)
                 for region in step.writes
             ]
+
+
+@pytest.mark.parametrize("name", ["dual", "float32", "odd", "restore", "wide ranks"])
+def test_c_is_of_parts_of_the_tiles_of_a_or_a_product(name: str) -> None:
+    """Of ranks within a block each tile of A makes a part, and all are added once, in order."""
+    made = of_problems(LISTS[name](Operands()), fill=48)
+    seen = 0
+    for launch in made.launches:
+        config, in_parts = launch.config, launch.constants["C_IN_PARTS"]
+        assert isinstance(config, configs.Projection)
+        model = traffic.Tasks(launch, [0] * len(launch.metadata))
+        order = read(launch)
+        for place in {task.record for task in order if task.kind == C}:
+            seen += 1
+            c = record_of(launch, place)
+            q, columns, count = c[7], c[12], c[14]
+            assert in_parts == (max(q, columns) <= config.block_r)
+            ((counter, until),) = {wait for t in order if t.record == place for wait in t.waits}
+            makers = [t for t in order if t.counts == counter]
+            assert len(makers) == until
+            reads = [r for step in model.steps(place, 0) for r in step.reads]
+            if not in_parts:
+                assert (count, c[13]) == (0, 0)
+                continue
+            assert count == -(-record_of(launch, makers[0].record)[7] // config.block_q)
+            # Of each part the first tile, in the order of the panels that made them.
+            starts = [r.address for r in reads[:count]]
+            stored = {}
+            for t in makers:
+                *_, last = model.steps(t.record, t.tile)
+                assert t.record + record_of(launch, t.record)[35] == place
+                stored[t.tile] = last.writes[-1].address
+            assert starts == [stored[tile] for tile in sorted(stored)][:count]
+            assert len(set(starts)) == count
+    assert seen
 
 
 def test_parts_cover_the_sum_once() -> None:
@@ -781,200 +461,3 @@ def test_turns_take_two_halves_of_the_workspace() -> None:
         (launch,) = made.launches
         assert made.workspace_bytes == expected
         assert_progress(launch)
-
-
-# --- configs ---------------------------------------------------------------------------------
-
-
-def chosen(
-    dtype: torch.dtype, basis: torch.dtype, rank: int, precision: str = "tf32x3", odd: bool = False
-) -> tuple[configs.Math, int, bool]:
-    """What a config is chosen by."""
-    asked: list[tuple[configs.Math, int, bool]] = []
-
-    def choose(_: Chain, *by: Any) -> configs.Projection:
-        asked.append(by)
-        return configs.projection_config("sm_90", *by)
-
-    arena = Arena(META)
-    shape = (255, 257) if odd else (256, 256)
-    each = problem(Operands(), *shape, (rank, 8), dtype=dtype, basis=basis)
-    coefficient, _ = dot_rule(dtype, (basis,), (FP32,), "tf32x3")
-    groups.plan_chain(chain_of(each, coefficient, arena.new), arena, precision, choose)
-    (found,) = asked
-    return found
-
-
-def test_a_config_is_chosen_by_math_and_the_larger_rank() -> None:
-    assert chosen(BF16, BF16, 16) == ("bfloat16", 16, True)
-    assert chosen(BF16, BF16, 4)[1] == 8
-    assert chosen(BF16, BF16, 16, "ieee")[0] == "bfloat16"
-    for dtypes in ((FP32, FP32), (BF16, FP32), (FP32, BF16), (FP16, FP32)):
-        assert chosen(*dtypes, 16)[0] == "float32"
-    assert chosen(FP32, FP32, 16, "tf32")[0] == "tf32"
-    assert chosen(BF16, BF16, 16, odd=True)[2] is False
-    assert chosen(BF16, BF16, 15)[2] is False  # rows of 30 bytes
-
-
-def test_float16_is_multiplied_in_tf32() -> None:
-    """Its coefficients may pass 65504, but sixteen bits are exact in TF32.
-
-    C is of float32 coefficients and takes more; but beside products of a matrix it is small.
-    """
-    assert chosen(FP16, FP16, 16)[0] == "tf32"
-    (launch,) = of_problems([problem(Operands(), 256, 256, (16, 8), dtype=FP16)]).launches
-    assert (launch.constants["C_DOT"], launch.constants["C_PRECISION"]) == (FP32, "tf32x3")
-    assert launch.config == configs.projection_config("sm_90", "tf32", 16)
-    assert launch.config != configs.projection_config("sm_90", "float32", 16)
-
-
-def test_blocks_hold_the_rank_up_to_the_last() -> None:
-    """The last config serves ranks beyond all blocks, which it may do by a smaller one."""
-    for architecture in configs.ARCHITECTURES:
-        rows = [row for math, row in configs.shipped(architecture) if math == "bfloat16"]
-        blocks = [row.block_r for row in rows[:-1]]
-        assert blocks == sorted(set(blocks))
-        for rank in (1, 16, 32, 33, 64, 65, 128, 129, 1000):
-            config = configs.projection_config(architecture, "bfloat16", rank)
-            assert config == next((row for row in rows if row.block_r >= rank), rows[-1])
-            assert config.block_r >= rank or config == rows[-1]
-
-
-# --- views -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("view", "layout"),
-    [
-        (torch.zeros(64, 64), Layout.ROW),
-        (torch.zeros(64, 64).mT, Layout.COLUMN),
-        (torch.zeros(64, 66), Layout.UNALIGNED_ROW),  # rows of 264 bytes
-        (torch.zeros(64, 65)[:, :64], Layout.UNALIGNED_ROW),
-        (torch.zeros(64, 68)[:, 1:65], Layout.UNALIGNED_ROW),  # starts off a boundary
-        (torch.zeros(64, 72)[:, 4:68], Layout.ROW),
-        (torch.zeros(64, 128)[:, ::2], Layout.GENERAL),
-        (torch.zeros(1, 64).expand(64, 64), Layout.ROW),
-        (torch.zeros(64, 80)[:, :77], Layout.PADDED_ROW),
-        (torch.zeros(64, 80)[:, 4:77], Layout.PADDED_ROW),
-        (torch.zeros(64, 80)[1:, :79], Layout.PADDED_ROW),
-        (torch.zeros(64 * 80 - 1).as_strided((64, 77), (80, 1)), Layout.UNALIGNED_ROW),
-        (torch.zeros(64 * 80 - 4).as_strided((64, 76), (80, 1)), Layout.ROW),
-        (torch.zeros(64, 76).as_strided((60, 77), (76, 1)), Layout.UNALIGNED_ROW),  # overlap
-        (torch.zeros(64, 80, dtype=torch.bfloat16)[:, :76], Layout.PADDED_ROW),
-        (torch.zeros(64, 84, dtype=torch.bfloat16)[:, :77], Layout.UNALIGNED_ROW),
-    ],
-)
-def test_layout(view: Tensor, layout: Layout) -> None:
-    assert View.of(view).layout is layout
-    assert is_aligned(view) is layout.aligned
-    turned = {
-        Layout.ROW: Layout.COLUMN,
-        Layout.UNALIGNED_ROW: Layout.UNALIGNED_COLUMN,
-        Layout.PADDED_ROW: Layout.PADDED_COLUMN,
-        Layout.GENERAL: Layout.GENERAL,
-    }
-    flipped = turned.get(layout, Layout.ROW)
-    assert View.of(view).mT.layout is flipped
-
-
-def test_columns_are_scheduled_as_rows() -> None:
-    """x.mT in column order is the same launch as x, bases and outputs exchanged."""
-    c = job(128, 256, 16, 32)
-    assert c.U is not None
-    assert c.V is not None
-    assert c.A is not None
-    assert c.B is not None
-    turned = Coefficients(c.x.mT, c.V, c.U, c.B.mT, c.A.mT)
-    assert of_jobs([c]) == of_jobs([turned])
-    update = update_job(c)
-    other = Update(c.x.mT, c.x.mT, c.V, c.B.mT, c.A.mT, c.U.mT, -1.0, 1.0)
-    assert of_jobs([update]) == of_jobs([other])
-
-
-def test_dot_rule() -> None:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    assert dot_rule(bf16, (bf16,), (fp32,), "tf32x3") == (bf16, "ieee")
-    assert dot_rule(fp16, (fp16,), (), "tf32x3") == (fp16, "ieee")
-    assert dot_rule(fp16, (fp16,), (fp32,), "tf32x3") == (fp32, "tf32")
-    assert dot_rule(bf16, (fp16,), (), "tf32x3") == (fp32, "tf32")
-    for precision in ("tf32x3", "ieee"):
-        assert accurate_rule(fp32, precision) == (fp32, precision)
-        assert accurate_rule(bf16, precision) == (bf16, "ieee")
-        assert accurate_rule(fp16, precision) == (bf16, "ieee")
-    assert accurate_rule(fp32, "tf32") == (fp32, "tf32x3")
-    for dtypes in ((fp32, fp32), (fp32, bf16), (bf16, fp32)):
-        for precision in ("tf32x3", "tf32", "ieee"):
-            assert dot_rule(*((dtypes[0]), dtypes[1:]), (), precision) == (fp32, precision)
-
-
-def test_refusals() -> None:
-    with pytest.raises(TypeError, match="got float64; float64 runs on the torch backend"):
-        of_jobs([job(8, 8, 2, 2, torch.float64)])
-    with pytest.raises(TypeError, match="expected S to be float32"):
-        of_jobs([job(8, 8, 2, 2)._replace(S=torch.zeros(2, dtype=torch.float64))])
-    with pytest.raises(ValueError, match="beta to be 0, 1 or -1"):
-        of_jobs([update_job(job(8, 8, 2, 2), beta=0.5)])
-    long = torch.zeros(1).expand(1, 2**31)
-    with pytest.raises(ValueError, match="no dimension beyond"):
-        View.of(long)
-
-
-def test_nothing_to_do_launches_nothing() -> None:
-    assert of_jobs([]) == []
-    assert of_jobs([job(0, 0, 2, 2), job(8, 8, 0, 0)]) == []
-    assert of_jobs([update_job(job(0, 8, 2, 2)), update_job(job(8, 0, 2, 2))]) == []
-
-
-@pytest.mark.parametrize(
-    ("capability", "row"),
-    [
-        ((8, 0), "sm_80"),
-        ((8, 6), "sm_86"),
-        ((8, 7), "sm_80"),
-        ((8, 9), "sm_86"),
-        ((9, 0), "sm_90"),
-        ((10, 0), "sm_100"),
-        ((12, 0), "sm_86"),
-    ],
-)
-def test_capability(capability: tuple[int, int], row: str) -> None:
-    assert configs.architecture_of_capability(*capability) == row
-
-
-def run_python(root: Path, code: str, **environment: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    ).stdout
-
-
-def test_imports_without_triton(root: Path) -> None:
-    """The package imports, and says why it cannot be used."""
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from osf_kernels.backends import triton\n"
-        "print(triton.unavailable_reason())"
-    )
-    assert "triton cannot be imported: " in run_python(root, code)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_unavailable_on_a_cpu_unless_interpreted(root: Path) -> None:
-    pytest.importorskip("triton")
-    code = (
-        "import torch\nfrom osf_kernels.backends import triton\n"
-        "print(triton.unavailable_reason(torch.device('cpu')), triton.unavailable_reason())"
-    )
-    assert "only with TRITON_INTERPRET=1" in run_python(root, code, TRITON_INTERPRET="0")
-    assert run_python(root, code, TRITON_INTERPRET="1").split() == ["None", "None"]
-
-
-def test_import_does_not_load_triton(root: Path) -> None:
-    code = "import sys, osf_kernels, osf_kernels.backends.triton\nprint('triton' in sys.modules)"
-    assert run_python(root, code).strip() == "False"

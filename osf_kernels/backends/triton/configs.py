@@ -1,6 +1,6 @@
 """Pinned tile configs: architecture × kernel × operand width × rank, chosen by rule, not search.
 
-Every row is compiled ahead of time for its architecture by ``tests/triton/test_aot.py``, which
+Every row is compiled ahead of time for its architecture by ``tests/triton/test_aot*.py``, which
 holds it to: tensor-core instructions, no spills, shared memory within the limit, and room for
 ``programs_per_sm`` of its programs on a processor side by side. None of the rows has been timed on
 a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
@@ -36,8 +36,8 @@ __all__ = [
 class Projection(NamedTuple):
     """Tiles of a projection's launch.
 
-    Sums: (block_q, block_r) tiles, block_k of the summed dimension a step. Updates: panels of
-    block_m rows, block_n columns a step, ``strip`` columns a task.
+    Sums: (block_q, block_r) tiles, block_k of the summed dimension a step; block_q is a multiple of
+    block_k. Updates: panels of block_m rows, block_n columns a step, ``strip`` columns a task.
     """
 
     block_q: int
@@ -77,6 +77,8 @@ Config = Projection | Multiply | Gram
 
 # Tiles a single matrix is split into at least, where its shape allows: about one a processor.
 FILL = {"sm_80": 128, "sm_86": 82, "sm_90": 128, "sm_100": 160, "gfx942": 304}
+# Rows of a tile of C whose parts are added: few, so that several programs share what all wait for.
+BLOCK_C = 16
 # A split is never shorter than this many summed elements: each costs a float32 part of the result,
 # written and read again.
 SHORTEST_SPLIT = 256
@@ -103,12 +105,9 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
         "tf32": (
             Projection(128, 32, 32, 128, 64, 512, 8, 3, 3),
             Projection(64, 32, 64, 64, 64, 512, 8, 3, 3),
-            Projection(64, 32, 32, 64, 64, 512, 8, 3, 3),
+            Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
         ),
-        "float32": (
-            Projection(64, 16, 32, 64, 32, 512, 8, 3, 3),
-            Projection(64, 16, 16, 64, 32, 512, 8, 3, 3),
-        ),
+        "float32": (Projection(64, 32, 32, 64, 16, 512, 4, 3, 3, 2),),
     },
     # 99 KB of shared memory.
     "sm_86": {
@@ -119,19 +118,16 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
             Projection(64, 32, 64, 64, 32, 512, 8, 3, 3),
         ),
         "tf32": (
-            Projection(64, 32, 32, 64, 64, 512, 8, 3, 3),
+            Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
             Projection(64, 32, 64, 64, 32, 512, 8, 3, 3),
-            Projection(32, 32, 32, 64, 32, 512, 8, 3, 3),
+            Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
         ),
-        "float32": (
-            Projection(64, 16, 32, 64, 32, 512, 8, 3, 3),
-            Projection(64, 16, 16, 64, 32, 512, 8, 3, 3),
-        ),
+        "float32": (Projection(64, 16, 32, 64, 16, 512, 4, 3, 3),),
     },
     "sm_90": {
         "bfloat16": (
-            Projection(128, 64, 32, 256, 64, 512, 8, 4, 3),
-            Projection(128, 64, 64, 256, 64, 512, 8, 4, 3),
+            Projection(128, 64, 32, 256, 64, 704, 8, 4, 3),
+            Projection(128, 64, 64, 256, 64, 704, 8, 4, 3),
             Projection(64, 64, 128, 128, 64, 512, 8, 3, 3),
             Projection(64, 64, 64, 128, 64, 512, 8, 3, 3),
         ),
@@ -141,8 +137,8 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
             Projection(64, 32, 32, 64, 64, 512, 8, 3, 3),
         ),
         "float32": (
-            Projection(64, 16, 32, 64, 32, 512, 8, 3, 3),
-            Projection(64, 16, 16, 64, 32, 512, 8, 3, 3),
+            Projection(64, 16, 32, 64, 16, 512, 4, 3, 3, 2),
+            Projection(64, 16, 16, 64, 16, 512, 4, 3, 3, 2),
         ),
     },
     "sm_100": {
@@ -150,10 +146,10 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
             Projection(128, 64, 32, 128, 128, 512, 8, 4, 3),
             Projection(128, 64, 64, 128, 128, 512, 8, 4, 3),
             # With all of rank 128 at once padded ranks spill.
-            Projection(128, 64, 64, 64, 64, 512, 8, 3, 3),
+            Projection(64, 64, 64, 64, 64, 512, 8, 3, 3),
         ),
         "tf32": (
-            Projection(64, 32, 64, 64, 64, 512, 8, 3, 3),
+            Projection(64, 16, 64, 64, 64, 512, 8, 3, 3),
             Projection(32, 32, 32, 64, 64, 512, 8, 3, 3),
         ),
         "float32": (Projection(64, 32, 32, 64, 64, 512, 8, 3, 3),),
@@ -217,7 +213,7 @@ _MULTIPLY["sm_86"], _GRAM["sm_86"] = _MULTIPLY["sm_80"], _GRAM["sm_80"]
 # Where some row is not a multiple of 16 bytes every element has an address of its own, and the
 # tiles above would spill; these serve every architecture and any width of operand.
 _UNALIGNED_PROJECTION = Projection(64, 32, 32, 64, 32, 256, 4, 1, 1)
-_UNALIGNED_FLOAT32_PROJECTION = Projection(64, 32, 32, 64, 32, 256, 8, 1, 1)
+_UNALIGNED_FLOAT32_PROJECTION = Projection(64, 16, 32, 64, 32, 256, 8, 1, 1)
 _UNALIGNED_MULTIPLY = Multiply(64, 32, 32, 4, 1, 2)
 # x is aligned, but the basis or the result beside it is not.
 _RAGGED_MULTIPLY = Multiply(64, 32, 64, 4, 1, 2)
@@ -291,7 +287,8 @@ def candidates(config: Config) -> list[Config]:
             nearby.append(config._replace(num_warps=warps))
     if isinstance(config, Projection):
         nearby.append(config._replace(block_n=config.block_n // 2))
-        nearby.append(config._replace(block_q=config.block_q // 2))
+        if config.block_q // 2 % config.block_k == 0:
+            nearby.append(config._replace(block_q=config.block_q // 2))
     elif isinstance(config, Multiply):
         nearby.append(config._replace(block_q=config.block_q // 2))
         nearby.append(config._replace(block_k=config.block_k * 2))

@@ -18,14 +18,17 @@ from . import configs
 from .launches import split
 from .views import View, ceil_div, dot_rule
 
-__all__ = ["Cut", "Group", "Planned", "in_launches", "plan_chain"]
+__all__ = ["Cut", "Group", "Planned", "in_launches", "is_C", "plan_chain"]
 
 BF16 = torch.bfloat16
 Constants = dict[str, object]
 
 
 class Cut(NamedTuple):
-    """A sum in parts, of ``length`` but for the last."""
+    """A sum in parts, of ``length`` but for the last.
+
+    C may be one: then each tile of the coefficient that it is made from makes a part at its end.
+    """
 
     parts: int
     length: int
@@ -45,6 +48,11 @@ class Planned(NamedTuple):
     def steps(self) -> list[Step]:
         return [link.step for link in self.chain]
 
+    @property
+    def of_C(self) -> dict[int | None, int]:
+        """Of the link whose tiles make parts of C, that of C."""
+        return {self.chain[i].after: i for i in self.cuts if is_C(self.chain[i].step)}
+
 
 def plan_chain(
     chain: Chain,
@@ -56,7 +64,53 @@ def plan_chain(
     constants = [_constants(link.step, precision) for link in chain]
     rank = max((rank_of(link.step) for link in chain), default=0)
     aligned = all(view.layout.aligned for link in chain for view in _read_views(link.step))
-    return Planned(chain, constants, choose(chain, _math(constants), rank, aligned), arena, {})
+    planned = Planned(chain, constants, choose(chain, _math(constants), rank, aligned), arena, {})
+    for i, link in enumerate(chain):
+        if is_C(link.step):
+            _plan_C(planned, i, rank <= planned.config.block_r, precision)
+    return planned
+
+
+def _plan_C(planned: Planned, i: int, in_parts: bool, precision: str) -> None:
+    """C has no tasks of its own: what makes it and what reads it do its work.
+
+    Each part is as large as C, so that of ranks beyond a block, of which the parts would be larger
+    than the matrix, C is a product of what is stored.
+    """
+    chain, constants = planned.chain, planned.constants
+    step, after, _ = chain[i]
+    assert isinstance(step, Reduction)
+    assert step.x is not None
+    assert step.basis is not None
+    own, constants[i] = constants[i], {}
+    x, basis = view_of(step.x).mT, view_of(step.basis)  # x as it is loaded
+    dot, how = dot_rule(x.dtype, (basis.dtype,), (), precision)
+    products: Constants = {"FROM": x.dtype, "FROM_LAYOUT": int(x.layout), "C_DOT": dot}
+    products |= {"C_PRECISION": how} | _basis("BY", basis)
+    if planned.config.block_q % planned.config.block_k:
+        raise ValueError(
+            "osf_kernels.backends.triton: expected block_q to be a multiple of block_k, got "
+            f"{planned.config}"
+        )
+    if in_parts:
+        source = None if after is None else chain[after].step
+        parts = 0 if source is None else ceil_div(source.out.shape[0], planned.config.block_q)
+        rows, columns = step.out.shape
+        memory = planned.arena.new(parts * rows, columns, torch.float32)
+        planned.cuts[i] = Cut(parts, planned.config.block_q, memory)
+        if after is not None:
+            assert isinstance(source, Reduction)
+            constants[after] |= products | {f"C_OF_{source.into}": True}
+    own |= products | {"C_IN_PARTS": in_parts}
+    own["BLOCK_C"] = configs.BLOCK_C if in_parts else planned.config.block_q
+    for place, reader in enumerate(chain):
+        if reader.c_after == i:
+            assert isinstance(reader.step, Reduction)
+            constants[place] |= own | {f"C_INTO_{reader.step.into}": True}
+
+
+def is_C(step: Step) -> bool:
+    return isinstance(step, Reduction) and step.into == "C"
 
 
 def _math(constants: Iterable[Constants]) -> configs.Math:
@@ -103,22 +157,16 @@ def _constants(step: Reduction | Update, precision: str) -> Constants:
 def _of_sum(step: Reduction, precision: str) -> Constants:
     into = step.into
     out = view_of(step.out)
-    made: Constants = {f"HAS_{into}": True}
+    made: Constants = {f"{into}_LAYOUT": int(out.layout)}
     if into != "C":
-        made |= {into: out.dtype}
-    made[f"{into}_LAYOUT"] = int(out.layout)
-    x, basis = (None if t is None else view_of(t) for t in (step.x, step.basis))
-    if x is not None and basis is not None:
-        if into != "B":
+        made |= {f"HAS_{into}": True, into: out.dtype}
+    if into != "C" and step.x is not None and step.basis is not None:
+        x, basis = view_of(step.x), view_of(step.basis)
+        if into == "A":
             x = x.mT  # as it is loaded
         dot, how = dot_rule(x.dtype, (basis.dtype,), (), precision)
-        names = ("FROM", "BY", "C_DOT", "C_PRECISION")
-        if into != "C":
-            names = ("X", "U" if into == "A" else "V", "DOT", "PRECISION")
-        for name, value in zip(names, (x.dtype, basis.dtype, dot, how), strict=True):
-            made[name] = value
-        made[f"{names[0]}_LAYOUT"] = int(x.layout)
-        made[f"{names[1]}_LAYOUT"] = int(basis.layout)
+        made |= {"X": x.dtype, "X_LAYOUT": int(x.layout), "DOT": dot, "PRECISION": how}
+        made |= _basis("U" if into == "A" else "V", basis)
     if step.initial is not None:
         initial = view_of(step.initial)
         made |= {"HAS_INITIAL": True, "INITIAL": initial.dtype}
@@ -129,14 +177,14 @@ def _of_sum(step: Reduction, precision: str) -> Constants:
                 f"osf_kernels.backends.triton: expected S to be float32, got {step.S.dtype}"
             )
         made["HAS_OFFSET"] = True
-    if step.c is not None:
-        made["HAS_CORRECTION"] = True
     if step.other is not None and (step.S is not None or step.c is not None):
-        other = view_of(step.other)
-        name = "V" if into == "A" else "U"
-        made |= {name: other.dtype, f"{name}_LAYOUT": int(other.layout)}
+        made |= _basis("V" if into == "A" else "U", view_of(step.other))
         made["EXACT"] = "ieee" if precision == "ieee" else "tf32x3"
     return made
+
+
+def _basis(name: str, view: View) -> Constants:
+    return {name: view.dtype, f"{name}_LAYOUT": int(view.layout)}
 
 
 def _of_update(job: Update, precision: str) -> Constants:
@@ -206,6 +254,10 @@ class Group:
     def steps(self) -> list[Step]:
         return [planned.chain[i].step for planned, links in self.members for i in links]
 
+    def tiles_of(self, step: Reduction) -> int:
+        q, rank = step.out.shape
+        return ceil_div(q, self.config.block_q) * ceil_div(rank, self.config.block_r)
+
     def split(self, fill: int) -> None:
         """Cuts sums, where the tiles of all of them are fewer than half of ``fill``.
 
@@ -213,27 +265,28 @@ class Group:
         long in 64 tiles as in 128, for which partial sums would take .33 of its bytes, not .08.
         """
         busy = max(1, fill // 2)
-        sums = [step for step in self.steps if isinstance(step, Reduction) and step.into != "C"]
-        sizes = [tuple(step.out.shape) for step in sums]
-        tiles = sum(tiles_of(rows, columns, self.config) for rows, columns in sizes)
+        sums = [step for step in self.steps if isinstance(step, Reduction) and not is_C(step)]
+        tiles = sum(map(self.tiles_of, sums))
         for planned, links in self.members:
             for i in links:
                 step = planned.chain[i].step
-                if not isinstance(step, Reduction) or step.x is None or i in planned.cuts:
+                if not isinstance(step, Reduction) or step.x is None or is_C(step):
+                    continue
+                if i in planned.cuts:
                     continue
                 (q, length), rank = step.x.shape, step.out.shape[1]
-                # C waits for a whole sum and others for it: in parts it takes less long.
-                few = tiles if step.into != "C" else tiles_of(q, rank, self.config)
-                count, part = split(few, length, self.config.block_k, busy)
+                count, part = split(tiles, length, self.config.block_k, busy)
                 if count > 1:
                     memory = planned.arena.new(count * q, rank, torch.float32)
                     planned.cuts[i] = Cut(count, part, memory)
-        if any(i in planned.cuts for planned, links in self.members for i in links):
+        cut = [
+            planned.chain[i].step
+            for planned, links in self.members
+            for i in links
+            if i in planned.cuts
+        ]
+        if not all(map(is_C, cut)):
             self.constants["HAS_PARTS"] = True
-
-
-def tiles_of(rows: int, columns: int, config: configs.Projection) -> int:
-    return ceil_div(rows, config.block_q) * ceil_div(columns, config.block_r)
 
 
 def _conflict(some: Constants, more: Constants) -> bool:
@@ -266,6 +319,8 @@ def in_launches(planned: Iterable[Planned]) -> list[list[Group]]:
 
 # Of what a launch has no operand of.
 DEFAULTS: Constants = {
+    "BLOCK_C": configs.BLOCK_C,
+    "C_IN_PARTS": True,
     **dict.fromkeys(("X", "U", "V", "A", "B", "INITIAL", "DOT", "FROM", "BY", "C_DOT"), BF16),
     **dict.fromkeys(("OUT", "READ", "L1", "R1", "L2", "R2", "ADDEND", "UPDATE_DOT"), BF16),
     **dict.fromkeys(("PRECISION", "C_PRECISION", "EXACT", "UPDATE_PRECISION"), "ieee"),
@@ -280,8 +335,8 @@ DEFAULTS: Constants = {
     ),
     **dict.fromkeys(
         (
-            *("HAS_A", "HAS_B", "HAS_C", "HAS_UPDATE", "HAS_PARTS", "HAS_OFFSET"),
-            *("HAS_INITIAL", "HAS_CORRECTION", "HAS_FIRST", "HAS_SECOND", "HAS_ADDEND"),
+            *("HAS_A", "HAS_B", "C_OF_A", "C_OF_B", "C_INTO_A", "C_INTO_B", "HAS_UPDATE"),
+            *("HAS_PARTS", "HAS_OFFSET", "HAS_INITIAL", "HAS_FIRST", "HAS_SECOND", "HAS_ADDEND"),
             "NEGATIVE",
         ),
         False,

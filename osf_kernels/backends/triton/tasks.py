@@ -17,7 +17,9 @@ every one   0 kind (0 Aᵀ, 1 B, 2 C, 3 update), 1 counter it waits for, 2 up to
 Reduction   4 x, 7 q, 8 length, 9 basis, 12 rank, 13 parts or 0, 14 how many to add (0: a product),
             15 out (q, rank), 18 initial, 21 its sign, 22 S, 23 its stride, 24 other basis,
             27 its width, 28 c, 31 counter that c waits for, 32 up to what, 33 alpha,
-            34 length of a part
+            34 length of a part, 35 the C that it makes parts of, 36 the C that c is: where their
+            records are from here, or 0
+C           as of a Reduction; no task is of it: 35 counter of the tiles that are claimed
 Update      4 out, 7 x, 10 m, 11 n, 12 alpha's float32 bits, 13 beta, 14 L1, 17 R1, 20 r,
             21 L2, 24 R2, 27 k, 28 addend, 31 columns of a task
 
@@ -36,7 +38,8 @@ from osf_kernels.backends.chains import Reduction
 from osf_kernels.backends.jobs import Matrix, Update
 from osf_kernels.backends.operands import ALIGNMENT, WORKSPACE, Placed
 
-from .groups import DEFAULTS, Cut, Group, Planned, in_launches, rank_of, tiles_of, view_of
+from . import configs
+from .groups import DEFAULTS, Cut, Group, Planned, in_launches, is_C, rank_of, view_of
 from .launches import Launch
 from .order import Chained, Tasks, in_order
 from .views import View, ceil_div
@@ -123,6 +126,13 @@ class _Wait(NamedTuple):
 _AT_ONCE = _Wait(0, 0)
 
 
+class _SumOfC(NamedTuple):
+    """A C, which has a record but no tasks: where that is, and when C is there."""
+
+    place: int
+    done: _Wait
+
+
 class _Builder:
     """One launch under construction."""
 
@@ -164,27 +174,39 @@ class _Builder:
             begin = _AT_ONCE
             if place.turn > 1:
                 begin = _Wait(turns[place.turn - 2], used[place.turn - 2])
-            waited = {i for link in planned.chain for i in (link.after, link.c_after)}
+            waited = {link.after for link in planned.chain}
             waits: dict[int | None, _Wait] = {None: begin}
             chain = []
+            sums: dict[int, _SumOfC] = {}  # by link
             for i in links:
                 step, after, c_after = planned.chain[i]
+                if is_C(step):
+                    continue
                 counter = self._counter() if i in waited else turns[place.turn]
                 wait = waits.get(after, begin)
                 if isinstance(step, Update):
                     tasks = self._update(step, wait, counter, strip, place.start)
                     counted = len(tasks[0])
                 else:
-                    c_wait = _AT_ONCE if c_after is None else waits.get(c_after, _AT_ONCE)
-                    cut = planned.cuts.get(i)
-                    tasks, counted = self._reduction(step, cut, wait, c_wait, counter, place.start)
+                    made = planned.of_C.get(i)
+                    if made is not None:
+                        ready = _Wait(counter, self.group.tiles_of(step))
+                        sums[made] = self._sum_of_C(planned, made, ready, place.start)
+                    if c_after is not None and c_after not in sums:
+                        ready = waits.get(planned.chain[c_after].after, begin)
+                        sums[c_after] = self._sum_of_C(planned, c_after, ready, place.start)
+                    of_C = tuple(None if j is None else sums[j] for j in (made, c_after))
+                    tasks, counted = self._reduction(
+                        step, planned.cuts.get(i), wait, counter, of_C, place.start
+                    )
                 waits[i] = _Wait(counter, counted)
                 if not counted:  # what is behind a step without tasks waits for what that would
-                    waits[i] = wait if c_after is None else waits.get(c_after, begin)
+                    source = after if c_after is None else planned.chain[c_after].after
+                    waits[i] = waits.get(source, begin)
                 if i not in waited:
                     used[place.turn] += counted
                 chain.append(tasks)
-            xs = [s.x for s in planned.steps if isinstance(s, Reduction) and s.into != "C"]
+            xs = [s.x for s in planned.steps if isinstance(s, Reduction) and not is_C(s)]
             read = [x.numel() * x.dtype.itemsize for x in xs if x is not None]
             chains.append(Chained(chain, max(read, default=0), place.turn))
         return chains
@@ -212,15 +234,54 @@ class _Builder:
         step: Reduction,
         cut: Cut | None,
         wait: _Wait,
-        c_wait: _Wait,
         counter: int,
+        of_C: Sequence[_SumOfC | None],
         start: int,
     ) -> tuple[Tasks, int]:
-        """The tasks of a sum, and how many of them write the result."""
+        """The tasks of a sum, and how many of them write the result.
+
+        ``of_C``: the one that it makes parts of, and the one that it reads.
+        """
         kind = _KINDS[step.into]
         out = _placed(step.out, start)
-        tiles = tiles_of(out.rows, out.columns, self.config)
-        tail = _tail(step, out, c_wait, start)
+        tiles = self.group.tiles_of(step)
+        _, reads = of_C
+        tail = _tail(step, out, reads, start)
+        factors, whole = self._factors(step, out, start)
+
+        def result(ready: _Wait, memory: int, parts: int) -> range:
+            distances = [0 if c is None else c.place - len(self.records) for c in of_C]
+            fields = (*factors, memory, parts, *tail, whole, *distances)
+            return _numbers(self._record(kind, ready, counter, fields), tiles)
+
+        if cut is None:
+            return [result(wait, 0, 0)], tiles
+        made, memory = self._counter(), _placed(cut.memory, start).address
+        fields = (*factors, memory, 0, *[0] * len(tail), cut.length, 0, 0)
+        parts = _numbers(self._record(kind, wait, made, fields), cut.parts * tiles)
+        return [parts, result(_Wait(made, len(parts)), memory, cut.parts)], tiles
+
+    def _sum_of_C(self, planned: Planned, link: int, ready: _Wait, start: int) -> _SumOfC:
+        """The record of a C, for the tasks that make its parts, or it, and that read it."""
+        step, cut = planned.chain[link].step, planned.cuts.get(link)
+        assert isinstance(step, Reduction)
+        out = _placed(step.out, start)
+        rows, columns = self.config.block_q, self.config.block_r
+        factors, length = self._factors(step, out, start)
+        memory, parts = 0, 0
+        if cut is not None:
+            rows, length = configs.BLOCK_C, cut.length
+            memory, parts = _placed(cut.memory, start).address, cut.parts
+        done = _Wait(self._counter(), ceil_div(out.rows, rows) * ceil_div(out.columns, columns))
+        if not done.until:  # who would read it waits for what it would be made from
+            done = ready
+        tail = _tail(step, out, None, start)
+        fields = (*factors, memory, parts, *tail, length, self._counter())
+        return _SumOfC(self._record(_KINDS["C"], ready, done.counter, fields), done)
+
+    def _factors(self, step: Reduction, out: View, start: int) -> tuple[tuple[int, ...], int]:
+        """What a record says of the matrices that are multiplied, and the length of the sum in
+        whole steps."""
         factors: tuple[int, ...] = (*_NO_VIEW, out.rows, 0, *_NO_VIEW, out.columns)
         length = 0
         if step.x is not None and step.basis is not None:
@@ -228,17 +289,7 @@ class _Builder:
             length = x.columns
             loaded = x if step.into == "B" else x.mT
             factors = (*loaded.fields, out.rows, length, *basis.fields, out.columns)
-        whole = ceil_div(max(1, length), self.config.block_k) * self.config.block_k
-        if cut is None:
-            place = self._record(kind, wait, counter, (*factors, 0, 0, *tail, whole))
-            return [_numbers(place, tiles)], tiles
-        made, memory = self._counter(), _placed(cut.memory, start).address
-        no_tail = [0] * len(tail)
-        place = self._record(kind, wait, made, (*factors, memory, 0, *no_tail, cut.length))
-        parts = _numbers(place, cut.parts * tiles)
-        ready = _Wait(made, len(parts))
-        place = self._record(kind, ready, counter, (*factors, memory, cut.parts, *tail, whole))
-        return [parts, _numbers(place, tiles)], tiles
+        return factors, ceil_div(max(1, length), self.config.block_k) * self.config.block_k
 
     def _strip(self) -> int:
         """Columns of a task of an update: fewer where all of a launch would be too few tasks."""
@@ -247,7 +298,7 @@ class _Builder:
         while strip > block_n and self.fill > sum(
             ceil_div(m, block_m) * ceil_div(n, strip) for m, n in sizes
         ):
-            strip = max(block_n, strip // 2)
+            strip = ceil_div(strip // 2, block_n) * block_n
         return strip
 
     def _update(self, job: Update, wait: _Wait, counter: int, strip: int, start: int) -> Tasks:
@@ -284,7 +335,7 @@ def _moved(address: int, start: int) -> int:
     return address
 
 
-def _tail(step: Reduction, out: View, c_wait: _Wait, start: int) -> tuple[int, ...]:
+def _tail(step: Reduction, out: View, reads: _SumOfC | None, start: int) -> tuple[int, ...]:
     """What a record says of what follows the sum."""
     initial, other, c = (
         None if t is None else _placed(t, start) for t in (step.initial, step.other, step.c)
@@ -300,6 +351,6 @@ def _tail(step: Reduction, out: View, c_wait: _Wait, start: int) -> tuple[int, .
         *(other.fields if other else _NO_VIEW),
         other.columns if other else 0,
         *(c.fields if c else _NO_VIEW),
-        *c_wait,
+        *(reads.done if reads else _AT_ONCE),
         step.alpha,
     )

@@ -1,8 +1,13 @@
-"""A tile of Aᵀ = xᵀ U, of B = x V, or of C = A V, less what pins it or corrects it.
+"""A tile of Aᵀ = xᵀ U or of B = x V, less what pins it or corrects it; and C = A V of the tiles.
 
 The sum over a long dimension may be cut in parts, each a task; a task of its own adds them, in
-their order. What follows the sum is one piece of code, ``store_result``, and each value is rounded
-once, to the dtype in which it is read.
+their order. What follows the sum is one piece of code, at the end of ``reduction``, and each value
+is rounded once, to the dtype in which it is read.
+
+C is such a sum too, but without tasks. Each tile of A, once stored, makes a part, its product with
+V (``store_part_of_C``). Tasks that read C add the parts first (``make_C``): whoever comes claims
+tiles of C until none is left, so that a tile is always in the hands of a program that runs. Of
+ranks beyond a block, whose parts would be large, such a tile is a product of what is stored.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tasks import wait
+from .tasks import done, settle, wait
 from .tiles import (
     accurate_product,
     load_address,
@@ -82,13 +87,24 @@ def part_pointers(bases, record, part, rows, ranks):
 
 
 @triton.jit
-def sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr):
+def sum_of_parts(
+    bases,
+    record,
+    rows,
+    ranks,
+    count,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts that are asked for before the first is added
+):
     """The same tile of all parts, added in their order."""
     values = tl.zeros((BLOCK_Q, BLOCK_R), dtype=tl.float32)
-    for part in tl.range(0, count, num_stages=1):
-        pointers, mask = part_pointers(bases, record, part, rows, ranks)
-        # From L2: another program wrote it.
-        values += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+    for first in tl.range(0, count, AT_ONCE, num_stages=1):
+        for i in tl.static_range(AT_ONCE):
+            pointers, mask = part_pointers(bases, record, first + i, rows, ranks)
+            # From L2: another program wrote it.
+            mask = mask & (first + i < count)
+            values += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
     return values
 
 
@@ -103,6 +119,143 @@ def diagonal(bases, record, rows, ranks):
 
 
 @triton.jit
+def plus_initial(
+    values,
+    bases,
+    record,
+    rows,
+    ranks,
+    INITIAL: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """values ± initial[rows, ranks], where a record has it."""
+    if HAS_INITIAL:  # noqa: SIM102 (the outer test is taken while compiling)
+        if tl.load(record + 18) != 0:
+            initial = load_view(record, 18, 7, 12, INITIAL, LAYOUT, bases)
+            tile = widen(load_tile(initial, rows, ranks, LAYOUT), INTERPRET)
+            values += tl.load(record + 21).to(tl.float32) * tile
+    return values
+
+
+@triton.jit
+def store_part_of_C(
+    bases,
+    record,  # of C
+    panel,
+    ranks,
+    FROM: tl.constexpr,
+    BY: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FROM_LAYOUT: tl.constexpr,
+    BY_LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    AMD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The part of C that a tile of A or B makes, from what the program has just stored."""
+    settle(AMD)
+    columns = tl.arange(0, BLOCK_R)  # all: C is in parts where no rank is beyond a block
+    part = product(
+        bases,
+        record,
+        panel,
+        ranks,
+        columns,
+        FROM,
+        BY,
+        DOT,
+        PRECISION,
+        FROM_LAYOUT,
+        BY_LAYOUT,
+        True,
+        BLOCK_R,
+        BLOCK_K,
+        BLOCK_R,
+        STAGES,
+        INTERPRET,
+    )
+    # Padding of the basis may be NaN.
+    part = tl.where((columns < tl.load(record + 12))[None, :], part, 0.0)
+    pointers, mask = part_pointers(bases, record, panel, ranks, columns)
+    tl.store(pointers, part, mask=mask)
+
+
+@triton.jit
+def make_C(
+    counters,
+    bases,
+    record,
+    FROM: tl.constexpr,
+    BY: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FROM_LAYOUT: tl.constexpr,
+    BY_LAYOUT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    INITIAL: tl.constexpr,
+    INITIAL_LAYOUT: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    AMD: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Claim tiles of C, compute and store them, until none is left."""
+    chunks = tl.cdiv(tl.load(record + 12).to(tl.int32), BLOCK_R)
+    tiles = chunks * tl.cdiv(tl.load(record + 7).to(tl.int32), BLOCK_C)
+    claimed = counters + tl.load(record + 35)
+    tile = tl.atomic_add(claimed, 1, sem="relaxed", scope="gpu").to(tl.int32)
+    if tile < tiles:
+        wait(counters, record, 1)
+    while tile < tiles:
+        rows = tile // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+        ranks = tile % chunks * BLOCK_R + tl.arange(0, BLOCK_R)
+        if IN_PARTS:
+            count = tl.load(record + 14).to(tl.int32)
+            values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_C, BLOCK_R, 8)
+        else:
+            values = product(
+                bases,
+                record,
+                0,
+                rows,
+                ranks,
+                FROM,
+                BY,
+                DOT,
+                PRECISION,
+                FROM_LAYOUT,
+                BY_LAYOUT,
+                True,
+                BLOCK_C,
+                BLOCK_K,
+                BLOCK_R,
+                STAGES,
+                INTERPRET,
+            )
+        # Padding must come out as zeros.
+        values = tl.where((ranks < tl.load(record + 12))[None, :], values, 0.0)
+        values = plus_initial(
+            values, bases, record, rows, ranks, INITIAL, INITIAL_LAYOUT, HAS_INITIAL, INTERPRET
+        )
+        if HAS_OFFSET:
+            values -= diagonal(bases, record, rows, ranks)
+        out = load_view(record, 15, 7, 12, tl.float32, LAYOUT, bases)
+        store_tile(out, rows, ranks, values, tl.float32, LAYOUT, INTERPRET)
+        done(counters, record, 3, AMD)
+        tile = tl.atomic_add(claimed, 1, sem="relaxed", scope="gpu").to(tl.int32)
+
+
+@triton.jit
 def plus_product(
     values,
     counters,
@@ -114,21 +267,21 @@ def plus_product(
     OTHER_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
+    HAS_C: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """values + other[rows, :] (alpha c − diag(S))[:, ranks]; waits until c is there."""
     alpha = tl.load(record + 33).to(tl.float32)
     other = load_view(record, 24, 7, 27, OTHER, OTHER_LAYOUT, bases)
     c = load_view(record, 28, 27, 12, tl.float32, 0, bases)
-    if HAS_CORRECTION:
+    if HAS_C:
         wait(counters, record, 31)
     # In short pieces, one at a time: beside the sum few registers are left.
     for piece in tl.range(0, other[4], 16, num_stages=1):
         inner = piece + tl.arange(0, 16)
         left = load_tile(other, rows, inner, OTHER_LAYOUT)
         right = tl.zeros((16, ranks.shape[0]), dtype=tl.float32)
-        if HAS_CORRECTION:
+        if HAS_C:
             right = alpha * tl.load(
                 tile_pointers(c, inner, ranks, 0),
                 mask=tile_mask(c, inner, ranks) & (tl.load(record + 28) != 0),
@@ -142,54 +295,6 @@ def plus_product(
 
 
 @triton.jit
-def store_result(
-    values,
-    counters,
-    bases,
-    record,
-    rows,
-    ranks,
-    OUT: tl.constexpr,
-    OUT_LAYOUT: tl.constexpr,
-    OTHER: tl.constexpr,
-    OTHER_LAYOUT: tl.constexpr,
-    INITIAL: tl.constexpr,
-    INITIAL_LAYOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Write values ± initial + other·(alpha c − diag(S)), those terms that a record has."""
-    if HAS_INITIAL:  # noqa: SIM102 (the outer test is taken while compiling)
-        if tl.load(record + 18) != 0:
-            initial = load_view(record, 18, 7, 12, INITIAL, INITIAL_LAYOUT, bases)
-            tile = widen(load_tile(initial, rows, ranks, INITIAL_LAYOUT), INTERPRET)
-            values += tl.load(record + 21).to(tl.float32) * tile
-    if OTHER is not None:
-        if HAS_OFFSET or HAS_CORRECTION:
-            values = plus_product(
-                values,
-                counters,
-                bases,
-                record,
-                rows,
-                ranks,
-                OTHER,
-                OTHER_LAYOUT,
-                PRECISION,
-                HAS_OFFSET,
-                HAS_CORRECTION,
-                INTERPRET,
-            )
-    elif HAS_OFFSET:
-        values -= diagonal(bases, record, rows, ranks)
-    out = load_view(record, 15, 7, 12, OUT, OUT_LAYOUT, bases)
-    store_tile(out, rows, ranks, values, OUT, OUT_LAYOUT, INTERPRET)
-
-
-@triton.jit
 def reduction(
     counters,
     bases,
@@ -198,7 +303,7 @@ def reduction(
     X: tl.constexpr,
     BASIS: tl.constexpr,
     OUT: tl.constexpr,
-    OTHER: tl.constexpr,  # None: a record's S is taken off the diagonal
+    OTHER: tl.constexpr,  # the basis of the other side
     INITIAL: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -209,22 +314,38 @@ def reduction(
     OTHER_LAYOUT: tl.constexpr,
     INITIAL_LAYOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    C_OF_THIS: tl.constexpr,
+    FROM: tl.constexpr,
+    BY: tl.constexpr,
+    C_DOT: tl.constexpr,
+    C_PRECISION: tl.constexpr,
+    FROM_LAYOUT: tl.constexpr,
+    BY_LAYOUT: tl.constexpr,
+    C_LAYOUT: tl.constexpr,
+    C_INITIAL_LAYOUT: tl.constexpr,
+    C_INTO_THIS: tl.constexpr,
+    C_IN_PARTS: tl.constexpr,
     HAS_PARTS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
+    AMD: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One (BLOCK_Q, BLOCK_R) tile: of a part, of the sum of parts, or of a result in one go."""
+    """One (BLOCK_Q, BLOCK_R) tile: of a part, of the sum of parts, or of a result in one go.
+
+    A result is the sum ± initial + other·(alpha c − diag(S)), those terms that a record has.
+    """
     # Rank chunks innermost: they share a panel of x.
     chunks = tl.cdiv(tl.load(record + 12).to(tl.int32), BLOCK_R)
     panels = tl.cdiv(tl.load(record + 7).to(tl.int32), BLOCK_Q)
     part = local // (chunks * panels)
-    rows = local // chunks % panels * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    panel = local // chunks % panels
+    rows = panel * BLOCK_Q + tl.arange(0, BLOCK_Q)
     ranks = local % chunks * BLOCK_R + tl.arange(0, BLOCK_R)
     count = 0
     is_part = False
@@ -232,7 +353,7 @@ def reduction(
         count = tl.load(record + 14).to(tl.int32)
         is_part = (tl.load(record + 13) != 0) & (count == 0)
     if count > 0:
-        values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q, BLOCK_R)
+        values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q, BLOCK_R, 1)
     else:
         values = product(
             bases,
@@ -259,22 +380,67 @@ def reduction(
         pointers, mask = part_pointers(bases, record, part, rows, ranks)
         tl.store(pointers, values, mask=mask)
     else:
-        store_result(
-            values,
-            counters,
-            bases,
-            record,
-            rows,
-            ranks,
-            OUT,
-            OUT_LAYOUT,
-            OTHER,
-            OTHER_LAYOUT,
-            INITIAL,
-            INITIAL_LAYOUT,
-            EXACT,
-            HAS_OFFSET,
-            HAS_INITIAL,
-            HAS_CORRECTION,
-            INTERPRET,
+        values = plus_initial(
+            values, bases, record, rows, ranks, INITIAL, INITIAL_LAYOUT, HAS_INITIAL, INTERPRET
         )
+        if C_INTO_THIS:  # noqa: SIM102 (the outer test is taken while compiling)
+            if tl.load(record + 36) != 0:
+                make_C(
+                    counters,
+                    bases,
+                    record + tl.load(record + 36),
+                    FROM,
+                    BY,
+                    C_DOT,
+                    C_PRECISION,
+                    FROM_LAYOUT,
+                    BY_LAYOUT,
+                    C_LAYOUT,
+                    INITIAL,
+                    C_INITIAL_LAYOUT,
+                    C_IN_PARTS,
+                    HAS_OFFSET,
+                    HAS_INITIAL,
+                    BLOCK_C,
+                    BLOCK_K,
+                    BLOCK_R,
+                    STAGES,
+                    AMD,
+                    INTERPRET,
+                )
+        if HAS_OFFSET or C_INTO_THIS:
+            values = plus_product(
+                values,
+                counters,
+                bases,
+                record,
+                rows,
+                ranks,
+                OTHER,
+                OTHER_LAYOUT,
+                EXACT,
+                HAS_OFFSET,
+                C_INTO_THIS,
+                INTERPRET,
+            )
+        out = load_view(record, 15, 7, 12, OUT, OUT_LAYOUT, bases)
+        store_tile(out, rows, ranks, values, OUT, OUT_LAYOUT, INTERPRET)
+        if C_OF_THIS:  # noqa: SIM102
+            if tl.load(record + 35) != 0:
+                store_part_of_C(
+                    bases,
+                    record + tl.load(record + 35),
+                    panel,
+                    ranks,
+                    FROM,
+                    BY,
+                    C_DOT,
+                    C_PRECISION,
+                    FROM_LAYOUT,
+                    BY_LAYOUT,
+                    BLOCK_K,
+                    BLOCK_R,
+                    STAGES,
+                    AMD,
+                    INTERPRET,
+                )

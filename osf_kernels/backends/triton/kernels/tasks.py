@@ -4,7 +4,8 @@ The grid is persistent. A program claims the next task, and the one after it whi
 first, so that what the claim returns is there when it is needed. A task may wait for a counter
 that only tasks before it count up. So the wait ends however few programs are resident, and in
 whatever order they run: of the tasks that haven't ended, the first waits for none, and the program
-that claimed it has none before it to run.
+that claimed it has none before it to run. For C a task may also wait for a later one that has
+claimed a tile of it (``reduction``): that one runs, and waits for tasks before both alone.
 
 Counters are int64, zero before a launch and after it. The first two are tasks claimed and programs
 that have left; the last program to leave sets all of them back.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["claim", "done", "leave", "wait"]
+__all__ = ["claim", "done", "leave", "settle", "wait"]
 
 
 @triton.jit
@@ -35,15 +36,21 @@ def wait(counters, record, FIELD: tl.constexpr):
 
 
 @triton.jit
-def done(counters, record, FIELD: tl.constexpr, AMD: tl.constexpr):
-    """Count up the counter that a record names: what the task wrote may be read."""
-    # The release is one thread's, and covers what the others wrote: stores that reached memory
-    # before the barrier. AMD's barrier alone does not wait for those of other wavefronts.
+def settle(AMD: tl.constexpr):
+    """Wait for what the program has stored: all of its threads may read it then."""
+    # AMD's barrier alone does not wait for stores of other wavefronts.
     if AMD:
         tl.inline_asm_elementwise(
             "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0", "=v,~{memory}", [], tl.int32, False, 1
         )
     tl.debug_barrier()
+
+
+@triton.jit
+def done(counters, record, FIELD: tl.constexpr, AMD: tl.constexpr):
+    """Count up the counter that a record names: what the task wrote may be read."""
+    # The release is one thread's, and covers what the others stored before the barrier.
+    settle(AMD)
     tl.atomic_add(counters + tl.load(record + FIELD), 1, sem="release", scope="gpu")
 
 

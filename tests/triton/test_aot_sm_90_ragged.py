@@ -1,0 +1,11 @@
+"""Compiled for sm_90 (H100): padded rows, odd widths, strides. See ``test_aot.py``."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.triton.aot_cases import test_padded_rows, test_unaligned_strides
+
+__all__ = ["test_padded_rows", "test_unaligned_strides"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("architecture", ["sm_90"])]
