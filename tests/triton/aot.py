@@ -391,7 +391,8 @@ def _cuda(name: str, architecture: str, compiled: Any) -> Compiled:
     loops = [
         loop
         for loop in innermost_loops(ptx)
-        if "cp.async" in loop and re.search(product, loop) and "ld.global.cg" not in loop
+        if "ld.global.cg" not in loop
+        and ("cp.async" not in ptx or ("cp.async" in loop and re.search(product, loop)))
     ]
     inside = [width for loop in loops for width in _widths(loop)]
     return Compiled(

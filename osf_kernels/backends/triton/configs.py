@@ -120,7 +120,7 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
         "tf32": (
             Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
             Projection(64, 32, 64, 64, 32, 512, 8, 3, 3),
-            Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
+            Projection(64, 16, 32, 128, 32, 512, 8, 3, 3),
         ),
         "float32": (Projection(64, 16, 32, 64, 16, 512, 4, 3, 3),),
     },
@@ -213,7 +213,7 @@ _MULTIPLY["sm_86"], _GRAM["sm_86"] = _MULTIPLY["sm_80"], _GRAM["sm_80"]
 # Where some row is not a multiple of 16 bytes every element has an address of its own, and the
 # tiles above would spill; these serve every architecture and any width of operand.
 _UNALIGNED_PROJECTION = Projection(64, 32, 32, 64, 32, 256, 4, 1, 1)
-_UNALIGNED_FLOAT32_PROJECTION = Projection(64, 16, 32, 64, 32, 256, 8, 1, 1)
+_UNALIGNED_FLOAT32_PROJECTION = Projection(64, 16, 32, 32, 32, 256, 8, 1, 1)
 _UNALIGNED_MULTIPLY = Multiply(64, 32, 32, 4, 1, 2)
 # x is aligned, but the basis or the result beside it is not.
 _RAGGED_MULTIPLY = Multiply(64, 32, 64, 4, 1, 2)
