@@ -53,6 +53,10 @@ class Planned(NamedTuple):
         """Of the link whose tiles make parts of C, that of C."""
         return {self.chain[i].after: i for i in self.cuts if is_C(self.chain[i].step)}
 
+    def rows_of_C(self, i: int) -> int:
+        """Of a tile of the C of that link."""
+        return configs.BLOCK_C if i in self.cuts else self.config.block_q
+
 
 def plan_chain(
     chain: Chain,
@@ -101,8 +105,7 @@ def _plan_C(planned: Planned, i: int, in_parts: bool, precision: str) -> None:
         if after is not None:
             assert isinstance(source, Reduction)
             constants[after] |= products | {f"C_OF_{source.into}": True}
-    own |= products | {"C_IN_PARTS": in_parts}
-    own["BLOCK_C"] = configs.BLOCK_C if in_parts else planned.config.block_q
+    own |= products | {"C_IN_PARTS": in_parts, "BLOCK_C": planned.rows_of_C(i)}
     for place, reader in enumerate(chain):
         if reader.c_after == i:
             assert isinstance(reader.step, Reduction)

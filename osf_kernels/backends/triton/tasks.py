@@ -38,7 +38,6 @@ from osf_kernels.backends.chains import Reduction
 from osf_kernels.backends.jobs import Matrix, Update
 from osf_kernels.backends.operands import ALIGNMENT, WORKSPACE, Placed
 
-from . import configs
 from .groups import DEFAULTS, Cut, Group, Planned, in_launches, is_C, rank_of, view_of
 from .launches import Launch
 from .order import Chained, Tasks, in_order
@@ -266,12 +265,11 @@ class _Builder:
         step, cut = planned.chain[link].step, planned.cuts.get(link)
         assert isinstance(step, Reduction)
         out = _placed(step.out, start)
-        rows, columns = self.config.block_q, self.config.block_r
+        rows, columns = planned.rows_of_C(link), self.config.block_r
         factors, length = self._factors(step, out, start)
         memory, parts = 0, 0
         if cut is not None:
-            rows, length = configs.BLOCK_C, cut.length
-            memory, parts = _placed(cut.memory, start).address, cut.parts
+            memory, parts, length = _placed(cut.memory, start).address, cut.parts, cut.length
         done = _Wait(self._counter(), ceil_div(out.rows, rows) * ceil_div(out.columns, columns))
         if not done.until:  # who would read it waits for what it would be made from
             done = ready
