@@ -1,7 +1,7 @@
 """The order in which the programs of a launch claim its tasks.
 
-What is read again is to be in L2 still, and what waits comes behind what it waits for. Pure
-Python.
+What is read again is to be in L2 still, and a task comes behind those that it waits for; where it
+waits for C, behind those that C is made from. Pure Python.
 """
 
 from __future__ import annotations
