@@ -1,6 +1,6 @@
 """``python -m bench traffic``: bytes and least times of lists on several GPUs, with no GPU.
 
-``traffic`` says what is counted and what is taken for granted.
+``traffic`` says what the model counts and what the model assumes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from bench import report
 from bench.arguments import listed
 from bench.l2 import Cache
 from bench.models import llama_2_7b
-from bench.traffic import DEVICES, MIB, Device, planned, run
+from bench.traffic import DEVICES, MIB, Device, run
+from bench.traffic_plan import planned
 
 
 @dataclass
 class Row:
-    """One launch on one device; bytes are over those of the matrices."""
+    """One launch on one device. Every count of bytes is divided by the bytes of the matrices."""
 
     device: str
     list: str
@@ -31,19 +32,20 @@ class Row:
     k: int
     launches: int
     tasks: int
-    passes: float  # of memory
-    passes_without_hints: float  # if no line left L2 sooner for having been stored last
+    passes: float  # This is how often the matrices' bytes cross between memory and L2.
+    passes_without_hints: float  # The same, where L2 ignores the hints of stores.
     read: float
     written: float
-    l2: float  # between L2 and processors
-    update: float  # the same of updates, over their own reads and writes of the matrices
-    coefficients: float  # with partial sums, written and read
+    l2: float  # These bytes move between L2 and processors.
+    # Bytes of updates are divided by the bytes that updates read and write of the matrices.
+    update: float
+    coefficients: float  # Coefficients and partial sums count once written and once read.
     us: float
-    three_pass_share: float  # of a roofline of three passes
+    three_pass_share: float  # The time of three passes of memory is divided by ``us``.
     config: str
 
 
-# Label, shapes, ranks.
+# A case is a label, the shapes of its matrices, and the ranks (r, k).
 Case = tuple[str, list[tuple[int, int]], tuple[int | None, int | None]]
 
 
@@ -64,7 +66,7 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, device: Device) -> Row:
-    """One case in the model, with hints and without."""
+    """The row of one case, which the model runs with hints and without hints."""
     label, shapes, ranks = case
     (tasks,) = made = planned(shapes, ranks, device.architecture)
     programs = device.processors * tasks.programs_per_processor
@@ -95,7 +97,7 @@ def measure(case: Case, device: Device) -> Row:
 
 
 def add(commands: Any) -> None:
-    """The subcommand's arguments."""
+    """Adds the subcommand and its arguments."""
     traffic = commands.add_parser("traffic", help="bytes and least times of lists, no GPU; 3 min")
     traffic.add_argument(
         "--device", type=listed, default=list(DEVICES), help=f"of {', '.join(DEVICES)}"
@@ -104,7 +106,7 @@ def add(commands: Any) -> None:
 
 
 def run_cases(arguments: argparse.Namespace) -> int:
-    """Prints a line a case, and writes the rows."""
+    """Prints a line for each case, and writes the rows."""
     if not set(arguments.device) <= set(DEVICES):
         raise ValueError(
             f"bench traffic: expected --device of {', '.join(DEVICES)}, "

@@ -10,8 +10,10 @@ import pytest
 
 from bench import report
 from bench.l2 import LINE_BYTES, Cache
-from bench.traffic import A100, H100, MIB, Device, Region, Tasks, Traffic, planned, run
+from bench.traffic import A100, H100, MIB, Device, Traffic, run
 from bench.traffic_cli import cases
+from bench.traffic_plan import planned
+from bench.traffic_tasks import Region, Tasks
 
 pytest.importorskip("triton")
 

@@ -1,7 +1,7 @@
-"""What ``bench/traffic.py`` says that tasks touch, against the kernel under the interpreter.
+"""What ``bench/traffic_tasks.py`` says that tasks touch, against the kernel under the interpreter.
 
-Task by task: the cache lines that are read and written, and of the matrix the order in which they
-are first touched.
+The tests compare task by task which cache lines are read and written. Of the matrices the tests
+also compare the order in which lines are first touched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 import osf_kernels
 from bench.l2 import LINE_BYTES
-from bench.traffic import Step, Tasks
+from bench.traffic_tasks import Step, Tasks
 from osf_kernels.backends import grouped
 from osf_kernels.backends.triton import configs, dispatch
 from tests.helpers import generator_for, randn

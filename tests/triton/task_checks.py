@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import traffic
+from bench import traffic_tasks
 from osf_kernels import gpu
 from osf_kernels.backends.chains import Chain, chain_of, chain_of_halves, chain_of_job
 from osf_kernels.backends.jobs import Coefficients, Problem, Update
@@ -252,7 +252,7 @@ def assert_in_order(made: Made, ends: dict[int, int]) -> int:
     ordered = 0
     for launch in made.launches:
         order = read(launch)
-        model = traffic.Tasks(launch, list(map(placed, launch.metadata)))
+        model = traffic_tasks.Tasks(launch, list(map(placed, launch.metadata)))
         # Here tiles of C are tasks of their own.
         model.claimed.update({task.record: 1 << 30 for task in order if task.kind == C})
         done = list(_known_done(order))
@@ -290,7 +290,7 @@ def _known_done(order: Sequence[Task]) -> Iterator[int]:
         counting[task.counts] = counting.get(task.counts, 0) | done | 1 << i
 
 
-def _places_of(regions: Sequence[traffic.Region]) -> np.ndarray[Any, Any]:
+def _places_of(regions: Sequence[traffic_tasks.Region]) -> np.ndarray[Any, Any]:
     """Where tiles lie, in pairs of bytes; more than once where they overlap."""
     found = [np.zeros(0, dtype=np.int64)]
     for region in dict.fromkeys(regions):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench import traffic
+from bench import traffic_tasks
 from osf_kernels.backends.jobs import Problem
 from osf_kernels.backends.operands import WORKSPACE
 from osf_kernels.backends.triton import configs, tasks
@@ -283,7 +283,7 @@ def test_an_update_begins_where_the_sums_have_ended() -> None:
         for panel in reversed(range(panels))
     ]
     # As the model has it, which is held against the kernel.
-    model = traffic.Tasks(launch, [0] * len(launch.metadata))
+    model = traffic_tasks.Tasks(launch, [0] * len(launch.metadata))
     for (first, panel), task in zip(found, updates, strict=True):
         written = [each.writes[0] for each in model.steps(place, task.tile) if each.writes]
         starts = [each.address for each in written]
@@ -356,7 +356,7 @@ def test_parts_are_added_once_and_in_order(n: int, kinds: set[int]) -> None:
             adding.setdefault(task.record, task)
     assert [task.kind for task in adding.values()] == sorted(kinds)
     # Where arguments start doesn't matter here.
-    model = traffic.Tasks(launch, [0] * len(launch.metadata))
+    model = traffic_tasks.Tasks(launch, [0] * len(launch.metadata))
     for place, task in adding.items():
         added = record_of(launch, place)
         ((counter, until),) = task.waits[:1]
@@ -397,7 +397,7 @@ def test_c_is_of_parts_of_the_tiles_of_a_or_a_product(name: str) -> None:
     for launch in made.launches:
         config, in_parts = launch.config, launch.constants["C_IN_PARTS"]
         assert isinstance(config, configs.Projection)
-        model = traffic.Tasks(launch, [0] * len(launch.metadata))
+        model = traffic_tasks.Tasks(launch, [0] * len(launch.metadata))
         order = read(launch)
         for place in {task.record for task in order if task.kind == C}:
             seen += 1
