@@ -18,6 +18,7 @@ class Limits(NamedTuple):
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 LIMITS = {
     "sm_80": Limits(warps=64, blocks=32, shared_bytes=164 << 10, shared_bytes_of_block=163 << 10),
+    "sm_86": Limits(warps=48, blocks=16, shared_bytes=100 << 10, shared_bytes_of_block=99 << 10),
     "sm_90": Limits(warps=64, blocks=32, shared_bytes=228 << 10, shared_bytes_of_block=227 << 10),
 }
 WARP = 32

@@ -31,7 +31,7 @@ import torch
 
 from bench import report, sass
 from bench.occupancy import LIMITS, SHARED_RESERVE, occupancy
-from bench.static_cuda import extension, read_extension
+from bench.static_cuda import BUILT_FOR, extension, read_extension
 from bench.static_kernels import Code, Inspected, Kernel, find_cuobjdump
 from bench.static_triton import compile_triton, launch_key, triton_launches
 
@@ -84,7 +84,7 @@ def row_of(kernel: Kernel, code: Code) -> Row:
     whole = sass.count(code.function.instructions)
     hot = sass.hot_loop(code.function.instructions)
     shared = code.usage.static_shared_bytes
-    if kernel.architecture != "sm_80" and shared >= SHARED_RESERVE:
+    if not kernel.architecture.startswith("sm_8") and shared >= SHARED_RESERVE:
         shared -= SHARED_RESERVE  # from 9.0 on the report holds the system's part
     shared += kernel.dynamic_shared_bytes
     held = occupancy(kernel.architecture, code.usage.registers, shared, kernel.threads)
@@ -205,7 +205,8 @@ def _inspected(arguments: argparse.Namespace, step: Step) -> Iterator[Inspected]
     cuobjdump = find_cuobjdump()
     if "cuda" in arguments.backend:
         step("the CUDA extension", 0, None)
-        for each in read_extension(extension(), cuobjdump, arguments.arch):
+        architectures = [name for name in arguments.arch if name in BUILT_FOR]
+        for each in read_extension(extension(), cuobjdump, architectures):
             if wanted(each[0]):
                 yield each
     if "triton" not in arguments.backend:
@@ -237,6 +238,11 @@ def inspect(arguments: argparse.Namespace, step: Step) -> list[Row]:
             raise ValueError(
                 f"bench static: expected {name} of {', '.join(known)}, got {','.join(given)!r}"
             )
+    if arguments.backend == ["cuda"] and not set(arguments.arch) & set(BUILT_FOR):
+        raise ValueError(
+            f"bench static: the CUDA extension is built for {', '.join(BUILT_FOR)}; expected one "
+            f"of them as --arch, got {','.join(arguments.arch)!r}"
+        )
     rows = [row_of(*each) for each in _inspected(arguments, step)]
     if not rows:
         raise ValueError("bench static: no kernel has that name and dtype; see --kernel, --dtype")

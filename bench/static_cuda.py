@@ -32,6 +32,7 @@ def extension() -> Path:
     return built
 
 
+BUILT_FOR = ("sm_80", "sm_90")  # The build compiles machine code of these architectures.
 _PROGRAM = ROOT / "bench" / "static_launches.cu"
 _INSTANCES = re.compile(r"(coefficients|update)_([a-z0-9]+?)(?:_(\d+))?$")
 # Blocks a multiprocessor in the grids of csrc/; a factorization has a block a matrix.

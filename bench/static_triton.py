@@ -45,9 +45,10 @@ def triton_launches(architecture: str) -> Iterator[tuple[Kernel, Any]]:
         math = aot.math_of(kind)
         for of, config in configs.shipped(architecture, aligned):
             if of == math:
-                options = {"aligned": aligned, "padded": padded}
-                rank, *_ = aot.ranks_served(architecture, math, config, **options)
-                yield aot.launches_of(config, kind, rank=rank, **options)
+                rank, *_ = aot.ranks_served(
+                    architecture, math, config, aligned=aligned, padded=padded
+                )
+                yield aot.launches_of(config, kind, aligned=aligned, padded=padded, rank=rank)
 
     def described(made: Any, dtype: str, layout: str) -> tuple[Kernel, Any]:
         values = made.config._asdict()

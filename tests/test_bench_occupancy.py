@@ -17,10 +17,11 @@ from bench import occupancy
 @pytest.mark.parametrize("architecture", occupancy.LIMITS)
 def test_occupancy_of_the_programming_guide(architecture: str) -> None:
     """ "Multiprocessor Level": 64 registers and 512 threads, two blocks; one more, one block."""
+    most_warps = {"sm_80": 64, "sm_86": 48, "sm_90": 64}[architecture]
     two = occupancy.occupancy(architecture, 64, 0, 512)
-    assert (two.blocks, two.share(), two.limited_by) == (2, 0.5, "registers")
+    assert (two.blocks, two.share(), two.limited_by) == (2, 32 / most_warps, "registers")
     one = occupancy.occupancy(architecture, 65, 0, 512)
-    assert (one.blocks, one.share(), one.limited_by) == (1, 0.25, "registers")
+    assert (one.blocks, one.share(), one.limited_by) == (1, 16 / most_warps, "registers")
 
 
 def test_occupancy_by_each_limit() -> None:
@@ -29,28 +30,39 @@ def test_occupancy_by_each_limit() -> None:
     assert full.share(3) == 3 * 8 / 64
     small = occupancy.occupancy("sm_80", 16, 0, 32)
     assert (small.blocks, small.share(), small.limited_by) == (32, 0.5, "blocks")
-    # 48 KB and the system's 1 KB: three of them in 164 KB, four in 228 KB.
-    shared = [occupancy.occupancy(a, 32, 48 << 10, 128).blocks for a in ("sm_80", "sm_90")]
-    assert shared == [3, 4]
+    # A block takes 48 KB and the system's 1 KB: two blocks fit 100 KB, three 164 KB, four 228 KB.
+    architectures = ("sm_86", "sm_80", "sm_90")
+    assert [occupancy.occupancy(a, 32, 48 << 10, 128).blocks for a in architectures] == [2, 3, 4]
     assert occupancy.occupancy("sm_80", 32, 163 << 10, 128).blocks == 1
     beyond = occupancy.occupancy("sm_80", 32, (163 << 10) + 1, 128)
     assert (beyond.blocks, beyond.limited_by) == (0, "shared memory")
     assert occupancy.occupancy("sm_80", 32, 0, 1056).by_threads == 0
     assert occupancy.occupancy("sm_80", 65, 0, 1024).by_registers == 0
-    with pytest.raises(ValueError, match="expected one of sm_80, sm_90, got 'gfx942'"):
+    with pytest.raises(ValueError, match="expected one of sm_80, sm_86, sm_90, got 'gfx942'"):
         occupancy.occupancy("gfx942", 32, 0, 128)
+
+
+def test_occupancy_of_sm_86_by_each_limit() -> None:
+    """A processor of 8.6 has 48 warps, 16 blocks and 100 KB, and a block has at most 99 KB."""
+    full = occupancy.occupancy("sm_86", 40, 0, 256)
+    assert (full.blocks, full.share(), full.limited_by) == (6, 1.0, "registers, threads")
+    small = occupancy.occupancy("sm_86", 16, 0, 32)
+    assert (small.blocks, small.share(), small.limited_by) == (16, 1 / 3, "blocks")
+    assert occupancy.occupancy("sm_86", 32, 99 << 10, 128).blocks == 1
+    beyond = occupancy.occupancy("sm_86", 32, (99 << 10) + 1, 128)
+    assert (beyond.blocks, beyond.limited_by) == (0, "shared memory")
 
 
 CALCULATOR = """
 #include <cstdio>
 #include "cuda_occupancy.h"
 int main() {
-  int minor_version, major, shared_sm, shared_block, registers, shared, threads;
-  while (std::scanf("%d %d %d %d %d %d", &major, &shared_sm, &shared_block, &registers, &shared,
-                    &threads) == 6) {
+  int capability, threads_sm, shared_sm, shared_block, registers, shared, threads;
+  while (std::scanf("%d %d %d %d %d %d %d", &capability, &threads_sm, &shared_sm, &shared_block,
+                    &registers, &shared, &threads) == 7) {
     cudaOccDeviceProp device;
-    device.computeMajor = major, device.computeMinor = 0;
-    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = 2048;
+    device.computeMajor = capability / 10, device.computeMinor = capability % 10;
+    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = threads_sm;
     device.regsPerBlock = device.regsPerMultiprocessor = 65536;
     device.warpSize = 32, device.sharedMemPerBlock = 48 << 10, device.numSms = 1;
     device.sharedMemPerMultiprocessor = shared_sm, device.sharedMemPerBlockOptin = shared_block;
@@ -99,8 +111,8 @@ def test_occupancy_agrees_with_nvidias_calculator(tmp_path: Path) -> None:
         registers, threads = draw.randint(1, 255), draw.randint(1, 1024)
         shared = draw.choice([0, draw.randint(0, limits.shared_bytes_of_block)])
         cases.append(
-            f"{architecture[3]} {limits.shared_bytes} {limits.shared_bytes_of_block} "
-            f"{registers} {shared} {threads}"
+            f"{architecture[3:]} {limits.warps * occupancy.WARP} "
+            f"{limits.shared_bytes} {limits.shared_bytes_of_block} {registers} {shared} {threads}"
         )
         held = occupancy.occupancy(architecture, registers, shared, threads)
         ours.append(f"0 {held.by_registers} {held.by_shared} {held.by_threads} {held.blocks}")

@@ -76,7 +76,9 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["static", "--backend", "torch"]) == 2
     assert "expected --backend of triton, cuda, got 'torch'" in capsys.readouterr().err
     assert cli.main(["static", "--arch", "sm_80,gfx942"]) == 2
-    assert "expected --arch of sm_80, sm_90" in capsys.readouterr().err
+    assert "expected --arch of sm_80, sm_86, sm_90" in capsys.readouterr().err
+    assert cli.main(["static", "--backend", "cuda", "--arch", "sm_86"]) == 2
+    assert "is built for sm_80, sm_90; expected one of them" in capsys.readouterr().err
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
