@@ -25,6 +25,7 @@ from osf_kernels.backends.triton import (
     tasks,
 )
 from osf_kernels.backends.triton.launches import Launch
+from osf_kernels.forms import First, Name
 from osf_kernels.plan import Step
 
 TARGETS = {
@@ -83,9 +84,10 @@ class Compiled(NamedTuple):
     float32_operands: bool = False
     # Of 16 bytes, of what another program of the launch has written; not among wide_loads.
     passed_loads: int = 0
-    # Of the narrow loads, those before and behind loops: of a launch with singular values, theirs.
+    # Of the narrow loads, those before and behind loops.
     narrow_outside: int = 0
-    with_offset: bool = False
+    # Whether sums get singular values or what was stored before: both are read as a sum lies.
+    with_addends: bool = False
 
 
 def whole_width(columns: int) -> int:
@@ -98,7 +100,6 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, width: int = 0) -> torch
     return torch.empty(rows, width or columns, dtype=dtype, device="meta")[:, :columns]
 
 
-DUAL = Step("dual", "left", -1.0, 1.0, 0, 0, 0, "", "")
 _FILL = 4096  # so many processors that every sum is split
 
 
@@ -121,6 +122,15 @@ def launches_of(
     """
     (made,), _ = _planned(config, kind, aligned=aligned, padded=padded, offset=offset, rank=rank)
     return made
+
+
+def mixed_launches_of(
+    config: configs.Projection, kind: Class, first: First, rank: int
+) -> list[Launch]:
+    """The same of a form that is mixed: two where a coefficient is float32 until it is corrected,
+    and rounded then."""
+    launches, _ = _planned(config, kind, rank=rank, form="mixed", first=first)
+    return launches
 
 
 def math_of(kind: Class) -> configs.Math:
@@ -156,13 +166,16 @@ def _planned(
     padded: bool = False,
     offset: bool = False,
     rank: int = 0,
+    form: Name = "dual",
+    first: First = "left",
 ) -> tuple[list[Launch], configs.Math]:
     m, n = (1024, 1024) if aligned else (1025, 1023)
     rank = rank or config.block_r - (3 if padded else not aligned)
     x = matrix(m, n, kind.x)
     U, V = (matrix(rows, rank, kind.basis, padded and whole_width(rank)) for rows in (m, n))
     S = torch.empty(rank, device="meta") if offset else None
-    problem = Problem(x, x, U, V, DUAL, S)
+    step = Step(form, first, -1.0, 1.0, 0, 0, 0, "", "")
+    problem = Problem(x, x, U, V, step, S)
     arena = Arena(x.device)
     chain = chain_of(problem, dispatch._coefficient_dtype(problem), arena.new)
     maths: list[configs.Math] = []
@@ -251,7 +264,7 @@ def compile_launch(made: Launch, architecture: str) -> Compiled:
         operands = [constants["X"]]
     return read(name, architecture, compiled)._replace(
         float32_operands=torch.float32 in operands,
-        with_offset=bool(constants.get("HAS_OFFSET")),
+        with_addends=bool(constants.get("HAS_OFFSET") or constants.get("HAS_INITIAL")),
     )
 
 
@@ -469,7 +482,7 @@ def faults(compiled: Compiled, config: configs.Config, *, aligned: bool = True) 
     if aligned and not compiled.wide_loads:
         found.append("no 16-byte load")
     narrow = compiled.narrow_loads
-    if compiled.with_offset:
+    if compiled.with_addends:
         narrow -= compiled.narrow_outside
     if aligned and narrow and not compiled.float32_operands:
         found.append(f"{narrow} loads of under 8 bytes")

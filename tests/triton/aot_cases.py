@@ -25,6 +25,7 @@ if importlib.util.find_spec("triton") is None:
 from osf_kernels.backends.triton import configs
 from osf_kernels.backends.triton.launches import Launch
 from osf_kernels.backends.triton.views import Layout
+from osf_kernels.forms import First
 from tests.triton import aot
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -139,6 +140,24 @@ def test_unaligned_strides(architecture: str, name: str, strided: bool) -> None:
     assert checked == 4, f"{checked} launches"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["left", "right"])
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_mixed_forms(architecture: str, name: str, first: First) -> None:
+    """Their first coefficient is stored in float32, makes C, and is read again to be corrected."""
+    kind = on(architecture, CLASSES[name])
+    wrong = []
+    for config in rows_of(architecture, kind):
+        for rank in aot.ranks_served(architecture, aot.math_of(kind), config):
+            made = aot.mixed_launches_of(config, kind, first, rank)
+            of_each = [each.constants for each in made]
+            assert len(of_each) == (2 if kind.x == BF16 else 1)
+            assert any(each["FROM"] == FP32 for each in of_each)
+            assert of_each[-1]["HAS_INITIAL"]
+            wrong += [fault for each in made for fault in wrong_with(each, architecture)]
+    assert not wrong, "\n".join(wrong)
+
+
 # copies of the update
 
 
@@ -186,7 +205,7 @@ def test_copies_that_are_not_under_way_are_seen(architecture: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32", "tf32"])
 def test_products_are_taken_once(architecture: str, name: str) -> None:
     """Of each tile, by one warp or another."""
     kind = CLASSES[name]

@@ -21,6 +21,7 @@ from osf_kernels import Basis
 from osf_kernels.backends import triton as backend
 from osf_kernels.backends.jobs import Coefficients, Update
 from osf_kernels.backends.triton import configs
+from osf_kernels.basis import Spans
 from osf_kernels.testing import (
     assert_error_within,
     project_eager,
@@ -80,6 +81,28 @@ def test_project_many() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_form(mode: str, held: tuple[str | None, str | None], dtype: torch.dtype) -> None:
     check_list(mode, held, dtype)
+
+
+@pytest.mark.parametrize("spans", [("low", "high"), ("high", "low")], ids=str)
+def test_little_that_is_kept_is_accurate(spans: tuple[Spans, Spans]) -> None:
+    """Of a matrix that lies in the protected part but for a hundredth, that hundredth is kept to
+    its own rounding: its coefficient is not rounded before the protected part is taken off it."""
+    g = generator_for("kept", spans)
+    m, n = 96, 128
+    U, V = (
+        random_basis(size, 24, spans=side, dtype=torch.bfloat16, generator=g)
+        for size, side in zip((m, n), spans, strict=True)
+    )
+    high = V if spans[1] == "high" else U
+    part = high.columns.double() @ high.columns.double().mT
+    x = torch.randn(m, n, dtype=torch.float64, generator=g)
+    protected = x @ part if high is V else part @ x
+    x = (protected + x / 100).bfloat16()
+    reference = project_reference(x, U, V)
+    with osf_kernels.use_backend("triton"):
+        y = osf_kernels.project(x, U, V).double()
+    off, rounding = (y - reference).norm(), torch.finfo(torch.bfloat16).eps
+    assert off < rounding * reference.norm() + 2**-15 * x.double().norm()
 
 
 @pytest.mark.slow

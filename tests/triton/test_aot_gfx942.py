@@ -7,6 +7,7 @@ import pytest
 from tests.triton.aot_cases import (
     test_every_config,
     test_every_product_config,
+    test_mixed_forms,
     test_padded_rows,
     test_parts_pass_through_memory,
     test_unaligned_strides,
@@ -15,6 +16,7 @@ from tests.triton.aot_cases import (
 __all__ = [
     "test_every_config",
     "test_every_product_config",
+    "test_mixed_forms",
     "test_padded_rows",
     "test_parts_pass_through_memory",
     "test_unaligned_strides",

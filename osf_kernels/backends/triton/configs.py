@@ -104,7 +104,7 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
         ),
         "tf32": (
             Projection(128, 32, 32, 128, 64, 512, 8, 3, 3),
-            Projection(64, 32, 64, 64, 64, 512, 8, 3, 3),
+            Projection(64, 32, 64, 64, 16, 512, 4, 3, 3, 2),
             Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
         ),
         "float32": (Projection(64, 32, 32, 64, 16, 512, 4, 3, 3, 2),),
@@ -119,7 +119,7 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
         ),
         "tf32": (
             Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
-            Projection(64, 32, 64, 64, 32, 512, 8, 3, 3),
+            Projection(64, 32, 64, 64, 32, 512, 4, 3, 3),
             Projection(64, 16, 32, 128, 32, 512, 8, 3, 3),
         ),
         "float32": (Projection(64, 16, 32, 64, 16, 512, 4, 3, 3),),

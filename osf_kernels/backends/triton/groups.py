@@ -89,6 +89,10 @@ def _plan_C(planned: Planned, i: int, in_parts: bool, precision: str) -> None:
     own, constants[i] = constants[i], {}
     x, basis = view_of(step.x).mT, view_of(step.basis)  # x as it is loaded
     dot, how = dot_rule(x.dtype, (basis.dtype,), (), precision)
+    if x.dtype == torch.float32 and after is not None and constants[after].get("DOT") == BF16:
+        # A or B of bfloat16 that C will correct: two pieces of bfloat16 are as accurate as what is
+        # stored at the end, and take a third of the registers of tf32x3.
+        dot, how = BF16, "ieee"
     products: Constants = {"FROM": x.dtype, "FROM_LAYOUT": int(x.layout), "C_DOT": dot}
     products |= {"C_PRECISION": how} | _basis("BY", basis)
     if planned.config.block_q % planned.config.block_k:
@@ -168,6 +172,7 @@ def _of_sum(step: Reduction, precision: str) -> Constants:
         if into == "A":
             x = x.mT  # as it is loaded
         dot, how = dot_rule(x.dtype, (basis.dtype,), (), precision)
+        made["HAS_SUM"] = True
         made |= {"X": x.dtype, "X_LAYOUT": int(x.layout), "DOT": dot, "PRECISION": how}
         made |= _basis("U" if into == "A" else "V", basis)
     if step.initial is not None:
@@ -339,8 +344,8 @@ DEFAULTS: Constants = {
     **dict.fromkeys(
         (
             *("HAS_A", "HAS_B", "C_OF_A", "C_OF_B", "C_INTO_A", "C_INTO_B", "HAS_UPDATE"),
-            *("HAS_PARTS", "HAS_OFFSET", "HAS_INITIAL", "HAS_FIRST", "HAS_SECOND", "HAS_ADDEND"),
-            "NEGATIVE",
+            *("HAS_SUM", "HAS_PARTS", "HAS_OFFSET", "HAS_INITIAL"),
+            *("HAS_FIRST", "HAS_SECOND", "HAS_ADDEND", "NEGATIVE"),
         ),
         False,
     ),

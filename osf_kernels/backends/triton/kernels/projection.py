@@ -73,6 +73,7 @@ def projection_kernel(
     HAS_A: tl.constexpr,
     HAS_B: tl.constexpr,
     HAS_UPDATE: tl.constexpr,
+    HAS_SUM: tl.constexpr,  # over x, of A or B
     HAS_PARTS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
@@ -133,6 +134,7 @@ def projection_kernel(
                     C_INITIAL_LAYOUT,
                     C_INTO_A,
                     C_IN_PARTS,
+                    HAS_SUM,
                     HAS_PARTS,
                     HAS_OFFSET,
                     HAS_INITIAL,
@@ -176,6 +178,7 @@ def projection_kernel(
                     C_INITIAL_LAYOUT,
                     C_INTO_B,
                     C_IN_PARTS,
+                    HAS_SUM,
                     HAS_PARTS,
                     HAS_OFFSET,
                     HAS_INITIAL,

@@ -18,6 +18,7 @@ import triton.language as tl
 from .tasks import done, settle, wait
 from .tiles import (
     accurate_product,
+    leading_bits,
     load_address,
     load_tile,
     load_view,
@@ -52,7 +53,10 @@ def product(
     STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """x[rows, :] basis[:, ranks] over a part's length, or xᵀ[rows, :] where TRANSPOSED."""
+    """x[rows, :] basis[:, ranks] over a part's length, or xᵀ[rows, :] where TRANSPOSED.
+
+    float32 x that meets a bfloat16 basis in bfloat16 is taken in two pieces, 16 bits of it.
+    """
     # Turned as a view: a tile that is turned once it is loaded takes registers on its way. Of a
     # layout's number the next one is its transpose's, or the one before.
     TURNED: tl.constexpr = 0 if X_LAYOUT == 0 else X_LAYOUT - 1 + 2 * (X_LAYOUT % 2)
@@ -67,10 +71,18 @@ def product(
     values = tl.zeros((BLOCK_Q, BLOCK_R), dtype=tl.float32)
     for step in tl.range(first, tl.minimum(first + length, basis[3]), BLOCK_K, num_stages=STAGES):
         steps = step + tl.arange(0, BLOCK_K)
-        x_tile = operand(load_tile(x, rows, steps, LAYOUT), DOT, INTERPRET)
+        x_tile = load_tile(x, rows, steps, LAYOUT)
         # Columns beyond the rank are cleared once, when the sum is stored.
         loaded = load_tile(basis, steps, ranks, BASIS_LAYOUT, BASIS_LAYOUT == 6)
-        values = tl.dot(x_tile, operand(loaded, DOT, INTERPRET), values, input_precision=PRECISION)
+        basis_tile = operand(loaded, DOT, INTERPRET)
+        if tl.float32 == X and tl.bfloat16 == DOT:
+            high = leading_bits(x_tile)
+            low = operand(x_tile - high, DOT, INTERPRET)
+            values = tl.dot(low, basis_tile, values)
+            values = tl.dot(operand(high, DOT, INTERPRET), basis_tile, values)
+        else:
+            x_tile = operand(x_tile, DOT, INTERPRET)
+            values = tl.dot(x_tile, basis_tile, values, input_precision=PRECISION)
     return values
 
 
@@ -325,6 +337,7 @@ def reduction(
     C_INITIAL_LAYOUT: tl.constexpr,
     C_INTO_THIS: tl.constexpr,
     C_IN_PARTS: tl.constexpr,
+    HAS_SUM: tl.constexpr,
     HAS_PARTS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
@@ -354,7 +367,7 @@ def reduction(
         is_part = (tl.load(record + 13) != 0) & (count == 0)
     if count > 0:
         values = sum_of_parts(bases, record, rows, ranks, count, BLOCK_Q, BLOCK_R, 1)
-    else:
+    elif HAS_SUM:
         values = product(
             bases,
             record,
@@ -374,6 +387,8 @@ def reduction(
             STAGES,
             INTERPRET,
         )
+    else:
+        values = tl.zeros((BLOCK_Q, BLOCK_R), dtype=tl.float32)
     # Padding must come out as zeros, and padding of the basis may be NaN.
     values = tl.where((ranks < tl.load(record + 12))[None, :], values, 0.0)
     if is_part:
