@@ -74,7 +74,12 @@ class Program:
         self.calls, self.workspace_bytes = self._made.calls, self._made.workspace_bytes
 
     def run(self, addresses: Sequence[int]) -> None:
-        """``addresses`` of the arguments in their order; their lowest bits aren't looked at."""
+        """``addresses`` of the arguments in their order; their lowest bits aren't looked at.
+
+        Meta tensors have none, and nothing to compute.
+        """
+        if self.device.type == "meta":
+            return
         if self.device.type != "cuda":
             self._run(addresses)
             return

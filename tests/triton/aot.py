@@ -124,12 +124,18 @@ def launches_of(
     return made
 
 
-def mixed_launches_of(
-    config: configs.Projection, kind: Class, first: First, rank: int
+def form_launches_of(
+    config: configs.Projection,
+    kind: Class,
+    form: Name,
+    first: First,
+    rank: int,
+    *,
+    aligned: bool = True,
 ) -> list[Launch]:
-    """The same of a form that is mixed: two where a coefficient is float32 until it is corrected,
+    """The same of another form: two launches where a coefficient is float32 until it is corrected,
     and rounded then."""
-    launches, _ = _planned(config, kind, rank=rank, form="mixed", first=first)
+    launches, _ = _planned(config, kind, rank=rank, form=form, first=first, aligned=aligned)
     return launches
 
 

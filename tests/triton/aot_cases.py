@@ -25,7 +25,7 @@ if importlib.util.find_spec("triton") is None:
 from osf_kernels.backends.triton import configs
 from osf_kernels.backends.triton.launches import Launch
 from osf_kernels.backends.triton.views import Layout
-from osf_kernels.forms import First
+from osf_kernels.forms import First, Name
 from tests.triton import aot
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -140,22 +140,42 @@ def test_unaligned_strides(architecture: str, name: str, strided: bool) -> None:
     assert checked == 4, f"{checked} launches"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["left", "right"])
-@pytest.mark.parametrize("name", ["bf16", "fp32"])
-def test_mixed_forms(architecture: str, name: str, first: First) -> None:
-    """Their first coefficient is stored in float32, makes C, and is read again to be corrected."""
+def check_form(architecture: str, name: str, form: Name, first: First, aligned: bool) -> int:
+    """Compiles a form other than dual at each kind of ranks; returns how many launches."""
     kind = on(architecture, CLASSES[name])
+    math = aot.math_of(kind)
     wrong = []
-    for config in rows_of(architecture, kind):
-        for rank in aot.ranks_served(architecture, aot.math_of(kind), config):
-            made = aot.mixed_launches_of(config, kind, first, rank)
+    checked = 0
+    for config in rows_of(architecture, kind, aligned):
+        for rank in aot.ranks_served(architecture, math, config, aligned=aligned):
+            made = aot.form_launches_of(config, kind, form, first, rank, aligned=aligned)
             of_each = [each.constants for each in made]
-            assert len(of_each) == (2 if kind.x == BF16 else 1)
-            assert any(each["FROM"] == FP32 for each in of_each)
-            assert of_each[-1]["HAS_INITIAL"]
-            wrong += [fault for each in made for fault in wrong_with(each, architecture)]
+            # The first coefficient of a mixed form is float32, and makes C.
+            wide = form == "mixed" or kind.x != BF16
+            assert any(each["FROM"] == FP32 for each in of_each) == wide
+            wrong += [
+                fault for each in made for fault in wrong_with(each, architecture, aligned=aligned)
+            ]
+            checked += len(made)
     assert not wrong, "\n".join(wrong)
+    return checked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "first"), [("mixed", "left"), ("mixed", "right"), ("inner", "left")]
+)
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_other_forms(architecture: str, name: str, form: Name, first: First) -> None:
+    rows = rows_of(architecture, on(architecture, CLASSES[name]))
+    assert check_form(architecture, name, form, first, True) >= len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["mixed", "inner"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_other_forms_unaligned(architecture: str, name: str, form: Name) -> None:
+    assert check_form(architecture, name, form, "left", False) > 1
 
 
 # copies of the update

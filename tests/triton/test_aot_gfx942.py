@@ -7,7 +7,8 @@ import pytest
 from tests.triton.aot_cases import (
     test_every_config,
     test_every_product_config,
-    test_mixed_forms,
+    test_other_forms,
+    test_other_forms_unaligned,
     test_padded_rows,
     test_parts_pass_through_memory,
     test_unaligned_strides,
@@ -16,7 +17,8 @@ from tests.triton.aot_cases import (
 __all__ = [
     "test_every_config",
     "test_every_product_config",
-    "test_mixed_forms",
+    "test_other_forms",
+    "test_other_forms_unaligned",
     "test_padded_rows",
     "test_parts_pass_through_memory",
     "test_unaligned_strides",

@@ -7,14 +7,14 @@ import pytest
 from tests.triton.aot_cases import (
     test_every_config,
     test_every_product_config,
-    test_mixed_forms,
+    test_other_forms,
     test_parts_pass_through_memory,
 )
 
 __all__ = [
     "test_every_config",
     "test_every_product_config",
-    "test_mixed_forms",
+    "test_other_forms",
     "test_parts_pass_through_memory",
 ]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.triton.aot_cases import test_unaligned_strides
+from tests.triton.aot_cases import test_other_forms_unaligned, test_unaligned_strides
 
-__all__ = ["test_unaligned_strides"]
+__all__ = ["test_other_forms_unaligned", "test_unaligned_strides"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("architecture", ["sm_100"])]

@@ -11,7 +11,7 @@ from tests.triton.aot_cases import (
     test_copies_that_are_not_under_way_are_seen,
     test_every_config,
     test_every_product_config,
-    test_mixed_forms,
+    test_other_forms,
     test_parts_pass_through_memory,
     test_products_are_taken_once,
 )
@@ -23,7 +23,7 @@ __all__ = [
     "test_copies_that_are_not_under_way_are_seen",
     "test_every_config",
     "test_every_product_config",
-    "test_mixed_forms",
+    "test_other_forms",
     "test_parts_pass_through_memory",
     "test_products_are_taken_once",
 ]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.triton.aot_cases import test_padded_rows, test_unaligned_strides
+from tests.triton.aot_cases import (
+    test_other_forms_unaligned,
+    test_padded_rows,
+    test_unaligned_strides,
+)
 
-__all__ = ["test_padded_rows", "test_unaligned_strides"]
+__all__ = ["test_other_forms_unaligned", "test_padded_rows", "test_unaligned_strides"]
 
 pytestmark = [pytest.mark.parametrize("architecture", ["sm_80"])]

@@ -10,7 +10,7 @@ from tests.triton.aot_cases import (
     test_copies_of_every_config,
     test_every_config,
     test_every_product_config,
-    test_mixed_forms,
+    test_other_forms,
     test_parts_pass_through_memory,
     test_products_are_taken_once,
 )
@@ -21,7 +21,7 @@ __all__ = [
     "test_copies_of_every_config",
     "test_every_config",
     "test_every_product_config",
-    "test_mixed_forms",
+    "test_other_forms",
     "test_parts_pass_through_memory",
     "test_products_are_taken_once",
 ]

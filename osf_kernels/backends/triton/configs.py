@@ -212,8 +212,11 @@ _MULTIPLY["sm_86"], _GRAM["sm_86"] = _MULTIPLY["sm_80"], _GRAM["sm_80"]
 
 # Where some row is not a multiple of 16 bytes every element has an address of its own, and the
 # tiles above would spill; these serve every architecture and any width of operand.
-_UNALIGNED_PROJECTION = Projection(64, 32, 32, 64, 32, 256, 4, 1, 1)
-_UNALIGNED_FLOAT32_PROJECTION = Projection(64, 16, 32, 32, 32, 256, 8, 1, 1)
+_UNALIGNED_PROJECTION: dict[Math, Projection] = {
+    "bfloat16": Projection(64, 16, 32, 32, 32, 256, 4, 1, 1),
+    "tf32": Projection(64, 32, 32, 64, 32, 256, 4, 1, 1),
+    "float32": Projection(64, 16, 32, 32, 32, 256, 8, 1, 1),
+}
 _UNALIGNED_MULTIPLY = Multiply(64, 32, 32, 4, 1, 2)
 # x is aligned, but the basis or the result beside it is not.
 _RAGGED_MULTIPLY = Multiply(64, 32, 64, 4, 1, 2)
@@ -229,14 +232,10 @@ def projection_config(architecture: str, math: Math, rank: int, aligned: bool = 
         aligned: whether every matrix has rows or columns of whole, aligned 16-byte vectors.
     """
     if not aligned:
-        return _unaligned(math)
+        return _UNALIGNED_PROJECTION[math]
     table = _PROJECTION[architecture]
     rows = table.get(math, table["float32"])
     return next((row for row in rows if rank <= row.block_r), rows[-1])
-
-
-def _unaligned(math: Math) -> Projection:
-    return _UNALIGNED_FLOAT32_PROJECTION if math == "float32" else _UNALIGNED_PROJECTION
 
 
 def multiply_config(
@@ -302,7 +301,7 @@ def shipped(architecture: str, aligned: bool = True) -> list[tuple[Math, Project
     """Every config that a projection can be given on an architecture, and its math."""
     table = _PROJECTION[architecture]
     if not aligned:
-        return [(math, _unaligned(math)) for math in table]
+        return [(math, _UNALIGNED_PROJECTION[math]) for math in table]
     return [(math, config) for math, rows in table.items() for config in rows]
 
 

@@ -43,10 +43,16 @@ def in_order(chains: Sequence[Chained], fill: int, room: float) -> Iterator[rang
         if not ahead:
             yield from _first_links(group)
         ahead = sum(chain.bytes for chain in (*group, *following)) <= room
+        ahead = ahead and not _waits(following, group)
         if ahead:
             yield from _first_links(following)
         for chain in reversed(group):
             yield from chain.links[-1]
+
+
+def _waits(following: Sequence[Chained], group: Sequence[Chained]) -> bool:
+    """Whether the first links of a group wait for the last ones of the group before."""
+    return bool(following) and following[0].turn > group[0].turn + 1
 
 
 def _first_links(group: Sequence[Chained]) -> Iterator[range]:

@@ -59,8 +59,8 @@ def projection_launches(
 
     ``room``: bytes of L2 for matrices that are read again. Sums are split only where the tiles of a
     launch are fewer than half of ``fill``, so that a list may have other bits than a loop over it.
-    Where the chains of a launch take more than ``limit`` of workspace, halves of it serve in turn:
-    what writes to one waits until all that used it are done.
+    Where the chains of a launch take more than ``limit`` of workspace, halves of it serve in turn,
+    or all of it: what writes there waits until all that used it before are done.
     """
     phases = in_launches(planned)
     for group in itertools.chain.from_iterable(phases):
@@ -86,10 +86,10 @@ def projection_launches(
 
 
 class _Place(NamedTuple):
-    """Where a chain's memory starts in the workspace, and which of its users in turn it is."""
+    """Where a chain's memory starts in the workspace, and its turn there."""
 
     start: int
-    turn: int
+    turn: int  # It begins when all of turn − 2 are done.
 
 
 def _kept(group: Group, starts: dict[int, int]) -> list[_Place]:
@@ -97,17 +97,23 @@ def _kept(group: Group, starts: dict[int, int]) -> list[_Place]:
 
 
 def _places(group: Group, limit: int) -> tuple[list[_Place], int]:
-    """A place for each chain: side by side, or in the halves of the workspace by turns."""
+    """A place for each chain: side by side, or by turns in the halves of the workspace.
+
+    Where a chain takes more than a half, each turn has all of it. Such turns count in twos, so that
+    one begins where the one before it ends.
+    """
     sizes = [planned.arena.bytes for planned, _ in group.members]
     if sum(sizes) <= limit:
         starts = [0, *itertools.accumulate(sizes)]
         return [_Place(start, 0) for start in starts[:-1]], starts[-1]
-    half = max([limit // 2 // ALIGNMENT * ALIGNMENT, *sizes])
+    half = limit // 2 // ALIGNMENT * ALIGNMENT
+    by = 1 if max(sizes) <= half else 2
+    room = half if by == 1 else max(limit, *sizes)
     places, turn, used = [], 0, 0
     for size in sizes:
-        if used + size > half:
-            turn, used = turn + 1, 0
-        places.append(_Place(turn % 2 * half + used, turn))
+        if used + size > room:
+            turn, used = turn + by, 0
+        places.append(_Place(turn % 2 * room + used, turn))
         used += size
     return places, max(p.start + size for p, size in zip(places, sizes, strict=True))
 
