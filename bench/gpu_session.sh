@@ -44,12 +44,13 @@ limit=550
 box_build=120
 names=(environment first_kernel launches configs whole_model restoring ncu tests captures refresh
   compile sanitizer)
-declare -A box=([environment]=15 [first_kernel]=30 [launches]=60 [configs]=60 [whole_model]=45
-  [restoring]=25 [ncu]=30 [tests]=150 [captures]=20 [refresh]=40 [compile]=35 [sanitizer]=35)
+declare -A box=([environment]=15 [first_kernel]=30 [launches]=60 [configs]=60 [whole_model]=60
+  [restoring]=25 [ncu]=30 [tests]=140 [captures]=20 [refresh]=40 [compile]=35 [sanitizer]=35)
 # Of these bench/gpu/ holds a module each.
 measured=(first_kernel launches configs whole_model restoring captures)
 
-compile_case=(--model 4096x4096 --rank 128 --dtype bf16 --backend auto,cuda --rounds 15)
+compile_case=(--model 4096x4096 --rank 64 --dtype bf16 --backend triton,torch,cuda
+  --rounds 15)
 
 summary="$out/summary.txt"
 log="$out/session.log"
@@ -138,7 +139,7 @@ if [ $dry_run -eq 1 ]; then
   # The parts on tiny matrices, Triton's kernels by its interpreter.
   for name in "${measured[@]}"; do
     echo "== $name"
-    OMP_NUM_THREADS=1 TRITON_INTERPRET=1 "$python" -m "bench.gpu.$name" --dry-run \
+    OMP_NUM_THREADS=1 TRITON_INTERPRET=1 OSF_BACKEND=triton "$python" -m "bench.gpu.$name" --dry-run \
       --out "$scratch/measurements.csv" || status=1
   done
   pytest_options

@@ -37,6 +37,7 @@ from bench.static_triton import compile_triton, launch_key, triton_launches
 
 BACKENDS = ("triton", "cuda")
 MULTIPLYING = ("projection", "multiply", "gram", "coefficients", "update")
+KERNELS = (*MULTIPLYING, "cholesky", "jacobi")
 # Gets what is at work, how many kernels were compiled, and of how many (None: not known yet).
 Step = Callable[[str, int, int | None], None]
 
@@ -190,7 +191,7 @@ def add(commands: Any) -> None:
     static = commands.add_parser("static", help="machine code of every kernel, inspected, no GPU")
     static.add_argument("--backend", type=_listed, default=list(BACKENDS), help="with commas")
     static.add_argument("--arch", type=_listed, default=list(LIMITS), help="with commas")
-    static.add_argument("--kernel", type=_listed, help="by name, with commas; default: all")
+    static.add_argument("--kernel", type=_listed, help=f"of {', '.join(KERNELS)}; default: all")
     static.add_argument("--dtype", type=_listed, help="by name, with commas; default: all")
     static.add_argument("--csv", type=Path, help="write the rows to this file, anew")
 
@@ -237,6 +238,11 @@ def inspect(arguments: argparse.Namespace, step: Step) -> list[Row]:
         if not given or not set(given) <= set(known):
             raise ValueError(
                 f"bench static: expected {name} of {', '.join(known)}, got {','.join(given)!r}"
+            )
+    for name in arguments.kernel or ():
+        if name not in KERNELS:
+            raise ValueError(
+                f"bench static: expected --kernel of {', '.join(KERNELS)}, got {name!r}"
             )
     if arguments.backend == ["cuda"] and not set(arguments.arch) & set(BUILT_FOR):
         raise ValueError(

@@ -107,7 +107,7 @@ def add(commands: Any) -> None:
 
 def run_cases(arguments: argparse.Namespace) -> int:
     """Prints a line for each case, and writes the rows."""
-    if not set(arguments.device) <= set(DEVICES):
+    if not arguments.device or not set(arguments.device) <= set(DEVICES):
         raise ValueError(
             f"bench traffic: expected --device of {', '.join(DEVICES)}, "
             f"got {','.join(arguments.device)!r}"

@@ -74,9 +74,13 @@ def room_in_l2(architecture: str) -> float:
     return L2_SHARE * L2_BYTES[architecture]
 
 
-def fits_l2(architecture: str, size_bytes: int) -> bool:
-    """Whether a matrix of so many bytes is found in L2 when it is read again."""
-    return size_bytes <= room_in_l2(architecture)
+def fits_l2(architecture: str, size_bytes: int, beside_bytes: int = 0) -> bool:
+    """Whether a matrix of so many bytes is found in L2 when it is read again.
+
+    ``beside_bytes``: of its bases and coefficients, which pass through L2 meanwhile.
+    """
+    fits_beside = size_bytes + beside_bytes <= L2_BYTES[architecture]
+    return size_bytes <= room_in_l2(architecture) and fits_beside
 
 
 def architecture_of_capability(major: int, minor: int) -> str:

@@ -114,6 +114,13 @@ class Plan:
         found = sorted({step.passes for _, step, _ in self.matrices}) or [0]
         return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
+    @property
+    def _each_launch(self) -> str:
+        """Why a list takes more than one of Triton's."""
+        if self.backend != "triton" or self.launches < 2:
+            return ""
+        return ": one a kind of dtypes, layouts and tile config; of bfloat16 in a mixed form two"
+
     def __str__(self) -> str:
         kinds = Counter((_shape(x), step.label, backend) for x, step, backend in self.matrices)
         lines = [f"{self.mode} projection on {self.device}, {_plural(len(self.matrices))}"]
@@ -127,7 +134,7 @@ class Plan:
             f"  FLOPs     {_scaled(self.flops, 1000, ('', 'k', 'M', 'G', 'T', 'P'))}",
             f"  bytes     {_scaled(self.bytes, 1024, _BYTE_UNITS)}",
             f"  passes    {self._passes} over the matrices, of memory",
-            f"  launches  {self.launches}",
+            f"  launches  {self.launches}{self._each_launch}",
             f"  workspace {_scaled(self.workspace_bytes, 1024, _BYTE_UNITS)}",
             f"  backend   {self.backend}",
             f"  why       {self.why}",
@@ -329,8 +336,9 @@ def on_backend(x: Matrix, step: Step, reads: int, composed: bool, kept: bool = F
             copies = (call.into == "w" and call.beta != 0.0) + (call.plus != "")
             more += 2 * (copies + (call.by == "AB" and not step.joined))
     if kept and step.calls and not step.halves:
+        if step.passes > 2:
+            step = replace(step, why=f"{step.why}; g is in L2 when the update reads it again")
         more = 2 - step.passes
-        step = replace(step, why=f"{step.why}; g is in L2 when the update reads it again")
     moved = more * x.batch * x.m * x.n * BYTES[x.dtype]
     return replace(step, passes=step.passes + more, bytes=step.bytes + moved)
 

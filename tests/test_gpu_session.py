@@ -51,8 +51,8 @@ def test_dry_run_runs_every_part_and_writes_nothing(root: Path, tmp_path: Path) 
     done = session(root, "--dry-run", str(tmp_path), python=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
-        "545 s of 550 s",
-        "4096x4096 bf16 r=128: 1 matrices on cuda",
+        "550 s of 550 s",
+        "4096x4096 bf16 r=64: 1 matrices on cuda",
         *(f"== {part}" for part in PARTS),
         "tests/triton/test_gpu.py",
     ):
@@ -233,7 +233,9 @@ def test_parts_run_on_tiny_matrices(root: Path, tmp_path: Path, name: str) -> No
     paths = os.pathsep.join((str(root), str(root / "python_api")))
     done = subprocess.run(
         [sys.executable, "-m", f"bench.gpu.{name}", "--dry-run", "--out", str(out)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "OSF_BACKEND": "triton"}
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         cwd=root,
         capture_output=True,
         text=True,

@@ -217,6 +217,15 @@ def test_passes_are_printed():
     assert told in str(plan([g, g], [both, both], [None, one]))
 
 
+def test_more_than_one_launch_is_explained():
+    def told(**changed):
+        return str(replace(plan(torch.empty(8, 8, device="meta"), None, None), **changed))
+
+    assert "launches  2: one a kind of dtypes" in told(backend="triton", launches=2)
+    assert "launches  1\n" in told(backend="triton", launches=1)
+    assert "launches  4\n" in told(backend="torch", launches=4)
+
+
 def test_what_fits_l2_is_read_from_memory_once():
     """Of Triton's launches, by the cache of the device they are planned for."""
     triton = choosing.module("triton")
@@ -228,6 +237,17 @@ def test_what_fits_l2_is_read_from_memory_once():
         assert not choosing.module("torch").keeps(x, device)
         assert not choosing.module("cuda").keeps(x, device)
         assert triton.keeps(replace(x, r=None), device), "in bands, whatever its size"
+    wide = Matrix(4096, 4096, 512, 512, dtype="bfloat16", basis_dtype="bfloat16")
+    assert not triton.keeps(wide, device), "bases and coefficients take another 16 MB"
+
+
+def test_what_an_update_does_not_read_is_not_said_to_be_in_l2():
+    """Of both sides low, g is read for the coefficients alone, and the result written."""
+    x = Matrix(96, 64, 8, 8, u_spans="low", v_spans="low")
+    step = choose(x, "complement", "cuda")
+    assert step.form == "inner"
+    kept = on_backend(x, step, 1, False, True)
+    assert (kept.passes, kept.why) == (2, step.why)
 
 
 def test_rank_limits_are_of_an_architecture_a_dtype_and_sides():

@@ -33,7 +33,8 @@ def tried(pinned: Projection) -> list[Projection]:
         pinned._replace(strip=pinned.strip // 2),
         pinned._replace(block_m=pinned.block_m // 2),
         pinned._replace(reduction_stages=max(1, pinned.reduction_stages - 1)),
-        pinned._replace(update_stages=pinned.update_stages + 1),
+        # With half the columns a stage more fits shared memory.
+        pinned._replace(block_n=pinned.block_n // 2, update_stages=pinned.update_stages + 1),
     ]
 
 

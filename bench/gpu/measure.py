@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,20 +152,28 @@ def main(
 ) -> int:
     """The command line of a part; exit status 1 where a row has no figure to show."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.gpu.{name}")
-    parser.add_argument("--out", type=Path, required=True, help="append the rows to this file")
+    parser.add_argument(
+        "--out", type=Path, help="append the rows to this file; without it a dry run keeps none"
+    )
     parser.add_argument("--device", default="cuda", help="cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=int, default=rounds, help="0 checks and times nothing")
     parser.add_argument(
-        "--dry-run", action="store_true", help="tiny matrices on the CPU, one round: does it run?"
+        "--dry-run",
+        action="store_true",
+        help="tiny matrices on the CPU, one round: does it run? Triton's kernels do where "
+        "TRITON_INTERPRET=1 is set",
     )
     arguments = parser.parse_args(argv)
+    if arguments.out is None and not arguments.dry_run:
+        parser.error("expected --out, a file for the rows")
     device = "cpu" if arguments.dry_run else arguments.device
     try:
         chosen = require(device_named(device))
         rounds = min(arguments.rounds, 1) if arguments.dry_run else arguments.rounds
         if rounds < 0:
             raise ValueError(f"bench: expected --rounds to be 0 or more, got {rounds}")
-        part = Part(name, chosen, arguments.out, rounds, arguments.dry_run)
+        out = arguments.out or Path(os.devnull)
+        part = Part(name, chosen, out, rounds, arguments.dry_run)
     except ValueError as error:
         parser.error(str(error))
     with torch.inference_mode(False), torch.no_grad():

@@ -1,4 +1,7 @@
-"""Llama-2-7B's linear layers at r = 128 in bfloat16: time of the device and of the host apart.
+"""Llama-2-7B's linear layers in bfloat16: time of the device and of the host apart.
+
+At r = 64 the library takes its fused kernels, at r = 128 it may take torch's products: there the
+fused kernels are asked for by name too.
 
 The device's time is taken with a head start of 50 ms, in which the host has launched a call of ours
 whole. (Of a loop of torch calls it hasn't: a stream takes about a thousand launches ahead.) The
@@ -8,6 +11,7 @@ once with gradients at addresses that it has never seen, as a training loop may 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +27,7 @@ from bench.problem import Problem
 from bench.problem import draw as draw_problem
 
 BF16 = torch.bfloat16
+Contender = Callable[[Sequence[Tensor]], Results]
 HEAD_START_MS = 50.0
 STEP = 128  # elements between two sets of addresses: 256 bytes, as an allocator aligns to
 
@@ -49,9 +54,17 @@ class Moving:
 
 
 def run(part: Part) -> None:
-    shapes = [Shape(48, 32), Shape(32, 80)] * 2 if part.tiny else llama_2_7b()
-    rank = 4 if part.tiny else 128
-    model = "tiny" if part.tiny else "llama-2-7b"
+    if part.tiny:
+        project(part, "tiny", [Shape(48, 32), Shape(32, 80)] * 2, 4, ("auto",))
+        return
+    project(part, "llama-2-7b", llama_2_7b(), 64, ("auto",))
+    project(part, "llama-2-7b", llama_2_7b(), 128, ("auto", "triton"))
+
+
+def project(
+    part: Part, model: str, shapes: Sequence[Shape], rank: int, backends: Sequence[str]
+) -> None:
+    """A prepared list by each of the backends, beside what is not prepared and loops of torch."""
     problem = draw_problem(shapes, Rank(rank), BF16, part.device, "high")
     Us, Vs = problem.high_U, problem.high_V
     generator = torch.Generator().manual_seed(1)
@@ -59,42 +72,58 @@ def run(part: Part) -> None:
         check.slabs(g, left, right, "complement", generator)
         for g, (left, right) in zip(problem.pristine, problem.held, strict=True)
     ]
-    prepared = osf_kernels.prepare(problem.grads, Us, Vs)
-    print(prepared, flush=True)
 
-    def ours(grads: Sequence[Tensor]) -> Results:
-        prepared.project_(grads)
-        return grads
+    def prepared(backend: str) -> Contender:
+        # Without a name it is what OSF_BACKEND says.
+        named = contextlib.nullcontext() if backend == "auto" else osf_kernels.use_backend(backend)
+        with named:
+            made = osf_kernels.prepare(problem.grads, Us, Vs)
+        print(made, flush=True)
 
-    def in_halves(grads: Sequence[Tensor]) -> Results:
+        def ours(grads: Sequence[Tensor]) -> Results:
+            made.project_(grads)
+            return grads
+
+        return ours
+
+    def in_halves() -> Contender:
         """As sharded training calls it, where A is summed over the shards in between."""
-        prepared.apply_(grads, prepared.coefficients(grads))
-        return grads
+        made = osf_kernels.prepare(problem.grads, Us, Vs)
+
+        def ours(grads: Sequence[Tensor]) -> Results:
+            made.apply_(grads, made.coefficients(grads))
+            return grads
+
+        return ours
 
     def unprepared(grads: Sequence[Tensor]) -> Results:
         osf_kernels.project_many_(grads, Us, Vs)
         return grads
 
-    def loop(formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Results]:
+    def loop(formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
         over_list = contenders.loop(formula)
         return lambda grads: over_list(grads, Us, Vs)
 
-    for name, contender in (
-        ("prepared", ours),
-        ("prepared, in halves", in_halves),
-        ("project_many_", unprepared),
-        (contenders.HAND, loop(contenders.hand_ordered_)),
-        (contenders.NAIVE, loop(contenders.naive)),
-    ):
+    made: dict[str, Callable[[], Contender]] = {
+        "prepared" if backend == "auto" else f"prepared, {backend}": partial(prepared, backend)
+        for backend in backends
+    }
+    made |= {
+        "prepared, in halves": in_halves,
+        "project_many_": lambda: unprepared,
+        contenders.HAND: lambda: loop(contenders.hand_ordered_),
+        contenders.NAIVE: lambda: loop(contenders.naive),
+    }
+    for name, make in made.items():
         row = part.row(f"{model}, {len(shapes)} matrices", BF16, rank, name)
         with part.writing(row):
-            measure(part, row, contender, problem, truths)
+            measure(part, row, make(), problem, truths)
 
 
 def measure(
     part: Part,
     row: Measurement,
-    contender: Callable[[Sequence[Tensor]], Results],
+    contender: Contender,
     problem: Problem,
     truths: Sequence[check.Slabs],
 ) -> None:

@@ -143,9 +143,10 @@ def project_many_(
 ) -> None:
     """g ← P(g) in place for every matrix of a list, of any mix of shapes and dtypes.
 
-    The primary path: a whole model's gradients in a handful of launches on a GPU, at most
-    four steps of one launch a kernel and dtype. All or nothing: when one matrix is refused,
-    none has changed. An empty list is valid.
+    The primary path: a whole model's gradients in a handful of launches on a GPU. On Triton all
+    matrices that agree on dtypes, layouts and tile config share one launch; a mixed form whose
+    operands are all bfloat16 takes two. All or nothing: when one matrix is refused, none has
+    changed. An empty list is valid.
 
     Args:
         grads: matrices (..., m, n), each with memory of its own.

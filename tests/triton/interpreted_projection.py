@@ -83,6 +83,17 @@ def test_every_form(mode: str, held: tuple[str | None, str | None], dtype: torch
     check_list(mode, held, dtype)
 
 
+def test_meta_tensors_have_nothing_to_compute() -> None:
+    g, U, V = (torch.empty(size, device="meta") for size in ((40, 24), (40, 4), (24, 3)))
+    S = torch.empty(3, device="meta")
+    with osf_kernels.use_backend("triton"):
+        assert osf_kernels.project(g, U, V).is_meta
+        osf_kernels.project_many_([g, g.mT], [U, V], [V, U])
+        osf_kernels.prepare([g], [U], [V]).project_([g])
+        osf_kernels.restore_(g, U[:, :3], V, S=S)
+        assert [t.shape for t in osf_kernels.coefficients(g, U, V)] == [(4, 24), (40, 3)]
+
+
 @pytest.mark.parametrize("spans", [("low", "high"), ("high", "low")], ids=str)
 def test_little_that_is_kept_is_accurate(spans: tuple[Spans, Spans]) -> None:
     """Of a matrix that lies in the protected part but for a hundredth, that hundredth is kept to

@@ -21,6 +21,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from bench.gpu.configs import tried
 from osf_kernels.backends.triton import configs, launch
 from osf_kernels.backends.triton.views import Layout
 from tests.triton import aot, aot_cases
@@ -146,6 +147,20 @@ def test_float64_is_not_compiled() -> None:
     """There is no class of it: the launcher refuses before a kernel is chosen."""
     with pytest.raises(TypeError, match="float64 runs on the torch backend"):
         aot.launches_of(SMALL, aot.Class(torch.float64, torch.float64, "ieee"))
+
+
+# what a GPU session tries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [64, 128])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_neighbours_of_a_config_can_be_launched(architecture: str, rank: int) -> None:
+    """A row of the session that fails is then a fault. Spilling is allowed: it costs time alone."""
+    pinned = configs.projection_config(architecture, "bfloat16", rank)
+    for config in tried(pinned)[1:]:
+        compiled = aot.compile_launch(aot.launches_of(config, CLASSES["bf16"]), architecture)
+        assert compiled.shared_bytes <= aot.SHARED_LIMIT[architecture], config
 
 
 # that the tables are whole

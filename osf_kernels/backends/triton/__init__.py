@@ -82,13 +82,15 @@ def coefficient_reads(x: Matrix) -> int:
 def keeps(x: Matrix, device: torch.device) -> bool:
     """Whether x is in L2 whenever it is read again.
 
-    By a model of that cache (``python -m bench traffic``) it is up to a share of it, and with one
-    basis whatever its size, since it goes in bands; of a larger one with two bases 2.9 to 3.4
-    passes were counted, for 3.
+    By a model of that cache (``python -m bench traffic``) it is up to a share of it, where bases
+    and coefficients find room beside it; and with one basis whatever its size, since it goes in
+    bands. Of a larger one with two bases 2.9 to 3.4 passes were counted, for 3.
     """
     if x.r is None or x.k is None:
         return True
-    return gpu.fits_l2(_launch().architecture(device), x.m * x.n * BYTES[x.dtype])
+    bases, coefficients = x.m * x.r + x.n * x.k, x.n * x.r + x.m * x.k
+    beside = bases * BYTES[x.basis_dtype] + coefficients * BYTES[x.dtype]
+    return gpu.fits_l2(_launch().architecture(device), x.m * x.n * BYTES[x.dtype], beside)
 
 
 def coefficients(
