@@ -50,7 +50,7 @@ demo: $(INSTALLED)  ## Protect a real sentence encoder and train it: leaks, drif
 
 # Two workers of one thread each: two-thread torch in both takes ten times as long. A file's tests
 # share processes and builds, so that they stay together.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(BUILT) $(PEERS)  ## Run the whole test suite
 	@echo "== test: the whole suite, 10 to 25 minutes on two cores"

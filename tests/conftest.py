@@ -15,8 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, with the reason."""
+    """Skip what needs a GPU where there is none, with the reason; begin with what takes longest."""
+    # Files of compiled and of interpreted kernels take minutes each: run last, they would leave
+    # all but one process idle. (Needs xdist's --no-loadscope-reorder.)
+    items.sort(key=lambda item: item.path.parent.name != "triton")
     if torch.cuda.is_available():
         return
     built_for = torch.version.cuda or torch.version.hip

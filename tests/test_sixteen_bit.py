@@ -132,7 +132,7 @@ def on_meta(item):
     )
 
 
-@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("batch", [pytest.param((), marks=pytest.mark.slow), (3,)], ids=str)
 @pytest.mark.parametrize("basis_dtype", BASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gpu_multiplies_no_float32_operand(dtype, basis_dtype, batch, monkeypatch):

@@ -385,7 +385,7 @@ def _graded(m: int, n: int, dtype: torch.dtype, steep: float) -> Tensor:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("method", ["auto", *COLD, "warm", "deflated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("m", "n"), [(200, 50), (50, 200)])
+@pytest.mark.parametrize(("m", "n"), [(200, 50), pytest.param(50, 200, marks=pytest.mark.slow)])
 def test_the_least_cap_that_is_taken_holds(method: str, dtype: torch.dtype, m: int, n: int) -> None:
     """With low bases, in the safe way, and where a warm start goes on."""
     work = torch.float64 if dtype == torch.float64 else torch.float32

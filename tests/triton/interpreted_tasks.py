@@ -380,8 +380,15 @@ def test_parts_are_added_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(A, expected.expand(4, -1))
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("form", ["left", "right"])
+@pytest.mark.parametrize(
+    ("form", "turned"),
+    [
+        ("left", False),
+        pytest.param("left", True, marks=pytest.mark.slow),
+        pytest.param("right", False, marks=pytest.mark.slow),
+        pytest.param("right", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_matrix_with_one_basis_goes_in_bands(
     form: Name, turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

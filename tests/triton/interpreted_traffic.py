@@ -80,7 +80,7 @@ def touching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Touched]:
 
 
 @pytest.mark.parametrize("ranks", [(16, 8), (40, 24), (None, 16), (16, None)], ids=str)
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("split", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tasks_touch_what_the_model_says(
     ranks: tuple[int | None, int | None], split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WITHOUT_SLOW = ("interpreted_autotune", "interpreted_padding", "interpreted_traffic")
+WITHOUT_SLOW = ("interpreted_autotune", "interpreted_padding")
 
 
 def run_interpreted(root: Path, names: Sequence[str], marker: str) -> None:
