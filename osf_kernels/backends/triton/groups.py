@@ -90,8 +90,8 @@ def _plan_C(planned: Planned, i: int, in_parts: bool, precision: str) -> None:
     x, basis = view_of(step.x).mT, view_of(step.basis)  # x as it is loaded
     dot, how = dot_rule(x.dtype, (basis.dtype,), (), precision)
     if x.dtype == torch.float32 and after is not None and constants[after].get("DOT") == BF16:
-        # A or B of bfloat16 that C will correct: two pieces of bfloat16 are as accurate as what is
-        # stored at the end, and take a third of the registers of tf32x3.
+        # A or B of bfloat16 that C will correct. Two pieces of it, 16 bits, are more than is stored
+        # at the end; in tf32x3 such kernels spilled 528 bytes a thread (sm_80, rank 128).
         dot, how = BF16, "ieee"
     products: Constants = {"FROM": x.dtype, "FROM_LAYOUT": int(x.layout), "C_DOT": dot}
     products |= {"C_PRECISION": how} | _basis("BY", basis)
