@@ -328,10 +328,11 @@ _SHAPE = re.compile(r"(w?g?mma)\.(?:sync|mma_async)\S*?\.m(\d+)n(\d+)k(\d+)")
 
 def repeated_products(made: Launch, ptx: str) -> list[str]:
     """Loops in which a program multiplies more than its tiles: warps for which there are too few
-    rows of them take the same products as others. Of a launch that makes no parts of C."""
+    rows of them take the same products as others. The parts of C, which are few, may be."""
     config, constants = made.config, made.constants
     assert isinstance(config, configs.Projection)
-    found = []
+    found: list[str] = []
+    sums: list[str] = []
     for loop in innermost_loops(ptx):
         shapes = _SHAPE.findall(loop)
         if not shapes or "cp.async" not in loop:
@@ -341,15 +342,17 @@ def repeated_products(made: Launch, ptx: str) -> list[str]:
             m, n, k = map(int, sizes)
             taken += m * n * k * config.num_warps / (4 if name == "wgmma" else 1)
         wanted, precision = config.block_q * config.block_k * config.block_r, "PRECISION"
-        if "st.global" in loop:
+        if updates := "st.global" in loop:
             wanted, precision = (
                 2 * config.block_m * config.block_n * config.block_r,
                 "UPDATE_PRECISION",
             )
         wanted *= 3 if constants[precision] == "tf32x3" else 1
         if taken != wanted:
-            found.append(f"{taken / wanted:.2f} times the products, {precision}")
-    return found
+            fault = f"{taken / wanted:.2f} times the products, {precision}"
+            (found if updates else sums).append(fault)
+    # Of three loops over sums, those of A and B, which are alike, and that of parts of C.
+    return found + (sums if len(sums) > 1 or not constants["C_OF_A"] else [])
 
 
 def update_loop(ptx: str) -> str:

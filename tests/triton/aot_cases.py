@@ -232,7 +232,6 @@ def test_products_are_taken_once(architecture: str, name: str) -> None:
     for config in rows_of(architecture, kind):
         if config.block_r in aot.ranks_served(architecture, aot.math_of(kind), config):
             made = aot.launches_of(config, kind)
-            made.constants["C_OF_A"] = False
             found = aot.repeated_products(made, aot.compiled_of(made, architecture).asm["ptx"])
             assert not found, (config, found)
 
