@@ -118,7 +118,7 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
             Projection(64, 32, 64, 64, 32, 512, 8, 3, 3),
         ),
         "tf32": (
-            Projection(64, 32, 32, 128, 32, 512, 8, 3, 3),
+            Projection(64, 32, 32, 64, 32, 512, 4, 3, 3),
             Projection(64, 32, 64, 64, 32, 512, 4, 3, 3),
             Projection(64, 16, 32, 128, 32, 512, 8, 3, 3),
         ),
