@@ -104,17 +104,17 @@ def project(
         over_list = contenders.loop(formula)
         return lambda grads: over_list(grads, Us, Vs)
 
-    made: dict[str, Callable[[], Contender]] = {
+    makers: dict[str, Callable[[], Contender]] = {
         "prepared" if backend == "auto" else f"prepared, {backend}": partial(prepared, backend)
         for backend in backends
     }
-    made |= {
+    makers |= {
         "prepared, in halves": in_halves,
         "project_many_": lambda: unprepared,
         contenders.HAND: lambda: loop(contenders.hand_ordered_),
         contenders.NAIVE: lambda: loop(contenders.naive),
     }
-    for name, make in made.items():
+    for name, make in makers.items():
         row = part.row(f"{model}, {len(shapes)} matrices", BF16, rank, name)
         with part.writing(row):
             measure(part, row, make(), problem, truths)

@@ -2,8 +2,9 @@
 
 Every row is compiled ahead of time for its architecture by ``tests/triton/test_aot*.py``, which
 holds it to: tensor-core instructions, no spills, shared memory within the limit, and room for
-``programs_per_sm`` of its programs on a processor side by side. None of the rows has been timed on
-a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
+``programs_per_sm`` of its programs on a processor side by side. Those tests compile the dual form
+of every row, and mixed and inner forms of aligned and unaligned ones. None of the rows has been
+timed on a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
 
 Imports neither torch nor triton.
 """
@@ -109,7 +110,8 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
         ),
         "float32": (Projection(64, 32, 32, 64, 16, 512, 4, 3, 3, 2),),
     },
-    # 99 KB of shared memory.
+    # 99 KB of shared memory. With ragged ranks in padded rows mixed forms spill 8 to 24 bytes a
+    # thread there, and inner ones with S 32: the one known spill of these tables.
     "sm_86": {
         "bfloat16": (
             Projection(128, 64, 32, 128, 64, 512, 8, 3, 3),

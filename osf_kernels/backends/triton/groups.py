@@ -280,21 +280,14 @@ class Group:
                 step = planned.chain[i].step
                 if not isinstance(step, Reduction) or step.x is None or is_C(step):
                     continue
+                if i not in planned.cuts:
+                    (q, length), rank = step.x.shape, step.out.shape[1]
+                    count, part = split(tiles, length, self.config.block_k, busy)
+                    if count > 1:
+                        memory = planned.arena.new(count * q, rank, torch.float32)
+                        planned.cuts[i] = Cut(count, part, memory)
                 if i in planned.cuts:
-                    continue
-                (q, length), rank = step.x.shape, step.out.shape[1]
-                count, part = split(tiles, length, self.config.block_k, busy)
-                if count > 1:
-                    memory = planned.arena.new(count * q, rank, torch.float32)
-                    planned.cuts[i] = Cut(count, part, memory)
-        cut = [
-            planned.chain[i].step
-            for planned, links in self.members
-            for i in links
-            if i in planned.cuts
-        ]
-        if not all(map(is_C, cut)):
-            self.constants["HAS_PARTS"] = True
+                    self.constants["HAS_PARTS"] = True
 
 
 def _conflict(some: Constants, more: Constants) -> bool:
