@@ -132,10 +132,21 @@ def form_launches_of(
     rank: int,
     *,
     aligned: bool = True,
+    padded: bool = False,
+    offset: bool = False,
 ) -> list[Launch]:
     """The same of another form: two launches where a coefficient is float32 until it is corrected,
     and rounded then."""
-    launches, _ = _planned(config, kind, rank=rank, form=form, first=first, aligned=aligned)
+    launches, _ = _planned(
+        config,
+        kind,
+        rank=rank,
+        form=form,
+        first=first,
+        aligned=aligned,
+        padded=padded,
+        offset=offset,
+    )
     return launches
 
 

@@ -140,19 +140,34 @@ def test_unaligned_strides(architecture: str, name: str, strided: bool) -> None:
     assert checked == 4, f"{checked} launches"
 
 
-def check_form(architecture: str, name: str, form: Name, first: First, aligned: bool) -> int:
+def check_form(
+    architecture: str,
+    name: str,
+    form: Name,
+    first: First,
+    *,
+    aligned: bool = True,
+    padded: bool = False,
+    offset: bool = False,
+) -> int:
     """Compiles a form other than dual at each kind of ranks; returns how many launches."""
     kind = on(architecture, CLASSES[name])
     math = aot.math_of(kind)
     wrong = []
     checked = 0
     for config in rows_of(architecture, kind, aligned):
-        for rank in aot.ranks_served(architecture, math, config, aligned=aligned):
-            made = aot.form_launches_of(config, kind, form, first, rank, aligned=aligned)
+        ranks = aot.ranks_served(architecture, math, config, aligned=aligned, padded=padded)
+        for rank in ranks:
+            made = aot.form_launches_of(
+                config, kind, form, first, rank, aligned=aligned, padded=padded, offset=offset
+            )
             of_each = [each.constants for each in made]
-            # The first coefficient of a mixed form is float32, and makes C.
-            wide = form == "mixed" or kind.x != BF16
+            # C is of float32: a mixed form's first coefficient, or all that isn't bfloat16.
+            wide = form == "mixed" or (form == "inner" and kind.x != BF16)
             assert any(each["FROM"] == FP32 for each in of_each) == wide
+            assert any(each["HAS_OFFSET"] for each in of_each) == offset
+            ragged = any(Layout.PADDED_ROW in each.values() for each in of_each)
+            assert ragged == padded, of_each
             wrong += [
                 fault for each in made for fault in wrong_with(each, architecture, aligned=aligned)
             ]
@@ -161,21 +176,39 @@ def check_form(architecture: str, name: str, form: Name, first: First, aligned: 
     return checked
 
 
+# And whether singular values are pinned, with which a loop of sums holds more.
+FORMS: list[tuple[Name, First, bool]] = [
+    ("mixed", "left", False),
+    ("mixed", "right", False),
+    ("inner", "left", True),
+    ("left", "left", False),
+    ("right", "left", False),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "first"), [("mixed", "left"), ("mixed", "right"), ("inner", "left")]
-)
+@pytest.mark.parametrize(("form", "first", "offset"), FORMS)
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
-def test_other_forms(architecture: str, name: str, form: Name, first: First) -> None:
+def test_other_forms(architecture: str, name: str, form: Name, first: First, offset: bool) -> None:
     rows = rows_of(architecture, on(architecture, CLASSES[name]))
-    assert check_form(architecture, name, form, first, True) >= len(rows)
+    assert check_form(architecture, name, form, first, offset=offset) >= len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "first", "offset"), FORMS)
+def test_other_forms_in_padded_rows(
+    architecture: str, form: Name, first: First, offset: bool
+) -> None:
+    rows = rows_of(architecture, CLASSES["bf16"])
+    checked = check_form(architecture, "bf16", form, first, padded=True, offset=offset)
+    assert checked >= len(rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["mixed", "inner"])
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_other_forms_unaligned(architecture: str, name: str, form: Name) -> None:
-    assert check_form(architecture, name, form, "left", False) > 1
+    assert check_form(architecture, name, form, "left", aligned=False) > 1
 
 
 # copies of the update
