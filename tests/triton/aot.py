@@ -252,7 +252,8 @@ def products_of(
 def compiled_of(made: Launch, architecture: str) -> Any:
     """What Triton makes of a launch for an architecture, with no driver."""
     kernel = launch.kernel_of(made)
-    constants = launch.constexprs(made, architecture.startswith("gfx"))
+    amd = architecture.startswith("gfx")
+    constants = launch.constexprs(made, amd)
     pointers = {"meta": "*i64", "constant": "*i64", "workspace": "*fp32"}
     signature = {
         name: pointers.get(name, "constexpr" if name in constants else "i32")
@@ -265,9 +266,8 @@ def compiled_of(made: Launch, architecture: str) -> Any:
         constexprs={position[name]: value for name, value in constants.items()},
         attrs={position[name]: [["tt.divisibility", 16]] for name in pointers if name in signature},
     )
-    return triton.compile(
-        source, target=TARGETS[architecture], options=launch.compile_options(made.config)
-    )
+    options = launch.compile_options(made.config, amd)
+    return triton.compile(source, target=TARGETS[architecture], options=options)
 
 
 def compile_launch(made: Launch, architecture: str) -> Compiled:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,29 @@ def test_gate_reports_missing_tensor_cores_and_narrow_loads() -> None:
         assert any("under 8 bytes" in fault for fault in found), found
 
 
-def test_gate_reports_programs_that_do_not_fit() -> None:
+def test_gate_reports_programs_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config = whole_rows("sm_80")[0]._replace(programs_per_sm=3)
-    compiled = aot.compile_launch(aot.launches_of(config, CLASSES["bf16"]), "sm_80")
-    found = aot.faults(compiled, config)
-    assert any("3 programs a processor hold" in fault for fault in found), found
+    made = aot.launches_of(config, CLASSES["bf16"])
+    found = aot.faults(aot.compile_launch(made, "sm_80"), config)
+    assert any("spills" in fault for fault in found), found
     assert any("3 programs a processor do not fit its shared memory" in f for f in found), found
+    monkeypatch.setattr(configs, "registers", lambda _: 255)
+    found = aot.faults(aot.compile_launch(made, "sm_80"), config)
+    assert any("3 programs a processor hold" in fault for fault in found), found
+
+
+@pytest.mark.parametrize(("programs", "registers"), [(1, 255), (2, 128), (3, 80)])
+def test_a_thread_may_hold_its_share_of_registers(programs: int, registers: int) -> None:
+    """And the compiler is told so; AMD's knows no such option."""
+    config = whole_rows("sm_80")[0]._replace(programs_per_sm=programs)
+    assert configs.registers(config) == registers
+    assert launch.compile_options(config, amd=False)["maxnreg"] == registers
+    assert "maxnreg" not in launch.compile_options(config, amd=True)
+
+
+def test_registers_reach_the_compiler() -> None:
+    made = aot.launches_of(whole_rows("sm_80")[0], CLASSES["bf16"])
+    assert re.search(r"\.maxnreg 255\b", aot.compiled_of(made, "sm_80").asm["ptx"])
 
 
 def test_gate_reports_a_running_sum_in_the_tensor_cores() -> None:

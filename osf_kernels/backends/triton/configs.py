@@ -29,6 +29,7 @@ __all__ = [
     "gram_config",
     "multiply_config",
     "projection_config",
+    "registers",
     "shipped",
     "shipped_products",
     "sum_block",
@@ -111,13 +112,12 @@ _PROJECTION: dict[str, dict[Math, tuple[Projection, ...]]] = {
         ),
         "float32": (Projection(64, 32, 32, 64, 16, 512, 4, 3, 3, 2),),
     },
-    # 99 KB of shared memory. ptxas keeps a thread of eight warps to 128 registers there and spills
-    # for it, so ranks up to 64 take two programs of four warps.
+    # 99 KB of shared memory.
     "sm_86": {
         "bfloat16": (
-            Projection(128, 32, 32, 64, 64, 512, 4, 3, 3, 2),
-            Projection(64, 64, 64, 64, 32, 512, 4, 3, 3, 2),
-            Projection(128, 32, 128, 128, 16, 512, 8, 3, 3),
+            Projection(128, 64, 32, 128, 64, 512, 8, 3, 3),
+            Projection(128, 64, 64, 128, 32, 512, 8, 3, 3),
+            Projection(64, 64, 128, 128, 16, 512, 8, 3, 3),
             Projection(64, 32, 64, 64, 32, 512, 8, 3, 3),
         ),
         "tf32": (
@@ -217,7 +217,7 @@ _MULTIPLY["sm_86"], _GRAM["sm_86"] = _MULTIPLY["sm_80"], _GRAM["sm_80"]
 # tiles above would spill; these serve every architecture and any width of operand.
 _UNALIGNED_PROJECTION: dict[Math, Projection] = {
     "bfloat16": Projection(64, 16, 32, 32, 32, 256, 4, 1, 1),
-    "tf32": Projection(64, 32, 32, 64, 32, 256, 4, 1, 1),
+    "tf32": Projection(64, 32, 32, 64, 16, 256, 4, 1, 1),
     "float32": Projection(64, 16, 32, 32, 32, 256, 8, 1, 1),
 }
 _UNALIGNED_MULTIPLY = Multiply(64, 32, 32, 4, 1, 2)
@@ -274,6 +274,15 @@ def sum_block(config: Multiply | Gram) -> int:
     part of a tile.
     """
     return 64 if config.num_warps >= 8 else 32
+
+
+def registers(config: Config) -> int:
+    """Registers that a thread may hold where ``programs_per_sm`` programs share a processor.
+
+    An NVIDIA processor has 65536. A thread can name 255, and a warp is given them 8 a thread.
+    """
+    threads = 32 * config.num_warps * config.programs_per_sm
+    return min(255, 65536 // threads // 8 * 8)
 
 
 def candidates(config: Config) -> list[Config]:

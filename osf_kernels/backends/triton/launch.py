@@ -100,12 +100,20 @@ def constexprs(launch: Launch, amd: bool = ON_AMD) -> dict[str, Any]:
     }
 
 
-def compile_options(config: configs.Config) -> dict[str, Any]:
-    """Compiler options of a config. Multiplies and adds may fuse: sums are float32 either way."""
+def compile_options(config: configs.Config, amd: bool = ON_AMD) -> dict[str, Any]:
+    """Compiler options of a config, for a GPU of AMD's or NVIDIA's.
+
+    Multiplies and adds may fuse: sums are float32 either way.
+    """
     stages = (
         config.reduction_stages if isinstance(config, configs.Projection) else config.num_stages
     )
-    return {"num_warps": config.num_warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": stages, "enable_fp_fusion": True}
+    if not amd:
+        # Left to itself ptxas keeps some kernels to 128 registers a thread, and spills for it, so
+        # that more programs would fit a processor than are ever launched.
+        options["maxnreg"] = configs.registers(config)
+    return options
 
 
 class Driver:
