@@ -205,7 +205,7 @@ def test_other_forms_in_padded_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["mixed", "inner"])
+@pytest.mark.parametrize("form", ["mixed", "inner", "sequential"])
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_other_forms_unaligned(architecture: str, name: str, form: Name) -> None:
     assert check_form(architecture, name, form, "left", aligned=False) > 1
