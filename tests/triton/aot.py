@@ -6,14 +6,14 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from osf_kernels.backends.chains import chain_of
+from osf_kernels.backends.chains import Chain, chain_of
 from osf_kernels.backends.jobs import Problem
 from osf_kernels.backends.operands import Arena
 from osf_kernels.backends.triton import (
@@ -100,6 +100,10 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, width: int = 0) -> torch
     return torch.empty(rows, width or columns, dtype=dtype, device="meta")[:, :columns]
 
 
+# What a weight is pinned to: its singular values, those and a residual, or a matrix beside it, of
+# its own dtype or of float32.
+Pin = Literal["", "S", "residual", "matrix", "float32 matrix"]
+
 _FILL = 4096  # so many processors that every sum is split
 
 
@@ -109,7 +113,7 @@ def launches_of(
     *,
     aligned: bool = True,
     padded: bool = False,
-    offset: bool = False,
+    pin: Pin = "",
     rank: int = 0,
 ) -> Launch:
     """The one launch of a dual projection of matrices so long that every sum is split.
@@ -117,10 +121,10 @@ def launches_of(
     Args:
         aligned: or of odd width and rank.
         padded: the rank is three below the block's, in rows of whole 16-byte vectors.
-        offset: coefficients are less U diag(S) and V diag(S), as where singular values are pinned.
+        pin: with S coefficients are less U diag(S) and V diag(S).
         rank: by default the block's, or one less where that isn't aligned.
     """
-    (made,), _ = _planned(config, kind, aligned=aligned, padded=padded, offset=offset, rank=rank)
+    (made,), _ = _planned(config, kind, aligned=aligned, padded=padded, pin=pin, rank=rank)
     return made
 
 
@@ -133,7 +137,7 @@ def form_launches_of(
     *,
     aligned: bool = True,
     padded: bool = False,
-    offset: bool = False,
+    pin: Pin = "",
 ) -> list[Launch]:
     """The same of another form: two launches where a coefficient is float32 until it is corrected,
     and rounded then."""
@@ -145,7 +149,7 @@ def form_launches_of(
         first=first,
         aligned=aligned,
         padded=padded,
-        offset=offset,
+        pin=pin,
     )
     return launches
 
@@ -181,7 +185,7 @@ def _planned(
     *,
     aligned: bool = True,
     padded: bool = False,
-    offset: bool = False,
+    pin: Pin = "",
     rank: int = 0,
     form: Name = "dual",
     first: First = "left",
@@ -190,16 +194,25 @@ def _planned(
     rank = rank or config.block_r - (3 if padded else not aligned)
     x = matrix(m, n, kind.x)
     U, V = (matrix(rows, rank, kind.basis, padded and whole_width(rank)) for rows in (m, n))
-    S = torch.empty(rank, device="meta") if offset else None
     step = Step(form, first, -1.0, 1.0, 0, 0, 0, "", "")
-    problem = Problem(x, x, U, V, step, S)
+    problem = Problem(x, x, U, V, step)
+    if pin in ("S", "residual"):
+        problem = problem._replace(S=torch.empty(rank, device="meta"))
+    if pin == "residual" and form == "inner":
+        problem = problem._replace(rest_B=matrix(rank, rank, kind.x))
+    elif pin == "residual":
+        problem = problem._replace(rest_A=matrix(rank, n, kind.x), rest_B=matrix(m, rank, kind.x))
+    if pin.endswith("matrix"):
+        dtype = torch.float32 if pin == "float32 matrix" else kind.x
+        problem = problem._replace(addend=matrix(m, n, dtype))
     arena = Arena(x.device)
     chain = chain_of(problem, dispatch._coefficient_dtype(problem), arena.new)
     maths: list[configs.Math] = []
 
-    def choose(_: object, math: configs.Math, *__: object) -> configs.Projection:
+    def choose(chain: Chain, math: configs.Math, *_: object) -> configs.Projection:
         maths.append(math)
-        return config
+        width = groups.addend_width(chain)
+        return configs.beside_addend(config, width) if width else config
 
     planned = groups.plan_chain(chain, arena, kind.float32_precision, choose)
     launches, _ = tasks.projection_launches([planned], fill=_FILL, room=0.0, limit=1 << 40)

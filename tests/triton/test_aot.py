@@ -23,8 +23,12 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from bench.gpu.configs import tried
-from osf_kernels.backends.triton import configs, launch
+from osf_kernels.backends.chains import chain_of
+from osf_kernels.backends.jobs import Problem
+from osf_kernels.backends.operands import Arena
+from osf_kernels.backends.triton import configs, dispatch, launch
 from osf_kernels.backends.triton.views import Layout
+from osf_kernels.plan import Step
 from tests.triton import aot, aot_cases
 from tests.triton.aot_cases import (
     BF16,
@@ -90,8 +94,9 @@ def test_gate_reports_missing_tensor_cores_and_narrow_loads() -> None:
     ieee = aot.Class(FP32, FP32, "ieee")
     compiled = aot.compile_launch(aot.launches_of(SMALL, ieee), "sm_80")
     assert "no tensor-core instruction" in aot.faults(compiled, SMALL)
-    for offset in (False, True):
-        made = aot.launches_of(SMALL, CLASSES["bf16"], aligned=False, offset=offset)
+    pins: tuple[aot.Pin, ...] = ("", "S")
+    for pin in pins:
+        made = aot.launches_of(SMALL, CLASSES["bf16"], aligned=False, pin=pin)
         found = aot.faults(aot.compile_launch(made, "sm_80"), SMALL)
         assert any("under 8 bytes" in fault for fault in found), found
 
@@ -164,6 +169,23 @@ def test_float64_is_not_compiled() -> None:
     """There is no class of it: the launcher refuses before a kernel is chosen."""
     with pytest.raises(TypeError, match="float64 runs on the torch backend"):
         aot.launches_of(SMALL, aot.Class(torch.float64, torch.float64, "ieee"))
+
+
+# what a list that adds matrices is given
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(BF16, 1.0), (FP32, 2.0)])
+def test_a_matrix_beside_is_given_a_config_that_holds_it(dtype: torch.dtype, width: float) -> None:
+    W, U, V = (
+        aot.matrix(rows, columns, BF16) for rows, columns in ((256, 128), (256, 32), (128, 32))
+    )
+    step = Step("dual", "left", -1.0, 1.0, 0, 0, 0, "", "")
+    problem = Problem(W, W, U, V, step, addend=aot.matrix(256, 128, dtype))
+    arena = Arena(W.device)
+    chains = [(chain_of(problem, BF16, arena.new), arena)]
+    ((made,), _) = dispatch._launches(W.device, chains, None, None, 1 << 40)
+    pinned = configs.projection_config("sm_80", "bfloat16", 32)
+    assert made.config == configs.beside_addend(pinned, width) != pinned
 
 
 # what a GPU session tries

@@ -349,6 +349,22 @@ def test_whole_projections_with_every_pinned_config_of_this_device(
         case.assert_projected(grads, before)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrices_beside_fit_every_pinned_config(dtype: torch.dtype, wide: bool) -> None:
+    """Dense protected parts, of the weights' dtype or of float32, at ranks of every block."""
+    architecture = launch.architecture(torch.device("cuda"))
+    ranks = sorted({config.block_r for _, config in configs.shipped(architecture)})
+    entries = [Entry((768, 640), dtype, "high high", (r, r)) for r in (*ranks, 2 * ranks[-1])]
+    case = List(entries, f"gpu beside {wide}", device="cuda", factor=4.0)
+    dense, pinned = case.dense()
+    weights = case.draw()
+    before = [x.clone() for x in weights]
+    with osf_kernels.use_backend("triton"):
+        case.prepare().restore_(weights, protected=[H.float() if wide else H for H in dense])
+    case.assert_restored(weights, before, pinned)
+
+
 def test_a_projection_in_flight_on_several_streams() -> None:
     """Programs of three calls share the processors; tasks of each wait for others of their own."""
     g = generator_for("gpu projections on streams")

@@ -226,6 +226,33 @@ def test_blocks_hold_the_rank_up_to_the_last() -> None:
             assert config.block_r >= rank or config == rows[-1]
 
 
+@pytest.mark.parametrize("architecture", configs.ARCHITECTURES)
+def test_a_matrix_beside_takes_little_more_shared_memory(architecture: str) -> None:
+    """Of updates, per step: tiles of x, of the matrix, and of two factors."""
+    for math, config in configs.shipped(architecture):
+        size = 2 if math == "bfloat16" else 4
+        for width in {1.0, 4 / size}:
+            chosen = configs.beside_addend(config, width)
+            if config.update_stages == 1:
+                assert chosen == config
+                continue
+            before, after = (
+                row.update_stages * size * row.block_n * (row.block_m * share + 2 * row.block_r)
+                for row, share in ((config, 1), (chosen, 1 + width))
+            )
+            assert after <= 1.5 * before, (config, chosen)
+            assert chosen.strip % chosen.block_n == chosen.block_q % chosen.block_k == 0
+            assert min(chosen.block_n, chosen.block_k) >= 16
+
+
+def test_width_of_what_updates_add() -> None:
+    plain = problem(Operands(), 256, 256, (16, 8))
+    for dtype, width in ((None, 0.0), (BF16, 1.0), (FP32, 2.0)):
+        addend = None if dtype is None else Operands()(256, 256, dtype)
+        chain = chain_of(plain._replace(addend=addend), BF16, Arena(META).new)
+        assert groups.addend_width(chain) == width
+
+
 # --- views -----------------------------------------------------------------------------------
 
 

@@ -3,9 +3,9 @@
 Every row is compiled ahead of time for its architecture by ``tests/triton/test_aot*.py``, which
 holds it to: tensor-core instructions, no spills, shared memory within the limit, and room for
 ``programs_per_sm`` of its programs on a processor side by side. Those tests compile the dual form
-of every row, and other forms of the rows of bfloat16 and of float32: in padded rows of bfloat16
-alone. None of the rows has been timed on a GPU yet; ``OSF_AUTOTUNE=1`` searches :func:`candidates`
-instead.
+of every row for every class of operands, every other form and pin of bfloat16, and those that hold
+most of TF32, float32, padded rows and odd widths. None of the rows has been timed on a GPU yet;
+``OSF_AUTOTUNE=1`` searches :func:`candidates` instead.
 
 Imports neither torch nor triton.
 """
@@ -25,6 +25,7 @@ __all__ = [
     "Multiply",
     "Projection",
     "architecture_of_capability",
+    "beside_addend",
     "candidates",
     "gram_config",
     "multiply_config",
@@ -218,7 +219,7 @@ _MULTIPLY["sm_86"], _GRAM["sm_86"] = _MULTIPLY["sm_80"], _GRAM["sm_80"]
 _UNALIGNED_PROJECTION: dict[Math, Projection] = {
     "bfloat16": Projection(64, 16, 32, 32, 32, 256, 4, 1, 1),
     "tf32": Projection(64, 32, 32, 64, 16, 256, 4, 1, 1),
-    "float32": Projection(64, 16, 32, 32, 32, 256, 8, 1, 1),
+    "float32": Projection(64, 16, 32, 32, 16, 256, 8, 1, 1),
 }
 _UNALIGNED_MULTIPLY = Multiply(64, 32, 32, 4, 1, 2)
 # x is aligned, but the basis or the result beside it is not.
@@ -239,6 +240,25 @@ def projection_config(architecture: str, math: Math, rank: int, aligned: bool = 
     table = _PROJECTION[architecture]
     rows = table.get(math, table["float32"])
     return next((row for row in rows if rank <= row.block_r), rows[-1])
+
+
+def beside_addend(config: Projection, width: float) -> Projection:
+    """For updates that add a matrix, tiles of which are under way beside those of x.
+
+    Half the columns a step, so that shared memory holds about as many bytes. ``tl.dot`` takes no
+    fewer than 16 columns; there, one step fewer is under way.
+
+    Args:
+        width: bytes of an element of that matrix over those of x.
+    """
+    if config.update_stages == 1:  # nothing is under way
+        return config
+    if width > 1:
+        # With 64 summed elements a step, rank 64 of sm_100 spilled 8 bytes beside such a matrix.
+        config = config._replace(block_k=max(16, config.block_k // 2))
+    if config.block_n > 16:
+        return config._replace(block_n=config.block_n // 2)
+    return config._replace(update_stages=config.update_stages - 1)
 
 
 def multiply_config(
@@ -295,7 +315,10 @@ def candidates(config: Config) -> list[Config]:
                 nearby.append(config._replace(**{name: number}))
     for warps in (4, 8):
         if warps != config.num_warps:
-            nearby.append(config._replace(num_warps=warps))
+            # More warps, fewer programs: each thread keeps its registers.
+            programs = max(1, config.programs_per_sm * config.num_warps // warps)
+            programs = min(config.programs_per_sm, programs)
+            nearby.append(config._replace(num_warps=warps, programs_per_sm=programs))
     if isinstance(config, Projection):
         nearby.append(config._replace(block_n=config.block_n // 2))
         if config.block_q // 2 % config.block_k == 0:

@@ -89,6 +89,8 @@ def _launches(
         if config is not None:
             return config
         pinned = configs.projection_config(architecture, math, rank, aligned)
+        if width := groups.addend_width(chain):
+            pinned = configs.beside_addend(pinned, width)
         if not _searching():
             return pinned
 

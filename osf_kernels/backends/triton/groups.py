@@ -18,7 +18,7 @@ from . import configs
 from .launches import split
 from .views import View, ceil_div, dot_rule
 
-__all__ = ["Cut", "Group", "Planned", "in_launches", "is_C", "plan_chain"]
+__all__ = ["Cut", "Group", "Planned", "addend_width", "in_launches", "is_C", "plan_chain"]
 
 BF16 = torch.bfloat16
 Constants = dict[str, object]
@@ -130,6 +130,19 @@ def _math(constants: Iterable[Constants]) -> configs.Math:
     if taken - {"tf32"}:
         return "float32"
     return "tf32" if taken else "bfloat16"
+
+
+def addend_width(chain: Chain) -> float:
+    """Bytes of an element of what updates add over those of what they update; 0 where none does."""
+    updates = [link.step for link in chain if isinstance(link.step, Update)]
+    return max(
+        (
+            job.addend.dtype.itemsize / job.x.dtype.itemsize
+            for job in updates
+            if job.addend is not None
+        ),
+        default=0.0,
+    )
 
 
 def rank_of(step: Reduction | Update) -> int:
