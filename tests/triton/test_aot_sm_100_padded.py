@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.triton.aot_cases import test_other_forms_in_padded_rows, test_padded_rows
+from tests.triton.aot_cases import test_padded_rows
 
-__all__ = ["test_other_forms_in_padded_rows", "test_padded_rows"]
+__all__ = ["test_padded_rows"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("architecture", ["sm_100"])]

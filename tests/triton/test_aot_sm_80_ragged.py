@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.triton.aot_cases import (
-    test_other_forms_in_padded_rows,
     test_other_forms_unaligned,
     test_padded_rows,
     test_unaligned_strides,
 )
 
-__all__ = [
-    "test_other_forms_in_padded_rows",
-    "test_other_forms_unaligned",
-    "test_padded_rows",
-    "test_unaligned_strides",
-]
+__all__ = ["test_other_forms_unaligned", "test_padded_rows", "test_unaligned_strides"]
 
 pytestmark = [pytest.mark.parametrize("architecture", ["sm_80"])]
