@@ -211,8 +211,7 @@ def _planned(
 
     def choose(chain: Chain, math: configs.Math, *_: object) -> configs.Projection:
         maths.append(math)
-        width = groups.addend_width(chain)
-        return configs.beside_addend(config, width) if width else config
+        return configs.beside_addend(config, groups.addend_width(chain))
 
     planned = groups.plan_chain(chain, arena, kind.float32_precision, choose)
     launches, _ = tasks.projection_launches([planned], fill=_FILL, room=0.0, limit=1 << 40)

@@ -249,9 +249,9 @@ def beside_addend(config: Projection, width: float) -> Projection:
     fewer than 16 columns; there, one step fewer is under way.
 
     Args:
-        width: bytes of an element of that matrix over those of x.
+        width: bytes of an element of that matrix over those of x; 0 where none is added.
     """
-    if config.update_stages == 1:  # nothing is under way
+    if not width or config.update_stages == 1:  # of one stage nothing is under way
         return config
     if width > 1:
         # With 64 summed elements a step, rank 64 of sm_100 spilled 8 bytes beside such a matrix.

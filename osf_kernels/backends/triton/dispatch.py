@@ -89,8 +89,7 @@ def _launches(
         if config is not None:
             return config
         pinned = configs.projection_config(architecture, math, rank, aligned)
-        if width := groups.addend_width(chain):
-            pinned = configs.beside_addend(pinned, width)
+        pinned = configs.beside_addend(pinned, groups.addend_width(chain))
         if not _searching():
             return pinned
 
