@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from osf_kernels import Basis, extend_basis, padded
 from osf_torch.activations import Forward, activations, require_reached, watch
 from osf_torch.bases import Held, columns_of, moved, spans_of
-from osf_torch.coverage import left_out, log_left_out
+from osf_torch.coverage import coverage, named_in, tell
 from osf_torch.kinds import is_conv1d, is_weight, owners
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
-from osf_torch.selection import Filter, Selected, listed, require_seed, select
+from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
 from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Grown, Subspace
@@ -34,6 +34,7 @@ def input_subspaces(
     energy: float = 0.95,
     previous: Mapping[str, Subspace] | None = None,
     filter: Filter = None,
+    leave_out: Names = None,
     max_tokens: int = 4096,
     max_batches: int | None = None,
     progress: Show = True,
@@ -64,6 +65,7 @@ def input_subspaces(
         filter: which weights, as in ``refresh``; all of them must belong to nn.Linear, Conv1D or
             nn.MultiheadAttention modules. Of in_proj_weight the inputs are queries, keys and
             values.
+        leave_out: as in ``refresh``.
         max_tokens: where a weight's inputs on this rank are more, as many are drawn at random.
             Peak memory is max_tokens·n elements a weight of the activations' dtype, and a few
             matrices (n, tokens of all ranks) in float64 for the one weight that is extended.
@@ -96,7 +98,8 @@ def input_subspaces(
     if max_tokens < 1:
         raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
     require_seed(seed, "input_subspaces")
-    selected = select(model, 1, filter, operator="input_subspaces", sharded=True)
+    names = named_in(model, leave_out, previous, "input_subspaces")
+    selected = select(model, 1, filter, operator="input_subspaces", sharded=True, leave_out=names)
     previous = previous or {}
     _require_selected(previous, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
@@ -121,10 +124,10 @@ def input_subspaces(
         error = caught
     sharers.agree(error, device, "input_subspaces")
     found = _extended(selected, meters, previous, energy, sharers, progress)
-    covered = {id(s.weight) for s in selected}
+    told = coverage(model, {id(s.weight) for s in selected}, names)
     if sharers.rank == 0:
-        return Grown(found, left_out=log_left_out(model, covered, "input_subspaces"))
-    return Grown(found, left_out=left_out(model, covered))
+        tell(told, "input_subspaces")
+    return Grown(found, coverage=told)
 
 
 def _extended(
