@@ -78,7 +78,7 @@ def test_the_next_refresh_of_experts_starts_from_the_last(complement):
     rank = 16 if complement else 8
     first = refresh(model, rank, **options)
     with torch.no_grad():
-        model.up += 1e-4 * torch.randn_like(model.up)
+        model.up += 1e-6 * torch.randn_like(model.up)
     second = refresh(model, rank, previous=first, **options)
     assert second["up"].method == ("deflated" if complement else "warm")
     exact = torch.linalg.svd(model.up.detach().double(), full_matrices=False)
