@@ -4,8 +4,10 @@ It owns what knows of models and optimizers, and no mathematics: everything it c
 operator of ``osf_kernels``, of which it imports public names only.
 """
 
+from osf_torch.budget import Estimate
 from osf_torch.confine import confine
 from osf_torch.confined import Confined
+from osf_torch.estimate import estimate
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard
 from osf_torch.importance import layer_importance
@@ -20,12 +22,14 @@ from osf_torch.subspaces import Decomposition, Subspace, Subspaces
 __all__ = [
     "Confined",
     "Decomposition",
+    "Estimate",
     "Guard",
     "Leak",
     "Subspace",
     "Subspaces",
     "allocate_ranks",
     "confine",
+    "estimate",
     "input_subspaces",
     "layer_importance",
     "load_subspaces",
