@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
 from osf_kernels import Basis, plan, plan_svd, truncated_svd
 from osf_torch import confine, estimate, protect, refresh
@@ -31,6 +31,19 @@ def real(dtype=torch.float32):
     return drawn(stack(dtype), "estimate")
 
 
+def counting():
+    """FLOPs of products, those in place too."""
+
+    def of(rule):
+        def count(*shapes, out_shape=None, **_):
+            return rule(*shapes)
+
+        return count
+
+    in_place = {torch.ops.aten.addmm_: of(addmm_flop), torch.ops.aten.baddbmm_: of(baddbmm_flop)}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
 def bytes_of(tensors):
     return sum(t.nbytes for t in tensors)
 
@@ -50,12 +63,10 @@ def test_bytes_are_those_of_the_run(dtype, rho):
     guard = protect(model, subspaces, optimizer=optimizer)
     takes = found.methods["protect"]
     held = [item.held for item in guard._items.values()]
-    bases = [t for h in held for t in (h.U.columns, h.V.columns, h.S) if t is not None]
+    bases = [t for h in held for t in (h.U.columns, h.V.columns)]
     pins = [t for h in held for t in (h.rest_A, h.rest_B, h.protected) if t is not None]
     S = sum(s.S.nbytes for s in subspaces.values())
-    assert takes.bases == bytes_of(bases) + sum(h.S is None for h in held) * 0 + (
-        S - bytes_of([h.S for h in held if h.S is not None])
-    )
+    assert takes.bases == bytes_of(bases) + S  # which the guard keeps in its subspaces
     assert takes.pinned == bytes_of(pins)
     guard.remove()
 
@@ -109,10 +120,10 @@ def test_flops_of_a_step_are_those_of_the_run(rho, method):
         confine(model, refresh(model, rho, progress=False), **options[method])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x = drawn_inputs(torch.float32).requires_grad_()
-    with FlopCounterMode(display=False) as counted:
+    with counting() as counted:
         model(x).square().mean().backward()
         optimizer.step()
-    assert counted.get_total_flops() == pytest.approx(found.methods[method].flops, rel=0.12)
+    assert counted.get_total_flops() == pytest.approx(found.methods[method].flops, rel=0.03)
 
 
 @pytest.mark.parametrize("rho", [0.25, 0.8])
@@ -123,7 +134,8 @@ def test_flops_of_protect_are_those_of_the_run(rho):
     protect(model, refresh(model, rho, progress=False), optimizer=optimizer)
     model(drawn_inputs(torch.float32)).square().mean().backward()
     optimizer.step()  # which prepares
-    with FlopCounterMode(display=False) as counted:
+    model(drawn_inputs(torch.float32)).sin().square().mean().backward()
+    with counting() as counted:
         optimizer.step()
     own = found["protect"].flops - found["plain"].flops
     # Beside them verifying products with a few columns.
@@ -137,14 +149,14 @@ def test_flops_of_protect_are_those_of_the_run(rho):
 def test_plan_svd_counts_what_runs(m, n, r, low):
     A = torch.randn(m, n, generator=generator_for(m, n))
     told = plan_svd(m, n, r, complement=low)
-    with FlopCounterMode(display=False) as counted:
+    with counting() as counted:
         (result,) = truncated_svd([A], r, complement=low)
     assert told.method == result.method
     assert counted.get_total_flops() == pytest.approx(told.flops, rel=0.15)
 
 
 def test_plan_svd_refuses():
-    with pytest.raises(ValueError, match=r"plan_svd: expected rank to be? ?from 0 to min"):
+    with pytest.raises(ValueError, match="expected rank to be from 0 to min"):
         plan_svd(8, 8, 9)
 
 
@@ -172,7 +184,7 @@ def test_a_plan_is_for_the_architecture_that_is_named():
     assert any("rank 112" in note for note in sm_90.notes)
     cpu = plan(torch.empty(512, 512), None, None, architecture="cpu")
     assert cpu.architecture == "cpu"
-    with pytest.raises(ValueError, match="architecture to be? ?one of cpu, sm_80"):
+    with pytest.raises(ValueError, match=r"architecture to be one of|architecture one of cpu"):
         plan(g, U, U, architecture="sm_70")
 
 
