@@ -27,6 +27,23 @@ def stack(dtype=torch.float32, device="cpu"):
     return model.to(dtype)
 
 
+class Experts(nn.Module):
+    """Three experts in one parameter, and a layer of transposed weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(3, 40, 24))
+        self.down = nn.Linear(40, 24)
+
+    def forward(self, x):
+        return self.down(torch.einsum("eti,eoi->eto", x.expand(3, *x.shape), self.up).mean(0))
+
+
+def experts(dtype=torch.float32, device="cpu"):
+    with torch.device(device):
+        return Experts().to(dtype)
+
+
 def real(dtype=torch.float32):
     return drawn(stack(dtype), "estimate")
 
@@ -99,6 +116,27 @@ def test_confined_bytes_are_those_of_the_run(dtype, rho, method):
 
 def drawn_inputs(dtype):
     return torch.randn(TOKENS, 48, generator=generator_for("inputs")).to(dtype)
+
+
+@pytest.mark.parametrize("rho", [0.25, 0.8])
+def test_bytes_of_experts_are_those_of_the_run(rho):
+    found = estimate(experts(device="meta"), rho, tokens=TOKENS)
+    assert [w["shape"] for w in found.weights] == [[3, 40, 24], [24, 40]]
+    model = drawn(experts(), "experts")
+    subspaces = refresh(model, rho, progress=False)
+    assert found.bases == subspaces.nbytes
+    assert [w["refresh"] for w in found.weights] == [s.method for s in subspaces.values()]
+    guard = protect(model, subspaces, optimizer=adamw(model))
+    held = [item.held for item in guard._items.values()]
+    pins = [t for h in held for t in (h.rest_A, h.rest_B, h.protected) if t is not None]
+    assert found.methods["protect"].pinned == bytes_of(pins)
+    guard.remove()
+    places = confine(model, subspaces).places
+    takes = found.methods["confine"]
+    trained = [t for place in places for t in place.trained()]
+    assert takes.block == takes.copies == bytes_of(trained)
+    bases = [t for p in places for side in (p.spec.left, p.spec.right) for t in side.tensors]
+    assert takes.bases == bytes_of(bases)
 
 
 def test_others_and_plain_are_all_of_the_model():

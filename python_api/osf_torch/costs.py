@@ -4,12 +4,15 @@ with values.
 Bases, C and what is held beside them are counted as ``refresh``, ``protect`` and ``confine`` make
 them, of tensors on the meta device where these functions take such. AdamW's state are two moments
 of what is trained. On ranks of FSDP2 the first dimension of every parameter is cut, and figures are
-those of the first rank, which has the most.
+those of the first rank, which has the most. Of a batch of matrices (experts) products with the
+tokens are counted as if each token took one of them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -27,7 +30,8 @@ class Alike:
     """Weights of one kind.
 
     Attributes:
-        shape, dtype: of the weight (m, n).
+        shape, dtype: of the matrix (m, n), or of each of a batch.
+        batch: the leading dimensions of a batch of matrices (experts); none of a matrix.
         rank: how many directions are protected.
         trained: whether it requires a gradient.
         shared: whether several modules have it, which ``confine`` refuses.
@@ -36,12 +40,18 @@ class Alike:
     """
 
     shape: tuple[int, int]
+    batch: tuple[int, ...]
     dtype: torch.dtype
     rank: int
     trained: bool
     shared: bool
     linear: bool
     transposed: bool
+
+    @property
+    def matrices(self) -> int:
+        """How many there are."""
+        return math.prod(self.batch)
 
 
 @dataclass(frozen=True)
@@ -113,18 +123,20 @@ class Costs:
         self.subspace = subspace
         m, n = alike.shape
         self._size = alike.dtype.itemsize
-        self._rows = -(-m // world)
+        # FSDP2 cuts the first dimension: rows, or the matrices of a batch.
+        self._rows, self._count = -(-m // world), 1
+        if alike.batch:
+            self._rows = m
+            self._count = -(-alike.batch[0] // world) * math.prod(alike.batch[1:])
         self.sides = _side(subspace.U, m), _side(subspace.V, n)
         self._forward = 2 * tokens * m * n
-        W = torch.empty(m, n, dtype=alike.dtype, device="meta")
+        W = torch.empty(*_lead(alike), m, n, dtype=alike.dtype, device="meta")
         self.planned = plan(W, subspace.U, subspace.V, architecture=architecture)
 
     # --- methods ---
 
     def plain(self) -> Takes:
-        m, n = self.alike.shape
-        held = self._rows * n * self._size
-        whole = m * n * self._size
+        held, whole = self._held, self._whole
         shared = self.world > 1
         if not self.alike.trained:
             return Takes(held, flops=2 * self._forward, gathered=shared * 2 * whole)
@@ -146,10 +158,13 @@ class Costs:
         _, n = self.alike.shape
         whole = sum(columns_of(basis).nbytes for basis in (s.U, s.V))
         S = 0 if s.S is None else s.S.nbytes
-        cut = columns_of(s.U)
-        bases = self._rows * cut.shape[-1] * cut.element_size() + columns_of(s.V).nbytes
+        cut, other = columns_of(s.U), columns_of(s.V)
+        if self.alike.batch:  # both sides are cut with it, and nothing adds up
+            bases, reduced = whole * self._count // self.alike.matrices, 0
+        else:
+            bases = self._rows * cut.shape[-1] * cut.element_size() + other.nbytes
+            reduced = 2 * cut.shape[-1] * n * WIDE
         at_once = 2 * -(-self.planned.flops // self.world)
-        reduced = 2 * cut.shape[-1] * n * WIDE
         return replace(
             plain,
             bases=bases + S,
@@ -167,11 +182,9 @@ class Costs:
         item = self._item
         if not (left.width and right.width) or not (self.alike.trained or beside):
             return self._frozen()
-        half = self._size < WIDE
-        here = -(-left.width // self.world) * right.width * item
-        block = left.width * right.width * item
-        held = self._rows * right.size * self._size
-        whole = left.size * right.size * self._size
+        half, held, whole = self._size < WIDE, self._held, self._whole
+        here = self._here(left.width) * right.width * item
+        block = left.width * right.width * item * self.alike.matrices
         copies = 0 if beside else here + half * held
         sent = whole + block + (0 if beside else block + half * whole)
         shared = self.world > 1
@@ -182,10 +195,10 @@ class Costs:
             bases=self._base_bytes(),
             gradient=here,
             state=MOMENTS * here,
-            references=2 * left.size * PROBES * 8,
+            references=self._references,
             inputs=self.tokens * self._kept * self._size,
             flops=self._confined_flops(beside=beside, half=half),
-            gathered=shared * (2 * sent + (0 if beside else block)),
+            gathered=shared * (2 * sent + (0 if beside or self.alike.batch else block)),
             scattered=shared * block,
         )
 
@@ -197,19 +210,20 @@ class Costs:
         if not (left.width and right.width):
             return self._frozen()
         item, shared = self._item, self.world > 1
-        here = (-(-left.width // self.world) * rank + -(-rank // self.world) * right.width) * item
-        block = (left.width + right.width) * rank * item
-        held = self._rows * right.size * self._size
-        whole = left.size * right.size * self._size
+        here = (self._here(left.width) * rank + self._here(rank) * right.width) * item
+        block = (left.width + right.width) * rank * item * self.alike.matrices
+        held, whole = self._held, self._whole
         return Takes(
             weights=held,
             block=here,
             bases=self._base_bytes(),
             gradient=here,
             state=MOMENTS * here,
-            references=2 * left.size * PROBES * 8,
+            references=self._references,
             inputs=self.tokens * self._read * self._size,
-            flops=2 * self._forward + factor_flops(left, right, rank, self.tokens),
+            flops=2 * self._forward
+            + factor_flops(left, right, rank, self.tokens)
+            + (self.alike.matrices - 1) * factor_flops(left, right, rank, 0),
             gathered=shared * 2 * (whole + block),
             scattered=shared * block,
         )
@@ -217,9 +231,28 @@ class Costs:
     def refresh(self, device: str) -> SVDPlan:
         s, (m, n) = self.subspace, self.alike.shape
         complement = not (is_high(s.U) and is_high(s.V))
-        return plan_svd(m, n, s.rank, device=device, dtype=self.alike.dtype, complement=complement)
+        options: dict[str, Any] = {"device": device, "complement": complement}
+        options["batch"] = min(BATCH, self.alike.matrices)
+        return plan_svd(m, n, s.rank, dtype=self.alike.dtype, **options)
 
     # --- parts ---
+
+    @property
+    def _held(self) -> int:
+        """Bytes of this rank's part of the weight."""
+        return self._count * self._rows * self.alike.shape[1] * self._size
+
+    @property
+    def _whole(self) -> int:
+        return self.alike.matrices * math.prod(self.alike.shape) * self._size
+
+    def _here(self, rows: int) -> int:
+        """Rows of this rank of a parameter that has so many, or of all its matrices'."""
+        return self._count * rows if self.alike.batch else -(-rows // self.world)
+
+    @property
+    def _references(self) -> int:
+        return 2 * self.alike.matrices * self.alike.shape[0] * PROBES * 8
 
     @property
     def _read(self) -> int:
@@ -247,7 +280,8 @@ class Costs:
     def _base_bytes(self) -> int:
         bases = columns_of(self.subspace.U), columns_of(self.subspace.V)
         pairs = zip(self.sides, bases, strict=True)
-        return sum(side.elements * columns.element_size() for side, columns in pairs)
+        one = sum(side.elements * columns.element_size() for side, columns in pairs)
+        return one * self.alike.matrices
 
     def _frozen(self) -> Takes:
         return replace(self.plain(), gradient=0, state=0, inputs=0, flops=2 * self._forward)
@@ -255,7 +289,7 @@ class Costs:
     def _pinned(self) -> int:
         """The dense protected part, or beside triplets what they are expected to miss."""
         s, (m, n), wide = self.subspace, self.alike.shape, max(WIDE, self._size)
-        dense = self._rows * n * wide
+        dense = self._count * self._rows * n * wide
         if not (is_high(s.U) and is_high(s.V)):
             return dense
         rough = self.refresh("cpu").method == "randomized"
@@ -264,19 +298,19 @@ class Costs:
         size = (2 if rough else 0) if self._size < WIDE else (wide if rough else 2)
         if m * n * wide < s.rank * (m + n) * size:
             return dense
-        return s.rank * (n + self._rows) * size
+        return self._count * s.rank * (n + self._rows) * size
 
     def _confined_flops(self, *, beside: bool, half: bool) -> int:
         left, right = self.sides
         found = plan_free(self.tokens, left, right)
         gradient = found.flops
         if not self.alike.linear:
-            gradient = found.plain_flops + reduce_flops(left, right)
+            gradient = found.plain_flops + self.alike.matrices * reduce_flops(left, right)
         if beside and half and self.alike.linear:  # on the tokens, forward and back
             once = 2 * (left.flops + right.flops) + 6 * left.width * right.width
             return 2 * self._forward + self.tokens * once
         # The sum is formed for the forward pass, and anew for the backward pass.
-        sums = 2 * found.merge_flops if beside else self._merge_flops()
+        sums = 2 * found.merge_flops * self.alike.matrices if beside else self._merge_flops()
         return 2 * self._forward + gradient + sums
 
     def _merge_flops(self) -> int:
@@ -285,7 +319,12 @@ class Costs:
         rows = self._rows / left.size
         left_last = left.width * right.flops + right.size * left.flops * rows
         right_last = right.width * left.flops * rows + self._rows * right.flops
-        return int(min(left_last, right_last))
+        return self._count * int(min(left_last, right_last))
+
+
+def _lead(alike: Alike) -> tuple[int, ...]:
+    """Batch dimensions, taken as one."""
+    return (alike.matrices,) if alike.batch else ()
 
 
 def reduce_flops(left: FreeSide, right: FreeSide) -> int:

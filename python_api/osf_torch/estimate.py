@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -150,6 +151,7 @@ def _alike(s: Selected, dtype: torch.dtype, having: Owners) -> Alike:
     conv = is_conv1d(module)
     return Alike(
         shape=s.shape,
+        batch=s.batch,
         dtype=dtype,
         rank=s.rank,
         trained=s.weight.requires_grad,
@@ -165,10 +167,10 @@ def subspace_of(s: Selected, alike: Alike, dtype: torch.dtype | None) -> Decompo
     held = dtype or (torch.float64 if alike.dtype == torch.float64 else torch.float32)
     factors = {
         part: factor if part == "S" else factor.to(held)
-        for part, factor in smaller(kind.unfilled()).items()
+        for part, factor in smaller(kind.unfilled(s.matrices)).items()
     }
     facts: Mapping[str, Any] = {
-        "shape": alike.shape,
+        "shape": (*alike.batch, *alike.shape),
         "rank": alike.rank,
         "method": "auto",
         "iterations": 0,
@@ -240,6 +242,8 @@ def _collectives(
     portion = gathers = 0
     for alike, cost in costs.items():  # as merging takes them, in the order of kinds
         elements = 0 if alike.shared else cost.sides[0].width * cost.sides[1].width
+        if alike.batch:  # each rank has all of its experts' blocks
+            elements = 0
         for _ in kinds[alike]:
             if elements and (not gathers or portion + elements > GATHERED):
                 gathers, portion = gathers + 1, 0
@@ -257,8 +261,11 @@ def _refreshing(
     device: str | None,
     tflops: float | None,
 ) -> Refreshing:
-    every = [refreshes[alike] for alike, members in kinds.items() for _ in members]
-    weighed = [kind_of(s, None, None, None).cost for members in kinds.values() for s in members]
+    every, weighed = [], []
+    for alike, members in kinds.items():
+        for s in members:
+            every += [refreshes[alike]] * s.matrices
+            weighed += [kind_of(s, None, None, None).cost] * s.matrices
     rates = Rates(tflops * 1e12, None) if tflops is not None else None
     if device is not None:
         largest = max(every, key=lambda one: one.eigen_flops)
@@ -272,7 +279,7 @@ def _refreshing(
     taken = [[every[i] for i in share] for share in shares(weighed, world)]
     most = max(taken, key=lambda some: sum(p.flops + p.eigen_flops for p in some))
     whole = sum(
-        alike.shape[0] * alike.shape[1] * alike.dtype.itemsize * len(members)
+        math.prod((*alike.batch, *alike.shape)) * alike.dtype.itemsize * len(members)
         for alike, members in kinds.items()
     )
     return Refreshing(
@@ -304,6 +311,12 @@ def _notes(costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]]) 
     frozen = [s.name for alike, members in kinds.items() if not alike.trained for s in members]
     if frozen:
         notes.append(f"frozen, and left out by protect and by merging: {listed(frozen, 3)}")
+    experts = [s.name for alike, members in kinds.items() if alike.batch for s in members]
+    if experts:
+        notes.append(
+            f"products with the tokens as if each took one matrix of {listed(experts, 2)}; with "
+            "several experts a token these products are as many times as many"
+        )
     notes.append(
         "not counted: activations but the inputs of these layers, and what a step allocates for a "
         "moment"
@@ -316,7 +329,7 @@ def _line(cost: Costs, refreshed: SVDPlan, count: int) -> dict[str, Any]:
     step = cost.planned.matrices[0][1]
     return {
         "count": count,
-        "shape": list(alike.shape),
+        "shape": [*alike.batch, *alike.shape],
         "dtype": str(alike.dtype).removeprefix("torch."),
         "rank": alike.rank,
         "bases": s.nbytes,

@@ -46,6 +46,7 @@ def plan_svd(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     complement: bool = False,
+    batch: int = 1,
 ) -> SVDPlan:
     """The method and the FLOPs of ``truncated_svd(A, rank, complement=complement)``, A (m, n).
 
@@ -54,6 +55,7 @@ def plan_svd(
         device: its type, such as "cuda".
         dtype: of A.
         complement: whether low bases are wanted too.
+        batch: how many matrices there are in one tensor; the figures are those of one.
 
     Raises:
         ValueError: a rank beyond min(m, n), or below 0.
@@ -62,7 +64,7 @@ def plan_svd(
     """
     if not 0 <= rank <= min(m, n):
         raise ValueRefusal.of("plan_svd", "rank", f"from 0 to min(m, n) = {min(m, n)}", rank)
-    method = auto.choose(m, n, rank, device=device, batch=1, warm=False, deflatable=False)
+    method = auto.choose(m, n, rank, device=device, batch=batch, warm=False, deflatable=False)
     large, small = max(m, n), min(m, n)
     if method == "gram":
         return _gram(large, small, rank, complement)
