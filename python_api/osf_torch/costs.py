@@ -18,6 +18,7 @@ import torch
 
 from osf_kernels import FreeSide, SVDPlan, plan, plan_free, plan_svd
 from osf_torch.bases import Held, columns_of, is_high, spans_of
+from osf_torch.batching import BATCH
 from osf_torch.free.drifting import PROBES
 from osf_torch.free.summary import MOMENTS, factor_flops
 from osf_torch.subspaces import Decomposition
