@@ -10,6 +10,7 @@ triton and the compiled extension lazily; imports run one way, downward in that 
 
 from osf_kernels._padding import padded
 from osf_kernels._version import __version__
+from osf_kernels.backends.choosing import architecture as architecture_of
 from osf_kernels.backends.choosing import requested as requested_backend
 from osf_kernels.backends.choosing import use_backend
 from osf_kernels.basis import Basis
@@ -21,6 +22,7 @@ from osf_kernels.free.orders import Side as FreeSide
 from osf_kernels.linalg.extend_basis import extend_basis
 from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
 from osf_kernels.linalg.orthonormal.polar import polar
+from osf_kernels.linalg.svd.cost import SVDPlan, plan_svd
 from osf_kernels.linalg.svd.result import TruncatedSVD
 from osf_kernels.linalg.svd.truncated_svd import truncated_svd
 from osf_kernels.ops._coefficient_list import CoefficientList
@@ -42,10 +44,12 @@ __all__ = [
     "Plan",
     "Prepared",
     "Refusal",
+    "SVDPlan",
     "TruncatedSVD",
     "__version__",
     "add_free_many_",
     "apply_",
+    "architecture_of",
     "coefficients",
     "extend_basis",
     "free_block",
@@ -55,6 +59,7 @@ __all__ = [
     "padded",
     "plan",
     "plan_free",
+    "plan_svd",
     "polar",
     "prepare",
     "project",

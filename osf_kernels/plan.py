@@ -94,6 +94,7 @@ class Plan:
         why: the reason for the form and for the backend.
         notes: what else a list is prepared by, such as bases that are copied.
         matrices: (Matrix, Step, backend) of each matrix in order.
+        architecture: "cpu" or a GPU's, where the plan was asked for one by name.
     """
 
     form: str
@@ -107,6 +108,7 @@ class Plan:
     device: str
     matrices: tuple[tuple[Matrix, Step, str], ...] = field(repr=False)
     notes: tuple[str, ...] = ()
+    architecture: str | None = None
 
     @property
     def _passes(self) -> str:
@@ -123,7 +125,8 @@ class Plan:
 
     def __str__(self) -> str:
         kinds = Counter((_shape(x), step.label, backend) for x, step, backend in self.matrices)
-        lines = [f"{self.mode} projection on {self.device}, {_plural(len(self.matrices))}"]
+        where = self.architecture or self.device
+        lines = [f"{self.mode} projection on {where}, {_plural(len(self.matrices))}"]
         width = max((len(shape) for shape, _, _ in kinds), default=0)
         lines += [
             f"  {count:4d} × {shape:<{width}}  {label} [{backend}]"

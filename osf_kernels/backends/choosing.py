@@ -174,17 +174,36 @@ def choose_for(request: str, device: Device, x: Matrix, step: Step) -> tuple[str
     """:func:`choose` for the projection of one matrix; raises as that does."""
     if step.form in ("identity", "zero"):
         return "torch", "no product to compute"
-    if step.form in ("sequential", "dual in turn"):
-        fused = Verdict(False, "one side after the other: library matmuls")
-    else:
-        sides = (x.r is not None) + (x.k is not None)
-        fused = verdict(device, x.dtype, sides, max(x.r or 0, x.k or 0))
+    fused = _fused(architecture(device), x, step)
     return choose("projection", request, device, x.dtype, fused=fused)
+
+
+def choose_named(named: str, x: Matrix, step: Step) -> tuple[str, str]:
+    """What "auto" takes where the device is of a named architecture, and Triton is installed."""
+    if step.form in ("identity", "zero"):
+        return "torch", "no product to compute"
+    if named == "cpu":
+        return "torch", "the backend for cpu tensors"
+    if x.dtype == "float64":
+        return "torch", "float64 is computed by torch alone"
+    fused = _fused(named, x, step)
+    return "triton" if fused.ahead else "torch", fused.why
+
+
+def _fused(named: str, x: Matrix, step: Step) -> Verdict:
+    if step.form in ("sequential", "dual in turn"):
+        return Verdict(False, "one side after the other: library matmuls")
+    sides = (x.r is not None) + (x.k is not None)
+    return _verdict(named, x.dtype, sides, max(x.r or 0, x.k or 0))
 
 
 def verdict(device: Device, dtype: str, sides: int, rank: int) -> Verdict:
     """Whether a fused kernel is to be ahead at a rank, by ``gpu.rank_limit``."""
-    limit = gpu.rank_limit(architecture(device), dtype, sides)
+    return _verdict(architecture(device), dtype, sides, rank)
+
+
+def _verdict(named: str, dtype: str, sides: int, rank: int) -> Verdict:
+    limit = gpu.rank_limit(named, dtype, sides)
     if rank > limit.rank:
         return Verdict(False, f"library matmuls beyond rank {limit.rank}: {limit.source}")
     return Verdict(True, f"one launch, up to rank {limit.rank}: {limit.source}")

@@ -28,6 +28,7 @@ def decide(
     kind: str,
     choice: Choice = "any",
     request: str | None = None,
+    architecture: str | None = None,
 ) -> Decision:
     """``admit``, with the caller's own argument names in a refusal.
 
@@ -37,7 +38,8 @@ def decide(
     u_meta = None if U is None else (U.shape, U.dtype, U.device)
     v_meta = None if V is None else (V.shape, V.dtype, V.device)
     try:
-        return admit(op, g_meta, u_meta, v_meta, kind, request or choosing.requested(), choice)
+        chosen = request or choosing.requested()
+        return admit(op, g_meta, u_meta, v_meta, kind, chosen, choice, architecture)
     except (TypeError, ValueError):
         check(op, names, g_meta, u_meta, v_meta, of_shard(choice))
         raise

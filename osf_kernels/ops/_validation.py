@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import osf_kernels.backends.torch as torch_backend
-from osf_kernels.backends.choosing import choose_for, module
+from osf_kernels.backends.choosing import choose_for, choose_named, module
 from osf_kernels.basis import Basis
 from osf_kernels.errors import TypeRefusal, ValueRefusal
 from osf_kernels.ops._library import has_tangent
@@ -238,8 +238,10 @@ def admit(
     kind: str,
     request: str,
     choice: Choice,
+    architecture: str | None = None,
 ) -> Decision:
-    """What one matrix runs, or the refusal."""
+    """What one matrix runs, or the refusal; on a named architecture instead of the device, "cpu" or
+    one of ``gpu.ARCHITECTURES``, where it is said."""
     mode, u_spans, v_spans = parts_of(op, kind)
     check(op, ("g", "U", "V"), g, U, V, of_shard(choice))
     shape, dtype, device = g
@@ -257,13 +259,20 @@ def admit(
     )
     # Kernels for a GPU are planned for one, wherever they are interpreted.
     planned_for = "cuda" if request in ("triton", "cuda") else device.type
+    if architecture is not None:
+        planned_for = "cpu" if architecture == "cpu" else "cuda"
     if choice in ("pinned", "pinned shard"):
         step = choose_pinned(x, mode, planned_for, choice == "pinned shard")
     else:
         step = choose(x, mode, planned_for, once=choice != "any", shard=choice == "shard")
-    backend, why = choose_for(request, device, x, step)
-    runs = module(backend)
-    kept = runs.keeps(x, device)
+    if architecture is None:
+        backend, why = choose_for(request, device, x, step)
+        runs = module(backend)
+        kept = runs.keeps(x, device)
+    else:
+        backend, why = choose_named(architecture, x, step)
+        runs = module(backend)
+        kept = backend == "triton" and runs.keeps_on(architecture, x)
     step = on_backend(x, step, runs.coefficient_reads(x), backend == "torch", kept)
     dtypes = (dtype, None if U is None else U[1], None if V is None else V[1])
     direct = backend == "torch" and len(shape) == 2 and torch_backend.needs_no_conversion(*dtypes)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from osf_kernels import gpu
 from osf_kernels.backends import choosing
 from osf_kernels.errors import ValueRefusal
 from osf_kernels.ops._library import (
@@ -29,6 +31,7 @@ from osf_kernels.ops._memory import (
 )
 from osf_kernels.ops._names import Names
 from osf_kernels.ops._route import decide, execute_one
+from osf_kernels.ops._summary import summary
 from osf_kernels.ops._validation import (
     BasisLike,
     columns,
@@ -42,7 +45,7 @@ from osf_kernels.ops._validation import (
 )
 from osf_kernels.ops.coefficients import product, product_of_shared
 from osf_kernels.ops.prepared import Prepared
-from osf_kernels.plan import Mode, Plan
+from osf_kernels.plan import Matrix, Mode, Plan
 
 _FLIPPED = {"high": "low", "low": "high"}
 
@@ -188,12 +191,16 @@ def plan(
     V: BasisLike | Sequence[BasisLike] = None,
     *,
     mode: Mode = "complement",
+    architecture: str | None = None,
 ) -> Plan:
     """What :func:`project` or :func:`project_many_` would run with these arguments, and why.
 
     Args:
         g, U, V, mode: as for project, or lists as for project_many_; meta tensors are allowed
             and planned as if on a GPU, with the backend that "auto" takes on this machine.
+        architecture: plan for "cpu", "sm_80", "sm_86", "sm_90", "sm_100" or "gfx942", whatever the
+            machine has, with the backend that "auto" takes there where Triton is installed. Of
+            Triton neither launches nor workspace are told then, but its tile configs.
 
     Returns:
         A :class:`Plan`: form, flops, bytes, launches, backend, why; ``print`` it.
@@ -212,9 +219,45 @@ def plan(
     kind_of(names.op, mode, "high", "high")
     for i, matrix in enumerate(grads):
         require_tensor(names.op, names.entry(i)[0], matrix)
+    if architecture is not None:
+        return _planned_for(architecture, names, grads, *held(names, Us, Vs, mode), mode)
     prepared = Prepared(names, grads, *held(names, Us, Vs, mode), mode=mode)
     prepared.make(grads)
     return prepared.plan
+
+
+def _planned_for(
+    architecture: str,
+    names: Names,
+    grads: Sequence[Tensor],
+    Us: Sequence[Tensor | None],
+    Vs: Sequence[Tensor | None],
+    kinds: Sequence[str],
+    mode: Mode,
+) -> Plan:
+    from osf_kernels.backends.triton import configs
+
+    known = ("cpu", *gpu.ARCHITECTURES)
+    if architecture not in known:
+        expected = f"one of {', '.join(known)}"
+        raise ValueRefusal.of(names.op, "architecture", expected, repr(architecture))
+    entries = [
+        decide(names.op, names.entry(i), g, U, V, kind, request="auto", architecture=architecture)
+        for i, (g, U, V, kind) in enumerate(zip(grads, Us, Vs, kinds, strict=True))
+    ]
+    notes = dict.fromkeys(
+        f"{x.dtype} of rank {rank}: {configs.projection_config(architecture, _math(x), rank)}"
+        for x, step, backend, *_ in entries
+        if backend == "triton"
+        for rank in [max(x.r or 0, x.k or 0)]
+    )
+    told = summary([d[:4] for d in entries], mode, str(grads[0].device), (0, 0), list(notes))
+    return replace(told, architecture=architecture)
+
+
+def _math(x: Matrix) -> Literal["bfloat16", "float32"]:
+    """What Triton multiplies: a 16-bit matrix by halves of 16 bits, float32 by parts of TF32."""
+    return "float32" if x.dtype == "float32" else "bfloat16"
 
 
 def _as_list(basis: Any, many: bool, count: int) -> list[Any]:

@@ -4,9 +4,11 @@ It owns what knows of models and optimizers, and no mathematics: everything it c
 operator of ``osf_kernels``, of which it imports public names only.
 """
 
+from osf_torch.budget import Estimate
 from osf_torch.confine import confine
 from osf_torch.confined import Confined
 from osf_torch.coverage import Coverage
+from osf_torch.estimate import estimate
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard
 from osf_torch.importance import layer_importance
@@ -22,12 +24,14 @@ __all__ = [
     "Confined",
     "Coverage",
     "Decomposition",
+    "Estimate",
     "Guard",
     "Leak",
     "Subspace",
     "Subspaces",
     "allocate_ranks",
     "confine",
+    "estimate",
     "input_subspaces",
     "layer_importance",
     "load_subspaces",

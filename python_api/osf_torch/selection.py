@@ -151,12 +151,14 @@ def select(
     operator: str,
     sharded: bool = False,
     leave_out: Names = None,
+    values: bool = True,
 ) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
     as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
-    protect. ``sharded`` says whether DTensors are taken; what ``leave_out`` names isn't.
+    protect. ``sharded`` says whether DTensors are taken, ``values`` whether meta tensors are
+    refused; what ``leave_out`` names isn't taken.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
@@ -184,7 +186,8 @@ def select(
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
-        require_values(name, weight, operator)
+        if values or not weight.is_meta:
+            require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
         m, n = weight.shape[-2:]
         selected.append(Selected(name, weight, _resolved(rank, m, n, name, operator)))

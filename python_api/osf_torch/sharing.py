@@ -40,13 +40,7 @@ class Ranks:
 
     def split(self, costs: Sequence[float]) -> list[list[int]]:
         """Which items each rank takes: the costliest first, each to whoever has least to do."""
-        loads = [0.0] * self.count
-        taken: list[list[int]] = [[] for _ in range(self.count)]
-        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            least = loads.index(min(loads))
-            loads[least] += costs[i]
-            taken[least].append(i)
-        return [sorted(items) for items in taken]
+        return shares(costs, self.count)
 
     def agree(self, error: Exception | None, device: torch.device, operator: str) -> None:
         """Raises on every rank where one has an error, so that no rank waits for its result."""
@@ -139,6 +133,17 @@ class Ranks:
             "seconds": seconds,
             "method": METHODS[int(method)],
         }
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Which items each of ``count`` ranks takes: the costliest first, each to whoever has least."""
+    loads = [0.0] * count
+    taken: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[i]
+        taken[least].append(i)
+    return [sorted(items) for items in taken]
 
 
 def whole(t: Tensor) -> Tensor:

@@ -86,11 +86,16 @@ def keeps(x: Matrix, device: torch.device) -> bool:
     and coefficients find room beside it; and with one basis whatever its size, since it goes in
     bands. Of a larger one with two bases 2.9 to 3.4 passes were counted, for 3.
     """
+    return keeps_on("" if x.r is None or x.k is None else _launch().architecture(device), x)
+
+
+def keeps_on(architecture: str, x: Matrix) -> bool:
+    """The same of a named architecture."""
     if x.r is None or x.k is None:
         return True
     bases, coefficients = x.m * x.r + x.n * x.k, x.n * x.r + x.m * x.k
     beside = bases * BYTES[x.basis_dtype] + coefficients * BYTES[x.dtype]
-    return gpu.fits_l2(_launch().architecture(device), x.m * x.n * BYTES[x.dtype], beside)
+    return gpu.fits_l2(architecture, x.m * x.n * BYTES[x.dtype], beside)
 
 
 def coefficients(

@@ -78,7 +78,7 @@ def _osf_elements(shape: Sequence[int], rank: int) -> int:
     return math.prod(lead) * ((3 + MOMENTS) * low + (rank * long if m != n else 0))
 
 
-def _factor_flops(left: FreeSide, right: FreeSide, rank: int, tokens: int) -> int:
+def factor_flops(left: FreeSide, right: FreeSide, rank: int, tokens: int) -> int:
     """Of U_l B and A V_lᵀ: both of them, their products with the tokens and all gradients."""
     return rank * (6 * tokens * (left.size + right.size) + 2 * (left.flops + right.flops))
 
@@ -98,7 +98,7 @@ def plans(places: Sequence[Place], tokens: int) -> str:
             flops += plan.flops + plan.merge_flops
             found[kind] = str(plan)
         else:
-            own = _factor_flops(kind[0], kind[1], spec.rank, tokens)
+            own = factor_flops(kind[0], kind[1], spec.rank, tokens)
             flops += own
             found[kind] = (
                 f"{kind[0].size}×{kind[1].size}, free {kind[0].width}×{kind[1].width}, rank "

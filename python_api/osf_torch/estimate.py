@@ -1,0 +1,344 @@
+"""estimate: what a run would take, before it: bytes, FLOPs, collectives, time of the refresh."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from osf_kernels import SVDPlan
+from osf_torch.batching import Kind, kind_of
+from osf_torch.blueprint import blueprint
+from osf_torch.budget import Estimate, Refreshing
+from osf_torch.costs import Alike, Costs, Takes
+from osf_torch.free.merging import GATHERED
+from osf_torch.free.summary import MOMENTS
+from osf_torch.kinds import Owners, is_conv1d, owners
+from osf_torch.rates import Rates, measured
+from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select
+from osf_torch.sharing import shares
+from osf_torch.subspaces import Decomposition, assemble, smaller
+
+
+def estimate(
+    model: nn.Module | str | os.PathLike[str] | object,
+    ranks: Ranks,
+    *,
+    tokens: int,
+    world: int = 1,
+    filter: Filter = None,
+    rank: int | None = None,
+    weights: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    architecture: str | None = None,
+    device: str | None = None,
+    tflops: float | None = None,
+) -> Estimate:
+    """What plain fine-tuning, ``protect`` and ``confine`` would take, without the weights.
+
+    Args:
+        model: a model, on the meta device or not; a config of transformers; a folder with a
+            config.json, such a file, or a model type that transformers knows ("llama"). Nothing is
+            loaded from the network.
+        ranks, filter: as of ``refresh``, whose selection it is.
+        tokens: of a step, on each rank.
+        world: ranks that ``fully_shard`` (FSDP2) shards over, every layer gathered again in the
+            backward pass.
+        rank: also of ``confine(rank=)``.
+        weights: dtype of the model, in the place of its own.
+        dtype: of the bases, as of ``refresh``.
+        architecture: that projections are planned for: "cpu", "sm_80", "sm_86", "sm_90", "sm_100",
+            "gfx942". None is that of ``device``; without a device "sm_90".
+        device: where the rates of products and of eigendecompositions are measured, in some tenths
+            of a second, for the time of the refresh; such as "cpu" or "cuda".
+        tflops: a rate of products, in the place of a measured one: a time at least, since
+            eigendecompositions run at less.
+
+    Returns:
+        An :class:`Estimate`. Bytes are those that ``Subspaces.nbytes``, ``Confined.summary`` and
+        the guard's state come to; beside high bases ``protect`` pins what the triplets miss, which
+        isn't known before, and is taken as usual. Products are counted of the selected weights.
+
+    Raises:
+        ValueError: no model (the message says what to pass), ranks or filter that ``refresh``
+            refuses, tokens, world, rank or tflops below 1, an unknown architecture, both a device
+            and tflops.
+        ImportError: a config, where transformers isn't installed.
+
+    Mutates nothing; draws random numbers where rates are measured, from a generator of its own.
+    """
+    _require(tokens=tokens, world=world, rank=1 if rank is None else rank)
+    if device is not None and tflops is not None:
+        raise ValueError(
+            "osf_torch.estimate: expected device or tflops, got both; leave one of them out"
+        )
+    if tflops is not None and not tflops > 0:
+        raise ValueError(f"osf_torch.estimate: expected tflops above 0, got {tflops!r}")
+    plan_of = blueprint(model, "estimate")
+    sizes = _dtypes(plan_of, weights)
+    selected = [
+        s for s in select(plan_of, ranks, filter, operator="estimate", values=False) if s.rank
+    ]
+    if not selected:
+        raise ValueError(
+            "osf_torch.estimate: expected a weight that ranks leaves something free of, got "
+            "weights of one row or column alone; widen filter="
+        )
+    kind = torch.device(device).type if device is not None else "cuda"
+    named = architecture or _architecture(device)
+    having = owners(plan_of)
+    kinds: dict[Alike, list[Selected]] = {}
+    for s in selected:
+        kinds.setdefault(_alike(s, sizes(s.weight), having), []).append(s)
+    costs = {
+        alike: Costs(alike, subspace_of(members[0], alike, dtype), tokens, world, named)
+        for alike, members in kinds.items()
+    }
+    _require_rank(rank, costs, kinds)
+    methods = _methods(costs, kinds, rank)
+    covered = {id(s.weight) for s in selected}
+    notes = _notes(costs, kinds)
+    refreshes = {alike: cost.refresh(kind) for alike, cost in costs.items()}
+    sums = sum(cost.subspace.nbytes * len(kinds[alike]) for alike, cost in costs.items())
+    return Estimate(
+        model=type(plan_of).__name__,
+        tokens=tokens,
+        world=world,
+        architecture=named,
+        weights=[_line(cost, refreshes[a], len(kinds[a])) for a, cost in costs.items()],
+        bases=sums,
+        methods=methods,
+        others=_others(plan_of, covered, sizes, world),
+        collectives=_collectives(costs, kinds, methods, world),
+        refresh=_refreshing(costs, kinds, refreshes, world, sums, device, tflops),
+        notes=notes,
+    )
+
+
+def _require(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"osf_torch.estimate: expected {name} to be an int of at least 1, got {count!r}"
+            )
+
+
+def _dtypes(model: nn.Module, weights: torch.dtype | None) -> Callable[[torch.Tensor], torch.dtype]:
+    def of(t: torch.Tensor) -> torch.dtype:
+        return weights if weights is not None and t.is_floating_point() else t.dtype
+
+    return of
+
+
+def _architecture(device: str | None) -> str:
+    """Of the device that was named, else a GPU of sm_90."""
+    if device is None:
+        return "sm_90"
+    if torch.device(device).type == "cpu":
+        return "cpu"
+    from osf_kernels import architecture_of
+
+    return architecture_of(torch.device(device))
+
+
+def _alike(s: Selected, dtype: torch.dtype, having: Owners) -> Alike:
+    owned = having[id(s.weight)]
+    module = owned[0][0]
+    conv = is_conv1d(module)
+    return Alike(
+        shape=s.shape,
+        batch=s.batch,
+        dtype=dtype,
+        rank=s.rank,
+        trained=s.weight.requires_grad,
+        shared=len(owned) > 1,
+        linear=conv or isinstance(module, nn.Linear),
+        transposed=conv,
+    )
+
+
+def subspace_of(s: Selected, alike: Alike, dtype: torch.dtype | None) -> Decomposition:
+    """What ``refresh`` leaves of a weight, on the meta device."""
+    kind: Kind = kind_of(s, None, None, None)._replace(dtype=alike.dtype, computed=alike.dtype)
+    held = dtype or (torch.float64 if alike.dtype == torch.float64 else torch.float32)
+    factors = {
+        part: factor if part == "S" else factor.to(held)
+        for part, factor in smaller(kind.unfilled(s.matrices)).items()
+    }
+    facts: Mapping[str, Any] = {
+        "shape": (*alike.batch, *alike.shape),
+        "rank": alike.rank,
+        "method": "auto",
+        "iterations": 0,
+        "residual": 0.0,
+        "captured": 0.0,
+        "converged": None,
+        "seconds": 0.0,
+    }
+    return assemble(factors, **facts)
+
+
+def _require_rank(
+    rank: int | None, costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]]
+) -> None:
+    for alike, cost in costs.items():
+        widths = [side.width for side in cost.sides]
+        if rank is not None and 0 < min(widths) < rank and not alike.shared:
+            raise ValueError(
+                f"osf_torch.estimate: expected a free block of at least rank={rank} of "
+                f"{kinds[alike][0].name!r}, got {widths[0]} by {widths[1]}; pass a smaller rank"
+            )
+
+
+def _methods(
+    costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]], rank: int | None
+) -> dict[str, Takes]:
+    found: dict[str, Callable[[Costs], Takes]] = {
+        "plain": lambda cost: cost.plain(),
+        "protect": lambda cost: cost.protect(),
+        "confine": lambda cost: cost.confine(),
+        "beside": lambda cost: cost.confine(beside=True),
+    }
+    if rank is not None:
+        found[f"rank {rank}"] = lambda cost: cost.limited(rank)
+    return {
+        name: sum((of(cost).times(len(kinds[a])) for a, cost in costs.items()), Takes())
+        for name, of in found.items()
+    }
+
+
+def _others(
+    model: nn.Module,
+    covered: set[int],
+    dtype_of: Callable[[torch.Tensor], torch.dtype],
+    world: int,
+) -> Takes:
+    total = Takes()
+    for parameter in {id(p): p for p in named_weights(model).values()}.values():
+        if id(parameter) in covered or not parameter.numel():
+            continue
+        size = dtype_of(parameter).itemsize
+        rows = parameter.shape[0] if parameter.dim() else 1
+        held = -(-rows // world) * (parameter.numel() // rows) * size
+        trained = held if parameter.requires_grad else 0
+        total += Takes(weights=held, gradient=trained, state=MOMENTS * trained)
+    return total
+
+
+def _collectives(
+    costs: Mapping[Alike, Costs],
+    kinds: Mapping[Alike, list[Selected]],
+    methods: Mapping[str, Takes],
+    world: int,
+) -> dict[str, int]:
+    found = dict.fromkeys(methods, 0)
+    if world == 1:
+        return found
+    found["protect"] = 2 if methods["protect"].reduced else 0
+    portion = gathers = 0
+    for alike, cost in costs.items():  # as merging takes them, in the order of kinds
+        elements = 0 if alike.shared else cost.sides[0].width * cost.sides[1].width
+        if alike.batch:  # each rank has all of its experts' blocks
+            elements = 0
+        for _ in kinds[alike]:
+            if elements and (not gathers or portion + elements > GATHERED):
+                gathers, portion = gathers + 1, 0
+            portion += elements
+    found["confine"] = gathers
+    return found
+
+
+def _refreshing(
+    costs: Mapping[Alike, Costs],
+    kinds: Mapping[Alike, list[Selected]],
+    refreshes: Mapping[Alike, SVDPlan],
+    world: int,
+    sums: int,
+    device: str | None,
+    tflops: float | None,
+) -> Refreshing:
+    every, weighed = [], []
+    for alike, members in kinds.items():
+        for s in members:
+            every += [refreshes[alike]] * s.matrices
+            weighed += [kind_of(s, None, None, None).cost] * s.matrices
+    rates = Rates(tflops * 1e12, None) if tflops is not None else None
+    if device is not None:
+        largest = max(every, key=lambda one: one.eigen_flops)
+        rates = measured(torch.device(device), largest.eigen_size)
+
+    def seconds(some: list[SVDPlan]) -> float:
+        assert rates is not None
+        products, eigen = sum(p.flops for p in some), sum(p.eigen_flops for p in some)
+        return products / rates.products + eigen / (rates.eigen or rates.products)
+
+    taken = [[every[i] for i in share] for share in shares(weighed, world)]
+    most = max(taken, key=lambda some: sum(p.flops + p.eigen_flops for p in some))
+    whole = sum(
+        math.prod((*alike.batch, *alike.shape)) * alike.dtype.itemsize * len(members)
+        for alike, members in kinds.items()
+    )
+    return Refreshing(
+        flops=sum(p.flops for p in most),
+        eigen_flops=sum(p.eigen_flops for p in most),
+        seconds=None if rates is None else max(map(seconds, taken)),
+        seconds_are_least=rates is not None and rates.eigen is None,
+        gathered=whole if world > 1 else 0,
+        sent=sums if world > 1 else 0,
+    )
+
+
+def _notes(costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]]) -> list[str]:
+    notes = []
+    shared = [s.name for alike, members in kinds.items() if alike.shared for s in members]
+    if shared:
+        notes.append(
+            f"confine refuses weights that several modules share, {listed(shared, 3)}: counted as "
+            "trained plainly, as subspaces.without(name) leaves them"
+        )
+    full = [
+        s.name
+        for alike, cost in costs.items()
+        if not min(side.width for side in cost.sides)
+        for s in kinds[alike]
+    ]
+    if full:
+        notes.append(f"nothing is free of {listed(full, 3)}: counted as frozen under confine")
+    frozen = [s.name for alike, members in kinds.items() if not alike.trained for s in members]
+    if frozen:
+        notes.append(f"frozen, and left out by protect and by merging: {listed(frozen, 3)}")
+    experts = [s.name for alike, members in kinds.items() if alike.batch for s in members]
+    if experts:
+        notes.append(
+            f"products with the tokens as if each took one matrix of {listed(experts, 2)}; with "
+            "several experts a token these products are as many times as many"
+        )
+    notes.append(
+        "not counted: activations but the inputs of these layers, and what a step allocates for a "
+        "moment"
+    )
+    return notes
+
+
+def _line(cost: Costs, refreshed: SVDPlan, count: int) -> dict[str, Any]:
+    alike, s = cost.alike, cost.subspace
+    step = cost.planned.matrices[0][1]
+    return {
+        "count": count,
+        "shape": [*alike.batch, *alike.shape],
+        "dtype": str(alike.dtype).removeprefix("torch."),
+        "rank": alike.rank,
+        "bases": s.nbytes,
+        "held": "/".join(basis.spans for basis in (s.U, s.V)),  # type: ignore[union-attr]
+        "free": [side.width for side in cost.sides],
+        "free_held": "/".join(side.held for side in cost.sides),
+        "refresh": refreshed.method,
+        "order": cost.order,
+        "form": step.label,
+        "backend": cost.planned.backend,
+        "tiles": list(cost.planned.notes),
+    }
