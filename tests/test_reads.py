@@ -244,6 +244,18 @@ def test_an_expert_reads_the_tokens_routed_to_it(run, transposed, cast):
         assert same_rows(rows, expected)
 
 
+def test_the_only_expert():
+    model, x = holding(1, 4, 5), tokens(6, 5)
+    run = lambda: gathered(model.W, x, torch.zeros(6, 1, dtype=torch.long))  # noqa: E731
+    assert same_rows(reads(model, run)["W"]["V", 0], x)
+
+
+def test_a_copy_that_repeats_a_matrix_is_no_batch_of_experts():
+    model, x = holding(4, 5), tokens(3, 2, 5)
+    found = reads(model, lambda: x @ model.W.expand(3, 4, 5).clone().mT)["W"]
+    assert set(found) <= {("V", 0)}
+
+
 @pytest.mark.parametrize("form", ["bi,eoi->beo", "bi,eio->beo", "bei,eoi->beo", "ebi,eio->beo"])
 def test_experts_that_all_read_every_token(form):
     inputs, weight = form.split("->")[0].split(",")

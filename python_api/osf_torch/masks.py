@@ -8,8 +8,8 @@ does everything of a model that lets padding reach real tokens: to count padding
 leave out real tokens loses what was to be protected.
 
 What an expert reads are the tokens routed to it, whose number and places change with padding. Of
-these the rows count that the expert reads in both runs, where they are enough to be all of the real
-tokens, and else every row.
+these the rows count that the expert reads in both runs, where they are as many as the real tokens,
+and else every row.
 """
 
 from __future__ import annotations
@@ -135,23 +135,23 @@ class Padding:
             self._routed[call] = prints
             return []
         before = self._routed.get(call, {})
-        stayed = {
-            expert: _met(before.get(expert, prints[expert][:0]), prints[expert], x)
-            for expert, x in read.items()
-        }
-        count = sum(len(x) for x in read.values())
-        if self._holds_real(count, kept=sum(int(which.sum()) for which in stayed.values())):
+        stayed, met = {}, 0.0
+        for expert, x in read.items():
+            had = before.get(expert, prints[expert][:0])
+            stayed[expert], count = _met(had, prints[expert], x)
+            met += count
+        if self._are_real(round(met), sum(len(x) for x in read.values())):
             return [(expert, x[stayed[expert]]) for expert, x in read.items()]
         return list(read.items())
 
-    def _holds_real(self, count: int, *, kept: int) -> bool:
-        """Whether ``kept`` of ``count`` rows can be all real tokens, of every mask that fits.
+    def _are_real(self, met: int, count: int) -> bool:
+        """Whether ``met`` of ``count`` rows are as many as the real tokens of a mask.
 
         Each token is read as often as another, by as many experts.
         """
-        fitting = [real for real in self._real if count % real.numel() == 0]
-        return bool(fitting) and all(
-            kept >= count // real.numel() * int(real.sum()) for real in fitting
+        return any(
+            count % real.numel() == 0 and met == count // real.numel() * int(real.sum())
+            for real in self._real
         )
 
     def _call(self, watcher: Hashable) -> tuple[Hashable, int]:
@@ -282,16 +282,31 @@ def _seen(before: Tensor, after: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return ~same, norms == 0
 
 
-def _met(before: Tensor, after: Tensor, rows: Tensor) -> Tensor:
-    """(tokens,): the rows whose prints are among those before, NaN never."""
+def _met(before: Tensor, after: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+    """(tokens,) which rows have a print among those before, NaN never; how many met one each.
+
+    Where some rows are alike, no more of them met than there were before.
+    """
     norms = torch.linalg.vector_norm(rows, dim=-1, dtype=after.dtype)
-    if not len(before):
-        return torch.zeros_like(norms, dtype=torch.bool)
-    found = [
-        (torch.cdist(new, before, p=float("inf")) <= CHANGED * norm[:, None]).any(-1)
-        for new, norm in zip(after.split(1024), norms.split(1024), strict=True)
-    ]
-    return torch.cat(found) if found else torch.zeros_like(norms, dtype=torch.bool)
+    there, alike = (
+        torch.cat([_alike(new, others, norm) for new, norm in _chunks(after, norms)])
+        for others in (before, after)
+    )
+    met = torch.minimum(there, alike) / alike.clamp_min(1)
+    return there > 0, float(met.sum())
+
+
+def _alike(prints: Tensor, others: Tensor, norms: Tensor) -> Tensor:
+    """(tokens,): how many of the others each print is like, to CHANGED of its row's norm."""
+    if not len(others):
+        return torch.zeros_like(norms, dtype=torch.float64)
+    apart = torch.cdist(prints, others, p=float("inf"))
+    return (apart <= CHANGED * norms[:, None]).sum(-1, dtype=torch.float64)
+
+
+def _chunks(prints: Tensor, norms: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows a thousand at a time, since each is held against all others."""
+    return zip(prints.split(1024), norms.split(1024), strict=True)
 
 
 def _is_of(real: Tensor, changed: Tensor, zero: Tensor) -> bool:
