@@ -12,6 +12,7 @@ from osf_kernels.testing import matrix_with_spectrum
 from tests.helpers import generator_for
 
 REFRESH = importlib.import_module("osf_torch.refresh")
+DECOMPOSING = importlib.import_module("osf_torch.decomposing")
 
 
 def power_law(count: int) -> torch.Tensor:
@@ -35,8 +36,8 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict] = []
-        self._run = REFRESH.truncated_svd
-        monkeypatch.setattr(REFRESH, "truncated_svd", self)
+        self._run = DECOMPOSING.truncated_svd
+        monkeypatch.setattr(DECOMPOSING, "truncated_svd", self)
 
     def __call__(self, A, rank, **options):
         self.calls.append({"A": A, "rank": rank} | options)

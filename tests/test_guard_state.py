@@ -232,16 +232,17 @@ def test_the_next_task_refuses_bases_that_triplets_would_replace():
     guard.verify()
 
 
-def test_the_next_task_refuses_batched_weights_and_drops_none():
+@pytest.mark.parametrize("ranks", [{"ranks": 0.6}, {"widen": 0.1}])
+def test_the_next_task_takes_batched_weights(ranks):
     model = nn.ParameterDict({"w": torch.randn(3, 12, 8), "v": torch.randn(12, 8)})
     subspaces = dict(refresh(model, 0.4, filter="v", progress=False))
     U, S, Vh = torch.linalg.svd(model["w"].detach(), full_matrices=False)
     subspaces["w"] = Subspace(U[..., :3], Vh[:, :3].mT, S[:, :3])
     optimizer = adamw(model)
     guard = protect(model, subspaces, optimizer=optimizer)
-    for call in ({"ranks": 0.6}, {"widen": 0.1}):
-        with pytest.raises(ValueError, match="expected 2-D weights, got batched ones: w"):
-            guard.next_task(progress=False, **call)
+    found = guard.next_task(progress=False, **ranks)
+    assert found["w"].shape == (3, 12, 8)
+    assert found["w"].rank == (5 if "ranks" in ranks else 4)
     for p in model.values():
         p.grad = torch.randn_like(p)
     optimizer.step()

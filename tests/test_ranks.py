@@ -135,8 +135,8 @@ def test_refresh_refuses_an_allocation_out_of_range_by_name(rank):
         ({"a": 1.0, "b": float("nan")}, {"a": (4, 4), "b": (4, 4)}, {}, "got 'b': nan"),
         ({"b": float("inf")}, {"b": (4, 4)}, {}, "got 'b': inf"),
         ({"a": 1.0, "b": 1.0}, {"a": (4, 4)}, {}, "none for 'b'"),
-        ({"b": 1.0}, {"b": (4,)}, {}, r"shape of 'b' to be \(m, n\), got \(4,\)"),
-        ({"b": 1.0}, {"b": (4, 0)}, {}, r"shape of 'b' to be \(m, n\), got \(4, 0\)"),
+        ({"b": 1.0}, {"b": (4,)}, {}, r"shape of 'b' to be \(\.\.\., m, n\), got \(4,\)"),
+        ({"b": 1.0}, {"b": (4, 0)}, {}, r"shape of 'b' to be \(\.\.\., m, n\), got \(4, 0\)"),
     ],
 )
 def test_bad_allocations(importance, shapes, options, message):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from osf_torch import protect, refresh, selection
-from tests.small_refresh import REFRESH, Recorder, linear, small_model
+from tests.small_refresh import DECOMPOSING, Recorder, linear, small_model
 
 # which weights
 
@@ -173,7 +173,9 @@ def test_a_bar_on_a_terminal(monkeypatch, with_rich):
 
 def test_nothing_matching_names_what_there_is():
     model = nn.ModuleDict({"emb": nn.Embedding(10, 6), "conv": nn.Conv2d(3, 3, 3)})
-    with pytest.raises(ValueError, match=r"nn\.Linear weights.*emb\.weight \(10x6\).*filter="):
+    with pytest.raises(
+        ValueError, match=r"weights of linear layers.*emb\.weight \(10x6\).*filter="
+    ):
         refresh(model, 2)
     with pytest.raises(ValueError, match=r"filter='decoder\.\*'.*among its 3: 0\.weight \(24x16\)"):
         refresh(small_model(), 2, filter="decoder.*")
@@ -288,6 +290,6 @@ def test_an_error_of_the_solver_names_the_parameters(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no convergence")
 
-    monkeypatch.setattr(REFRESH, "truncated_svd", fail)
+    monkeypatch.setattr(DECOMPOSING, "truncated_svd", fail)
     with pytest.raises(RuntimeError, match=r"osf_torch\.refresh: 0\.weight, 3\.weight: no conv"):
         refresh(model, 4)

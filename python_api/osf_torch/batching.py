@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from osf_kernels import TruncatedSVD
 from osf_torch.selection import Selected
 from osf_torch.sharding import is_dtensor
-from osf_torch.sharing import whole
+from osf_torch.sharing import Ranks, whole
+
+K = TypeVar("K", bound=Hashable)
 
 BATCH = 32  # matrices a call at most: the bar moves, and an interrupt is heeded
 
@@ -25,17 +28,23 @@ class Kind(NamedTuple):
     shape: tuple[int, int]
     rank: int
     complement: bool
-    copied_bytes: int  # of one weight's values and start, where those aren't taken as they lie
+    copied_bytes: int  # of one matrix's values and start, where those aren't taken as they lie
+    is_stacked: bool  # whether they are batches of matrices, which are decomposed as one tensor
 
     @property
     def cost(self) -> float:
-        """FLOPs of a decomposition, up to a factor."""
+        """FLOPs of the decomposition of one matrix, up to a factor."""
         m, n = self.shape
         return float(m * n) * (min(m, n) if self.complement else self.rank)
 
     @property
     def factor_dtype(self) -> torch.dtype:
         return torch.float64 if self.computed == torch.float64 else torch.float32
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        """Of the bases that are kept, where none was asked for."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def held_bytes(self) -> int:
@@ -45,14 +54,15 @@ class Kind(NamedTuple):
         elements = m * m + n * n if self.complement else (m + n) * self.rank
         return elements * self.factor_dtype.itemsize + self.copied_bytes
 
-    def unfilled(self) -> dict[str, Tensor]:
+    def unfilled(self, count: int) -> dict[str, Tensor]:
         """Factors that another rank computes, for their names and shapes, in no memory."""
         (m, n), r = self.shape, self.rank
         shapes: dict[str, tuple[int, ...]] = {"U": (m, r), "S": (r,), "V": (n, r)}
         if self.complement:
             shapes |= {"U_low": (m, m - r), "V_low": (n, n - r)}
+        lead = (count,) if self.is_stacked else ()
         return {
-            name: torch.empty(shape, dtype=self.factor_dtype, device="meta")
+            name: torch.empty(lead + shape, dtype=self.factor_dtype, device="meta")
             for name, shape in shapes.items()
         }
 
@@ -60,21 +70,62 @@ class Kind(NamedTuple):
         return f"{self.shape[0]}x{self.shape[1]} r={self.rank}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """A matrix, or some of a batch of matrices: what is decomposed at once of one weight.
+
+    Attributes:
+        selected: the weight.
+        first, count: of the matrices in its batch dimensions, taken as one.
+    """
+
+    selected: Selected
+    first: int = 0
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.selected.name
+
+    def values(self) -> Tensor:
+        """(m, n) of a matrix, (count, m, n) of a batch; gathered where they are sharded, which
+        every rank of the mesh must join."""
+        W = self.selected.weight.detach()
+        if self.selected.batch:
+            W = W.flatten(0, -3).narrow(0, self.first, self.count)
+        return whole(W)
+
+    def of(self, factor: Tensor) -> Tensor:
+        """Its part of a factor of the whole weight."""
+        if not self.selected.batch:
+            return factor
+        lead = len(self.selected.batch)
+        return factor.flatten(0, lead - 1).narrow(0, self.first, self.count)
+
+
 class Batch(NamedTuple):
     kind: Kind
-    weights: list[Selected]
+    parts: list[Part]
 
-    def values(self) -> list[Tensor]:
-        """The weights, whole and in the dtype that they are decomposed in, one after another.
+    @property
+    def matrices(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    def values(self) -> list[Tensor] | Tensor:
+        """The weights, whole and in the dtype that they are decomposed in: matrices one after
+        another, batches of them in one tensor.
 
         Other ranks ``join`` where they are sharded.
         """
-        return [whole(s.weight.detach()).to(self.kind.computed) for s in self.weights]
+        values = [part.values().to(self.kind.computed) for part in self.parts]
+        if not self.kind.is_stacked:
+            return values
+        return values[0] if len(values) == 1 else torch.cat(values)
 
     def join(self) -> None:
         """Gathers with the rank that takes the values, and keeps none."""
-        for s in self.weights:
-            whole(s.weight.detach())
+        for part in self.parts:
+            part.values()
 
 
 def kind_of(
@@ -91,27 +142,60 @@ def kind_of(
     # Low bases pay where both are the smaller ones: of a 4:1 weight the longer side's would be
     # many times the weight itself.
     low = 2 * s.rank > max(s.shape) if complement is None else complement
-    weight = s.weight
+    weight, (m, n) = s.weight, s.shape
     computed = compute_dtype or weight.dtype
     copied = 0
-    if computed != weight.dtype or is_dtensor(weight):
-        copied += weight.numel() * computed.itemsize
-    if earlier is not None and earlier.V.device != weight.device:
-        copied += sum(factor.nbytes for factor in factors_of(earlier).values())
-    return Kind(weight.device, weight.dtype, computed, s.shape, s.rank, low, copied)
+    # Batches of several weights are put together in one tensor.
+    if computed != weight.dtype or is_dtensor(weight) or s.batch:
+        copied += m * n * computed.itemsize
+    if earlier is not None and (earlier.V.device != weight.device or s.batch):
+        copied += sum(factor.nbytes for factor in factors_of(earlier).values()) // s.matrices
+    return Kind(weight.device, weight.dtype, computed, s.shape, s.rank, low, copied, bool(s.batch))
 
 
-def batches(
-    selected: Sequence[Selected], kinds: Sequence[Kind], limit_bytes: int
-) -> Iterator[Batch]:
-    """Weights of one kind, as many as ``limit_bytes`` hold, at least one."""
-    alike: dict[Kind, list[Selected]] = {}
-    for s, kind in zip(selected, kinds, strict=True):
-        alike.setdefault(kind, []).append(s)
+def parts_of(s: Selected, size: int) -> list[Part]:
+    """A weight in parts of ``size`` matrices at most."""
+    return [Part(s, first, min(size, s.matrices - first)) for first in range(0, s.matrices, size)]
+
+
+def packed(parts: Iterable[tuple[K, Part]], most: Callable[[K], int]) -> list[tuple[K, list[Part]]]:
+    """Parts of one kind together, as many as have ``most`` matrices of it at most."""
+    alike: dict[K, list[Part]] = {}
+    for kind, part in parts:
+        alike.setdefault(kind, []).append(part)
+    found: list[tuple[K, list[Part]]] = []
     for kind, members in alike.items():
-        size = max(1, min(BATCH, limit_bytes // max(1, kind.held_bytes)))
-        for first in range(0, len(members), size):
-            yield Batch(kind, members[first : first + size])
+        count = 0
+        for part in members:
+            if not count or count + part.count > most(kind):
+                found.append((kind, []))
+                count = 0
+            found[-1][1].append(part)
+            count += part.count
+    return found
+
+
+def most(kind: Kind, limit_bytes: int) -> int:
+    """How many matrices one call takes, at least one."""
+    return max(1, min(BATCH, limit_bytes // max(1, kind.held_bytes)))
+
+
+def shared_out(
+    selected: Sequence[Selected], kinds: Sequence[Kind], limit_bytes: int, ranks: Ranks
+) -> list[list[Batch]]:
+    """The batches of each rank: all matrices, by their cost, also those of one weight."""
+    parts = [
+        (kind, part)
+        for s, kind in zip(selected, kinds, strict=True)
+        for part in parts_of(s, min(most(kind, limit_bytes), -(-s.matrices // ranks.count)))
+    ]
+    return [
+        [
+            Batch(*batch)
+            for batch in packed((parts[i] for i in share), lambda k: most(k, limit_bytes))
+        ]
+        for share in ranks.split([kind.cost * part.count for kind, part in parts])
+    ]
 
 
 def factors_of(svd: TruncatedSVD) -> dict[str, Tensor]:

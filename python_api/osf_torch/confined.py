@@ -183,7 +183,7 @@ class Confined:
         uneven = [place.name for place in places if not place.spec.is_even]
         if uneven:
             raise ValueError(
-                f"osf_torch.{operator}: expected 2-D weights with bases of triplets, as many of "
+                f"osf_torch.{operator}: expected matrices with bases of triplets, as many of "
                 f"rows as of columns, got others for {listed(uneven)}; release(), make new bases "
                 "and confine() anew"
             )

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from torch import nn
 
 from osf_torch.free.spec import places_of
-from osf_torch.kinds import described, owners, shape_of
+from osf_torch.kinds import described, is_vectors, owners, shape_of
 from osf_torch.selection import listed, named_weights
 
 log = logging.getLogger("osf_torch")
@@ -61,7 +61,9 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in named_weights(model).items():
         shape = shape_of(parameter)
-        if parameter.requires_grad and (shape is None or (len(shape) > 1 and min(shape) > 0)):
+        if parameter.requires_grad and (
+            shape is None or (not is_vectors(name, shape) and min(shape) > 0)
+        ):
             found.setdefault(id(parameter), (name, parameter))
     return dict(found.values())
 

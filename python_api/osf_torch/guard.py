@@ -183,7 +183,7 @@ class Guard:
             The new subspaces, also in ``Guard.subspaces``; hooks stay where they are.
 
         Raises:
-            ValueError: both ranks and widen, or as ``refresh``; a batched weight; subspaces that
+            ValueError: both ranks and widen, or as ``refresh``; subspaces that
                 aren't triplets, such as those of ``input_subspaces``. The protection is as it was.
             TypeError: widen is neither int nor float.
         """

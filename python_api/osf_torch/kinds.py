@@ -31,10 +31,41 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_weight(module: nn.Module, attribute: str) -> bool:
-    """Whether activations are multiplied with it: the matrix of a linear layer or of attention."""
+    """Whether activations are multiplied with it: of a linear layer, attention, experts, a router.
+
+    What a module computes isn't known where its class is none of torch's: there a 3-D parameter is
+    taken for a batch of matrices, as mixtures of experts have them, and a 2-D ``weight`` for the
+    matrix of a linear layer, as routers have it.
+    """
     if isinstance(module, nn.MultiheadAttention):
         return attribute in PROJECTIONS
-    return attribute == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return attribute == "weight"
+    parameter = module._parameters.get(attribute)
+    shape = None if parameter is None else shape_of(parameter)
+    if shape is None or not _is_of_its_own(module):
+        return False
+    return (len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and attribute == "weight")
+
+
+def _is_of_its_own(module: nn.Module) -> bool:
+    """Whether no layer of torch says what its parameters are; containers have none of their own."""
+    plain = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return not isinstance(module, ParametrizationList) and all(
+        kind in plain or not kind.__module__.startswith("torch.nn.modules.")
+        for kind in type(module).__mro__
+    )
+
+
+def has_matrices(shape: Sequence[int], owned: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Whether the last two dimensions are those of a matrix, and the others a batch of them."""
+    convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in owned)
+    return len(shape) >= 2 and min(shape) > 0 and not (convolution and len(shape) > 2)
+
+
+def is_vectors(name: str, shape: Sequence[int]) -> bool:
+    """Whether it is a vector, or one for each expert: a bias, the scale of a norm."""
+    return len(shape) < 2 or (len(shape) == 2 and name.endswith("bias"))
 
 
 def adapter_part(name: str) -> str | None:

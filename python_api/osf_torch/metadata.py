@@ -39,7 +39,7 @@ FOUND = {
 ROUNDING = 1e-3  # by which a captured share of 1 may be above it, in bfloat16 bases too
 # What a fact must be beside its type, and in words.
 PLAUSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "shape": (lambda s: len(s) == 2 and all(_is_count(size) for size in s), "two sizes"),
+    "shape": (lambda s: len(s) >= 2 and all(_is_count(size) for size in s), "two sizes or more"),
     "parts": (
         lambda p: len(p) <= len(PARTS) and all(p.count(part) == 1 for part in p),
         "each once",

@@ -7,18 +7,18 @@ them as they are, and what stands here returns what it takes too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from osf_torch.batching import BATCH, Part, packed, parts_of
 from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
 from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select, share_of
 
-Shapes = Mapping[str, tuple[int, int]] | nn.Module
+Shapes = Mapping[str, tuple[int, ...]] | nn.Module
 
-BATCH = 32  # matrices a call at most: the bar moves, and an interrupt is heeded
 WORK_BYTES = 1 << 30  # what one call may take for its matrices and their Gram matrices in float64
 
 
@@ -41,8 +41,8 @@ def allocate_ranks(
 
     Args:
         importance: I by parameter name; below zero counts as zero, so that it gets mrr.
-        shapes: (m, n) by parameter name, or the model, whose names are as in ``refresh``. Names
-            that ``importance`` lacks are left alone.
+        shapes: (..., m, n) by parameter name, or the model, whose names are as in ``refresh``.
+            Names that ``importance`` lacks are left alone.
         mrr: minimum retention ratio, in [0, 1].
         trr: target retention ratio, in [mrr, 1].
 
@@ -110,7 +110,8 @@ def ranks_by_energy(
     counting directions down to about 1e-8·√min(m, n) of ‖W‖.
 
     Args:
-        model: its 2-D parameters, of float32, bfloat16, float16 or float64.
+        model: its matrices, of float32, bfloat16, float16 or float64. The matrices of a batch
+            (experts) have one rank, that of the one that needs most.
         energy: share of ‖W‖²_F, in (0, 1].
         filter: which weights, as in ``refresh``.
         minimum: r at least; an int, a share of min(m, n), or either by name or pattern, as the
@@ -166,25 +167,28 @@ def ranks_by_energy(
             "repair them, or leave these weights out by filter="
         )
     found: dict[str, int] = {}
-    with progress_bar(progress, "energy", len(floors), sum(map(_cost, floors))) as bar:
-        for batch in _batches(floors):
-            bar.begin(f"{batch[0].shape[0]}x{batch[0].shape[1]} {batch[0].name}")
-            for s, rank in zip(batch, _energy_ranks(batch, energy), strict=True):
-                low, high = limits[s.name]
-                found[s.name] = min(max(rank, low), high)
-            bar.advance(len(batch), sum(map(_cost, batch)))
+    parts = [(_kind(s), part) for s in floors for part in parts_of(s, _most(_kind(s)))]
+    total = sum(part.count for _, part in parts)
+    with progress_bar(progress, "energy", total, sum(_cost(part) for _, part in parts)) as bar:
+        for (shape, *_), batch in packed(parts, _most):
+            bar.begin(f"{shape[0]}x{shape[1]} {batch[0].name}")
+            for part, rank in zip(batch, _energy_ranks(batch, energy), strict=True):
+                low, high = limits[part.name]
+                found[part.name] = min(max(rank, low, found.get(part.name, 1)), high)
+            bar.advance(sum(part.count for part in batch), sum(map(_cost, batch)))
     return {s.name: found[s.name] for s in floors}
 
 
 @torch.no_grad()
-def _energy_ranks(batch: Sequence[Selected], energy: float) -> list[int]:
-    """r of weights of one shape, by what the directions beyond it hold.
+def _energy_ranks(batch: Sequence[Part], energy: float) -> list[int]:
+    """r of each part, of matrices of one shape, by what the directions beyond it hold.
 
     In one run on a CPU core the eigenvalues of a float64 Gram matrix took a fifth to a tenth of
     ``truncated_svd`` at full rank, which computes vectors too, and half to three quarters of
     float64 singular values, to 4e-16 of their energy (384x384 to 768x768).
     """
-    W = torch.stack([s.weight.detach() for s in batch]).double()  # (batch, m, n)
+    values = [part.values() for part in batch]
+    W = torch.cat([w.flatten(0, -3) if w.dim() > 2 else w[None] for w in values]).double()
     m, n = W.shape[-2:]
     # Squares of float64 entries overflow above 1e154 and vanish below 1e-162.
     W = W / W.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
@@ -195,26 +199,25 @@ def _energy_ranks(batch: Sequence[Selected], energy: float) -> list[int]:
     tails = values.cumsum(-1)  # tails[j]: energy of the j + 1 smallest
     rounding = min(m, n) * torch.finfo(torch.float64).eps
     dropped = (tails <= (1.0 - energy + rounding) * scale).sum(-1)
-    ranks: list[int] = (min(m, n) - dropped).tolist()
-    return ranks
+    ranks = (min(m, n) - dropped).split([part.count for part in batch])
+    most: list[int] = torch.stack([of_part.max() for of_part in ranks]).tolist()
+    return most
 
 
-def _cost(s: Selected) -> float:
-    m, n = s.shape
-    return float(m * n * min(m, n))
+def _cost(part: Part) -> float:
+    m, n = part.selected.shape
+    return float(part.count * m * n * min(m, n))
 
 
-def _batches(selected: Sequence[Selected]) -> Iterator[list[Selected]]:
-    """Weights of one shape, dtype and device, as many as a call may take."""
-    kinds: dict[tuple[object, ...], list[Selected]] = {}
-    for s in selected:
-        kinds.setdefault((s.shape, s.weight.dtype, s.weight.device), []).append(s)
-    for members in kinds.values():
-        m, n = members[0].shape
-        one = 8 * (m * n + 2 * min(m, n) ** 2)
-        size = max(1, min(BATCH, WORK_BYTES // one))
-        for first in range(0, len(members), size):
-            yield members[first : first + size]
+def _kind(s: Selected) -> tuple[tuple[int, int], torch.dtype, torch.device]:
+    """What matrices of one call have in common."""
+    return s.shape, s.weight.dtype, s.weight.device
+
+
+def _most(kind: tuple[tuple[int, int], torch.dtype, torch.device]) -> int:
+    """How many matrices of a kind one call takes."""
+    m, n = kind[0]
+    return max(1, min(BATCH, WORK_BYTES // (8 * (m * n + 2 * min(m, n) ** 2))))
 
 
 def _shapes(shapes: Shapes) -> Mapping[str, Sequence[int]]:
@@ -225,8 +228,9 @@ def _shapes(shapes: Shapes) -> Mapping[str, Sequence[int]]:
 
 def _short_side(name: str, shape: Sequence[int]) -> int:
     sizes = tuple(shape)
-    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(
-            f"osf_torch.allocate_ranks: expected the shape of {name!r} to be (m, n), got {sizes}"
+            f"osf_torch.allocate_ranks: expected the shape of {name!r} to be (..., m, n), got "
+            f"{sizes}"
         )
-    return int(min(sizes))
+    return int(min(sizes[-2:]))

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import time
-import warnings
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from osf_kernels import ConvergenceWarning, Refusal, TruncatedSVD, padded, truncated_svd
-from osf_torch.batching import Batch, batches, factors_of, kind_of
-from osf_torch.coverage import left_out, log, log_left_out
+from osf_kernels import padded
+from osf_torch.batching import Batch, kind_of, shared_out
+from osf_torch.coverage import left_out, log_left_out
+from osf_torch.decomposing import Result, decomposed, joined
 from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, require_seed, select
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
-from osf_torch.sharing import UNKNOWN, Ranks
+from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Decomposition, Keep, Subspaces, assemble, smaller
 
 Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 
+log = logging.getLogger("osf_torch")
 FACTOR_BYTES = 1 << 30  # what one call may hold where no max_workspace_bytes is given
 CHECKED_AT_ONCE = 1 << 20  # elements: what looks for NaN and Inf takes seven bytes for each
-
-# Remedies in refresh's own arguments, by truncated_svd's argument and by methods that miss tol.
-ROOM = {"max_workspace_bytes for A": "raise it, or lower ranks"}
-CLOSER = {
-    (
-        "exact",
-    ): "no method comes closer in this dtype; raise tol, or take compute_dtype=torch.float64"
-}
-
-_Result = tuple[dict[str, Tensor], dict[str, Any]]  # factors and facts
 
 
 def refresh(
@@ -62,24 +52,28 @@ def refresh(
     """Decomposes a model's weights, W ≈ U diag(S) Vᵀ, into what :func:`protect` takes.
 
     Weights of one shape, rank, dtype and device go to ``osf_kernels.truncated_svd`` together, on
-    the device where they are. Sharded weights (DTensor) are gathered a batch at a time on the rank
+    the device where they are; so do the matrices of a batch (experts, (E, m, n)), each of which is
+    decomposed by itself. Sharded weights (DTensor) are gathered a batch at a time on the rank
     that decomposes them; every rank then has the whole bases, and ``protect`` keeps its slices.
 
     Args:
-        model: its 2-D parameters of float32, bfloat16, float16 or float64.
+        model: its matrices, and batches of them, of float32, bfloat16, float16 or float64.
         ranks: r as an int, a share ρ in (0, 1] of min(m, n), or either by parameter name or shell
             pattern of names; an exact name goes first, then the first pattern that matches. Note
             that 1 is one direction of each weight and 1.0 is all of them. A share below 1 leaves at
             least one direction free, so that it passes over a weight of one row or column (the
             head of a reward model). An int or 1.0 that leaves nothing free is done, and logged.
+            All matrices of a batch have one rank.
         previous: an earlier refresh of these weights, whose triplets the next one starts from;
             ``method="auto"`` then takes the warm or the deflated method, by what was kept.
         progress: True shows a bar on a terminal, "always" prints lines elsewhere too.
         filter: which weights; a function of (name, parameter), a name or pattern of names, or
             several. A name in full goes before any pattern. By default the weights that require
-            grad of nn.Linear modules, of nn.MultiheadAttention (its in_proj_weight as one matrix)
-            and of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs); not the
-            factors of a LoRA adapter, which aren't the weight that they are added to. A weight that
+            grad of nn.Linear modules, of nn.MultiheadAttention (its in_proj_weight as one matrix),
+            of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs), and of modules
+            whose classes aren't torch's the 3-D parameters, which are taken for batches of matrices
+            (experts), and a 2-D ``weight`` (routers); not the factors of a LoRA adapter, which
+            aren't the weight that they are added to. A weight that
             modules share is decomposed once and goes by its first name; one without elements is
             passed over. What trains and isn't taken is logged, and stands in ``left_out``.
         method: as in truncated_svd.
@@ -115,8 +109,8 @@ def refresh(
         Under ``torch.inference_mode`` too, factors are tensors that autograd takes.
 
     Raises:
-        ValueError: nothing matches (the message lists the model's 2-D parameters), a name in full
-            of what is no matrix (3-D experts), flat parameters of FSDP1, a weight without a rank,
+        ValueError: nothing matches (the message lists the model's matrices), a name in full of
+            what is none (a convolution), flat parameters of FSDP1, a weight without a rank,
             a rank or key that doesn't fit, NaN or Inf in a weight (all weights are looked at
             before the first is decomposed), a ``previous`` that lacks a weight, its shape or its
             triplets. All name the parameter; no partial result is left.
@@ -144,48 +138,61 @@ def refresh(
     else:
         omitted = left_out(model, covered)
     limit_bytes = workspace_bytes or FACTOR_BYTES
-    shares = [
-        list(batches([selected[i] for i in share], [kinds[i] for i in share], limit_bytes))
-        for share in sharers.split([kind.cost for kind in kinds])
-    ]
+    shares = shared_out(selected, kinds, limit_bytes, sharers)
     options = {"tol": tol, "method": method, "max_workspace_bytes": workspace_bytes}
-    found: dict[str, Decomposition] = {}
+    kept: dict[str, dict[int, Result]] = {s.name: {} for s in selected}
     shown = progress if sharers.rank == 0 else False
-    bar_of_all = progress_bar(shown, "refresh", len(selected), sum(kind.cost for kind in kinds))
+    counts = [s.matrices for s in selected]
+    cost = sum(kind.cost * count for kind, count in zip(kinds, counts, strict=True))
+    bar_of_all = progress_bar(shown, "refresh", sum(counts), cost)
     with torch.inference_mode(False), torch.no_grad(), bar_of_all as bar:
         for at_once in itertools.zip_longest(*shares):  # a batch of every rank
-            results: list[_Result] = []
+            results: list[Result] = []
             error = None
             for owner, batch in _present(at_once):
                 if owner != sharers.rank:
                     batch.join()
                     continue
-                bar.begin(f"{batch.kind} {batch.weights[0].name}")
+                bar.begin(f"{batch.kind} {batch.parts[0].name}")
                 try:
-                    results = _decomposed(batch, previous, seed, **options)
+                    results = decomposed(batch, previous, seed, **options)
                 except Exception as caught:
                     error = caught
             sharers.agree(error, kinds[0].device, "refresh")
-            for owner, (kind, weights) in _present(at_once):
-                for s in weights:
+            for owner, batch in _present(at_once):
+                kind = batch.kind
+                for part in batch.parts:
                     # Taken out, so that nothing of them is left when the next batch begins.
                     factors, facts = (
-                        results.pop(0) if owner == sharers.rank else (kind.unfilled(), None)
+                        results.pop(0)
+                        if owner == sharers.rank
+                        else (kind.unfilled(part.count), None)
                     )
-                    if keep == "smaller":
-                        factors = smaller(factors)
-                    held = dtype
-                    if held is None:
-                        held = torch.float64 if kind.dtype == torch.float64 else torch.float32
-                    factors = {
-                        part: padded(factor.detach(), dtype=held if part != "S" else None)
-                        for part, factor in factors.items()
-                    }
-                    factors, facts = sharers.send(owner, factors, facts, s.weight.device)
-                    factors = {part: _kept(factor, stay) for part, factor in factors.items()}
-                    found[s.name] = assemble(factors, shape=s.shape, rank=kind.rank, **facts)
-                bar.advance(len(weights), kind.cost * len(weights))
-    return Subspaces({s.name: found[s.name] for s in selected}, seed=seed, left_out=omitted)
+                    factors = _rounded(factors, keep, dtype or kind.held_dtype)
+                    device = part.selected.weight.device
+                    factors, facts = sharers.send(owner, factors, facts, device)
+                    factors = {side: _kept(factor, stay) for side, factor in factors.items()}
+                    kept[part.name][part.first] = factors, facts
+                bar.advance(batch.matrices, kind.cost * batch.matrices)
+        found = {s.name: _whole(s, kept.pop(s.name)) for s in selected}
+    return Subspaces(found, seed=seed, left_out=omitted)
+
+
+def _rounded(factors: Mapping[str, Tensor], keep: Keep, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is kept of the factors; S keeps its dtype."""
+    factors = smaller(factors) if keep == "smaller" else factors
+    return {
+        side: padded(factor.detach(), dtype=dtype if side != "S" else None)
+        for side, factor in factors.items()
+    }
+
+
+def _whole(s: Selected, parts: Mapping[int, Result]) -> Decomposition:
+    """Of a weight, from its parts by the first matrix of each."""
+    factors, facts = joined([parts[first] for first in sorted(parts)], s.batch)
+    if s.batch:
+        factors = {side: padded(factor) for side, factor in factors.items()}
+    return assemble(factors, shape=tuple(s.weight.shape), rank=s.rank, **facts)
 
 
 def _with_room(selected: Sequence[Selected]) -> list[Selected]:
@@ -221,36 +228,6 @@ def _log_extremes(ranks: WantedRanks, selected: Sequence[Selected]) -> None:
 def _present(at_once: Iterable[Batch | None]) -> Iterator[tuple[int, Batch]]:
     """The ranks that have a batch, with it."""
     return ((rank, batch) for rank, batch in enumerate(at_once) if batch is not None)
-
-
-def _decomposed(
-    batch: Batch,
-    previous: Subspaces | None,
-    seed: int,
-    **options: Any,  # of truncated_svd
-) -> list[_Result]:
-    kind, selected = batch
-    weights = batch.values()
-    starts = None if previous is None else [_start(previous, s) for s in selected]
-    started = time.perf_counter()
-    with _Named(selected):
-        results = truncated_svd(
-            weights,
-            kind.rank,
-            warm_start=starts,
-            complement=kind.complement,
-            generator=torch.Generator(kind.device).manual_seed(seed),
-            **options,
-        )
-    figures = _figures(results)  # synchronises, so that the time is whole
-    seconds = (time.perf_counter() - started) / len(selected)
-    return [
-        (
-            factors_of(result),
-            figure | {"method": result.method, "iterations": result.iterations, "seconds": seconds},
-        )
-        for result, figure in zip(results, figures, strict=True)
-    ]
 
 
 def _require_options(keep: object, compute_dtype: object, dtype: object, seed: object) -> None:
@@ -306,7 +283,7 @@ def _require_finite(selected: Sequence[Selected]) -> None:
     """Refuses NaN and Inf on any rank, with one synchronisation a device."""
     counts = []
     for s in selected:
-        here = local(s.weight.detach())
+        here = local(s.weight.detach()).flatten(0, -2)  # as rows
         pieces = here.split(max(1, CHECKED_AT_ONCE // max(1, here.shape[1])))
         count = torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum()
         cut = sharding_of(s.weight)
@@ -336,10 +313,10 @@ def _require_fit(previous: Subspaces, selected: Sequence[Selected]) -> None:
         )
     for s in selected:
         earlier = previous[s.name]
-        if earlier.shape != s.shape:
+        if earlier.shape != tuple(s.weight.shape):
             raise ValueError(
-                f"osf_torch.refresh: expected previous to hold {s.name!r} with shape {s.shape}, "
-                f"got {earlier.shape}; it is another model's"
+                f"osf_torch.refresh: expected previous to hold {s.name!r} with shape "
+                f"{tuple(s.weight.shape)}, got {earlier.shape}; it is another model's"
             )
     without = [s.name for s in selected if previous[s.name].svd is None]
     if without:
@@ -350,92 +327,8 @@ def _require_fit(previous: Subspaces, selected: Sequence[Selected]) -> None:
         )
 
 
-def _start(previous: Subspaces, selected: Selected) -> TruncatedSVD | Tensor:
-    """What truncated_svd starts from, on the weight's device."""
-    svd = previous[selected.name].svd
-    assert svd is not None
-    device = selected.weight.device
-    if svd.V.dtype not in (torch.float32, torch.float64):  # a sketch, but no triplets
-        return svd.V.to(device, svd.S.dtype)
-    moved = {name: factor.to(device) for name, factor in factors_of(svd).items()}
-    return TruncatedSVD(
-        **moved,
-        residual=svd.residual.to(device),
-        captured=svd.captured.to(device),
-        iterations=svd.iterations,
-        method=svd.method,
-        converged=svd.converged,
-    )
-
-
 def _kept(factor: Tensor, device: torch.device | None) -> Tensor:
     """The factor where it is to stay, in memory of its own: a view would hold on to the rest."""
     moved = factor.to(device)
     shared = moved.untyped_storage().nbytes() > moved.nbytes
     return padded(moved.clone() if shared or moved.is_inference() else moved)
-
-
-def _figures(results: Sequence[TruncatedSVD]) -> list[dict[str, Any]]:
-    """Residual, captured and converged of each as Python numbers, by one synchronisation."""
-    rows = [
-        torch.stack(
-            [
-                r.residual.double(),
-                r.captured.double(),
-                torch.full_like(r.residual, UNKNOWN, dtype=torch.float64)
-                if r.converged is None
-                else torch.as_tensor(r.converged, device=r.residual.device).double(),
-            ]
-        )
-        for r in results
-    ]
-    return [
-        {
-            "residual": residual,
-            "captured": captured,
-            "converged": None if flag == UNKNOWN else bool(flag),
-        }
-        for residual, captured, flag in torch.stack(rows).tolist()
-    ]
-
-
-class _Named:
-    """Errors and warnings of one batch, with the names of its parameters and refresh's remedies."""
-
-    def __init__(self, batch: Sequence[Selected]) -> None:
-        self._names = [s.name for s in batch]
-        self._caught = warnings.catch_warnings(record=True)
-
-    def __enter__(self) -> None:
-        self._log = self._caught.__enter__()
-        warnings.simplefilter("always")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._caught.__exit__(kind, error, trace)
-        if isinstance(error, Refusal):
-            remedy = ROOM.get(error.argument, "")
-            raise error.renamed(self._label, op="osf_torch.refresh", remedy=remedy) from error
-        if isinstance(error, ValueError | TypeError | RuntimeError):
-            raise type(error)(self._named(error)) from error
-        for warning in self._log or ():
-            # Past this method and _decomposed, to the caller of refresh.
-            warnings.warn(self._renamed(warning.message), warning.category, stacklevel=4)
-
-    def _renamed(self, warning: Warning | str) -> Warning | str:
-        if not isinstance(warning, ConvergenceWarning):
-            return self._named(warning)
-        remedy = CLOSER.get(tuple({one.method for one in warning.missed.values()}), "")
-        return warning.renamed(self._label, op="osf_torch.refresh", remedy=remedy)
-
-    def _label(self, argument: str, index: Any) -> str:
-        """``rank of A`` of the list that truncated_svd was given, as ``rank of '0.weight'``."""
-        argument = argument.replace("warm_start", "previous")
-        return argument if index is None else argument.removesuffix("A") + repr(self._names[index])
-
-    def _named(self, message: object) -> str:
-        return f"osf_torch.refresh: {listed(self._names)}: {message}"

@@ -41,16 +41,9 @@ def ranks_of(
             f"osf_torch.{operator}: expected ranks or widen, got both; ranks says the new "
             "ranks, widen how much the present ones grow"
         )
-    batched = [item.name for item in items if item.weight.dim() != 2]
-    if batched:
-        raise ValueError(
-            f"osf_torch.{operator}: expected 2-D weights, got batched ones: {listed(batched)}; "
-            "refresh takes matrices: take such weights apart from the others, and give them bases "
-            "of yours again"
-        )
     if ranks is not None:
         return ranks
-    short = {item.name: min(item.weight.shape) for item in items}
+    short = {item.name: min(item.weight.shape[-2:]) for item in items}
     more = 0 if widen is None else widen
     return {name: _widened(present[name], short[name], more, operator) for name in short}
 

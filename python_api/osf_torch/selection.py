@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +12,17 @@ import torch
 from torch import nn
 
 from osf_torch.free.spec import WRAPPED, places_of
-from osf_torch.kinds import adapter_part, described, is_lazy, is_plain, is_weight, owners, shape_of
+from osf_torch.kinds import (
+    Owners,
+    adapter_part,
+    described,
+    has_matrices,
+    is_lazy,
+    is_plain,
+    is_weight,
+    owners,
+    shape_of,
+)
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
 Rank = int | float
@@ -35,8 +46,19 @@ class Selected:
 
     @property
     def shape(self) -> tuple[int, int]:
-        m, n = self.weight.shape
+        """(m, n) of the matrix, or of each of them."""
+        m, n = self.weight.shape[-2:]
         return m, n
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of a batch of matrices (experts); none of a matrix."""
+        return tuple(self.weight.shape[:-2])
+
+    @property
+    def matrices(self) -> int:
+        """How many there are."""
+        return math.prod(self.batch)
 
 
 # Modules that stand around a whole model, and what they call it.
@@ -117,57 +139,58 @@ def select(
             "load a state dict into its model first"
         )
     require_matrices(model, operator)
+    having = owners(model)
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in named_weights(model).items():
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
-    matches = _matcher(model, aliases, filter, operator)
+    matches = _matcher(model, having, aliases, filter, operator)
     matched = [key for key, p in parameters.items() if any(matches(n, p) for n in aliases[key])]
-    chosen = [key for key in matched if _may_be_taken(parameters[key])]
+    chosen = [key for key in matched if _may_be_taken(parameters[key], having)]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
-        raise _no_match(model, aliases, parameters, matched, filter, operator)
+        raise _no_match(having, aliases, parameters, matched, filter, operator)
     wanted_ranks = _ranks(ranks, [aliases[key] for key in chosen], operator)
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
         require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
-        m, n = weight.shape
+        m, n = weight.shape[-2:]
         selected.append(Selected(name, weight, _resolved(rank, m, n, name, operator)))
     return selected
 
 
-def _may_be_taken(parameter: nn.Parameter) -> bool:
-    """Whether it is a matrix with elements, or may be one that isn't there, and is refused."""
+def _may_be_taken(parameter: nn.Parameter, having: Owners) -> bool:
+    """Whether it is a matrix with elements or a batch of them, or may be one that isn't there, and
+    is refused."""
     shape = shape_of(parameter)
-    return shape is None or (len(shape) == 2 and min(shape) > 0)
+    return shape is None or has_matrices(shape, having.get(id(parameter), ()))
 
 
 def _no_match(
-    model: nn.Module,
+    having: Owners,
     aliases: Mapping[int, Sequence[str]],
     parameters: Mapping[int, nn.Parameter],
     matched: Sequence[int],
     filter: Filter,
     operator: str,
 ) -> ValueError:
-    having = owners(model)
     found, factors, unfit = [], [], []
     for key, parameter in parameters.items():
         name = aliases[key][0]
         told = f"{name} ({described(name, parameter, having.get(key, ()))})"
-        if _may_be_taken(parameter):
+        if _may_be_taken(parameter, having):
             shape = "x".join(map(str, shape_of(parameter) or ("lazy",)))
             found.append(f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})")
             if filter is None and parameter.requires_grad and adapter_part(name):
                 factors.append(told)
         elif key in matched and (filter is not None or parameter.numel()):
             unfit.append(told)
-    linear = "nn.Linear weights (and Conv1D's and attention's) that require grad"
+    linear = "weights of linear layers, attention, experts or routers that require grad"
     wanted = linear if filter is None else f"filter={filter!r}"
     text = (
-        f"osf_torch.{operator}: expected {wanted} to match 2-D parameters of the model, got "
+        f"osf_torch.{operator}: expected {wanted} to match matrices of the model, got "
         f"{f'no matrix in {listed(unfit)}' if unfit else 'no match'} among its {len(found)}: "
         f"{listed(found) or 'none'}"
     )
@@ -185,13 +208,17 @@ def _no_match(
 
 
 def _matcher(
-    model: nn.Module, aliases: Mapping[int, Sequence[str]], filter: Filter, operator: str
+    model: nn.Module,
+    having: Owners,
+    aliases: Mapping[int, Sequence[str]],
+    filter: Filter,
+    operator: str,
 ) -> Callable[[str, nn.Parameter], bool]:
     if filter is None:
         weights = {
             key
-            for key, having in owners(model).items()
-            if any(is_weight(module, attribute) for module, attribute in having)
+            for key, owned in having.items()
+            if any(is_weight(module, attribute) for module, attribute in owned)
         }
         confined = {id(place.weight) for place in places_of(model)}  # frozen, and trained by C
         return lambda name, parameter: (
@@ -199,10 +226,10 @@ def _matcher(
             and id(parameter) in weights
             and adapter_part(name) is None
         )
-    if callable(filter):  # asked of matrices alone, so that it may rely on two dimensions
+    if callable(filter):  # asked of what may be taken alone, which has two dimensions at least
         return lambda name, parameter: (
             not is_lazy(parameter)
-            and (parameter.dim() == 2 and parameter.numel() > 0)
+            and has_matrices(parameter.shape, having.get(id(parameter), ()))
             and filter(name, parameter)
         )
     given = [filter] if isinstance(filter, str) else filter
@@ -330,7 +357,7 @@ def require_values(name: str, weight: nn.Parameter, operator: str) -> None:
 
 
 def _require_layout(name: str, weight: nn.Parameter, operator: str, sharded: bool) -> None:
-    if weight.dim() != 2:
+    if tuple(weight.shape) != shape_of(weight):
         raise ValueError(
             f"osf_torch.{operator}: expected parameter {name!r} to be whole, got a part that "
             "DeepSpeed's ZeRO-3 left; call this before deepspeed.initialize, or within "

@@ -322,10 +322,11 @@ def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str,
         )
     for name in names:
         require_values(name, parameters[name], operator)
-        if parameters[name].dim() != 2:
+        if parameters[name].dim() < 2:
             raise ValueError(
-                f"osf_torch.{operator}: expected parameter {name!r} to be a matrix (m, n), got "
-                f"{tuple(parameters[name].shape)}; leave it out, or gather what ZeRO-3 partitioned"
+                f"osf_torch.{operator}: expected parameter {name!r} to be a matrix (m, n) or a "
+                f"batch of them, got {tuple(parameters[name].shape)}; leave it out, or gather what "
+                "ZeRO-3 partitioned"
             )
     return {name: parameters[name] for name in names}
 
@@ -342,16 +343,16 @@ def _require_fit(
             f"{listed(list(factors)) or 'none'}; {remedy}"
         )
     if rank is None and {"U", "S", "V"} <= factors.keys():
-        rank = factors["S"].numel()  # of triplets
-    m, n = shape
-    m_low, n_low = (None if rank is None else side - rank for side in shape)
+        rank = factors["S"].shape[-1]  # of triplets
+    *lead, m, n = shape
+    m_low, n_low = (None if rank is None else side - rank for side in (m, n))
     expected = {
-        "U": (m, rank),
-        "U_low": (m, m_low),
-        "S": (rank,),
-        "V": (n, rank),
-        "V_low": (n, n_low),
-        "protected": (m, n),
+        "U": (*lead, m, rank),
+        "U_low": (*lead, m, m_low),
+        "S": (*lead, rank),
+        "V": (*lead, n, rank),
+        "V_low": (*lead, n, n_low),
+        "protected": (*lead, m, n),
     }
     for part, factor in factors.items():
         wanted, got = expected[part], tuple(factor.shape)

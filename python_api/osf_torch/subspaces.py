@@ -21,14 +21,14 @@ class Subspace:
     """What is protected of one weight.
 
     Attributes:
-        U: (m, r) orthonormal columns, a Basis, or None for an unprotected side.
-        V: (n, k) likewise.
-        S: (r,) singular values when U, S, V are triplets of the weight and both bases are high:
+        U: (..., m, r) orthonormal columns, a Basis, or None for an unprotected side.
+        V: (..., n, k) likewise.
+        S: (..., r) singular values when U, S, V are triplets of the weight and both bases are high:
             then the protected part is known without a copy. Best from a float64 decomposition,
             rounded once (``refresh(compute_dtype=torch.float64)``): the columns of a float32
             torch.linalg.svd are orthonormal to 2e-5 only on trained weights, and that, and its
             residual, is what leaks and drifts.
-        protected: (m, n) W_ref − P(W_ref), instead of S. Where neither is given, ``protect``
+        protected: (..., m, n) W_ref − P(W_ref), instead of S. Where neither is given, ``protect``
             computes it from the weight as it stands.
     """
 
@@ -42,16 +42,17 @@ class Subspace:
 class Decomposition(Subspace):
     """The Subspace of one weight, with the factors kept of it and how right they are.
 
-    U and V are Basis objects, each side held by the smallest basis kept of it. S (r,) is always
+    U and V are Basis objects, each side held by the smallest basis kept of it. S (..., r) is always
     kept; ``protect`` restores from it where U and V are both high.
 
     Attributes:
         svd: the singular triplets, with the low bases that were kept; None where only smaller
             low bases were. A warm or deflated refresh starts from it.
-        shape: (m, n) of the weight.
+        shape: (..., m, n) of the weight.
         rank: r.
         method, iterations: what ran, as in ``osf_kernels.TruncatedSVD``.
-        residual: of the triplets, relative to σ₁, as computed: before the bases were rounded.
+        residual: of the triplets, relative to σ₁, as computed: before the bases were rounded. Of
+            a batch of matrices this and what follows are those of the worst.
         captured: share of ‖W‖²_F that they hold.
         converged: whether the residual is at most tol, or where no tol was given within what
             ``osf_kernels.truncated_svd`` promises; None where that isn't known.
@@ -59,7 +60,7 @@ class Decomposition(Subspace):
     """
 
     svd: TruncatedSVD | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     method: str
     iterations: int
@@ -69,11 +70,10 @@ class Decomposition(Subspace):
     seconds: float
 
     def __repr__(self) -> str:
-        m, n = self.shape
         return (
-            f"Decomposition({m}x{n}, rank {self.rank}, held {_spans(self)}; {_ran(self)}, "
-            f"residual {self.residual:.1e}, captured {self.captured:.4f}, "
-            f"{self.nbytes / 2**20:.1f} MiB)"
+            f"Decomposition({'x'.join(map(str, self.shape))}, rank {self.rank}, "
+            f"held {_spans(self)}; {_ran(self)}, residual {self.residual:.1e}, "
+            f"captured {self.captured:.4f}, {self.nbytes / 2**20:.1f} MiB)"
         )
 
     def factors(self) -> dict[str, Tensor]:

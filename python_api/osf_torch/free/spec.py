@@ -123,9 +123,10 @@ class Spec:
 
     @property
     def is_even(self) -> bool:
-        """Whether as many directions of the rows are protected as of the columns, of a matrix."""
+        """Whether as many directions of the rows are protected as of the columns, of a matrix or
+        of each of a batch."""
         protected = self.left.size - self.left.width
-        return len(self.shape) == 2 and protected == self.right.size - self.right.width
+        return not self.is_flat and protected == self.right.size - self.right.width
 
     def follow(self, device: torch.device) -> None:
         """Brings the bases to the device that the weight was moved to."""
