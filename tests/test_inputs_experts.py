@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from osf_kernels import Basis
-from osf_torch import Subspace, confine, input_subspaces, layer_importance, protect
+from osf_torch import Subspace, confine, input_subspaces, layer_importance, protect, refresh
 from tests.helpers import generator_for
 from tests.small_experts import EXPERTS, KINDS, WAYS, experts_model, experts_read, ids
 
@@ -211,3 +211,35 @@ def test_kept_inputs_move_within_the_bound(kind, method):
             assert float((x.double() @ change.mT).norm()) <= bound * (1 + 1e-3) + 1e-5
             moved += size > 1e-3
     assert moved >= EXPERTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "share_of_all"), [("qwen3_moe", 0.25), ("qwen3_moe", 0.75), ("gpt_oss", 0.25)]
+)
+def test_what_was_protected_of_each_expert_is_kept_and_grown(kind, share_of_all):
+    """From high bases of ``refresh``, and from low ones, which lose directions."""
+    model = experts_model(kind, "batched_mm", layers=1)
+    before = refresh(model, share_of_all, filter=EXPERT_WEIGHTS, progress=False)
+    batch = {"input_ids": ids("grown")}
+    found = input_subspaces(
+        model, [batch], energy=0.95, previous=before, filter=EXPERT_WEIGHTS, progress=False
+    )
+    side, other = ("U", "V") if kind == "gpt_oss" else ("V", "U")
+    spans = set()
+    for name, read in experts_read(model, batch).items():
+        had, basis = getattr(before[name], side), getattr(found[name], side)
+        assert had.spans == basis.spans
+        spans.add(had.spans)
+        assert torch.equal(
+            getattr(found[name], other).columns, getattr(before[name], other).columns
+        )
+        assert basis.columns.shape[-1] != had.columns.shape[-1]
+        for e, rows in enumerate(read):
+            B, A = basis.columns[e], had.columns[e]
+            if basis.spans == "high":
+                assert torch.equal(B[:, : A.shape[1]], A)
+                assert share(B, rows) >= 0.95 - 1e-5
+            else:
+                assert float((B - A @ (A.mT @ B)).norm()) <= 1e-5
+                assert share(B, rows) <= 0.05 + 1e-5
+    assert "low" in spans or share_of_all < 0.5

@@ -44,12 +44,18 @@ def input_subspaces(
 ) -> Grown:
     """V' = [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of each weight.
 
-    X (n, tokens) are what W (m, n) of an nn.Linear is multiplied with on the batches. An update
-    ΔW that is projected with V' in mode "complement" then moves the outputs for them by
+    X (n, tokens) are the rows that W (m, n) is multiplied with on the batches, W x. An update ΔW
+    that is projected with V' in mode "complement" then moves the outputs for them by
     ‖ΔW X‖_F ≤ √(1 − energy)·‖ΔW‖₂·‖X‖_F at most, whatever the spectrum of W is. Call it at the
     end of a task with some of its inputs, and protect the next task with what it returns; the
-    inputs themselves need not be kept. Of transformers' Conv1D, whose W is (inputs, outputs), it is
-    U that grows, and what is said here of V holds for it.
+    inputs themselves need not be kept. Where a product sums over the other side, Wᵀ x, it is U that
+    grows, and what is said here of V holds for it: so of transformers' Conv1D and of experts whose
+    matrices are (inputs, outputs). A weight that is read by both sides grows both.
+
+    Of a batch W (..., m, n) of experts each grows by the tokens routed to it alone. Its bases are
+    one tensor (..., n, r') as wide as the expert needs that needs most. The others hold more than
+    the energy: further directions of their own inputs, then arbitrary ones, as many as an expert
+    that no token reached holds beside those of ``previous``, which is logged.
 
     The ranks follow from the energy. Where V' reaches n columns the weight can't move any more:
     ``energy`` is what trades room for later tasks against what earlier ones forget.
@@ -61,12 +67,14 @@ def input_subspaces(
         energy: in (0, 1].
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
             stays as it is. A weight that it lacks starts from no V and has no U.
-        filter: which weights, as in ``refresh``; all of them must belong to nn.Linear, Conv1D or
-            nn.MultiheadAttention modules. Of in_proj_weight the inputs are queries, keys and
-            values.
-        max_tokens: where a weight's inputs on this rank are more, as many are drawn at random.
-            Peak memory is max_tokens·n elements a weight of the activations' dtype, and a few
-            matrices (n, tokens of all ranks) in float64 for the one weight that is extended.
+        filter: which weights, as in ``refresh``. What they read is seen where torch's operators
+            multiply matrices (products, grouped products, einsum), whatever module does it, with
+            the weight, parts of its rows, its experts, or a cast or scaled copy. A weight that a
+            kernel of its own reads is refused.
+        max_tokens: where a weight's inputs on this rank, or an expert's, are more, as many are
+            drawn at random. Peak memory is max_tokens·n elements a weight and expert of the
+            activations' dtype; and for the one weight that is extended a few matrices (n, tokens
+            of all ranks) in float64, of experts each as large as that of the busiest one.
         progress: as in ``refresh``.
         seed: of that draw.
         group: a process group over whose ranks the inputs are put together and the weights are
@@ -75,14 +83,15 @@ def input_subspaces(
 
     Returns:
         A dict of Subspaces by parameter name, in the model's order, on the weights' devices: U of
-        ``previous``, and V (n, r') with the columns of ``previous`` first (a low Basis stays low
-        and loses directions). No S: they are no triplets of the weight. ``protect`` takes them;
+        ``previous``, and V (..., n, r') with the columns of ``previous`` first (a low Basis stays
+        low and loses directions). No S: they are no triplets of the weight. ``protect`` takes them;
         ``print(_.summary())`` shows them, and what trains without them.
 
     Raises:
         ValueError: energy outside (0, 1]; nothing matches; a name in ``previous`` that ``filter``
-            doesn't select, or whose V doesn't fit; no batches; a weight that no batch reached; NaN
-            or Inf in inputs; a module of another kind; inputs sharded by tensor parallelism.
+            doesn't select, or whose V doesn't fit; no batches; a weight of which no product was
+            seen; a product with a part of its columns, as of a layer that tensor parallelism
+            shards; NaN or Inf in inputs; the weight of an nn.Embedding.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
         RuntimeError: another rank of the group failed.
 
