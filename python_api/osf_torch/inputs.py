@@ -244,14 +244,15 @@ class _Inputs:
         if not self.kept:
             self.first = next(self.order)
         keys = torch.rand(len(rows), generator=self.generator, device="cpu")
-        kept = rows.clone()
-        if (side, matrix) in self.kept:
-            before, drawn = self.kept[side, matrix]
-            keys, kept = torch.cat([drawn, keys]), torch.cat([before, rows.to(before)])
-        if len(kept) > self.limit:
+        before, drawn = self.kept.get((side, matrix), (rows[:0], keys[:0]))
+        keys = torch.cat([drawn, keys])
+        which = torch.arange(len(keys), device="cpu")
+        if len(keys) > self.limit:
             keys, which = keys.topk(self.limit, largest=False)
-            kept = kept[which.to(kept.device)]
-        self.kept[side, matrix] = kept, keys
+        stay, come = which < len(drawn), which >= len(drawn)
+        old = before[which[stay].to(before.device)]
+        new = rows[(which[come] - len(drawn)).to(rows.device)].to(before)
+        self.kept[side, matrix] = torch.cat([old, new]), torch.cat([keys[stay], keys[come]])
 
     def taken(self, side: Side, device: torch.device, sharers: Ranks) -> Tensor:
         """The rows (..., tokens, n) of all ranks, which are let go of here.
