@@ -77,14 +77,17 @@ def layer_importance(
             logged. None counts every token. A batch with padding runs twice, first with other
             values at padded places: activations (batch, length, d), (length, batch, d) or
             (batch·length, d) that change there and nowhere else are left without padding, and
-            every other one (a decoder's, an image's, pooled ones) is counted in full.
+            every other one (a decoder's, an image's, pooled ones) is counted in full. Of the tokens
+            routed to experts those count that the expert reads both times, where they are as many
+            as the real tokens, and else all.
 
     Returns:
         Parameter names as in ``refresh``, in the model's order, to importances that are at least
         zero and 1 in the mean.
 
     Raises:
-        ValueError: nothing matches, no batches, a weight whose layer was never reached, NaN or
+        ValueError: nothing matches, no batches, a weight whose layer was never reached (with
+            per="weight" one of which no product was seen, as ``input_subspaces`` sees them), NaN or
             Inf in a layer's activations (the first layer that ran with one is named), no
             similarity above zero, ``masks`` that don't fit.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
