@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from osf_torch import (
     allocate_ranks,
+    confine,
     input_subspaces,
     layer_importance,
     load_subspaces,
@@ -19,8 +20,9 @@ from osf_torch import (
     refresh,
     save_subspaces,
 )
-from osf_torch.coverage import left_out, log_left_out
+from osf_torch.coverage import coverage
 from osf_torch.selection import named_weights, require_values
+from osf_torch.subspaces import Grown
 from tests.small_refresh import linear, small_model
 
 
@@ -48,11 +50,17 @@ class Everything(nn.Module):
         self.head.weight = self.words.weight  # goes by the embedding's name
 
 
+def left_out(model: nn.Module, covered) -> dict[str, str]:
+    return dict(coverage(model, covered).left_out)
+
+
+EXPERTS = {
+    "experts.up": "4x10x6, 3-D: a batch of matrices (experts), up of Experts",
+    "experts.down": "4x6x10, 3-D: a batch of matrices (experts), down of Experts",
+}
 NAMED = {
     "place": "1x5x6, 3-D, place of Everything",
     "words.weight": "9x6, nn.Embedding",
-    "experts.up": "4x10x6, 3-D: a batch of matrices (experts), up of Experts",
-    "experts.down": "4x6x10, 3-D: a batch of matrices (experts), down of Experts",
     "image.weight": "4x3x2x2, 4-D, nn.Conv2d",
     "normed.parametrizations.weight.original0": "7x1, original0 of a parametrized weight",
     "normed.parametrizations.weight.original1": "7x6, original1 of a parametrized weight",
@@ -62,10 +70,12 @@ NAMED = {
 
 def test_every_trained_matrix_is_named_once():
     model = Everything()
-    assert left_out(model, {id(model.layer.weight)}) == NAMED
-    assert left_out(model, ()) == NAMED | {"layer.weight": "8x6, nn.Linear"}
+    assert left_out(model, {id(model.layer.weight)}) == NAMED | EXPERTS
+    assert left_out(model, ()) == NAMED | EXPERTS | {"layer.weight": "8x6, nn.Linear"}
     assert left_out(model, {id(p) for p in model.parameters()}) == {}
-    assert left_out(torch.compile(model, backend="eager"), {id(model.layer.weight)}) == NAMED
+    assert (
+        left_out(torch.compile(model, backend="eager"), {id(model.layer.weight)}) == NAMED | EXPERTS
+    )
 
 
 def test_refresh_logs_and_keeps_what_it_leaves_out(caplog, tmp_path):
@@ -73,14 +83,15 @@ def test_refresh_logs_and_keeps_what_it_leaves_out(caplog, tmp_path):
     model.head.weight.requires_grad_(False)
     named = {name: what for name, what in NAMED.items() if name != "words.weight"}
     found = refresh(model, 0.5)
-    assert list(found) == ["layer.weight"]
+    assert list(found) == ["layer.weight", "experts.up", "experts.down"]
     (line,) = caplog.messages
     assert caplog.records[0].name == "osf_torch"
     assert caplog.records[0].levelno == logging.WARNING
-    # 48 of 48 + 30 + 480 + 48 + 7 + 42 + 6
-    assert "osf_torch.refresh: 7.2 % of the elements of the trained matrices are covered" in line
-    assert "experts.up (4x10x6, 3-D: a batch of matrices (experts), up of Experts)" in line
-    assert "and 1 more; take 2-D ones in by filter=" in line
+    # Matrices: 48 + 480 of 48 + 480 + 30 + 48 + 7 + 42 + 6. Vectors: 4 + 7 + 1 elements.
+    assert "osf_torch.refresh: 78.4 % of the elements that train are covered, 1.7 % are" in line
+    assert "image.weight (4x3x2x2, 4-D, nn.Conv2d)" in line
+    assert "take these in by filter=, freeze them, or name them in leave_out=" in line
+    assert found.coverage.share == 528 / (528 + 133 + 12)
     assert found.left_out == named
     assert found.to("cpu").left_out == named
     path = tmp_path / "s.safetensors"
@@ -88,24 +99,31 @@ def test_refresh_logs_and_keeps_what_it_leaves_out(caplog, tmp_path):
     save_subspaces(path, found, model)
     assert load_subspaces(path, model).left_out == named
     lines = found.summary().splitlines()
-    assert lines[-8] == "left out, and free to move where it trains: 7"
-    for line, (name, what) in zip(lines[-7:], named.items(), strict=True):
+    assert lines[-7].startswith("78.4 % of the elements that train are covered")
+    assert lines[-6] == "left out, and free to move where it trains: 5"
+    for line, (name, what) in zip(lines[-5:], named.items(), strict=True):
         assert line.split(maxsplit=1) == [name, what]
-    assert "left out: place, experts.up, experts.down and 4 more" in repr(found)
+    assert "left out: place, image.weight, normed.parametrizations" in repr(found)
 
 
 def test_nothing_left_out_is_not_mentioned(caplog):
-    found = refresh(small_model(), 4)
-    assert log_left_out(small_model().requires_grad_(False), (), "refresh") == {}
-    assert caplog.messages == []
+    with caplog.at_level(logging.INFO, "osf_torch"):
+        found = refresh(small_model(), 4)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage() == (
+        "osf_torch.refresh: 100 % of the elements that train are covered"
+    )
+    assert coverage(small_model().requires_grad_(False), ()).share == 1.0
     assert "left out" not in found.summary() + repr(found)
+    assert found.summary().endswith("100 % of the elements that train are covered")
 
 
 def test_inputs_name_what_they_leave_out(caplog):
     model = nn.Sequential(nn.Embedding(9, 6), linear(8, 6))
     found = input_subspaces(model, [torch.arange(4)], progress=False, energy=0.6)
     assert found.left_out == {"0.weight": "9x6, nn.Embedding"}
-    assert "input_subspaces: 47 % of the elements" in caplog.messages[0]
+    assert "input_subspaces: 47 % of the elements that train" in caplog.messages[0]
     lines = found.summary().splitlines()
     width = found["1.weight"].V.columns.shape[1]
     assert lines[2].split() == ["1.weight", "none", str(width), "of", "6", "high"]
@@ -113,14 +131,99 @@ def test_inputs_name_what_they_leave_out(caplog):
     assert "1 weights; left out: 0.weight" in repr(found)
 
 
-@pytest.mark.parametrize(
-    "filter", [["experts.up", "experts.down"], "experts.*", ["layer.weight", "experts.up"]]
-)
-def test_batches_of_matrices_that_are_asked_for_are_refused_by_name(filter):
+@pytest.mark.parametrize("filter", ["image.weight", "image.*", ["layer.weight", "image.weight"]])
+def test_what_is_no_matrix_and_is_asked_for_is_refused_by_name(filter):
     """As the only match, or by a full name beside matrices; not where a pattern takes others."""
-    with pytest.raises(ValueError, match=r"no matrix in experts\.up \(4x10x6, 3-D: a batch of"):
+    with pytest.raises(ValueError, match=r"no matrix in image\.weight \(4x3x2x2, 4-D, nn\.Conv2d"):
         refresh(Everything(), 0.5, filter=filter)
-    assert "experts.up" not in refresh(Everything(), 0.5, filter=["layer*", "exp*"])
+    assert "image.weight" not in refresh(Everything(), 0.5, filter=["layer*", "im*"])
+
+
+# left out by name
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["refresh", "protect", "without"])
+@pytest.mark.parametrize("way", [protect, confine])
+def test_what_trains_uncovered_is_refused_unless_it_was_left_out_by_name(way, how):
+    """By whoever made the subspaces, or by whoever takes them."""
+    model = nn.Sequential(nn.Embedding(9, 6), linear(8, 6), linear(4, 8))
+    options = {}
+    if how == "refresh":
+        subspaces = refresh(model, 0.5, leave_out=["0.*", "2.weight"], progress=False)
+        assert list(subspaces) == ["1.weight"]
+        assert subspaces.left_out["0.weight"] == "9x6, nn.Embedding, left out by name"
+    else:
+        subspaces = refresh(model, 0.5, progress=False).without("2.weight")
+        assert subspaces.coverage.by_name == {"2.weight"}
+        assert subspaces.coverage.share == 48 / (48 + 54 + 32)
+        options = {"leave_out": "0.weight"} if how == "protect" else {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    holder = way(
+        model, subspaces, **options, **({"optimizer": optimizer} if way is protect else {})
+    )
+    optimizer = optimizer if way is protect else torch.optim.SGD(model.parameters(), lr=0.1)
+    steps(model, optimizer)
+    if how == "without":
+        with pytest.raises(RuntimeError, match=r"got 0\.weight \(9x6, nn\.Embedding\), which noth"):
+            holder.verify()
+        return
+    holder.verify()
+    assert set(holder.coverage().left_out) == {"0.weight", "2.weight"}
+    # It holds for a run that is resumed, and for the next task.
+    model.load_state_dict(model.state_dict())
+    state = holder.state_dict()
+    if way is protect:
+        holder = protect(model, state, optimizer=optimizer)
+        holder.next_task(0.6, progress=False)
+        steps(model, optimizer)
+    else:
+        holder.next_task(0.6, progress=False)
+    holder.verify()
+
+
+def test_what_was_left_out_by_name_is_saved(tmp_path):
+    pytest.importorskip("safetensors", reason="the files are safetensors")
+    model = nn.Sequential(nn.Embedding(9, 6), linear(8, 6))
+    subspaces = refresh(model, 0.5, leave_out="0.*", progress=False)
+    for saved in (subspaces, Grown(subspaces, coverage=subspaces.coverage)):
+        save_subspaces(tmp_path / "s", saved, model)
+        loaded = load_subspaces(tmp_path / "s", model)
+        assert loaded.coverage == subspaces.coverage
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "kind", "message"),
+    [
+        ("embedding*", ValueError, r"leave_out to name parameters of the model, got 'embedding\*'"),
+        (["0.weight", "x"], ValueError, "got 'x'; its first are 0.weight, 1.weight"),
+        (3, TypeError, "leave_out to be a name, a pattern of names or several, got 3"),
+        ([None], TypeError, "several, got .None"),
+    ],
+)
+def test_names_to_leave_out_that_there_are_not(leave_out, kind, message):
+    model = nn.Sequential(nn.Embedding(9, 6), linear(8, 6))
+    subspaces = refresh(model, 0.5, progress=False)
+    for run in (
+        lambda: refresh(model, 0.5, leave_out=leave_out),
+        lambda: input_subspaces(model, [torch.arange(3)], leave_out=leave_out),
+        lambda: confine(model, subspaces, leave_out=leave_out),
+        lambda: protect(model, subspaces, None, leave_out=leave_out, restore=False),
+    ):
+        with pytest.raises(kind, match=rf"osf_torch\.\w+: expected .*{message}"):
+            run()
+    assert not confine(model, subspaces).parameters()[0].grad
+
+
+def test_ranks_may_name_what_is_left_out():
+    model = nn.Sequential(linear(8, 6), linear(6, 8))
+    ranks = ranks_by_energy(model, 0.9)
+    assert list(refresh(model, ranks, leave_out="1.*", progress=False)) == ["0.weight"]
 
 
 # attention

@@ -60,7 +60,9 @@ def test_a_state_of_one_sided_and_dense_subspaces():
     W = model[0].weight.detach()
     U = torch.linalg.qr(W[:, :4])[0]
     optimizer = adamw(model)
-    guard = protect(model, {"0.weight": Subspace(U, None)}, optimizer=optimizer)
+    guard = protect(
+        model, {"0.weight": Subspace(U, None)}, optimizer=optimizer, leave_out="2.weight"
+    )
     train(model, optimizer, 2)
     state = saved(guard.state_dict())
     assert state["weights"]["0.weight"]["V"] is None

@@ -120,6 +120,7 @@ def test_summary_has_a_line_for_every_weight_and_one_for_all():
     model = nn.Sequential(linear(16, 16, 0), linear(24, 16, 1))
     found = refresh(model, {"0.weight": 12, "1.weight": 4})
     lines = found.summary().splitlines()
+    assert lines.pop() == "100 % of the elements that train are covered"
     assert len(lines) == 2 + len(found) + 1
     assert lines[2].split()[:4] == ["0.weight", "16x16", "12", "low/low"]
     assert lines[3].split()[:4] == ["1.weight", "24x16", "4", "high/high"]

@@ -27,6 +27,7 @@ from osf_torch import (
     save_subspaces,
     storage,
 )
+from osf_torch.subspaces import Grown
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="the files are safetensors")
 
@@ -105,7 +106,7 @@ def test_other_subspaces_than_a_refresh_come_back_as_a_dict(tmp_path, rho):
         path = tmp_path / "s.safetensors"
         save_subspaces(path, saved, model)
         loaded = load_subspaces(path, model)
-        assert type(loaded) is dict
+        assert type(loaded) is Grown
         assert list(loaded) == list(saved)
         for name, entry in saved.items():
             for mine, other in ((entry.U, loaded[name].U), (entry.V, loaded[name].V)):
@@ -130,7 +131,7 @@ def test_some_items_of_a_refresh_come_back_as_they_were_but_for_the_seed(tmp_pat
     some = {name: found[name] for name in ("1.weight", "0.weight")}
     save_subspaces(path, some, model)
     loaded = load_subspaces(path, model)
-    assert type(loaded) is dict
+    assert type(loaded) is Grown
     assert_same_entries(loaded, some)
     plain = Subspace(found["2.weight"].U, None)
     save_subspaces(path, some | {"2.weight": plain}, model)

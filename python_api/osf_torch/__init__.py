@@ -6,6 +6,7 @@ operator of ``osf_kernels``, of which it imports public names only.
 
 from osf_torch.confine import confine
 from osf_torch.confined import Confined
+from osf_torch.coverage import Coverage
 from osf_torch.gradient import project_grad
 from osf_torch.guard import Guard
 from osf_torch.importance import layer_importance
@@ -19,6 +20,7 @@ from osf_torch.subspaces import Decomposition, Subspace, Subspaces
 
 __all__ = [
     "Confined",
+    "Coverage",
     "Decomposition",
     "Guard",
     "Leak",

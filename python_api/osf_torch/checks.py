@@ -206,17 +206,6 @@ def require_covered(
             )
 
 
-def require_no_more(left_out: Mapping[str, str], known: Collection[str]) -> None:
-    """Refuses matrices that train now, uncovered, and didn't when the model was protected."""
-    late = [f"{name} ({what})" for name, what in left_out.items() if name not in known]
-    if late:
-        raise RuntimeError(
-            "osf_torch.Guard.verify: expected no other matrices to train than at protect(), got "
-            f"{listed(late)}, which nothing covers: all of them may move; refresh and protect the "
-            "model again with them, or freeze them"
-        )
-
-
 def require_hooks(items: Iterable[Protected], hooks: Hooks) -> None:
     """Refuses a guard whose hooks are off, or not on the tensors that train."""
     if not hooks.are_on:

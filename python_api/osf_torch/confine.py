@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from osf_torch.confined import Confined
-from osf_torch.coverage import left_out, log_left_out
+from osf_torch.coverage import named_in, tell
 from osf_torch.free.admission import Origin, Settings, admitted, made
 from osf_torch.free.spec import Update
 from osf_torch.free.state import (
@@ -19,7 +19,7 @@ from osf_torch.free.state import (
     require_trained,
     sides_of,
 )
-from osf_torch.selection import listed, unwrapped
+from osf_torch.selection import Names, listed, unwrapped
 from osf_torch.subspaces import Subspace
 
 
@@ -34,6 +34,7 @@ def confine(
     dtype: torch.dtype | None = None,
     mode: str = "complement",
     generator: torch.Generator | None = None,
+    leave_out: Names = None,
 ) -> Confined:
     """W = W₀ + U_l C V_lᵀ, of which C (p, q) is trained and the weight itself is frozen.
 
@@ -87,6 +88,8 @@ def confine(
         dtype: of C; None is float32, and float64 for weights of that.
         mode: "complement" alone.
         generator: what A of a ``rank`` is drawn from, alike on every rank; None is seeded with 0.
+        leave_out: names, or patterns of names, of what else trains and is to move freely, beside
+            what was left out by name in making the subspaces; ``Confined.verify`` refuses others.
 
     Returns:
         A :class:`Confined`. The model holds it, whether or not the caller does.
@@ -110,7 +113,10 @@ def confine(
             "osf_torch.confine: expected generator to be a torch.Generator or None, got "
             f"{type(generator).__name__}; torch.Generator().manual_seed(0) makes one"
         )
+    known = getattr(subspaces, "left_out", {})
+    names = named_in(model, leave_out, subspaces, "confine")
     if state is not None:
+        names += state.get("leave_out", ())
         subspaces = sides_of(state)
         update, rank, decay_to = state["update"], state["rank"], state["decay_to"]
     chosen: Update = update or ("beside" if rank is not None else "merge")
@@ -127,9 +133,10 @@ def confine(
     confined.begin(places, tensors)
     if state is not None:
         confined.load_state_dict(state)
-    known = getattr(subspaces, "left_out", {})
-    if not set(left_out(model, ())) <= set(known):  # which whoever made the subspaces has told
-        log_left_out(model, (), "confine")
+    confined.leave_out = frozenset(names)
+    found = confined.coverage()
+    if not found.untold.keys() <= known.keys():  # which whoever made the subspaces has told
+        tell(found, "confine")
     return confined
 
 

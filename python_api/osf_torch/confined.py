@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from osf_torch.coverage import Coverage, coverage, require_told
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.current import current
@@ -17,6 +18,7 @@ from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
 from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
+from osf_torch.guard import guarded
 from osf_torch.renewal import ranks_of, renewed
 from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
@@ -42,6 +44,7 @@ class Confined:
         self._inputs = Inputs()
         self.told: set[str] = set()  # what a log line has said, until the next step
         self.references: dict[str, drifting.Reference] = {}
+        self.leave_out: frozenset[str] = frozenset()  # what else may train, by name
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
@@ -76,6 +79,7 @@ class Confined:
             return found
         made = cls(model, owner._settings)
         made.held, made.references = places, dict(owner.references)
+        made.leave_out = owner.leave_out
         stepping.watch(made)
         return made
 
@@ -191,7 +195,12 @@ class Confined:
         self.merge()
         chosen = ranks_of(places, present, ranks, widen, operator)
         found = renewed(
-            self._model, places, chosen, previous=None, options=options, operator=operator
+            self._model,
+            places,
+            chosen,
+            previous=None,
+            options={"leave_out": sorted(self.leave_out), **options},
+            operator=operator,
         )
         fresh = admitted(self._model, found, self._settings, anew=True)
         tensors = [made(place, self._settings) for place in fresh]
@@ -243,7 +252,8 @@ class Confined:
     @torch.no_grad()
     def verify(self, *, tol: float | None = None) -> None:
         """Raises RuntimeError where what is protected isn't: a confined module that isn't in the
-        model any more, a weight that was unfrozen, or that something has written to.
+        model any more, a weight that was unfrozen, or that something has written to; and where
+        another matrix trains that nothing covers and that wasn't left out by name.
 
         Args:
             tol: on ``drift()``; None is what rounding explains: 1e-5 and two eps of the dtype, and
@@ -252,6 +262,7 @@ class Confined:
         for place in self.places:
             require_in_place(self._model, place)
             require_frozen(place.spec, place.weight)
+        require_told(self.coverage(), "Confined.verify")
         for place, (moved, explicable) in self._drifts():
             limit = explicable if tol is None else tol
             if not moved <= limit:
@@ -270,6 +281,11 @@ class Confined:
             for p in self.places
             if p.name in references and p.spec.update == "beside"
         }
+
+    def coverage(self) -> Coverage:
+        """Which of the parameters that train now are covered, and what the others are; print it,
+        or its ``table()``."""
+        return coverage(self._model, guarded(), self.leave_out)
 
     def plan(self, tokens: int) -> str:
         """How the gradients of C are computed for so many tokens a step, and why; in words."""
@@ -294,7 +310,8 @@ class Confined:
         returns, which :meth:`load_state_dict` then takes. Of sharded weights a collective.
         """
         self.merge()
-        return state.state_of(self.places, self._settings, self.references)
+        found = state.state_of(self.places, self._settings, self.references)
+        return {**found, "leave_out": sorted(self.leave_out)}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -311,3 +328,4 @@ class Confined:
         state.load(places, saved, self._settings)
         self.reshard(places)
         self.references = state.references_of(saved, places)
+        self.leave_out |= set(saved.get("leave_out", ()))

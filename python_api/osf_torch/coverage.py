@@ -4,70 +4,173 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from osf_torch.free.spec import places_of
 from osf_torch.kinds import described, is_vectors, owners, shape_of
-from osf_torch.selection import listed, named_weights
+from osf_torch.selection import Names, is_named, listed, named_weights, patterns_of, require_module
 
 log = logging.getLogger("osf_torch")
-NAMED = 6  # how many the log line names; Subspaces.summary names all
+NAMED = 6  # how many the log line names; a summary names all
+BY_NAME = "left out by name"
 
 
-def left_out(model: nn.Module, covered: Collection[int]) -> dict[str, str]:
-    """The trained matrices whose id isn't in ``covered``: what they are, by parameter name.
+@dataclass(frozen=True)
+class Coverage:
+    """Which of the parameters that train are covered, and what the others are.
 
-    Every parameter that requires grad and has at least two dimensions and elements, in the model's
-    order, a tied one once and by its first name. Frozen ones aren't named.
+    Attributes:
+        covered: elements of the covered matrices.
+        vectors: elements of biases, norms and other vectors, which no subspace is one of.
+        left_out: the other matrices, and what each is, by parameter name in the model's order.
+        elements: of each of these.
+        by_name: those of them that somebody has named, so that ``verify`` takes them.
     """
-    trained = _trained(model)
-    having = owners(model)
-    covered = {*covered, *_confined(model)}
-    return {
-        name: described(name, parameter, having.get(id(parameter), ()))
-        for name, parameter in trained.items()
-        if id(parameter) not in covered
-    }
 
+    covered: int = 0
+    vectors: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    elements: Mapping[str, int] = field(default_factory=dict)
+    by_name: frozenset[str] = frozenset()
 
-def log_left_out(model: nn.Module, covered: Collection[int], operator: str) -> dict[str, str]:
-    """``left_out``, told in one line at WARNING by the logger "osf_torch", if there is anything."""
-    found = left_out(model, covered)
-    if found:
-        sizes = {name: _elements(parameter) for name, parameter in _trained(model).items()}
-        sizes |= {place.name: place.weight.numel() for place in places_of(model)}
-        total = sum(sizes.values())
-        covers = total - sum(sizes[name] for name in found)
-        named = [f"{name} ({what})" for name, what in found.items()]
-        log.warning(
-            "osf_torch.%s: %s %% of the elements of the trained matrices are covered; left out "
-            "and free to move: %s; take 2-D ones in by filter=, or freeze what is to stay",
-            operator,
-            f"{1000 * covers // max(1, total) / 10:g}",
-            listed(named, NAMED),
+    @property
+    def share(self) -> float:
+        """Of the elements that train, how many are covered, in [0, 1]."""
+        total = self.covered + self.vectors + sum(self.elements.values())
+        return self.covered / total if total else 1.0
+
+    @property
+    def untold(self) -> dict[str, str]:
+        """What is left out and was named by nobody."""
+        return {name: what for name, what in self.left_out.items() if name not in self.by_name}
+
+    def without(self, more: Mapping[str, Sequence[int]]) -> Coverage:
+        """The same less some weights, given by their shapes, which are left out by name."""
+        told = {name: f"{'x'.join(map(str, shape))}, {BY_NAME}" for name, shape in more.items()}
+        elements = {name: math.prod(shape) for name, shape in more.items()}
+        return replace(
+            self,
+            covered=self.covered - sum(elements.values()),
+            left_out={**self.left_out, **told},
+            elements={**self.elements, **elements},
+            by_name=self.by_name | more.keys(),
         )
+
+    def __str__(self) -> str:
+        """One line: the share, and what isn't covered."""
+        line = f"{_percent(self.share)} of the elements that train are covered"
+        total = self.covered + self.vectors + sum(self.elements.values())
+        if self.vectors:
+            line += f", {_percent(self.vectors / total)} are biases and other vectors"
+        if self.left_out:
+            named = [f"{name} ({what})" for name, what in self.left_out.items()]
+            line += f"; left out and free to move: {listed(named, NAMED)}"
+        return line
+
+    def table(self) -> str:
+        """The same in several lines, which name everything."""
+        lines = [str(replace(self, left_out={}))]
+        if self.left_out:
+            width = max(map(len, self.left_out))
+            lines.append(f"left out, and free to move where it trains: {len(self.left_out)}")
+            lines += [f"  {name.ljust(width)}  {what}" for name, what in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def coverage(
+    model: nn.Module, covered: Collection[int], leave_out: Collection[str] = ()
+) -> Coverage:
+    """Of a model whose parameters with the ids in ``covered`` are covered, beside those that
+    ``confine`` covers.
+
+    Args:
+        leave_out: names, or patterns of names, that are left out on purpose.
+    """
+    having, weights = owners(model), named_weights(model)
+    places = {id(place.weight): place for place in places_of(model)}
+    total, vectors = 0, 0
+    left_out: dict[str, str] = {}
+    elements: dict[str, int] = {}
+    named: set[str] = set()
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in weights.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    for key, called in aliases.items():
+        name = called[0]
+        parameter = weights[name]
+        if key in places:
+            total += places[key].weight.numel()
+            continue
+        if not parameter.requires_grad:
+            continue
+        shape = shape_of(parameter)
+        count = 0 if shape is None else math.prod(shape)
+        if shape is not None and (not count or (is_vectors(name, shape) and key not in covered)):
+            vectors += count
+        elif key in covered:
+            total += count
+        else:
+            by_name = is_named(called, leave_out)
+            what = described(name, parameter, having.get(key, ()))
+            left_out[name] = f"{what}, {BY_NAME}" if by_name else what
+            elements[name] = count
+            named |= {name} if by_name else set()
+    return Coverage(total, vectors, left_out, elements, frozenset(named))
+
+
+def named_in(model: nn.Module, leave_out: Names, subspaces: object, operator: str) -> list[str]:
+    """What is left out on purpose: by the argument ``leave_out``, and in making ``subspaces``.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``leave_out`` no text.
+        ValueError: it has a name or pattern that no parameter goes by.
+    """
+    require_module(model, operator)
+    names, weights = patterns_of(leave_out, "leave_out", operator), named_weights(model)
+    foreign = [name for name in names if not is_named(weights, [name])]
+    if foreign:
+        raise ValueError(
+            f"osf_torch.{operator}: expected leave_out to name parameters of the model, got "
+            f"{listed(list(map(repr, foreign)))}; its first are {listed(list(weights), 5)}"
+        )
+    found: Coverage | None = getattr(subspaces, "coverage", None)
+    return names if found is None else [*names, *sorted(found.by_name)]
+
+
+def tell(found: Coverage, operator: str) -> Coverage:
+    """One line by the logger "osf_torch": at WARNING where something was left out by nobody's
+    word, else at INFO."""
+    line = f"osf_torch.{operator}: {found}"
+    if found.untold:
+        log.warning(
+            "%s; take these in by filter=, freeze them, or name them in leave_out=, without which "
+            "verify() refuses them",
+            line,
+        )
+    else:
+        log.info("%s", line)
     return found
 
 
-def _confined(model: nn.Module) -> set[int]:
-    """The ids of the weights that ``confine`` covers."""
-    return {id(place.weight) for place in places_of(model)}
+def require_told(found: Coverage, operator: str) -> None:
+    """Refuses matrices that train, that nothing covers and that nobody has left out by name.
+
+    Raises:
+        RuntimeError: there are some.
+    """
+    named = [f"{name} ({what})" for name, what in found.untold.items()]
+    if named:
+        raise RuntimeError(
+            f"osf_torch.{operator}: expected every matrix that trains to be covered, got "
+            f"{listed(named)}, which nothing covers: all of them may move; refresh with them "
+            "(filter= takes others than the default), freeze them, or leave them out by name: "
+            f"leave_out={list(found.untold)[:NAMED]}"
+        )
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require grad and aren't vectors, each by its first name."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in named_weights(model).items():
-        shape = shape_of(parameter)
-        if parameter.requires_grad and (
-            shape is None or (not is_vectors(name, shape) and min(shape) > 0)
-        ):
-            found.setdefault(id(parameter), (name, parameter))
-    return dict(found.values())
-
-
-def _elements(parameter: nn.Parameter) -> int:
-    shape = shape_of(parameter)
-    return 0 if shape is None else math.prod(shape)
+def _percent(share: float) -> str:
+    """Rounded down, so that 100 % is all."""
+    return f"{math.floor(1000 * share) / 10:g} %"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
-from osf_torch.coverage import left_out, log_left_out
+from osf_torch.coverage import Coverage, coverage, require_told
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected
 from osf_torch.selection import Rank, Ranks
@@ -46,6 +46,7 @@ class Guard:
         restore: Restore,
         mode: Mode,
         record: bool,
+        leave_out: Collection[str] = (),
     ) -> None:
         self.when = when
         self.restores: Restore = restore
@@ -55,8 +56,7 @@ class Guard:
         self._optimizer = optimizer
         self._record = record
         self._released: dict[str, float] = {}
-        self._uncovered: set[str] = set()  # what trained at protect and no guard was on
-        self._told = False  # of it, by verify
+        self._leave_out = frozenset(leave_out)  # what else may train, by name
         self._steps = Steps(items, optimizer, when, restore, mode, record)
         accumulated = self._steps.accumulated if when == "backward" else None
         self._hooks = Hooks(self, optimizer, accumulated, self._steps.before, self._steps.after)
@@ -91,7 +91,6 @@ class Guard:
         for other in list(_ATTACHED):
             other._let_go(set(self._items))
         _ATTACHED.add(self)
-        self._uncovered = set(left_out(self._model, guarded()))
 
     def _let_go(self, keys: set[int]) -> None:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
@@ -202,7 +201,7 @@ class Guard:
             items,
             chosen,
             previous=self.subspaces if protects else None,
-            options=options,
+            options={"leave_out": sorted(self._leave_out), **options},
             operator=operator,
         )
         renewed = [Protected(item.name, item.weight, found[item.name]) for item in items]
@@ -214,6 +213,11 @@ class Guard:
         return found
 
     # --- what a user asks ---
+
+    def coverage(self) -> Coverage:
+        """Which of the parameters that train now are covered, by this guard, another one or
+        ``confine``, and what the others are; print it, or its ``table()``."""
+        return coverage(self._model, guarded(), self._leave_out)
 
     def leak(self) -> dict[str, Leak]:
         """Per parameter, the protected share of its last gradient before and after projecting.
@@ -273,9 +277,8 @@ class Guard:
         and trains now without a guard, the optimizer has let it go, hooks were taken off or never
         fired, a step used gradients that weren't projected or were written to afterwards, something
         else than the guarded optimizer wrote to weights where that isn't undone, matrices train
-        that were frozen at ``protect`` and that nothing covers, or weights moved in the protected
-        span or aren't finite. Matrices that trained at ``protect`` uncovered are named in a log
-        line.
+        that nothing covers and that weren't left out by name, or weights moved in the protected
+        span or aren't finite.
 
         With restore=False an optimizer may move the protected part by itself (elementwise steps,
         momentum from before, weight decay). What has moved is then logged, and raises with ``tol``.
@@ -286,9 +289,6 @@ class Guard:
         """
         steps, items = self._steps, self._steps.together.items
         checks.agreed(items, lambda: self._require_guarded(model, tol))
-        if not self._told:
-            log_left_out(self._model, guarded(), "Guard.verify")
-            self._told = True
         if self.when == "backward":
             ready = with_gradients(items)
             stale = {id(item) for item in weights.unmet(ready)}
@@ -320,7 +320,7 @@ class Guard:
         checks.require_contents(items)
         checks.require_hooks(items, self._hooks)
         checks.require_covered(self._model, self.subspaces, guarded())
-        checks.require_no_more(left_out(self._model, guarded()), self._uncovered)
+        require_told(self.coverage(), "Guard.verify")
 
     def _require_pinned(
         self, drifts: Sequence[checks.Drift], noticed: Sequence[Protected], tol: float | None
@@ -358,7 +358,7 @@ class Guard:
             self.restores,
             self.mode,
             self.projections,
-        )
+        ) | {"leave_out": sorted(self._leave_out)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -384,6 +384,7 @@ class Guard:
             raise
         self.subspaces = subspaces
         self._released = {}
+        self._leave_out |= set(state.get("leave_out", ()))
         self._steps.moved = {k: item for k, item in self._items.items() if item.name in moved}
         self._steps.projections = int(state["projections"])
         self._steps.take(items)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from osf_kernels import Basis, extend_basis, padded
 from osf_torch.activations import Forward, require_reached, watch
 from osf_torch.bases import Held, columns_of, moved, spans_of
-from osf_torch.coverage import left_out, log, log_left_out
+from osf_torch.coverage import coverage, log, named_in, tell
 from osf_torch.kinds import owners
 from osf_torch.masks import Masks
 from osf_torch.progress import Show, progress_bar
 from osf_torch.reads import SEEN, SIDES, Reads, Side
 from osf_torch.scalars import read
-from osf_torch.selection import Filter, Selected, listed, require_seed, select
+from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
 from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Grown, Subspace
@@ -34,6 +34,7 @@ def input_subspaces(
     energy: float = 0.95,
     previous: Mapping[str, Subspace] | None = None,
     filter: Filter = None,
+    leave_out: Names = None,
     max_tokens: int = 4096,
     max_batches: int | None = None,
     progress: Show = True,
@@ -71,6 +72,7 @@ def input_subspaces(
             multiply matrices (products, grouped products, einsum), whatever module does it, with
             the weight, parts of its rows, its experts, or a cast or scaled copy. A weight that a
             kernel of its own reads is refused.
+        leave_out: as in ``refresh``.
         max_tokens: where a weight's inputs on this rank, or an expert's, are more, as many are
             drawn at random. Peak memory is max_tokens·n elements a weight and expert of the
             activations' dtype; and for the one weight that is extended a few matrices (n, tokens
@@ -105,7 +107,8 @@ def input_subspaces(
     if max_tokens < 1:
         raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
     require_seed(seed, "input_subspaces")
-    selected = select(model, 1, filter, operator="input_subspaces", sharded=True)
+    names = named_in(model, leave_out, previous, "input_subspaces")
+    selected = select(model, 1, filter, operator="input_subspaces", sharded=True, leave_out=names)
     previous = previous or {}
     _require_selected(previous, selected)
     _require_products(model, selected)
@@ -132,10 +135,10 @@ def input_subspaces(
         error = caught
     sharers.agree(error, device, "input_subspaces")
     found = _extended(selected, meters, previous, energy, sharers, progress)
-    covered = {id(s.weight) for s in selected}
+    told = coverage(model, {id(s.weight) for s in selected}, names)
     if sharers.rank == 0:
-        return Grown(found, left_out=log_left_out(model, covered, "input_subspaces"))
-    return Grown(found, left_out=left_out(model, covered))
+        tell(told, "input_subspaces")
+    return Grown(found, coverage=told)
 
 
 def _extended(

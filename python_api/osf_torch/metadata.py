@@ -56,8 +56,8 @@ PLAUSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def described_by(
     path: Path, metadata: Mapping[str, str]
-) -> tuple[int | None, dict[str, dict[str, Any]]]:
-    """The seed, and by parameter name what the metadata says of it."""
+) -> tuple[int | None, list[str], dict[str, dict[str, Any]]]:
+    """The seed, what was left out by name, and by parameter name what the metadata says of it."""
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"osf_torch.load_subspaces: expected {path} to be written by save_subspaces, got "
@@ -105,7 +105,20 @@ def described_by(
         unknown = [part for part in facts["parts"] if part not in PARTS]
         if unknown:
             raise damaged(path, f"parts of {name!r} out of {listed(PARTS)}", reprlib.repr(unknown))
-    return seed, described
+    return seed, _left_out(path, metadata), described
+
+
+def _left_out(path: Path, metadata: Mapping[str, str]) -> list[str]:
+    """The names; files of version 0.1 have none."""
+    try:
+        names = json.loads(metadata.get("leave_out", "[]"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(
+            path, "the names that were left out as JSON", f"none ({error!s:.80})"
+        ) from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise damaged(path, "a list of the names that were left out", reprlib.repr(names))
+    return names
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

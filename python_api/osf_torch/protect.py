@@ -11,10 +11,11 @@ from torch import nn
 from osf_kernels import Mode, plan
 from osf_torch import measures
 from osf_torch import protected as weights
+from osf_torch.coverage import named_in, tell
 from osf_torch.free.spec import places_of
 from osf_torch.guard import Guard
 from osf_torch.protected import Protected
-from osf_torch.selection import named_weights, require_matrices, require_values, unknown
+from osf_torch.selection import Names, named_weights, require_matrices, require_values, unknown
 from osf_torch.state import is_state, require_state, subspaces_of
 from osf_torch.steps import Restore, owned_by
 from osf_torch.subspaces import Subspace
@@ -31,6 +32,7 @@ def protect(
     restore: Restore = True,
     mode: Mode = "complement",
     record: bool = False,
+    leave_out: Names = None,
 ) -> Guard:
     """Projects the gradients of ``model`` and pins what its optimizer moves all the same.
 
@@ -73,6 +75,8 @@ def protect(
         mode: "complement" or "core", for projecting and restoring.
         record: measure the leak at every projection for ``Guard.leak()``; costs two more
             projections in float64 and a synchronisation per matrix.
+        leave_out: names, or patterns of names, of what else trains and is to move freely, beside
+            what was left out by name in making the subspaces; ``Guard.verify`` refuses others.
 
     Returns:
         A :class:`Guard`, attached. Hooks of an earlier guard on the same parameters are taken off
@@ -120,6 +124,8 @@ def protect(
         )
     if optimizer is not None:
         _require_hooks(optimizer)
+    known = getattr(subspaces, "left_out", {})
+    names = named_in(model, leave_out, subspaces, "protect")
     state: Mapping[str, Any] | None = None
     if is_state(subspaces):
         state = subspaces
@@ -160,10 +166,13 @@ def protect(
         )
     if state is None:
         measures.pin(items, mode, bool(restore))
-    guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record)
+    guard = Guard(model, items, subspaces, optimizer, chosen, restore, mode, record, names)
     if state is not None:
         guard.load_state_dict(state)
     guard.attach()
+    found = guard.coverage()
+    if not found.untold.keys() <= known.keys():  # which whoever made the subspaces has told
+        tell(found, "protect")
     return guard
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from osf_kernels import padded
 from osf_torch.batching import Batch, kind_of, shared_out
-from osf_torch.coverage import left_out, log_left_out
+from osf_torch.coverage import coverage, named_in, tell
 from osf_torch.decomposing import Result, decomposed, joined
 from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
-from osf_torch.selection import Filter, Selected, listed, require_seed, select
+from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
 from osf_torch.sharing import Ranks
@@ -38,6 +38,7 @@ def refresh(
     previous: Subspaces | None = None,
     progress: Show = True,
     filter: Filter = None,
+    leave_out: Names = None,
     method: Method = "auto",
     tol: float | None = None,
     complement: bool | None = None,
@@ -75,7 +76,10 @@ def refresh(
             (experts), and a 2-D ``weight`` (routers); not the factors of a LoRA adapter, which
             aren't the weight that they are added to. A weight that
             modules share is decomposed once and goes by its first name; one without elements is
-            passed over. What trains and isn't taken is logged, and stands in ``left_out``.
+            passed over. What trains and isn't taken is logged, and stands in ``coverage``.
+        leave_out: names, or patterns of names, of what is to move freely, such as "*embed*": it
+            isn't taken, and the ``verify`` of what is made of these subspaces refuses no weight
+            that is named here. It refuses any other that trains and isn't covered.
         method: as in truncated_svd.
         tol: relative residual of the triplets that the iterative methods reach, or warn about by
             parameter name.
@@ -121,7 +125,10 @@ def refresh(
     """
     _require_options(keep, compute_dtype, dtype, seed)
     workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
-    selected = _with_room(select(model, ranks, filter, operator="refresh", sharded=True))
+    names = named_in(model, leave_out, previous, "refresh")
+    selected = _with_room(
+        select(model, ranks, filter, operator="refresh", sharded=True, leave_out=names)
+    )
     require_current(model, (s.weight for s in selected), "refresh")
     if previous is not None:
         _require_fit(previous, selected)
@@ -132,11 +139,10 @@ def refresh(
         kind_of(s, complement, compute_dtype, svd) for s, svd in zip(selected, earlier, strict=True)
     ]
     covered = {id(s.weight) for s in selected}
+    told = coverage(model, covered, names)
     if sharers.rank == 0:
         _log_extremes(ranks, selected)
-        omitted = log_left_out(model, covered, "refresh")
-    else:
-        omitted = left_out(model, covered)
+        tell(told, "refresh")
     limit_bytes = workspace_bytes or FACTOR_BYTES
     shares = shared_out(selected, kinds, limit_bytes, sharers)
     options = {"tol": tol, "method": method, "max_workspace_bytes": workspace_bytes}
@@ -175,7 +181,7 @@ def refresh(
                     kept[part.name][part.first] = factors, facts
                 bar.advance(batch.matrices, kind.cost * batch.matrices)
         found = {s.name: _whole(s, kept.pop(s.name)) for s in selected}
-    return Subspaces(found, seed=seed, left_out=omitted)
+    return Subspaces(found, seed=seed, coverage=told)
 
 
 def _rounded(factors: Mapping[str, Tensor], keep: Keep, dtype: torch.dtype) -> dict[str, Tensor]:

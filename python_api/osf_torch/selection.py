@@ -28,6 +28,7 @@ from osf_torch.sharding import is_dtensor, resharded, sharding_of
 Rank = int | float
 Ranks = Rank | Mapping[str, Rank]
 Filter = Callable[[str, nn.Parameter], bool] | str | Sequence[str] | None
+Names = str | Sequence[str] | None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LISTED = 12  # how many names an error message lists
@@ -121,23 +122,46 @@ def listed(names: Sequence[str], count: int = LISTED) -> str:
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def patterns_of(names: Names, argument: str, operator: str) -> list[str]:
+    """Names and patterns of names as a list.
+
+    Raises:
+        TypeError: it is no text, and no sequence of texts.
+    """
+    given = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(given, Collection) or not all(isinstance(p, str) for p in given):
+        raise TypeError(
+            f"osf_torch.{operator}: expected {argument} to be a name, a pattern of names or "
+            f"several, got {names!r}"
+        )
+    return list(given)
+
+
+def is_named(aliases: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether one of a parameter's names is among them, or fits a pattern among them."""
+    names = list(names)
+    return any(alias == name or fnmatchcase(alias, name) for alias in aliases for name in names)
+
+
 def select(
-    model: nn.Module, ranks: Ranks, filter: Filter, *, operator: str, sharded: bool = False
+    model: nn.Module,
+    ranks: Ranks,
+    filter: Filter,
+    *,
+    operator: str,
+    sharded: bool = False,
+    leave_out: Names = None,
 ) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
     as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
-    protect. ``sharded`` says whether DTensors are taken.
+    protect. ``sharded`` says whether DTensors are taken; what ``leave_out`` names isn't.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"osf_torch.{operator}: expected model to be an nn.Module, got {type(model).__name__}; "
-            "load a state dict into its model first"
-        )
+    require_module(model, operator)
     require_matrices(model, operator)
     having = owners(model)
     aliases: dict[int, list[str]] = {}
@@ -146,11 +170,17 @@ def select(
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
     matches = _matcher(model, having, aliases, filter, operator)
-    matched = [key for key, p in parameters.items() if any(matches(n, p) for n in aliases[key])]
+    left = patterns_of(leave_out, "leave_out", operator)
+    matched = [
+        key
+        for key, p in parameters.items()
+        if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
+    ]
     chosen = [key for key in matched if _may_be_taken(parameters[key], having)]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
         raise _no_match(having, aliases, parameters, matched, filter, operator)
-    wanted_ranks = _ranks(ranks, [aliases[key] for key in chosen], operator)
+    omitted = [names for names in aliases.values() if is_named(names, left)]
+    wanted_ranks = _ranks(ranks, [aliases[key] for key in chosen], omitted, operator)
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
@@ -261,8 +291,17 @@ def _named(
     return {key for key in matched if not given.isdisjoint(aliases[key])}
 
 
-def _ranks(ranks: Ranks, names: Sequence[Sequence[str]], operator: str) -> list[Rank]:
-    """One rank a weight: by its exact name, else by the first pattern that matches."""
+def _ranks(
+    ranks: Ranks,
+    names: Sequence[Sequence[str]],
+    omitted: Sequence[Sequence[str]],
+    operator: str,
+) -> list[Rank]:
+    """One rank a weight: by its exact name, else by the first pattern that matches.
+
+    Args:
+        omitted: the names of weights that are left out, for which there may be ranks too.
+    """
     if not isinstance(ranks, Mapping):
         return [ranks] * len(names)
     named, patterns = _exact_and_patterns(ranks, names)
@@ -277,6 +316,7 @@ def _ranks(ranks: Ranks, names: Sequence[Sequence[str]], operator: str) -> list[
             found.append(ranks[(exact or fitting)[0]])
         else:
             missing.append(aliases[0])
+    used |= {key for key in ranks if any(is_named(aliases, [key]) for aliases in omitted)}
     unused = [repr(pattern) for pattern in ranks if pattern not in used]
     if missing:
         raise ValueError(
@@ -289,6 +329,15 @@ def _ranks(ranks: Ranks, names: Sequence[Sequence[str]], operator: str) -> list[
             f"selects, got {listed(unused)} which match none; widen filter= or leave them out"
         )
     return found
+
+
+def require_module(model: object, operator: str) -> None:
+    """Refuses what is no model, such as a state dict."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"osf_torch.{operator}: expected model to be an nn.Module, got {type(model).__name__}; "
+            "load a state dict into its model first"
+        )
 
 
 def require_matrices(model: nn.Module, operator: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import osf_kernels
 from osf_kernels import Basis, padded
 from osf_torch.bases import Held, columns_of, spans_of
-from osf_torch.coverage import left_out
+from osf_torch.coverage import coverage
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.scalars import read
 from osf_torch.selection import DTYPES, listed, named_weights, require_matrices, require_values
@@ -27,6 +27,7 @@ from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
     FACTS,
     Decomposition,
+    Grown,
     Subspace,
     Subspaces,
     assemble,
@@ -46,7 +47,7 @@ def save_subspaces(
     the library's and, as JSON, for every weight its shape, dtype, which factors are kept, and the
     SHA-256 of its values and of each factor's; of one that a refresh decomposed also the rank,
     method, iterations, residual, captured, converged and seconds; of a whole refresh, its
-    Subspaces, also the seed.
+    Subspaces, also the seed; and the names that were left out on purpose.
 
     Where weights of the model are sharded (DTensor, as by ``fully_shard``), all ranks that share
     them call it, with the same arguments. Weights are gathered one at a time, so that a hash is
@@ -110,6 +111,8 @@ def save_subspaces(
     }
     if isinstance(subspaces, Subspaces):
         metadata["seed"] = str(subspaces.seed)
+    if isinstance(subspaces, Subspaces | Grown) and subspaces.coverage is not None:
+        metadata["leave_out"] = json.dumps(sorted(subspaces.coverage.by_name))
     # Not tempfile: its files are readable by their owner alone, whatever the umask.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     with together(model, "save_subspaces"):
@@ -138,8 +141,8 @@ def load_subspaces(
 
     Returns:
         What was saved, to the bit: the Subspaces of a refresh, else a dict by parameter name,
-        in which what was an item of a refresh is that again. Such a dict has no seed. ``left_out``
-        of a refresh is what the model trains beside it now.
+        in which what was an item of a refresh is that again. Such a dict has no seed. Either's
+        ``coverage`` is that of what the model trains now; what was left out by name still is.
 
     Raises:
         ImportError: the package safetensors isn't installed.
@@ -155,15 +158,18 @@ def load_subspaces(
     Mutates nothing; copies weights to the host to hash them.
     """
     with together(model, "load_subspaces"):
-        seed, described, loaded = _read(Path(path), model)
+        seed, leave_out, described, loaded = _read(Path(path), model)
     if require_same_weights:
         _require_same(_weights(model, described, "load_subspaces"), described)
-    if seed is None:
-        return {name: _subspace(factors, described[name]) for name, factors in loaded.items()}
-    found = {name: _decomposition(factors, described[name]) for name, factors in loaded.items()}
     parameters = named_weights(model)
-    omitted = left_out(model, {id(parameters[name]) for name in found})
-    return Subspaces(found, seed=seed, left_out=omitted)
+    told = coverage(model, {id(parameters[name]) for name in loaded}, leave_out)
+    if seed is None:
+        return Grown(
+            {name: _subspace(factors, described[name]) for name, factors in loaded.items()},
+            coverage=told,
+        )
+    found = {name: _decomposition(factors, described[name]) for name, factors in loaded.items()}
+    return Subspaces(found, seed=seed, coverage=told)
 
 
 @contextmanager
@@ -252,8 +258,8 @@ def content_hash(weight: Tensor) -> str:
 
 def _read(
     path: Path, model: nn.Module
-) -> tuple[int | None, dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
-    """The seed, and by parameter name the metadata and the factors."""
+) -> tuple[int | None, list[str], dict[str, dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """The seed, what was left out by name, and by parameter name the metadata and the factors."""
     safe_open = require_safetensors("load_subspaces").safe_open
     if not path.is_file():
         raise FileNotFoundError(f"osf_torch.load_subspaces: there is no file {path}")
@@ -265,7 +271,7 @@ def _read(
             f"can't be read ({error}); save it again"
         ) from error
     with file:
-        seed, described = described_by(path, file.metadata() or {})
+        seed, leave_out, described = described_by(path, file.metadata() or {})
         weights = _weights(model, described, "load_subspaces")
         keys = set(file.keys())
         loaded = {}
@@ -289,7 +295,7 @@ def _read(
             _require_as_saved(factors, facts.get("factors_sha256"), path, name)
             device = weights[name].device
             loaded[name] = {part: padded(factor, device) for part, factor in factors.items()}
-    return seed, described, loaded
+    return seed, leave_out, described, loaded
 
 
 def _require_as_saved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from osf_kernels import Basis, TruncatedSVD, padded
 from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.coverage import Coverage
 from osf_torch.selection import listed
 
 Keep = Literal["smaller", "all"]
@@ -146,8 +148,8 @@ class Subspaces(Mapping[str, Decomposition]):
 
     Attributes:
         seed: what the random sketches were drawn from.
-        left_out: what trained and wasn't covered when these were made or loaded, by parameter
-            name: its shape and what it is. The biases and other vectors aren't among it.
+        coverage: which of the parameters that trained were covered when these were made or loaded,
+            and what the others are; None where that isn't known.
     """
 
     def __init__(
@@ -155,11 +157,17 @@ class Subspaces(Mapping[str, Decomposition]):
         decompositions: Mapping[str, Decomposition],
         *,
         seed: int,
-        left_out: Mapping[str, str] | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
         self._decompositions = dict(decompositions)
         self.seed = seed
-        self.left_out = dict(left_out or {})
+        self.coverage = coverage
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What trained and wasn't covered, by parameter name: its shape and what it is. The biases
+        and other vectors aren't among it."""
+        return {} if self.coverage is None else dict(self.coverage.left_out)
 
     def __getitem__(self, name: str) -> Decomposition:
         return self._decompositions[name]
@@ -190,7 +198,7 @@ class Subspaces(Mapping[str, Decomposition]):
         return sum(entry.nbytes for entry in self.values())
 
     def without(self, *names: str) -> Subspaces:
-        """The same less some weights, which are named as left out.
+        """The same less some weights, which are left out by name.
 
         Raises:
             ValueError: a name that isn't among them.
@@ -201,9 +209,9 @@ class Subspaces(Mapping[str, Decomposition]):
                 f"osf_torch.Subspaces.without: expected names of its weights, got {listed(unknown)}"
             )
         kept = {name: entry for name, entry in self.items() if name not in names}
-        shapes = {name: "x".join(map(str, self[name].shape)) for name in names}
-        omitted = {name: f"{shape}, left out by name" for name, shape in shapes.items()}
-        return Subspaces(kept, seed=self.seed, left_out={**self.left_out, **omitted})
+        before = self.coverage or Coverage(sum(math.prod(entry.shape) for entry in self.values()))
+        after = before.without({name: self[name].shape for name in names})
+        return Subspaces(kept, seed=self.seed, coverage=after)
 
     def to(
         self,
@@ -231,10 +239,10 @@ class Subspaces(Mapping[str, Decomposition]):
                 for part, factor in entry.factors().items()
             }
             moved[name] = assemble(factors, **facts_of(entry))
-        return Subspaces(moved, seed=self.seed, left_out=self.left_out)
+        return Subspaces(moved, seed=self.seed, coverage=self.coverage)
 
     def summary(self) -> str:
-        """A table, a line a weight and one over all of them, then what trains and isn't covered."""
+        """A table, a line a weight and one over all of them, then what is covered and what not."""
         header = (
             "parameter",
             "shape",
@@ -274,30 +282,35 @@ class Subspaces(Mapping[str, Decomposition]):
                 f"{self.nbytes / 2**20:.1f}",
             )
         )
-        return "\n".join([*table(header, lines), *omitted_lines(self.left_out)])
+        return "\n".join([*table(header, lines), *_lines(self.coverage)])
 
 
 class Grown(dict[str, Subspace]):
     """Subspaces by parameter name that inputs made; of ``input_subspaces``.
 
     Attributes:
-        left_out: as of ``Subspaces``.
+        coverage: as of ``Subspaces``.
     """
 
     def __init__(
-        self, subspaces: Mapping[str, Subspace], *, left_out: Mapping[str, str] | None = None
+        self, subspaces: Mapping[str, Subspace], *, coverage: Coverage | None = None
     ) -> None:
         super().__init__(subspaces)
-        self.left_out = dict(left_out or {})
+        self.coverage = coverage
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """As of ``Subspaces``."""
+        return {} if self.coverage is None else dict(self.coverage.left_out)
 
     def __repr__(self) -> str:
         omitted = listed(list(self.left_out), 3)
         return f"Grown({len(self)} weights{omitted and f'; left out: {omitted}'})"
 
     def summary(self) -> str:
-        """A table of what is protected of each side, then what trains and isn't covered."""
+        """A table of what is protected of each side, then what is covered and what isn't."""
         lines = [(name, _side(entry.U), _side(entry.V)) for name, entry in self.items()]
-        return "\n".join([*table(("parameter", "U", "V"), lines), *omitted_lines(self.left_out)])
+        return "\n".join([*table(("parameter", "U", "V"), lines), *_lines(self.coverage)])
 
 
 def _side(basis: Held) -> str:
@@ -321,13 +334,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def omitted_lines(left_out: Mapping[str, str]) -> list[str]:
-    """What trains and isn't covered, for the end of a summary."""
-    if not left_out:
-        return []
-    width = max(map(len, left_out))
-    named = [f"  {name.ljust(width)}  {what}" for name, what in left_out.items()]
-    return [f"left out, and free to move where it trains: {len(left_out)}", *named]
+def _lines(found: Coverage | None) -> list[str]:
+    return [] if found is None else [found.table()]
 
 
 FACTS = (
