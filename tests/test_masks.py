@@ -83,14 +83,14 @@ def ids(*key: object, length: int = LENGTH) -> torch.Tensor:
 
 def rows_read(model, batch, monkeypatch, **options) -> dict[str, int]:
     """How many rows of each layer's input counted, by the layer's name."""
-    names = {id(module): name for name, module in model.named_modules()}
     counted: dict[str, int] = {}
     rows = Padding.rows
 
     def counting(self, watcher, *activations):
         found = rows(self, watcher, *activations)
-        module = watcher.having[0][0]
-        counted[names[id(module)]] = len(found[0])
+        name, side = watcher
+        assert side == "V"
+        counted[name.removesuffix(".weight")] = len(found[0])
         return found
 
     monkeypatch.setattr(Padding, "rows", counting)

@@ -22,7 +22,7 @@ Forward = Callable[[nn.Module, Any], object]
 
 
 class Watcher(Protocol):
-    """Hooks on some modules, for as long as it is entered."""
+    """Hooks on some modules, or on torch's operators, for as long as it is entered."""
 
     def watching(self, padding: Padding) -> AbstractContextManager[None]: ...
 
@@ -39,7 +39,7 @@ def watch(
     forward: Forward | None,
     masks: Masks,
 ) -> None:
-    """Runs ``model`` on the batches, without gradients, under the watchers' hooks.
+    """Runs ``model`` on the batches, without gradients, under the watchers.
 
     A batch with padding runs twice, the first time for ``Padding`` alone.
 
@@ -174,11 +174,11 @@ def _parts(batch: Any) -> str:
     return f"a {type(batch).__name__} of {len(batch)}"
 
 
-def require_reached(missed: Sequence[str], operator: str) -> None:
-    """Raises ValueError where there is a weight that no batch reached."""
+def require_reached(missed: Sequence[str], operator: str, by: str) -> None:
+    """Raises ValueError where there is a weight that no batch reached by what is named."""
     if missed:
         raise ValueError(
             f"{operator}: expected the batches to run every layer, got none that reached "
-            f"{listed(missed)} by a call of its module with a real token; leave these out by "
-            "filter=, or pass other batches or forward="
+            f"{listed(missed)} by {by} with a real token; leave these out by filter=, or pass "
+            "other batches or forward="
         )

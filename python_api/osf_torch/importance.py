@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 
 from osf_torch.activations import Forward, activations, require_reached, watch
 from osf_torch.coverage import log
-from osf_torch.kinds import owners
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show
+from osf_torch.reads import SEEN, Reads, Side
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 
@@ -60,7 +59,8 @@ def layer_importance(
             sibling of its class, and which returns a tensor of the shape of one that it takes;
             of several around a weight the outermost. A weight outside any of them (a pooler, a
             head) counts as the average layer, I = 1; where all are outside, that is logged.
-            "weight": the weight itself, y = W x without the bias. Where W isn't square the first
+            "weight": the weight itself, y = W x without the bias, of experts over the tokens
+            routed to each. Where W isn't square the first
             min(m, n) coordinates of x and y are compared, as the authors' code does; the paper is
             silent. On trained encoders these figures are small and of both signs (on all six
             layers of MiniLM within ±.04, with a mean of -.001), so that they rank weights by
@@ -77,14 +77,17 @@ def layer_importance(
             logged. None counts every token. A batch with padding runs twice, first with other
             values at padded places: activations (batch, length, d), (length, batch, d) or
             (batch·length, d) that change there and nowhere else are left without padding, and
-            every other one (a decoder's, an image's, pooled ones) is counted in full.
+            every other one (a decoder's, an image's, pooled ones) is counted in full. Of the tokens
+            routed to experts those count that the expert reads both times, where they are as many
+            as the real tokens, and else all.
 
     Returns:
         Parameter names as in ``refresh``, in the model's order, to importances that are at least
         zero and 1 in the mean.
 
     Raises:
-        ValueError: nothing matches, no batches, a weight whose layer was never reached, NaN or
+        ValueError: nothing matches, no batches, a weight whose layer was never reached (with
+            per="weight" one of which no product was seen, as ``input_subspaces`` sees them), NaN or
             Inf in a layer's activations (the first layer that ran with one is named), no
             similarity above zero, ``masks`` that don't fit.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
@@ -99,11 +102,13 @@ def layer_importance(
     if per not in ("block", "weight"):
         raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
     selected = select(model, 1, filter, operator="layer_importance")
-    meters = _blocks(model) if per == "block" else _products(model, selected)
+    weights = {s.name: s.weight for s in selected}
+    blocks = _blocks(model) if per == "block" else {}
+    products = {name: _Product(weight) for name, weight in weights.items() if per == "weight"}
     watch(
         model,
         batches,
-        meters.values(),
+        [*blocks.values(), *([Reads(model, weights, products, OP)] if products else [])],
         operator=OP,
         title="importance",
         max_batches=max_batches,
@@ -111,31 +116,25 @@ def layer_importance(
         forward=forward,
         masks=masks,
     )
-    similarities = _similarities(meters)
+    similarities = _similarities({**blocks, **products})
     if per == "block":
-        found = _by_block(model, selected, meters, similarities)
+        found = _by_block(model, selected, blocks, similarities)
     else:
         found = _by_weight(selected, similarities)
     return _normalised(found, selected, per)
 
 
-class _Meter(ABC):
-    """Sums cos(x, y) over the tokens of every call of some modules."""
+class _Meter:
+    """Sums cos(x, y) over tokens."""
 
     order = itertools.count()  # of first calls, over all meters: who saw a NaN first
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.called = False
+    def __init__(self) -> None:
         self.first = 0
         self.sum: Tensor | None = None  # of cosines, float64
         self.tokens = 0
 
-    @abstractmethod
-    def watching(self, padding: Padding) -> AbstractContextManager[None]:
-        """Has every call of the modules added up for as long as it is entered."""
-
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def sum_up(self, x: Tensor, y: Tensor) -> None:
         """x (tokens, d) and y (tokens, d)."""
         total = (_unit(x) * _unit(y)).sum(-1).sum(dtype=torch.float64)
         if self.sum is None:
@@ -147,7 +146,12 @@ class _Meter(ABC):
 
 
 class _Block(_Meter):
-    """x is the first argument of the output's shape, as it was before the call."""
+    """x is the first argument of the output's shape, as it was before a call of the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.called = False
 
     @contextmanager
     def watching(self, padding: Padding) -> Iterator[None]:
@@ -165,51 +169,32 @@ class _Block(_Meter):
                 return
             x = next((x for x in taken if x.shape == y.shape), None)
             if x is not None:
-                self.add(*padding.rows(self, x, y))
+                self.sum_up(*padding.rows(self, x, y))
 
-        (module,) = self.modules
         # Prepended: before hooks of others, which may replace the output.
         with (
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True, prepend=True),
+            self.module.register_forward_pre_hook(before, with_kwargs=True),
+            self.module.register_forward_hook(after, with_kwargs=True, prepend=True),
         ):
             yield
 
 
 class _Product(_Meter):
-    """y = W x of the modules that own W, on the first min(m, n) coordinates."""
+    """y = W x of each matrix of a weight, on the first min(m, n) coordinates."""
 
-    def __init__(self, modules: Sequence[nn.Module], shape: tuple[int, int]) -> None:
-        super().__init__(modules)
-        self.shape = shape
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.matrices = weight.detach().reshape(-1, *weight.shape[-2:])
 
-    @contextmanager
-    def watching(self, padding: Padding) -> Iterator[None]:
-        width = min(self.shape)
-
-        def after(module: nn.Module, args: object, kwargs: Any, output: object) -> None:
-            x = next(iter(activations([args, *kwargs.values()])), None)
-            if x is None or not isinstance(output, Tensor):
-                return
-            # Either way round: modules with W as (inputs, outputs) exist.
-            if sorted((x.shape[-1], output.shape[-1])) != sorted(self.shape):
-                return
-            self.called = True
-            rows, y = padding.rows(self, x, output)
-            bias = getattr(module, "bias", None)
-            if isinstance(bias, Tensor):
-                y = y.to(torch.promote_types(y.dtype, torch.float32)) - bias
-            self.add(rows[:, :width], y[:, :width])
-
-        with ExitStack() as stack:
-            for module in self.modules:
-                stack.enter_context(
-                    module.register_forward_hook(after, with_kwargs=True, prepend=True)
-                )
-            yield
+    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
+        """``rows`` (tokens, n) for W x by V's side; by U's they are (tokens, m), for Wᵀ x."""
+        W = self.matrices[matrix] if side == "V" else self.matrices[matrix].mT
+        width = min(W.shape)
+        wide = torch.promote_types(torch.promote_types(W.dtype, rows.dtype), torch.float32)
+        self.sum_up(rows[:, :width], rows.to(wide) @ W[:width].to(wide).mT)
 
 
-def _blocks(model: nn.Module) -> dict[str, _Meter]:
+def _blocks(model: nn.Module) -> dict[str, _Block]:
     """Meters of what may be a block, by module name, outer modules before inner ones."""
     alike: set[int] = set()
     for container in model.modules():
@@ -218,17 +203,9 @@ def _blocks(model: nn.Module) -> dict[str, _Meter]:
             kinds = [type(member) for member in members]
             alike.update(id(m) for m in members if len(members) == 1 or kinds.count(type(m)) > 1)
     return {
-        name: _Block([module])
+        name: _Block(module)
         for name, module in model.named_modules()
         if id(module) in alike and any(True for _ in module.children())
-    }
-
-
-def _products(model: nn.Module, selected: Sequence[Selected]) -> dict[str, _Meter]:
-    """Meters of weights, by parameter name."""
-    found = owners(model)
-    return {
-        s.name: _Product([module for module, _ in found[id(s.weight)]], s.shape) for s in selected
     }
 
 
@@ -258,14 +235,13 @@ def _similarities(meters: Mapping[str, _Meter]) -> dict[str, float]:
 def _by_block(
     model: nn.Module,
     selected: Sequence[Selected],
-    meters: Mapping[str, _Meter],
+    meters: Mapping[str, _Block],
     similarities: Mapping[str, float],
 ) -> dict[str, float | None]:
     """Each weight's similarity: of the outermost blocks around it; None outside of all."""
     around: dict[int, list[str]] = {}
     for name, meter in meters.items():
-        (module,) = meter.modules
-        for parameter in module.parameters():
+        for parameter in meter.module.parameters():
             around.setdefault(id(parameter), []).append(name)
     found: dict[str, float | None] = {}
     missed = []
@@ -283,14 +259,14 @@ def _by_block(
             found[s.name] = None
             if names and not any(meters[name].called for name in names):
                 missed.append(s.name)
-    require_reached(missed, OP)
+    require_reached(missed, OP, "a call of its block")
     return found
 
 
 def _by_weight(
     selected: Sequence[Selected], similarities: Mapping[str, float]
 ) -> dict[str, float | None]:
-    require_reached([s.name for s in selected if s.name not in similarities], OP)
+    require_reached([s.name for s in selected if s.name not in similarities], OP, SEEN)
     return {s.name: similarities[s.name] for s in selected}
 
 

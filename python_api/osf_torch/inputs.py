@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from osf_kernels import Basis, extend_basis, padded
-from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.activations import Forward, require_reached, watch
 from osf_torch.bases import Held, columns_of, moved, spans_of
-from osf_torch.coverage import coverage, named_in, tell
-from osf_torch.kinds import is_conv1d, is_weight, owners
-from osf_torch.masks import Masks, Padding
+from osf_torch.coverage import coverage, log, named_in, tell
+from osf_torch.kinds import owners
+from osf_torch.masks import Masks
 from osf_torch.progress import Show, progress_bar
+from osf_torch.reads import SEEN, SIDES, Reads, Side
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
@@ -45,12 +45,18 @@ def input_subspaces(
 ) -> Grown:
     """V' = [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of each weight.
 
-    X (n, tokens) are what W (m, n) of an nn.Linear is multiplied with on the batches. An update
-    ΔW that is projected with V' in mode "complement" then moves the outputs for them by
+    X (n, tokens) are the rows that W (m, n) is multiplied with on the batches, W x. An update ΔW
+    that is projected with V' in mode "complement" then moves the outputs for them by
     ‖ΔW X‖_F ≤ √(1 − energy)·‖ΔW‖₂·‖X‖_F at most, whatever the spectrum of W is. Call it at the
     end of a task with some of its inputs, and protect the next task with what it returns; the
-    inputs themselves need not be kept. Of transformers' Conv1D, whose W is (inputs, outputs), it is
-    U that grows, and what is said here of V holds for it.
+    inputs themselves need not be kept. Where a product sums over the other side, Wᵀ x, it is U that
+    grows, and what is said here of V holds for it: so of transformers' Conv1D and of experts whose
+    matrices are (inputs, outputs). A weight that is read by both sides grows both.
+
+    Of a batch W (..., m, n) of experts each grows by the tokens routed to it alone. Its bases are
+    one tensor (..., n, r') as wide as the expert needs that needs most. The others hold more than
+    the energy: further directions of their own inputs, then arbitrary ones, as many as an expert
+    that no token reached holds beside those of ``previous``, which is logged.
 
     The ranks follow from the energy. Where V' reaches n columns the weight can't move any more:
     ``energy`` is what trades room for later tasks against what earlier ones forget.
@@ -62,13 +68,15 @@ def input_subspaces(
         energy: in (0, 1].
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
             stays as it is. A weight that it lacks starts from no V and has no U.
-        filter: which weights, as in ``refresh``; all of them must belong to nn.Linear, Conv1D or
-            nn.MultiheadAttention modules. Of in_proj_weight the inputs are queries, keys and
-            values.
+        filter: which weights, as in ``refresh``. What they read is seen where torch's operators
+            multiply matrices (products, grouped products, einsum), whatever module does it, with
+            the weight, parts of its rows, its experts, or a cast or scaled copy. A weight that a
+            kernel of its own reads is refused.
         leave_out: as in ``refresh``.
-        max_tokens: where a weight's inputs on this rank are more, as many are drawn at random.
-            Peak memory is max_tokens·n elements a weight of the activations' dtype, and a few
-            matrices (n, tokens of all ranks) in float64 for the one weight that is extended.
+        max_tokens: where a weight's inputs on this rank, or an expert's, are more, as many are
+            drawn at random. Peak memory is max_tokens·n elements a weight and expert of the
+            activations' dtype; and for the one weight that is extended a few matrices (n, tokens
+            of all ranks) in float64, of experts each as large as that of the busiest one.
         progress: as in ``refresh``.
         seed: of that draw.
         group: a process group over whose ranks the inputs are put together and the weights are
@@ -77,14 +85,15 @@ def input_subspaces(
 
     Returns:
         A dict of Subspaces by parameter name, in the model's order, on the weights' devices: U of
-        ``previous``, and V (n, r') with the columns of ``previous`` first (a low Basis stays low
-        and loses directions). No S: they are no triplets of the weight. ``protect`` takes them;
+        ``previous``, and V (..., n, r') with the columns of ``previous`` first (a low Basis stays
+        low and loses directions). No S: they are no triplets of the weight. ``protect`` takes them;
         ``print(_.summary())`` shows them, and what trains without them.
 
     Raises:
         ValueError: energy outside (0, 1]; nothing matches; a name in ``previous`` that ``filter``
-            doesn't select, or whose V doesn't fit; no batches; a weight that no batch reached; NaN
-            or Inf in inputs; a module of another kind; inputs sharded by tensor parallelism.
+            doesn't select, or whose V doesn't fit; no batches; a weight of which no product was
+            seen; a product with a part of its columns, as of a layer that tensor parallelism
+            shards; NaN or Inf in inputs; the weight of an nn.Embedding.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
         RuntimeError: another rank of the group failed.
 
@@ -102,15 +111,17 @@ def input_subspaces(
     selected = select(model, 1, filter, operator="input_subspaces", sharded=True, leave_out=names)
     previous = previous or {}
     _require_selected(previous, selected)
+    _require_products(model, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
-    meters = _meters(model, selected, max_tokens, seed + sharers.rank)
+    meters = {s.name: _Inputs(s.weight, max_tokens, seed + sharers.rank) for s in selected}
+    weights = {s.name: s.weight for s in selected}
     device = selected[0].weight.device
     error: Exception | None = None
     try:
         watch(
             model,
             batches,
-            meters.values(),
+            [Reads(model, weights, meters, OP)],
             operator=OP,
             title="inputs",
             max_batches=max_batches,
@@ -118,7 +129,7 @@ def input_subspaces(
             forward=forward,
             masks=masks,
         )
-        require_reached([name for name, meter in meters.items() if meter.rows is None], OP)
+        require_reached([name for name, meter in meters.items() if not meter.sides()], OP, SEEN)
         _require_finite(meters)
     except Exception as caught:
         error = caught
@@ -138,147 +149,143 @@ def _extended(
     sharers: Ranks,
     progress: Show,
 ) -> dict[str, Subspace]:
-    costs = [float(meters[s.name].width) ** 2 for s in selected]
+    costs = [float(meters[s.name].cost) for s in selected]
     owner = {i: rank for rank, share in enumerate(sharers.split(costs)) for i in share}
     found = {}
+    unread: dict[str, list[int]] = {}
     shown = progress if sharers.rank == 0 else False
     with progress_bar(shown, "bases", len(selected), sum(costs)) as bar:
         for i, s in enumerate(selected):
             bar.begin(s.name)
             device = local(s.weight).device
             before = previous.get(s.name, Subspace(None, None))
-            meter = meters[s.name]
-            read, other = (before.U, before.V) if meter.side == "U" else (before.V, before.U)
-            rows = sharers.gather(meter.taken(device))
-            start = _start(moved(read, device), rows)
-            grown: Tensor | None = None
-            error: Exception | None = None
-            if owner[i] == sharers.rank:
-                try:
-                    rows = rows.to(torch.promote_types(start.columns.dtype, torch.float32))
-                    grown = extend_basis(start, rows.mT, energy=energy).columns
-                except (TypeError, ValueError) as caught:
-                    error = type(caught)(f"{OP}: parameter {s.name!r}: {caught}")
-            sharers.agree(error, device, "input_subspaces")
-            columns = sharers.columns(owner[i], grown, meter.width, start.columns)
-            held, kept = Basis(columns, start.spans), moved(other, device)
-            found[s.name] = Subspace(held, kept) if meter.side == "U" else Subspace(kept, held)
+            sides: dict[Side, Held] = {"U": moved(before.U, device), "V": moved(before.V, device)}
+            for side in _sides_read(meters[s.name], device, sharers):
+                rows = meters[s.name].taken(side, device, sharers)
+                if rows.dim() > 2:
+                    missed = (rows == 0).flatten(0, -3).all(-1).all(-1).nonzero().flatten()
+                    unread.update({s.name: missed.tolist()} if len(missed) else {})
+                start = _start(sides[side], rows)
+                grown: Tensor | None = None
+                error: Exception | None = None
+                if owner[i] == sharers.rank:
+                    try:
+                        rows = rows.to(start.columns.dtype)
+                        grown = extend_basis(start, rows.mT, energy=energy).columns.flatten(0, -2)
+                    except (TypeError, ValueError) as caught:
+                        error = type(caught)(f"{OP}: parameter {s.name!r}: {caught}")
+                sharers.agree(error, device, "input_subspaces")
+                height = start.columns.shape[:-1]
+                columns = sharers.columns(owner[i], grown, math.prod(height), start.columns)
+                sides[side] = Basis(padded(columns.unflatten(0, height)), start.spans)
+            found[s.name] = Subspace(sides["U"], sides["V"])
             bar.advance(1, costs[i])
+    if unread and sharers.rank == 0:
+        _log_unread(unread, meters)
     return found
 
 
-def _start(V: Held, rows: Tensor) -> Basis:
-    """V in the dtype that it will have, (n, 0) where there is none."""
-    if V is None:
-        V = rows.new_empty(rows.shape[-1], 0)
-    columns = columns_of(V)
+def _sides_read(meter: _Inputs, device: torch.device, sharers: Ranks) -> list[Side]:
+    """The sides by which a rank's batches read the weight."""
+    flags = torch.tensor([[float(side in meter.sides()) for side in SIDES]], device=device)
+    read_by = sharers.gather(flags).sum(0).tolist()
+    return [side for side, count in zip(SIDES, read_by, strict=True) if count]
+
+
+def _log_unread(unread: Mapping[str, Sequence[int]], meters: Mapping[str, _Inputs]) -> None:
+    told = [
+        f"{len(which)} of {meters[name].count} of {name} ({listed([str(i) for i in which], 4)})"
+        for name, which in unread.items()
+    ]
+    log.warning(
+        "%s: no token reached some experts, of which the directions of before are protected and "
+        "arbitrary ones, as many as of the other experts: %s; pass more batches to hold what "
+        "these experts do",
+        OP,
+        listed(told, 4),
+    )
+
+
+def _start(held: Held, rows: Tensor) -> Basis:
+    """The basis in the dtype that it will have, (..., n, 0) where there is none."""
+    if held is None:
+        held = rows.new_empty(*rows.shape[:-2], rows.shape[-1], 0)
+    columns = columns_of(held)
     dtype = torch.promote_types(columns.dtype, torch.float32)
-    return Basis(padded(columns, dtype=dtype), spans_of(V))
+    return Basis(padded(columns, dtype=dtype), spans_of(held))
 
 
 class _Inputs:
-    """Keeps inputs of the modules that own a weight: all, or as many drawn at random.
+    """Keeps rows that each matrix of a weight reads by each side: all, or as many drawn at random.
 
     Attributes:
-        side: "V" where W is (outputs, inputs), "U" where it is (inputs, outputs).
-        width: how many inputs there are.
+        count: of matrices.
+        cost: of extending their bases, in arbitrary units.
+        first: which of all weights read first, second and so on.
     """
 
     order = itertools.count()  # of first calls, over all weights: who saw a NaN first
 
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        having: Sequence[tuple[nn.Module, str]],
-        limit: int,
-        seed: int,
-    ) -> None:
-        self.name, self.having, self.limit = name, having, limit
-        self.side = "U" if is_conv1d(having[0][0]) else "V"
-        self.width = shape[0] if self.side == "U" else shape[1]
+    def __init__(self, weight: Tensor, limit: int, seed: int) -> None:
+        self.limit, self.dtype = limit, weight.dtype
+        self.batch = tuple(weight.shape[:-2])
+        self.sizes: dict[Side, int] = {"U": weight.shape[-2], "V": weight.shape[-1]}
+        self.count = math.prod(self.batch)
+        self.cost = self.count * max(self.sizes.values()) ** 2
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.rows: Tensor | None = None  # (tokens, n)
-        self.keys = torch.empty(0, device="cpu")  # a random number a row; the smallest stay
+        # Of a matrix by a side the rows (tokens, n), and a random number each: the smallest stay.
+        self.kept: dict[tuple[Side, int], tuple[Tensor, Tensor]] = {}
         self.first = 0
 
-    @contextmanager
-    def watching(self, padding: Padding) -> Iterator[None]:
-        def after(
-            attribute: str, module: nn.Module, args: Sequence[Any], kwargs: Any, output: object
-        ) -> None:
-            for x in _read_by(module, attribute, args, kwargs):
-                self.add(*padding.rows(self, local(x)))
+    def sides(self) -> list[Side]:
+        """Those by which a matrix was read, U first."""
+        return sorted({side for side, _ in self.kept})
 
-        with ExitStack() as stack:
-            for module, attribute in self.having:
-                stack.enter_context(
-                    module.register_forward_hook(
-                        partial(after, attribute), with_kwargs=True, prepend=True
-                    )
-                )
-            yield
-
-    def add(self, rows: Tensor) -> None:
-        if rows.shape[-1] != self.width:
-            raise ValueError(
-                f"{OP}: expected inputs of {self.name!r} to have n={self.width} features, got "
-                f"{rows.shape[-1]}; of a tensor-parallel layer call this before parallelizing"
-            )
+    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
         if not len(rows):
             return
-        if self.rows is None:
+        if not self.kept:
             self.first = next(self.order)
-            self.rows = rows.new_empty(0, self.width)
-        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator, device="cpu")])
-        kept = torch.cat([self.rows, rows.to(self.rows.dtype)])
-        if len(kept) > self.limit:
+        keys = torch.rand(len(rows), generator=self.generator, device="cpu")
+        before, drawn = self.kept.get((side, matrix), (rows[:0], keys[:0]))
+        keys = torch.cat([drawn, keys])
+        which = torch.arange(len(keys), device="cpu")
+        if len(keys) > self.limit:
             keys, which = keys.topk(self.limit, largest=False)
-            kept = kept[which.to(kept.device)]
-        self.keys, self.rows = keys, kept
+        stay, come = which < len(drawn), which >= len(drawn)
+        old = before[which[stay].to(before.device)]
+        new = rows[(which[come] - len(drawn)).to(rows.device)].to(before)
+        self.kept[side, matrix] = torch.cat([old, new]), torch.cat([keys[stay], keys[come]])
 
-    def taken(self, device: torch.device) -> Tensor:
-        """The rows, which are let go of here."""
-        rows, self.rows = self.rows, None
-        assert rows is not None
-        return rows.to(device)
+    def taken(self, side: Side, device: torch.device, sharers: Ranks) -> Tensor:
+        """The rows (..., tokens, n) of all ranks, which are let go of here.
+
+        Zeros fill up where a matrix read fewer tokens than another.
+        """
+        read = {
+            matrix: self.kept.pop((side, matrix))[0]
+            for matrix in range(self.count)
+            if (side, matrix) in self.kept
+        }
+        dtype = next((rows.dtype for rows in read.values()), self.dtype)
+        most = max(map(len, read.values()), default=0)
+        laid = torch.zeros(most, self.count, self.sizes[side], dtype=dtype, device=device)
+        for matrix, rows in read.items():
+            laid[: len(rows), matrix] = rows
+        gathered = sharers.gather(laid.flatten(1)).view(-1, self.count, self.sizes[side])
+        return gathered.transpose(0, 1).reshape(*self.batch, -1, self.sizes[side])
 
 
-def _read_by(
-    module: nn.Module, attribute: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[Tensor]:
-    """What a call of ``module`` multiplies with its ``attribute``, each tensor once."""
-    if not isinstance(module, nn.MultiheadAttention):
-        return list(itertools.islice(activations([args, *kwargs.values()]), 1))
-    taken = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
-    parts = {"q_proj_weight": ("query",), "k_proj_weight": ("key",), "v_proj_weight": ("value",)}
-    read = [taken[part] for part in parts.get(attribute, ("query", "key", "value"))]
-    return list({id(x): x for x in read}.values())
-
-
-def _meters(
-    model: nn.Module, selected: Sequence[Selected], max_tokens: int, seed: int
-) -> dict[str, _Inputs]:
+def _require_products(model: nn.Module, selected: Sequence[Selected]) -> None:
+    """Refuses what is looked up by number, and multiplied with nothing."""
     owned = owners(model)
-    meters = {}
     for s in selected:
-        having = owned[id(s.weight)]
-        reading = [
-            (module, attribute) for module, attribute in having if is_weight(module, attribute)
-        ]
-        if not reading:
-            kind = type(having[0][0]).__name__
+        modules = [module for module, _ in owned[id(s.weight)]]
+        if all(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
             raise ValueError(
-                f"{OP}: expected {s.name!r} to be the weight of an nn.Linear, Conv1D or "
-                f"nn.MultiheadAttention, got one of {kind}; leave it out by filter="
+                f"{OP}: expected {s.name!r} to be multiplied with activations, as the weight of "
+                f"an nn.Linear is, got one of {type(modules[0]).__name__}; leave it out by filter="
             )
-        if len({is_conv1d(module) for module, _ in reading}) > 1:
-            raise ValueError(
-                f"{OP}: expected {s.name!r} to lie one way, got a weight that an nn.Linear and a "
-                "Conv1D share; leave it out by filter="
-            )
-        meters[s.name] = _Inputs(s.name, s.shape, reading, max_tokens, seed)
-    return meters
 
 
 def _require_selected(previous: Mapping[str, Subspace], selected: Sequence[Selected]) -> None:
@@ -292,12 +299,13 @@ def _require_selected(previous: Mapping[str, Subspace], selected: Sequence[Selec
 
 
 def _require_finite(meters: Mapping[str, _Inputs]) -> None:
-    seen = [(meter, meter.rows) for meter in meters.values() if meter.rows is not None]
+    seen = [(meter, rows) for meter in meters.values() for rows, _ in meter.kept.values()]
     finite = read([rows.isfinite().all() for _, rows in seen])
-    bad = [meter for (meter, _), fine in zip(seen, finite, strict=True) if not fine]
+    bad = {id(meter): meter for (meter, _), fine in zip(seen, finite, strict=True) if not fine}
     if bad:
-        first = min(bad, key=lambda meter: meter.first)
+        first = min(bad.values(), key=lambda meter: meter.first)
+        name = next(name for name, meter in meters.items() if meter is first)
         raise ValueError(
-            f"{OP}: expected finite inputs, got NaN or Inf first in {first.name!r}, and in "
+            f"{OP}: expected finite inputs, got NaN or Inf first in {name!r}, and in "
             f"{len(bad)} of {len(meters)} weights' inputs; look at what runs before that layer"
         )

@@ -6,11 +6,15 @@ padded places of a mask and nowhere else, it holds that mask's tokens, in that l
 as many rows (a decoder's tokens, an image's patches, pooled tokens) doesn't, and counts in full. So
 does everything of a model that lets padding reach real tokens: to count padding costs some room, to
 leave out real tokens loses what was to be protected.
+
+What an expert reads are the tokens routed to it, whose number and places change with padding. Of
+these the rows count that the expert reads in both runs, where they are as many as the real tokens,
+and else every row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -50,12 +54,14 @@ class Padding:
         self._told = False
         self._real: list[Tensor] = []  # (batch, length), True for real tokens
         self._probing = False
-        self._before: dict[tuple[int, int], list[Tensor]] = {}  # prints of rows while probing
-        self._calls: dict[int, int] = {}
+        # Prints of rows while probing, by watcher and call: by place, or by expert.
+        self._before: dict[tuple[Hashable, int], list[Tensor]] = {}
+        self._routed: dict[tuple[Hashable, int], dict[int, Tensor]] = {}
+        self._calls: dict[Hashable, int] = {}
 
     def probe(self, batch: Any) -> Any | None:
         """The batch with other values at padded places, to be run first; None where none are."""
-        self._real, self._before = [], {}
+        self._real, self._before, self._routed = [], {}, {}
         self._begin(probing=False)
         if self._masks is None or not isinstance(batch, Mapping):
             return None
@@ -76,7 +82,17 @@ class Padding:
         """The batch itself runs now."""
         self._begin(probing=False)
 
-    def rows(self, watcher: object, *activations: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def found(self) -> bool:
+        """Whether the batch has padding to be left out."""
+        return bool(self._real)
+
+    @property
+    def probing(self) -> bool:
+        """Whether the probe runs, of which nothing counts."""
+        return self._probing
+
+    def rows(self, watcher: Hashable, *activations: Tensor) -> tuple[Tensor, ...]:
         """Of activations (..., d) of one layout the rows (tokens, d) that aren't padding.
 
         While the probe runs there are none.
@@ -84,8 +100,7 @@ class Padding:
         rows = tuple(x.flatten(0, -2) for x in activations)
         if not self._real:
             return rows
-        call = (id(watcher), self._calls.get(id(watcher), 0))
-        self._calls[id(watcher)] = call[1] + 1
+        call = self._call(watcher)
         prints = [_prints(x) for x in rows]
         if self._probing:
             self._before[call] = prints
@@ -100,6 +115,50 @@ class Padding:
                 if all(_is_of(flat, changed, zero) for changed, zero in seen):
                     return tuple(x[flat] for x in rows)
         return rows
+
+    def routed(
+        self, watcher: Hashable, parts: Sequence[tuple[int, Tensor]]
+    ) -> list[tuple[int, Tensor]]:
+        """Of the rows (tokens, d) that each expert read in one call those that aren't padding.
+
+        While the probe runs there are none.
+        """
+        if not self._real or not parts:
+            return list(parts)
+        call = self._call(watcher)
+        by_expert: dict[int, list[Tensor]] = {}
+        for expert, x in parts:
+            by_expert.setdefault(expert, []).append(x)
+        read = {expert: torch.cat(xs) for expert, xs in by_expert.items()}
+        prints = {expert: _prints(x) for expert, x in read.items()}
+        if self._probing:
+            self._routed[call] = prints
+            return []
+        before = self._routed.get(call, {})
+        stayed, met = {}, 0.0
+        for expert, x in read.items():
+            had = before.get(expert, prints[expert][:0])
+            stayed[expert], count = _met(had, prints[expert], x)
+            met += count
+        if self._are_real(round(met), sum(len(x) for x in read.values())):
+            return [(expert, x[stayed[expert]]) for expert, x in read.items()]
+        return list(read.items())
+
+    def _are_real(self, met: int, count: int) -> bool:
+        """Whether ``met`` of ``count`` rows are as many as the real tokens of a mask.
+
+        Each token is read as often as another, by as many experts.
+        """
+        return any(
+            count % real.numel() == 0 and met == count // real.numel() * int(real.sum())
+            for real in self._real
+        )
+
+    def _call(self, watcher: Hashable) -> tuple[Hashable, int]:
+        """The watcher with the number of its call in this run, which counts on."""
+        number = self._calls.get(watcher, 0)
+        self._calls[watcher] = number + 1
+        return watcher, number
 
     def _begin(self, *, probing: bool) -> None:
         self._probing, self._calls = probing, {}
@@ -221,6 +280,33 @@ def _seen(before: Tensor, after: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.linalg.vector_norm(rows, dim=-1, dtype=after.dtype)
     same = ((after - before).abs() <= CHANGED * norms[:, None]).all(-1)
     return ~same, norms == 0
+
+
+def _met(before: Tensor, after: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+    """(tokens,) which rows have a print among those before, NaN never; how many met one each.
+
+    Where some rows are alike, no more of them met than there were before.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=after.dtype)
+    there, alike = (
+        torch.cat([_alike(new, others, norm) for new, norm in _chunks(after, norms)])
+        for others in (before, after)
+    )
+    met = torch.minimum(there, alike) / alike.clamp_min(1)
+    return there > 0, float(met.sum())
+
+
+def _alike(prints: Tensor, others: Tensor, norms: Tensor) -> Tensor:
+    """(tokens,): how many of the others each print is like, to CHANGED of its row's norm."""
+    if not len(others):
+        return torch.zeros_like(norms, dtype=torch.float64)
+    apart = torch.cdist(prints, others, p=float("inf"))
+    return (apart <= CHANGED * norms[:, None]).sum(-1, dtype=torch.float64)
+
+
+def _chunks(prints: Tensor, norms: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows a thousand at a time, since each is held against all others."""
+    return zip(prints.split(1024), norms.split(1024), strict=True)
 
 
 def _is_of(real: Tensor, changed: Tensor, zero: Tensor) -> bool:

@@ -1,0 +1,247 @@
+"""What each weight is multiplied with: rows of activations, seen as torch's operators run.
+
+A weight is known by the memory that it lies in. Where a product of two matrices takes a view of
+that memory, its offset and strides say which matrix of a batch of experts it is, and along which
+side the product sums. So it needn't be known what a module does with its weights, whose forward
+runs, or whether experts run one by one, gathered or grouped. A copy of a weight, as autocast makes
+and as indexing by expert does, is followed like the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from osf_torch.kinds import owners
+from osf_torch.masks import Padding
+from osf_torch.sharding import local
+from osf_torch.views import Sources, View
+
+Side = Literal["U", "V"]
+SEEN = "a product of torch's operators (a kernel of its own isn't one)"
+SIDES: tuple[Side, ...] = ("U", "V")
+Parts = list[tuple[int, Tensor]]  # the matrix of a batch, 0 where there is one, and its rows
+
+# Which arguments are the factors of a product.
+PRODUCTS = {
+    "aten::mm": (0, 1),
+    "aten::bmm": (0, 1),
+    "aten::mv": (0, 1),
+    "aten::addmm": (1, 2),
+    "aten::baddbmm": (1, 2),
+    "aten::addbmm": (1, 2),
+    "aten::addmv": (1, 2),
+}
+# What gives a weight's values elsewhere, cast, copied or scaled, each at its own place.
+COPIES = {f"aten::{name}" for name in ("_to_copy", "clone", "mul", "div", "add", "sub")}
+
+
+class Meter(Protocol):
+    """What is done with the rows that a weight reads."""
+
+    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
+        """``rows`` (tokens, n) are multiplied with a matrix by V's side, (tokens, m) by U's."""
+
+
+class Reads:
+    """Hands every row that a weight is multiplied with to the weight's meter.
+
+    It sees the products that torch's operators make. What a kernel of its own reads (a fused
+    layer, a quantized one) it doesn't see.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        meters: Mapping[str, Meter],
+        operator: str,
+    ) -> None:
+        self._weights, self._meters, self._operator = weights, meters, operator
+        self._owned: dict[nn.Module, list[tuple[str, str]]] = {}  # attributes and names
+        having = owners(model)
+        for name, weight in weights.items():
+            for module, attribute in having[id(weight)]:
+                self._owned.setdefault(module, []).append((attribute, name))
+
+    @contextmanager
+    def watching(self, padding: Padding) -> Iterator[None]:
+        sources = Sources()
+        running: dict[str, int] = {}  # calls of the modules that own a weight
+        routed: dict[tuple[str, Side], Parts] = {}  # what these calls read so far
+
+        def begin(module: nn.Module, *_: object) -> None:
+            for attribute, name in self._owned[module]:
+                running[name] = running.get(name, 0) + 1
+                held = module._parameters.get(attribute)
+                if held is not None and not sources.holds(name, held):
+                    sources.hold(name, held)  # as FSDP has just gathered it
+
+        def end(module: nn.Module, *_: object) -> None:
+            for _attribute, name in self._owned[module]:
+                running[name] = running.get(name, 1) - 1
+                for side in SIDES if not running[name] else ():
+                    parts = routed.pop((name, side), [])
+                    for matrix, rows in padding.routed((name, side), parts):
+                        self._meters[name].add(side, matrix, rows)
+
+        def take(name: str, side: Side, parts: Parts) -> None:
+            self._require_whole(name, side, parts)
+            if self._weights[name].dim() == 2:
+                for matrix, rows in parts:
+                    self._meters[name].add(side, matrix, *padding.rows((name, side), rows))
+            elif padding.found and running.get(name):
+                routed.setdefault((name, side), []).extend(parts)
+            elif not padding.probing:
+                for matrix, rows in parts:
+                    self._meters[name].add(side, matrix, rows)
+
+        for name, weight in self._weights.items():
+            sources.hold(name, weight)
+        torch.clear_autocast_cache()  # of copies that were made unseen
+        with ExitStack() as stack:
+            for module in self._owned:
+                stack.enter_context(module.register_forward_pre_hook(begin))
+                stack.enter_context(module.register_forward_hook(end, always_call=True))
+            stack.enter_context(_Products(sources, take))
+            yield
+
+    def _require_whole(self, name: str, side: Side, parts: Parts) -> None:
+        letter, size = ("m", -2) if side == "U" else ("n", -1)
+        width = self._weights[name].shape[size]
+        for _, rows in parts:
+            if rows.shape[-1] != width:
+                raise ValueError(
+                    f"{self._operator}: expected inputs of {name!r} to have {letter}={width} "
+                    f"features, got {rows.shape[-1]}; of a tensor-parallel layer call this before "
+                    "parallelizing, else leave it out by filter="
+                )
+
+
+class _Products(TorchDispatchMode):
+    """Tells of every product with a weight: its name, the side that is summed over, the rows."""
+
+    supports_higher_order_operators = True  # flex_attention is one
+
+    def __init__(self, sources: Sources, take: Callable[[str, Side, Parts], None]) -> None:
+        super().__init__()
+        self._sources, self._take = sources, take
+        self._kinds: dict[Any, str] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would wrap every operator's call, and load its compiler for that."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind(func)
+        if kind == "composite":  # as in inference mode
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if kind == "product":
+            left, right = PRODUCTS[func._schema.name]
+            self._product(local(args[left]), local(args[right]), None)
+        elif kind == "grouped":
+            ends = [a for a in (*args[2:], *kwargs.values()) if _is_integers(a)]
+            self._product(local(args[0]), local(args[1]), ends[0] if ends else None)
+        elif kind == "copy":
+            for taken in args[:2]:
+                if isinstance(taken, Tensor):
+                    self._sources.copied(local(taken), local(out))
+        elif kind == "index":
+            self._indexed(func, args, out)
+        return out
+
+    def _indexed(self, func: Any, args: Sequence[Any], out: Tensor) -> None:
+        if func._schema.name == "aten::index_select":
+            first, index = args[1] % args[0].dim() == 0, args[2]
+        else:
+            first, index = args[1][0] is not None and len(args[1]) == 1, args[1][0]
+        if first:
+            self._sources.indexed(local(args[0]), local(index), local(out))
+
+    def _product(self, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
+        weight, view = right, self._sources.view(right)
+        other = self._sources.view(left)
+        if (view is None) == (other is None):
+            return
+        if view is None:
+            view, weight, rows = other, left, right if right.dim() == 1 else right.mT
+        else:
+            rows = left
+        assert view is not None
+        if weight.dim() == 1 or (ends is not None and (weight is left or weight.dim() < 3)):
+            return
+        summed, free = (-1, -2) if weight is left else (-2, -1)
+        side = _side(view, summed, free)
+        if side is None:
+            return
+        inner = dict.fromkeys(view.jumps(free))  # more than one of matrices laid side by side
+        if ends is not None:
+            outer = view.jumps(0)
+            cuts = [0, *ends.tolist()]
+            parts = [
+                (jump, rows[start:end])
+                for jump, start, end in zip(outer, cuts, cuts[1:], strict=False)
+                if end > start
+            ]
+        elif weight.dim() == 2:
+            parts = [(0, rows[None] if rows.dim() == 1 else rows)]
+        else:
+            parts = _apart(view.jumps(0), rows)
+        found = [(view.matrix(outer + j), x) for outer, x in parts for j in inner]
+        self._take(view.source.name, side, found)
+
+
+def _apart(jumps: Sequence[int], rows: Tensor) -> Parts:
+    """Rows (b, tokens, width) by the matrices that read them, each matrix once."""
+    if len(jumps) == 1:
+        return [(jumps[0], rows.flatten(0, 1))]
+    having: dict[int, list[int]] = {}
+    for i, jump in enumerate(jumps):
+        having.setdefault(jump, []).append(i)
+    return [(jump, rows[which].flatten(0, 1)) for jump, which in having.items()]
+
+
+def _side(view: View, summed: int, free: int) -> Side | None:
+    """Over which side of the weight a product sums; None over something else."""
+    along = [piece.axis for piece in view.dims[summed]]
+    if not along:  # of one: not what the other dimension runs along
+        return "U" if 2 in [piece.axis for piece in view.dims[free]] else "V"
+    if len(along) > 1 or along[0] == 0:
+        return None
+    return "U" if along[0] == 1 else "V"
+
+
+def _is_integers(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
+
+
+def _kind(func: Any) -> str:
+    """What is done about an operator."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return "other"
+    name = func._schema.name
+    if name in PRODUCTS:
+        return "product"
+    if "grouped_mm" in name and "backward" not in name:
+        return "grouped"
+    if name in COPIES:
+        return "copy"
+    if name in ("aten::index", "aten::index_select"):
+        return "index"
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key
+    return "composite" if composite(func.name(), "CompositeImplicitAutograd") else "other"

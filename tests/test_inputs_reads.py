@@ -1,0 +1,45 @@
+"""osf_torch.input_subspaces of weights that modules multiply with in ways of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from osf_torch import input_subspaces
+from tests.helpers import generator_for, randn
+from tests.test_inputs import decaying, high, share
+
+
+class Autoencoder(nn.Module):
+    """Decodes by the transpose of what encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = generator_for("autoencoder")
+        self.weight = nn.Parameter(randn(5, 8, dtype=torch.float64, generator=generator))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight.mT) @ self.weight
+
+
+def test_a_weight_that_is_read_by_both_sides_grows_both():
+    model, x = nn.Sequential(Autoencoder()), decaying(3, 8, 0.5, "both")
+    entry = input_subspaces(model, [x], energy=0.98, progress=False)["0.weight"]
+    hidden = torch.tanh(x @ model[0].weight.detach().mT)
+    assert share(high(entry.V), x.mT) >= 0.98
+    assert share(high(entry.U), hidden.mT) >= 0.98
+    assert entry.V.columns.shape[1] < 3
+
+
+def test_attention_holds_what_it_projects_on_the_way_out():
+    """Whose layer attention multiplies with, and never calls."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = decaying(5, 8, 0.6, "attention")[None]
+    found = input_subspaces(
+        model, [x], energy=0.9, progress=False, forward=lambda model, x: model(x, x, x)
+    )
+    assert share(high(found["in_proj_weight"].V), x[0].mT) >= 0.9
+    with torch.no_grad():
+        y = model(x, x, x)[0][0] - model.out_proj.bias
+        read = torch.linalg.solve(model.out_proj.weight, y.mT)
+    assert share(high(found["out_proj.weight"].V), read) >= 0.9 - 1e-9
