@@ -247,7 +247,7 @@ class _Halved:
 class _Crossed:
     """Matrices that are cut on both sides: P is taken of their rows, then of their columns.
 
-    P(x) = P_V(P_U(x)) in mode "complement"; in mode "core", where P(x) = P_V(x) + P_U(x − P_V(x)),
+    P(x) = P_V(P_U(x)) in mode "complement"; in mode "core", where P(x) = P_U(x) + P_V(x − P_U(x)),
     with a copy of the matrices. Those of 16 bits are rounded once, at the end. Attributes as of
     ``_Halved``.
     """
@@ -267,21 +267,18 @@ class _Crossed:
             right = {i: Entry(entries[i].V, None, first.across) for i in at}
             self._right = _Halved(at, {i: x.mT for i, x in xs.items()}, right, "complement")
         self._is_core = mode == "core" and None not in (self._left, self._right)
-        order = (self._right, self._left) if self._is_core else (self._left, self._right)
-        self.groups = tuple(group for side in order if side is not None for group in side.groups)
+        sides = self._left, self._right
+        self.groups = tuple(group for side in sides if side is not None for group in side.groups)
 
     def run_(self, xs: Sequence[Tensor]) -> Steps:
         wide = [_wide(x) for x in xs]
-        before = [x.clone() for x in wide] if self._is_core else []
-        inside = wide
+        inside = [x.clone() for x in wide] if self._is_core else wide
+        yield from _sums(self._left, wide)
         if self._is_core:
-            yield from _sums(self._right, [x.mT for x in wide])
-            inside = [raw - x for raw, x in zip(before, wide, strict=True)]
-        yield from _sums(self._left, inside)
+            torch._foreach_sub_(inside, wide)
+        yield from _sums(self._right, [x.mT for x in inside])
         if self._is_core:
             torch._foreach_add_(wide, inside)
-        else:
-            yield from _sums(self._right, [x.mT for x in wide])
         for x, result, protected in zip(xs, wide, self._pins, strict=True):
             if protected is not None:
                 result += protected.to(result.dtype)
