@@ -219,7 +219,8 @@ def reference(item: Protected, mode: Mode) -> Tensor | None:
     A, B = S.unsqueeze(-1) * V.mT, U * S.unsqueeze(-2)
     if s.rest_A is not None and s.rest_B is not None:
         A, B = A + s.rest_A, B + s.rest_B
-    return U @ A + (B - U @ (A @ V)) @ V.mT
+    (inner,) = sum_over(item.across, [A @ V])
+    return U @ A + (B - U @ inner) @ V.mT
 
 
 @torch.no_grad()
@@ -345,6 +346,16 @@ def _dense(item: Protected, W: Tensor, mode: Mode) -> Pinned:
                 f"stands, got one off by {off:.1e} of it; leave it out, and protect computes it"
             )
     return Pinned(s.U, s.V, None, H.to(_wide(W)))
+
+
+def settle(item: Protected, mode: Mode) -> None:
+    """Has an item hold densely what a state has as triplets, where its weight is cut on both sides:
+    see ``lists.Entry.across``."""
+    s = item.held
+    if item.across and s.sketch is None and s.protected is None:
+        H = reference(item, mode)
+        assert H is not None
+        item.take(Pinned(s.U, s.V, None, H.to(_wide(item.weight))))
 
 
 def _wide(W: Tensor) -> torch.dtype:

@@ -196,14 +196,15 @@ class _Copies:
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, torch.device], Tensor] = {}
+        # With what it is a copy of, so that nothing else has that id.
+        self._made: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def of(self, t: Tensor, device: torch.device) -> Tensor:
         key = id(t), device
         if key not in self._made:
             made = t.to(device, copy=True, memory_format=torch.preserve_format)
-            self._made[key] = padded(made)
-        return self._made[key]
+            self._made[key] = t, padded(made)
+        return self._made[key][1]
 
 
 def _read_subspace(

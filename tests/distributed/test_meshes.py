@@ -70,7 +70,7 @@ def batch(step):
 
 
 def parallel(model, mesh):
-    return parallelize_module(model, mesh["tp"], PLAN)
+    return parallelize_module(model, mesh, PLAN)
 
 
 def shard(model, mesh):
@@ -82,10 +82,11 @@ def shard(model, mesh):
 
 def train(model, optimizer, mesh=None, steps=range(STEPS)):
     """Every rank of the mesh's other dimensions sees its part of the batch."""
-    data = None if mesh is None else mesh[tuple(n for n in mesh.mesh_dim_names if n != "tp")]
-    count, rank = (1, 0) if data is None else (data.size(), data.get_local_rank(-1))
-    if data is not None and data.ndim == 2:
-        rank += data.get_local_rank(0) * data.size(1)
+    count, rank = 1, 0
+    for name in () if mesh is None else mesh.mesh_dim_names:
+        if name != "tp":
+            count, rank = count * mesh[name].size(), rank * mesh[name].size()
+            rank += mesh[name].get_local_rank()
     dtype = next(model.parameters()).dtype
     losses, calls = [], []
     for step in steps:
@@ -115,7 +116,7 @@ def protected_run(setting, mesh=None, dtype=torch.float64, shards=None):
     model = stack(dtype)
     subspaces = bases(stack(dtype), options.pop("ratio"))
     if mesh is not None:
-        shard(parallel(model, mesh), mesh[tuple(n for n in mesh.mesh_dim_names if n != "tp")])
+        shard(parallel(model, mesh["tp"]), mesh[tuple(n for n in mesh.mesh_dim_names if n != "tp")])
     elif shards is not None:
         shards(model)
     optimizer = adamw(model)
@@ -137,7 +138,7 @@ def confined_run(setting, mesh=None, dtype=torch.float64):
     model = stack(dtype)
     subspaces = bases(stack(dtype), options.pop("ratio"))
     if mesh is not None:
-        parallel(model, mesh)
+        parallel(model, mesh["tp"])
     confined = confine(model, subspaces, **options)
     if mesh is not None:
         shard(model, mesh[tuple(n for n in mesh.mesh_dim_names if n != "tp")])
@@ -160,8 +161,8 @@ def mesh_of(ranks, names=("dp", "tp")):
 def everything(rank, ranks):
     mesh = mesh_of(ranks)
     model = stack()
-    shard(parallel(model, mesh), mesh["dp"])
-    found = {
+    shard(parallel(model, mesh["tp"]), mesh["dp"])
+    return {
         "cuts": {
             name: [(cut.dim, cut.size, len(cut.groups)) for cut in sharding_of(p).cuts]
             for name, p in model.named_parameters()
@@ -171,7 +172,6 @@ def everything(rank, ranks):
         "confined": {name: confined_run(name, mesh) for name in CONFINED},
         "float32": protected_run("restored", mesh, torch.float32),
     }
-    return found
 
 
 @lru_cache
