@@ -129,8 +129,8 @@ def _checked(
         )
     if hasattr(weight, "ds_shape"):
         raise ValueError(
-            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; confine "
-            "before deepspeed.initialize"
+            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; call "
+            'confine(..., update="beside") before deepspeed.initialize'
         )
     if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
         raise TypeError(

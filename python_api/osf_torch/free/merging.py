@@ -79,6 +79,7 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
         spec = place.spec
         if spec.update != "merge":
             continue
+        require_writable(place)
         C, merged = place.get(spec.free), place.get(spec.merged)
         if place.is_sharded:
             if force or is_stale(C, merged):
@@ -90,6 +91,22 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
                 count += 1
     _merge_sharded(sharded)
     return count + len(sharded)
+
+
+def require_writable(place: Place) -> None:
+    """Refuses to merge into a weight that DeepSpeed's ZeRO-3 has partitioned: what is gathered for
+    a forward pass is let go after it, so that a backward pass would see the weight as it was.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    if place.spec.update == "merge" and hasattr(place.weight, "ds_id"):
+        raise RuntimeError(
+            f"osf_torch.confine: expected {place.name!r} to stay on this rank to merge into it, "
+            "got a weight that DeepSpeed's ZeRO-3 has partitioned; call, before "
+            'deepspeed.initialize, confine(..., update="beside") or confine(..., rank=s), which '
+            "leave W as it is"
+        )
 
 
 # --- who else writes to W ---
