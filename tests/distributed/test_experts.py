@@ -19,7 +19,7 @@ from tests.helpers import generator_for
 pytestmark = pytest.mark.slow
 
 COUNT, ROWS, COLUMNS = 5, 6, 8  # experts that neither mesh dimension divides
-STEPS = 3
+STEPS = 2
 PLACED = {
     "experts": (Shard(0), Replicate()),
     "experts twice": (Shard(0), Shard(0)),
