@@ -15,7 +15,7 @@ from osf_torch import measures
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected, Together, contents, zero3_shape
 from osf_torch.selection import listed, named_weights
-from osf_torch.sharding import Group, any_rank
+from osf_torch.sharding import any_rank, groups_of
 from osf_torch.subspaces import Subspace
 
 log = logging.getLogger("osf_torch")
@@ -153,13 +153,13 @@ def agreed(items: Sequence[Protected], check: Callable[[], None]) -> None:
         check()
     except Exception as error:
         refusal = error
-    groups: dict[Group, None] = dict.fromkeys(i.group for i in items if i.group is not None)
+    groups = groups_of(item.sharding for item in items)
     device = next((item.contents.device for item in items), torch.device("cpu"))
     flag = torch.tensor(float(refusal is not None), device=device)
-    told = [any_rank(group, flag) for group in groups]
+    told = any_rank(groups, flag)
     if refusal is not None:
         raise refusal
-    if any(told):
+    if told:
         raise RuntimeError(
             "osf_torch.Guard.verify: expected every rank to find the protection in place, got a "
             "refusal on another rank, whose own message says why"

@@ -57,12 +57,12 @@ def confine(
 
     Call it before the optimizer is made and before ``fully_shard`` or DistributedDataParallel (make
     DistributedDataParallel anew after ``release`` and ``next_task``); after ``parallelize_module``,
-    or before it where that is called under ``torch.no_grad()``. Weights that ``fully_shard`` and
-    ``parallelize_module`` both shard are refused at the first forward pass. ``fully_shard`` takes
+    or before it where that is called under ``torch.no_grad()``. ``fully_shard`` takes
     trained parameters of one dtype a group: of a model of half precision freeze what else is
     trained, or pass ``dtype=``, or keep the model in float32 and let ``MixedPrecisionPolicy`` round
     what is gathered. It gathers C and what is merged of it along with W, 2pq numbers beside mn, and
-    merging gathers C once a step, of all weights by one collective.
+    merging gathers C once a step, of all weights by one collective. DeepSpeed's ZeRO-3 takes
+    ``update="beside"`` or a ``rank``, before ``deepspeed.initialize``.
 
     Args:
         model: the model to train.

@@ -349,6 +349,8 @@ class Guard:
         Under "weights" the tensors that are used, of sharded weights as DTensors, so that
         ``torch.distributed.checkpoint`` saves and reshards them; under "subspaces" whole ones,
         which of unsharded weights are the same tensors. Nothing but tensors, numbers and strings.
+        All are of the weights themselves, however these are sharded: it loads on any number of
+        ranks and on other meshes, from DTensors or from whole tensors.
         """
         return state_of(
             list(self._items.values()),
@@ -367,8 +369,10 @@ class Guard:
 
         Raises:
             ValueError: of another set of parameters, other shapes, another mode, when or restore,
-                sharded over another number of ranks, or of other weights than the model has now;
-                nothing is changed.
+                one rank's part of a tensor, or of other weights than the model has now; nothing is
+                changed.
+
+        Of tensors that are sharded otherwise than the weights a collective.
         """
         items = list(self._items.values())
         held, subspaces = read_state(state, items, self.when, self.restores, self.mode)
@@ -377,6 +381,7 @@ class Guard:
         try:
             for item in items:
                 item.take(held[item.name])
+                measures.settle(item, self.mode)
             checks.require_state_of_weights(items, moved, self.mode)
         except Exception:
             for item, earlier in zip(items, before, strict=True):

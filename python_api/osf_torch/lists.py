@@ -3,13 +3,14 @@
 A matrix that is whole on this rank takes one call with all the others. Of one whose rows are
 sharded B = x V is this rank's own and A = Uᵀ x a sum over the ranks: all such matrices of a list
 take one collective a group, those to project and those to restore together. A matrix whose columns
-are sharded comes as its transposed view.
+are sharded comes as its transposed view. One whose rows and columns both are is projected on one
+side after the other, so that each sum goes with those of its group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,16 +19,25 @@ from osf_kernels import CoefficientList, Mode, Refusal, prepare, requested_backe
 from osf_torch.bases import Held
 from osf_torch.sharding import Group, is_first, sum_over_
 
+T_co = TypeVar("T_co", covariant=True)
 Key = tuple[Any, ...]
 KEPT = 4  # lists of several matrices that are kept ready: which have gradients may alternate
+
+
+class _At(Protocol[T_co]):
+    """What is known of some matrices by their places in a list."""
+
+    def __getitem__(self, at: int, /) -> T_co: ...
 
 
 class Entry(NamedTuple):
     """What is done to one matrix: x ← P(x), or where S or ``protected`` pins it, P(x) + that part.
 
     Attributes:
-        U, V: its bases; of a sharded matrix this rank's rows of U.
+        U, V: its bases; of a sharded matrix this rank's rows of them.
         groups: of the ranks that hold the matrix's other rows; none where it is whole.
+        across: of those that hold its other columns, of a matrix that is cut on both sides; then
+            nothing but ``protected`` pins it.
         S, residual, protected: as in ``osf_kernels.restore_many_``; each the same tensor at every
             step.
         inverse: (UᵀU)⁻¹ (r, r), which takes U for what its columns span where they aren't quite
@@ -41,6 +51,7 @@ class Entry(NamedTuple):
     residual: tuple[Tensor, Tensor] | Tensor | None = None
     protected: Tensor | None = None
     inverse: Tensor | None = None
+    across: tuple[Group, ...] = ()
 
     @property
     def is_pinned(self) -> bool:
@@ -89,16 +100,19 @@ class MatrixList:
         self, like: Sequence[Tensor], entries: Sequence[Entry], mode: Mode = "complement"
     ) -> None:
         whole: dict[bool, list[int]] = {}
-        halved: dict[tuple[Group, ...], dict[bool, list[int]]] = {}
+        halved: dict[Key, list[int]] = {}
         for i, entry in enumerate(entries):
-            in_halves = entry.groups or entry.inverse is not None
-            alike = halved.setdefault(entry.groups, {}) if in_halves else whole
-            alike.setdefault(entry.is_pinned, []).append(i)
+            in_halves = entry.groups or entry.across or entry.inverse is not None
+            sides = (entry.U is None, entry.V is None) if entry.across else ()
+            key = entry.groups, entry.across, entry.is_pinned, sides
+            alike = halved.setdefault(key, []) if in_halves else None
+            (whole.setdefault(entry.is_pinned, []) if alike is None else alike).append(i)
         self._whole = [_Part(at, like, entries, mode, sharded=False) for at in whole.values()]
-        self._halved = {
-            groups: [_Part(at, like, entries, mode, sharded=True) for at in alike.values()]
-            for groups, alike in halved.items()
-        }
+        self._halved = [
+            (_Crossed if across else _Halved)(at, like, entries, mode)
+            for (_, across, *_), at in halved.items()
+        ]
+        self._rounds = _rounds([part.groups for part in self._halved])
 
     def run_(self, xs: Sequence[Tensor]) -> None:
         """Projects and restores every matrix in place.
@@ -108,14 +122,31 @@ class MatrixList:
         """
         for part in self._whole:
             part.finish_([xs[i] for i in part.at])
-        for groups, parts in self._halved.items():
-            taken = [[xs[i] for i in part.at] for part in parts]
-            root = is_first(groups)
-            ready = [part.coefficients(x, root) for part, x in zip(parts, taken, strict=True)]
-            if groups:
-                _sum_(groups, ready)
-            for part, mine, found in zip(parts, taken, ready, strict=True):
-                part.finish_(mine, found)
+        running = [part.run_([xs[i] for i in part.at]) for part in self._halved]
+        summed = [next(steps, None) for steps in running]
+        for group, waiting in self._rounds:
+            _sum_(group, [flat for i in waiting for flat in summed[i] or ()])
+            for i in waiting:
+                summed[i] = next(running[i], None)
+
+
+def _rounds(sequences: Sequence[Sequence[Group]]) -> list[tuple[Group, list[int]]]:
+    """In which order sums are taken over groups, and who of those that wait for several of them one
+    after another joins each.
+
+    The next one is a group that nobody comes to later. Where all name groups in the order of one
+    mesh each group has one sum.
+    """
+    left = [list(sequence) for sequence in sequences]
+    found: list[tuple[Group, list[int]]] = []
+    while heads := [groups[0] for groups in left if groups]:
+        later = {id(group) for groups in left for group in groups[1:]}
+        group = next((head for head in heads if id(head) not in later), heads[0])
+        waiting = [i for i, groups in enumerate(left) if groups and groups[0] is group]
+        for i in waiting:
+            left[i].pop(0)
+        found.append((group, waiting))
+    return found
 
 
 class _Part:
@@ -129,8 +160,8 @@ class _Part:
     def __init__(
         self,
         at: Sequence[int],
-        like: Sequence[Tensor],
-        entries: Sequence[Entry],
+        like: _At[Tensor],
+        entries: _At[Entry],
         mode: Mode,
         *,
         sharded: bool,
@@ -187,14 +218,96 @@ class _Part:
             raise self._of_list(refusal) from None
 
 
-def _sum_(groups: Sequence[Group], found: Sequence[CoefficientList]) -> None:
-    """Sums A of all lists over the ranks, by one collective a group, dtype and device."""
+Steps = Iterator[Sequence[Tensor]]  # yields what is to be summed next, in place
+
+
+class _Halved:
+    """Matrices whose coefficients A are sums over the ranks of the same groups, or that an
+    ``inverse`` corrects.
+
+    Attributes:
+        at: where they stand in the list.
+        groups: over which ``run_`` has sums taken, one after another.
+    """
+
+    def __init__(
+        self, at: Sequence[int], like: _At[Tensor], entries: _At[Entry], mode: Mode
+    ) -> None:
+        self.at, self.groups = at, entries[at[0]].groups
+        self._part = _Part(at, like, entries, mode, sharded=True)
+
+    def run_(self, xs: Sequence[Tensor]) -> Steps:
+        found = self._part.coefficients(xs, is_first(self.groups))
+        for _ in self.groups:
+            yield found.sums
+        self._part.finish_(xs, found)
+        yield ()
+
+
+class _Crossed:
+    """Matrices that are cut on both sides: P is taken of their rows, then of their columns.
+
+    P(x) = P_V(P_U(x)) in mode "complement"; in mode "core", where P(x) = P_U(x) + P_V(x − P_U(x)),
+    with a copy of the matrices. Those of 16 bits are rounded once, at the end. Attributes as of
+    ``_Halved``.
+    """
+
+    def __init__(
+        self, at: Sequence[int], like: Sequence[Tensor], entries: Sequence[Entry], mode: Mode
+    ) -> None:
+        first = entries[at[0]]
+        self.at = at
+        self._pins = [entries[i].protected for i in at]
+        xs = {i: _wide(like[i]) for i in at}
+        self._left = self._right = None
+        if first.U is not None:
+            left = {i: Entry(entries[i].U, None, first.groups) for i in at}
+            self._left = _Halved(at, xs, left, "complement")
+        if first.V is not None:
+            right = {i: Entry(entries[i].V, None, first.across) for i in at}
+            self._right = _Halved(at, {i: x.mT for i, x in xs.items()}, right, "complement")
+        self._is_core = mode == "core" and None not in (self._left, self._right)
+        sides = self._left, self._right
+        self.groups = tuple(group for side in sides if side is not None for group in side.groups)
+
+    def run_(self, xs: Sequence[Tensor]) -> Steps:
+        wide = [_wide(x) for x in xs]
+        inside = [x.clone() for x in wide] if self._is_core else wide
+        yield from _sums(self._left, wide)
+        if self._is_core:
+            torch._foreach_sub_(inside, wide)
+        yield from _sums(self._right, [x.mT for x in inside])
+        if self._is_core:
+            torch._foreach_add_(wide, inside)
+        for x, result, protected in zip(xs, wide, self._pins, strict=True):
+            if protected is not None:
+                result += protected.to(result.dtype)
+            if result is not x:
+                x.copy_(result)
+        yield ()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() == 2 else x
+
+
+def _sums(side: _Halved | None, xs: Sequence[Tensor]) -> Steps:
+    """The sums that one side takes, and its end."""
+    if side is None:
+        return
+    steps = side.run_(xs)
+    for _ in side.groups:
+        yield next(steps)
+    next(steps)
+
+
+def _sum_(group: Group, flats: Sequence[Tensor]) -> None:
+    """Sums over the ranks of a group, by one collective a dtype and device."""
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for coefficients in found:
-        for flat in coefficients.sums:
-            alike.setdefault((flat.dtype, flat.device), []).append(flat)
-    for flats in alike.values():
-        sum_over_(groups, flats)
+    for flat in flats:
+        alike.setdefault((flat.dtype, flat.device), []).append(flat)
+    for some in alike.values():
+        sum_over_([group], some)
 
 
 class Lists:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from osf_kernels import Mode, apply_, coefficients, project, use_backend
+from osf_kernels import Mode, coefficients, project, use_backend
 from osf_torch.bases import Held, columns_of, double, is_high
 from osf_torch.protected import Pinned, Protected, gradients_of, readable, zero3_shape
 from osf_torch.sharding import Group, sum_over
@@ -44,36 +44,45 @@ TINY = 1e-300  # in a denominator that may be zero
 def remainder(item: Protected, x: Tensor, mode: Mode) -> Tensor:
     """x − P(x) in float64, of what this rank holds; ``x`` is the view of a weight or gradient."""
     x = x.double()
-    bases = double(item.held.U), double(item.held.V)
-    with use_backend("torch"):  # float64 is computed by no other, whatever is asked for
-        if item.group is None:
-            return x - project(x, *bases, mode=mode)
-        A, B = _coefficients(item, x, bases)
-        return x - apply_(x.clone(), *bases, A, B, mode=mode)
+    U, V = item.held.U, item.held.V
+    if not item.groups:
+        with use_backend("torch"):  # float64 is computed by no other, whatever is asked for
+            return x - project(x, double(U), double(V), mode=mode)
+    core = mode == "core"
+    rows = _within(U, x, everything=core, groups=item.groups)
+    columns = (rows if core else x - rows).mT
+    columns = _within(V, columns, everything=core, groups=item.across).mT
+    return columns if core else rows + columns
 
 
 def _coefficients(item: Protected, x: Tensor, bases: tuple[Held, Held]) -> tuple[Tensor, Tensor]:
-    """A = Uᵀ x of the whole matrix and B = x V of what this rank holds."""
+    """A = Uᵀ x and B = x V of the whole matrix, of each what belongs to this rank's part."""
     with use_backend("torch"):
         A, B = coefficients(x, *bases)
-    if item.group is not None:
-        (A,) = sum_over(item.group, [A])
+    (A,), (B,) = sum_over(item.groups, [A]), sum_over(item.across, [B])
     return A, B
 
 
-def sketched(item: Protected, x: Tensor, mode: Mode) -> Tensor:
-    """(x − P(x)) Ω in float64, of what this rank holds, with the same random Ω (n, c) every time.
+def sketched(item: Protected, W: Tensor, mode: Mode) -> Tensor:
+    """(W − P(W)) Ω in float64 of the rows that this rank holds of the weight itself, with the same
+    random Ω (n, c) every time.
 
-    ‖(x − P(x)) Ω‖_F is √c·‖x − P(x)‖_F up to chance. It takes one product of x with 2c columns.
+    ‖(W − P(W)) Ω‖_F is √c·‖W − P(W)‖_F up to chance. It takes one product of W with 2c columns.
     """
-    x = x.double()
-    Omega = _probes(x)
-    inside = _within(item.held.V, Omega, everything=mode == "core")
-    if mode == "core":
-        return _within(item.held.U, x @ inside, everything=True, group=item.group)
-    both = x @ torch.cat([inside, Omega - inside], -1)
-    across = _within(item.held.U, both[..., PROBES:], everything=False, group=item.group)
-    return both[..., :PROBES] + across
+    x, held, sides = W.double(), item.held, (item.groups, item.across)
+    if item.is_transposed:
+        x, held, sides = x.mT, item.turned(held), sides[::-1]
+    rows, across = sides
+    Omega = _probes(item.weight).to(x.device)
+    cut = None if item.sharding is None else item.sharding.of(-1)
+    Omega = Omega if cut is None else cut.slice(Omega, -2)
+    core = mode == "core"
+    inside = _within(held.V, Omega, everything=core, groups=across)
+    columns = inside if core else torch.cat([inside, Omega - inside], -1)
+    (both,) = sum_over(across, [x @ columns])
+    if core:
+        return _within(held.U, both, everything=True, groups=rows)
+    return both[..., :PROBES] + _within(held.U, both[..., PROBES:], everything=False, groups=rows)
 
 
 def leaking(item: Protected, mode: Mode) -> Tensor | None:
@@ -89,11 +98,11 @@ def leaking(item: Protected, mode: Mode) -> Tensor | None:
     # Seen: 1 eps of 16 bits, which are rounded once at the end, and 9 of float32 in mode "core".
     rounding = torch.finfo(g.dtype).eps * (2 if g.element_size() == 2 else 32)
     x = item.view(g).double()
+    if item.across or (item.groups and (mode == "core" or item.held.V is None)):
+        return None
     Omega = _probes(x)
     inside = _within(item.held.V, Omega, everything=mode == "core")
-    if item.group is not None:
-        if mode == "core" or item.held.V is None:
-            return None
+    if item.groups:
         found = x @ inside
     elif mode == "core":
         found = _within(item.held.U, x @ inside, everything=True)
@@ -112,35 +121,43 @@ def leaking(item: Protected, mode: Mode) -> Tensor | None:
 
 
 def _probes(x: Tensor) -> Tensor:
-    """Random columns (n, c) for an x of n columns, the same every time."""
+    """Random columns (n, c) in float64 for an x of n columns, the same every time."""
     generator = torch.Generator("cpu").manual_seed(x.shape[-1])
     size = (x.shape[-1], PROBES)
-    return torch.randn(size, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(x.device)
 
 
-def _within(basis: Held, y: Tensor, *, everything: bool, group: Group | None = None) -> Tensor:
+def _within(basis: Held, y: Tensor, *, everything: bool, groups: Sequence[Group] = ()) -> Tensor:
     """The part of y (n, c) in the span that a basis protects; a missing one protects all of it in
     mode "core" and nothing in mode "complement".
 
     Args:
-        group: of the ranks that hold the other rows of the basis and of y.
+        groups: of the ranks that hold the other rows of the basis and of y.
     """
     if basis is None:
         return y if everything else torch.zeros_like(y)
     columns = columns_of(basis).to(y.dtype)
-    inner = columns.mT @ y
-    if group is not None:
-        (inner,) = sum_over(group, [inner])
+    (inner,) = sum_over(groups, [columns.mT @ y])
     part = columns @ inner
     return part if is_high(basis) else y - part
 
 
-def norm(item: Protected, x: Tensor) -> float:
-    """The Frobenius norm of the whole matrix from what each rank holds; synchronises."""
+def norm(item: Protected, x: Tensor, alike: Sequence[Group] = ()) -> float:
+    """The Frobenius norm of the whole matrix from what each rank holds; synchronises.
+
+    Args:
+        alike: groups whose ranks all hold the same of x.
+    """
     square = x.double().square().sum()
-    if item.sharding is not None:
-        (square,) = sum_over(item.sharding.group, [square])
+    groups = () if item.sharding is None else item.sharding.groups
+    (square,) = sum_over([group for group in groups if group not in alike], [square])
     return float(square.sqrt())
+
+
+def _alike_of_sketch(item: Protected) -> Sequence[Group]:
+    """The groups whose ranks hold the same of a sketch."""
+    cut = None if item.sharding is None else item.sharding.of(-1)
+    return () if cut is None else cut.groups
 
 
 def share(item: Protected, x: Tensor, mode: Mode) -> float:
@@ -202,7 +219,8 @@ def reference(item: Protected, mode: Mode) -> Tensor | None:
     A, B = S.unsqueeze(-1) * V.mT, U * S.unsqueeze(-2)
     if s.rest_A is not None and s.rest_B is not None:
         A, B = A + s.rest_A, B + s.rest_B
-    return U @ A + (B - U @ (A @ V)) @ V.mT
+    (inner,) = sum_over(item.across, [A @ V])
+    return U @ A + (B - U @ inner) @ V.mT
 
 
 @torch.no_grad()
@@ -215,8 +233,10 @@ def drift(item: Protected, mode: Mode) -> float:
     """
     item.follow()
     W = item.view(item.weight)
-    if item.held.sketch is not None and not zero3_shape(item.weight):
-        return _relative(item, sketched(item, W, mode) - item.held.sketch, item.held.sketch)
+    sketch = item.held.sketch
+    if sketch is not None and not zero3_shape(item.weight):
+        now = sketched(item, W, mode)
+        return _relative(item, now - sketch, sketch, _alike_of_sketch(item))
     H = None if zero3_shape(item.weight) else reference(item, mode)
     if H is None:
         raise RuntimeError(
@@ -226,8 +246,8 @@ def drift(item: Protected, mode: Mode) -> float:
     return _relative(item, remainder(item, W, mode) - H, H)
 
 
-def _relative(item: Protected, off: Tensor, H: Tensor) -> float:
-    return norm(item, off) / max(norm(item, H), TINY)
+def _relative(item: Protected, off: Tensor, H: Tensor, alike: Sequence[Group] = ()) -> float:
+    return norm(item, off, alike) / max(norm(item, H, alike), TINY)
 
 
 @torch.no_grad()
@@ -240,14 +260,19 @@ def released(before: Protected, after: Protected, mode: Mode) -> float:
 def drift_limit(item: Protected, mode: Mode) -> float:
     """What rounding explains of a drift: of the weight at every step, and of the bases."""
     sketch = item.held.sketch
-    H = reference(item, mode) if sketch is None else sketch / PROBES**0.5
+    if sketch is not None:
+        return _limit(item, norm(item, sketch, _alike_of_sketch(item)) / PROBES**0.5)
+    H = reference(item, mode)
     assert H is not None
-    return _limit(item, H)
+    return _limit(item, norm(item, H))
 
 
-def _limit(item: Protected, H: Tensor) -> float:
+def _limit(item: Protected, size: float) -> float:
+    """Args:
+    size: of the protected part.
+    """
     W = item.view(item.weight)
-    ratio = norm(item, W) / max(norm(item, H), TINY)
+    ratio = norm(item, W) / max(size, TINY)
     limit = ROUNDED_DRIFT_LIMIT if _is_rounded(item) else DRIFT_LIMIT
     # In 16 bits what is restored is rounded once, each entry by half an eps at most. Wider weights
     # are restored by products in their own dtype, which leave up to .9 eps (96 × 160, 200 to 2,000
@@ -280,19 +305,21 @@ def pinned(item: Protected, mode: Mode) -> Pinned:
     A, B = _coefficients(item, W.double(), bases)
     U, V = map(columns_of, bases)
     rests = {"rest_A": A - S.unsqueeze(-1) * V.mT, "rest_B": B - U * S.unsqueeze(-2)}
-    sizes = {
-        name: _norm_of_rest(item, rest, alike=name == "rest_A") for name, rest in rests.items()
-    }
-    off = min(sizes.values()) / max(_norm_of_rest(item, S, alike=True), TINY)
+    alike = {"rest_A": item.groups, "rest_B": item.across}
+    sizes = {name: norm(item, rest, alike[name]) for name, rest in rests.items()}
+    everywhere = (*item.groups, *item.across)
+    off = min(sizes.values()) / max(norm(item, S, everywhere), TINY)
     if not off <= TRIPLETS_LIMIT:
         raise ValueError(
             f"expected U, S, V of parameter {item.name!r} to be singular triplets of it, got "
             f"|U'W - S V'| and |W V - U S| of {off:.1e} |S| and more; take them from the weight as "
             "it stands, or leave S out"
         )
+    if item.across:  # each sum goes with those of its group, so that one side follows the other
+        return _dense(item, W, mode)
     if mode == "core":
         rests = {"rest_B": A @ V - torch.diag_embed(S)}
-        sizes = {"rest_B": _norm_of_rest(item, rests["rest_B"], alike=True)}
+        sizes = {"rest_B": norm(item, rests["rest_B"], everywhere)}
     allowed = SHARE_OF_ROUNDING * torch.finfo(W.dtype).eps * norm(item, W)
     if max(sizes.values()) <= allowed:
         return Pinned(s.U, s.V, s.S)
@@ -301,7 +328,7 @@ def pinned(item: Protected, mode: Mode) -> Pinned:
         rests[name] = rest.to(torch.bfloat16 if narrow else _wide(W))
     # Of the whole, so that every rank decides alike.
     elements, r = item.weight.numel(), S.shape[-1]
-    m, n = reversed(item.weight.shape[-2:]) if item.is_transposed else item.weight.shape[-2:]
+    m, n = item.view_shape[-2:]
     of_rests = {"rest_A": elements // max(m, 1) * r, "rest_B": elements // max(n, 1) * r}
     beside = sum(of_rests[name] * rest.element_size() for name, rest in rests.items())
     if mode != "core" and elements * _wide(W).itemsize < beside:
@@ -309,22 +336,26 @@ def pinned(item: Protected, mode: Mode) -> Pinned:
     return Pinned(s.U, s.V, s.S, **rests)
 
 
-def _norm_of_rest(item: Protected, rest: Tensor, *, alike: bool) -> float:
-    """Of the whole; ``alike`` says that it has no side on which a matrix is sharded, so that every
-    rank holds the same."""
-    return float(rest.norm()) if alike and item.group is not None else norm(item, rest)
-
-
 def _dense(item: Protected, W: Tensor, mode: Mode) -> Pinned:
     s, H = item.held, remainder(item, W, mode)
     if s.protected is not None:
         off = _relative(item, H - s.protected.double(), H)
-        if not off <= _limit(item, H):
+        if not off <= _limit(item, norm(item, H)):
             raise ValueError(
                 f"expected protected of parameter {item.name!r} to be W - P(W) of the weight as it "
                 f"stands, got one off by {off:.1e} of it; leave it out, and protect computes it"
             )
     return Pinned(s.U, s.V, None, H.to(_wide(W)))
+
+
+def settle(item: Protected, mode: Mode) -> None:
+    """Has an item hold densely what a state has as triplets, where its weight is cut on both sides:
+    see ``lists.Entry.across``."""
+    s = item.held
+    if item.across and s.sketch is None and s.protected is None:
+        H = reference(item, mode)
+        assert H is not None
+        item.take(Pinned(s.U, s.V, None, H.to(_wide(item.weight))))
 
 
 def _wide(W: Tensor) -> torch.dtype:

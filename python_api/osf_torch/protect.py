@@ -44,11 +44,12 @@ def protect(
 
     Call it when the parameters are those that will be trained: after ``fully_shard``,
     ``parallelize_module`` or a move to another device, and before DeepSpeed's ``initialize``.
-    Sharded weights (DTensor, sharded on one mesh dimension) keep a slice of the basis of their
-    sharded side; a step takes one all-reduce on the mesh dimension's group, and a second one to
+    Sharded weights (DTensor) keep a slice of the basis of a sharded side; a step takes one
+    all-reduce on the group of each mesh dimension that shards rows or columns, and a second one to
     restore at once, for what an optimizer moves isn't known before it has: ``restore="deferred"``
     shares the next step's. Bases of V alone under FSDP2 take none, nor do replicated gradients
-    (DistributedDataParallel).
+    (DistributedDataParallel). Of weights whose rows and columns are both sharded (FSDP2 over tensor
+    parallelism) the protected part is pinned densely.
 
     Args:
         model: its 2-D (or batched) parameters named in ``subspaces`` are protected; frozen ones
@@ -150,7 +151,8 @@ def protect(
         raise ValueError(
             f"osf_torch.protect: expected whole weights for restoring and for when='step', got "
             f"parameter {zero3!r} partitioned by DeepSpeed's ZeRO-3; pass restore=False and "
-            "when='backward'"
+            "when='backward', or call confine(..., update='beside') before deepspeed.initialize, "
+            "where nothing protected moves whatever the optimizer does"
         )
     if optimizer is not None:
         _require_owner(optimizer, items)

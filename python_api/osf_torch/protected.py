@@ -1,7 +1,8 @@
 """A protected weight: what this rank holds of its subspace, and which gradient was projected.
 
 A weight sharded by columns is seen transposed, so that the sharded dimension is always the rows:
-there B = g V is local and A = Uᵀ g is summed.
+there B = g V is local and A = Uᵀ g is summed. Of one that is sharded by both the rows are those
+that the first of the mesh's dimensions cuts, and B is summed too.
 
 A step of training asks the same of all weights of a guard, so that what is asked at every step is
 written for lists: one loop, and no call a weight.
@@ -10,9 +11,9 @@ written for lists: one loop, and no call a weight.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,12 +22,23 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved, of_shard
 from osf_torch.lists import Entry
-from osf_torch.sharding import Group, Sharding, is_dtensor, local, sharding_of
+from osf_torch.sharding import Group, is_dtensor, local, part_like, sharding_of
 from osf_torch.sharing import whole
 from osf_torch.subspaces import Subspace
 
 # An entry of UᵀU − I: 16-bit bases are off by up to 4e-3, and float32 bases of LAPACK by 2e-5.
 ORTHONORMAL_LIMIT = {2: 1e-2, 4: 1e-4, 8: 1e-4}  # by bytes of an element
+
+# Of the parts of a Pinned: which of their last dimensions are which of the weight's.
+SIDES = {
+    "U": {-2: -2},
+    "V": {-2: -1},
+    "S": {},
+    "protected": {-2: -2, -1: -1},
+    "rest_A": {-1: -1},
+    "rest_B": {-2: -2},
+    "sketch": {-2: -2},
+}
 
 _epochs = itertools.count(1)
 _MARK = "_osf_projected"
@@ -73,11 +85,13 @@ class Protected:
         name: as in the model, without the names that wrappers add.
         weight: the parameter.
         sharding: how it lies, None where it is whole.
-        group: over which coefficients are summed; None where no sum is wanted.
+        groups: over which coefficients A are summed, those of the ranks with other rows of
+            ``view``; none where no sum is wanted.
+        across: over which B are summed, those of the ranks with other columns of ``view``.
         is_plain: whether ``view`` of the weight and its gradient is either itself.
         is_transposed: whether ``view`` is the transposed weight's.
-        held: what is protected of ``view``: this rank's slice of the sharded side, the other side
-            whole.
+        held: what is protected of ``view``: this rank's slice of a sharded side, and all of
+            another one.
         key, pinned_key: the item and what it holds now, in lists of gradients and of weights.
         raw, kept: ``measures.imprints`` of the gradient that was projected last, before and after,
             where nothing is pinned.
@@ -85,10 +99,12 @@ class Protected:
 
     def __init__(self, name: str, weight: nn.Parameter, subspace: Subspace) -> None:
         self.name, self.weight = name, weight
-        cut = self.sharding = sharding_of(weight)
-        self.group: Group | None = cut.group if cut is not None and cut.dim >= -2 else None
+        self.sharding = sharding_of(weight)
+        cuts = [] if self.sharding is None else [c for c in self.sharding.cuts if c.dim >= -2]
         self.is_plain = not is_dtensor(weight)
-        self.is_transposed = cut is not None and cut.dim == -1
+        self.is_transposed = bool(cuts) and cuts[0].dim == -1
+        self.groups: tuple[Group, ...] = cuts[0].groups if cuts else ()
+        self.across: tuple[Group, ...] = cuts[1].groups if len(cuts) > 1 else ()
         self._number = next(_epochs)
         self.take(self._held(subspace))
 
@@ -99,13 +115,20 @@ class Protected:
 
     def entry(self, mode: Mode, *, pinned: bool) -> Entry:
         """What is done to the gradient, or where ``pinned`` to the weight."""
-        held, groups = self.held, () if self.group is None else (self.group,)
+        held, groups, across = self.held, self.groups, self.across
         if not pinned:
-            cut, U = self.sharding, held.U
-            if cut is not None and cut.dim >= -2:
-                U = of_shard(U, self.weight.shape[cut.dim])
-            return Entry(U, held.V, groups)
-        return Entry(held.U, held.V, groups, held.S, held.residual(mode), held.protected)
+            m, n = self.view_shape[-2:]
+            U = of_shard(held.U, m) if self.groups else held.U
+            V = of_shard(held.V, n) if self.across else held.V
+            return Entry(U, V, groups, across=across)
+        pins = held.S, held.residual(mode), held.protected
+        return Entry(held.U, held.V, groups, *pins, across=across)
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """Of the whole weight, as ``view`` has it."""
+        *lead, m, n = self.weight.shape
+        return (*lead, n, m) if self.is_transposed else (*lead, m, n)
 
     def take(self, held: Pinned) -> None:
         """Holds something else from now on; what was projected with it before, isn't."""
@@ -139,22 +162,48 @@ class Protected:
         for side, basis in (("U", U), ("V", V)):
             require_orthonormal(side, basis)
             _require_apart(side, basis, self.weight)
-        S = None if s.S is None else s.S.to(device)
-        protected = None if s.protected is None else s.protected.to(device)
-        cut = self.sharding
-        if cut is None:
-            return Pinned(U, V, S, protected)
-        if cut.dim < -2:
-            U, V = (_cut(cut, basis, cut.dim) for basis in (U, V))
-            S = cut.slice(S, cut.dim + 1) if S is not None and S.dim() >= -cut.dim - 1 else S
-        elif cut.dim == -1:
-            U, V = _cut(cut, V, -2), U
-        else:
-            U = _cut(cut, U, -2)
-        if protected is not None:
-            protected = _part(cut, protected, cut.dim)
-            protected = protected.mT if self.is_transposed else protected
-        return Pinned(U, V, S, protected)
+        return self.hold({"U": U, "V": V, "S": s.S, "protected": s.protected})
+
+    def hold(self, whole: Mapping[str, Any], *, core: bool = False) -> Pinned:
+        """What this rank holds of the parts of a Pinned of the weight itself, each all of it, or a
+        DTensor, which is gathered where it lies otherwise than the weight: a collective.
+
+        Args:
+            core: as in ``follows``.
+        """
+        device = local(self.weight).device
+        found: dict[str, Any] = {"U": None, "V": None}
+        for key, part in whole.items():
+            if part is not None:
+                follows = self.follows(key, columns_of(part).dim(), core=core)
+                part = mapped(part, partial(part_like, like=self.weight, follows=follows))
+                found[key] = moved(part, device)
+        return self.turned(Pinned(**found))
+
+    def turned(self, held: Pinned) -> Pinned:
+        """What is held of the weight in terms of ``view``, or the other way round."""
+        if not self.is_transposed:
+            return held
+        rest_A, rest_B = held.rest_B, held.rest_A
+        if rest_A is not None and rest_B is None:  # of mode "core", where rest_B alone is held
+            rest_A, rest_B = None, rest_A
+        turned = (None if t is None else t.mT for t in (held.protected, rest_A, rest_B))
+        protected, rest_A, rest_B = turned
+        return Pinned(held.V, held.U, held.S, protected, rest_A, rest_B, held.sketch)
+
+    def follows(self, key: str, dims: int, *, core: bool = False) -> dict[int, int]:
+        """Of a part of a Pinned of the weight itself, of ``dims`` dimensions: which of them are cut
+        as which of the weight, counted from the end.
+
+        Args:
+            core: whether rest_B is that of mode "core", which has no side of the weight's.
+        """
+        sides = {} if core and key == "rest_B" else dict(SIDES[key])
+        batch = self.weight.dim() - 2
+        last = 1 if key == "S" else 2
+        if dims == batch + last:  # and not one for every matrix of a batch
+            sides |= {-last - i: -2 - i for i in range(1, batch + 1)}
+        return sides
 
 
 class Together:
@@ -303,8 +352,8 @@ def require_orthonormal(side: str, basis: Held) -> None:
         return
     columns = columns_of(basis)
     itemsize = columns.element_size()
-    columns = columns.double()  # which autocast leaves alone
-    gram = whole(columns.mT @ columns)
+    columns = whole(columns).double()  # which autocast leaves alone
+    gram = columns.mT @ columns
     off = float(
         (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max()
     )
@@ -324,14 +373,3 @@ def shapes_of(weight: Tensor, s: Subspace) -> tuple[Tensor, Held, Held]:
     """The whole weight and its bases as meta tensors, for ``plan`` to judge."""
     W = torch.empty(zero3_shape(weight) or weight.shape, dtype=weight.dtype, device="meta")
     return W, moved(s.U, W.device), moved(s.V, W.device)
-
-
-def _cut(cut: Sharding, basis: Held, dim: int) -> Held:
-    if basis is None or columns_of(basis).dim() < -dim:  # one basis for every matrix of a batch
-        return basis
-    return mapped(basis, lambda columns: _part(cut, columns, dim))
-
-
-def _part(cut: Sharding, t: Tensor, dim: int) -> Tensor:
-    """This rank's slice of a whole tensor, or what it holds of one that is sharded already."""
-    return local(t) if is_dtensor(t) else cut.slice(t, dim)

@@ -294,7 +294,7 @@ def _require_finite(selected: Sequence[Selected]) -> None:
         count = torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum()
         cut = sharding_of(s.weight)
         if cut is not None:
-            (count,) = sum_over(cut.group, [count])
+            (count,) = sum_over(cut.groups, [count])
         counts.append(count)
     found = zip(selected, read(counts), strict=True)
     bad = [f"{s.name!r} has {count}" for s, count in found if count]

@@ -7,8 +7,9 @@ replicated on every mesh dimension: their gradients are everywhere the same and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,26 +21,45 @@ Group = Any  # torch.distributed.ProcessGroup, which a build without distributed
 
 
 @dataclass(frozen=True)
-class Sharding:
+class Cut:
     """The slice of one dimension of a weight that this rank holds.
 
     Attributes:
         dim: the dimension, from the end: -2 for rows, -1 for columns, below for a batch's.
         start, size: the slice; the size may be 0 on the last ranks.
-        group: of the ranks that hold the other slices.
-        ranks: how many they are.
+        groups: of the ranks that hold the other slices, one a mesh dimension that cuts this one.
     """
 
     dim: int
     start: int
     size: int
-    group: Group
-    ranks: int
+    groups: tuple[Group, ...]
 
     def slice(self, t: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole tensor, in memory of its own."""
         part = t.narrow(dim, self.start, self.size)
         return padded(part.clone(memory_format=torch.contiguous_format))
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a weight is shared out among ranks.
+
+    Attributes:
+        cuts: one a dimension that is cut, in the order of the mesh dimensions that cut them.
+    """
+
+    cuts: tuple[Cut, ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Of all mesh dimensions that cut something: a sum over one after the other is over all
+        parts of the weight."""
+        return tuple(group for cut in self.cuts for group in cut.groups)
+
+    def of(self, dim: int) -> Cut | None:
+        """The cut of a dimension, counted from the end."""
+        return next((cut for cut in self.cuts if cut.dim == dim), None)
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -69,92 +89,154 @@ def sharding_of(weight: Tensor) -> Sharding | None:
     """How ``weight`` is sharded; None where it is whole on this rank.
 
     Raises:
-        ValueError: sharded on two mesh dimensions, or in a way that isn't a plain Shard.
+        ValueError: it has parts that are sums, or a rank's part isn't one slice of each dimension.
     """
     if not is_dtensor(weight):
         return None
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
     placements: Sequence[Any] = weight.placements  # type: ignore[attr-defined]
-    sharded = [(i, p) for i, p in enumerate(placements) if not p.is_replicate()]
-    if not sharded:
+    cuts: dict[int, list[int]] = {}
+    for mesh_dim, placement in enumerate(placements):
+        if is_cut(placement):
+            cuts.setdefault(placement.dim % weight.dim() - weight.dim(), []).append(mesh_dim)
+        elif not placement.is_replicate():
+            raise ValueError(
+                "expected it to be sharded or replicated on every mesh dimension, got placements "
+                f"{tuple(placements)}"
+            )
+    if not cuts:
         return None
-    mesh_dim, placement = sharded[0]
-    # FSDP over tensor-parallel rows gives a strided shard, a subclass whose rows aren't one slice.
-    if len(sharded) > 1 or type(placement).__name__ != "Shard":
-        raise ValueError(
-            "expected it to be sharded by Shard on one mesh dimension, replicated on the others, "
-            f"got placements {tuple(placements)}"
+    found = []
+    for dim, mesh_dims in cuts.items():
+        steps = tuple(
+            (getattr(placements[d], "split_factor", 1), mesh.size(d), mesh.get_local_rank(d))
+            for d in mesh_dims
         )
-    dim = placement.dim % weight.dim()
-    ranks, rank = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
-    whole = weight.shape[dim]
-    chunk = -(-whole // ranks)  # as torch.chunk cuts
-    start = min(whole, chunk * rank)
-    size = min(whole, start + chunk) - start
-    held = local(weight).shape[dim]
-    if held != size:
-        raise ValueError(
-            f"expected this rank to hold {size} of {whole} along dimension {dim}, got {held}"
-        )
-    return Sharding(dim - weight.dim(), start, size, mesh.get_group(mesh_dim), ranks)
+        start, size, is_one = _slice(weight.shape[dim], steps)
+        held = local(weight).shape[dim]
+        if held != size or not is_one:
+            raise ValueError(
+                f"expected this rank to hold one slice, of {size} of {weight.shape[dim]} along "
+                f"dimension {dim}, got {held} by placements {tuple(placements)}"
+            )
+        found.append(Cut(dim, start, size, tuple(mesh.get_group(d) for d in mesh_dims)))
+    return Sharding(tuple(found))
 
 
-def _placed(like: Tensor, dims: int, dim: int) -> list[Any]:
-    """Placements of a tensor whose dimension ``dim``, from the end, is sharded as ``like`` is."""
+def is_cut(placement: Any) -> bool:
+    """Whether a placement is a Shard, or the strided one that FSDP makes of tensor-parallel rows,
+    which isn't a subclass in every release."""
+    return hasattr(placement, "dim") and "Shard" in type(placement).__name__
+
+
+@lru_cache(maxsize=1024)
+def _slice(whole: int, steps: tuple[tuple[int, int, int], ...]) -> tuple[int, int, bool]:
+    """Start and size of what a rank has of a dimension, and whether that is one slice.
+
+    Args:
+        steps: one a mesh dimension that cuts it: into how many parts later ones do, 1 but of a
+            strided shard; how many ranks it has; which of them this one is.
+    """
+    at = torch.arange(whole, device="cpu")
+    for factor, ranks, rank in steps:
+        parts = []
+        for piece in at.chunk(factor):
+            size = -(-len(piece) // ranks)  # as torch.chunk cuts
+            parts.append(piece[size * rank : size * (rank + 1)])
+        at = torch.cat(parts)
+    if not len(at):
+        return 0, 0, True
+    start, last = int(at[0]), int(at[-1])
+    return start, len(at), last - start == len(at) - 1
+
+
+def _placed(like: Tensor, dims: int, follows: Mapping[int, int]) -> list[Any]:
+    """Placements of a tensor of ``dims`` dimensions, of which some are sharded as those of ``like``
+    that they follow; both counted from the end."""
     from torch.distributed.tensor import Replicate, Shard
 
-    placements: Sequence[Any] = like.placements  # type: ignore[attr-defined]
-    return [Replicate() if p.is_replicate() else Shard(dims + dim) for p in placements]
+    own = {theirs: mine for mine, theirs in follows.items()}
+    found: list[Any] = []
+    for p in like.placements:  # type: ignore[attr-defined]
+        dim = own.get(p.dim % like.dim() - like.dim()) if is_cut(p) else None
+        if dim is None:
+            found.append(Replicate())
+        elif hasattr(p, "split_factor"):
+            found.append(type(p)(dims + dim, split_factor=p.split_factor))
+        else:
+            found.append(Shard(dims + dim))
+    return found
 
 
-def as_dtensor(t: Tensor, like: Tensor, dim: int) -> Tensor:
-    """The ranks' slices of a tensor as one DTensor, sharded by ``dim`` as ``like`` by its own."""
+def as_dtensor(t: Tensor, like: Tensor, follows: Mapping[int, int]) -> Tensor:
+    """The ranks' parts of a tensor as one DTensor on the mesh of ``like``.
+
+    Args:
+        follows: which of its dimensions are cut as which of ``like``, both counted from the end.
+    """
     from torch.distributed.tensor import DTensor
 
-    cut = sharding_of(like)
-    assert cut is not None
     t = t.contiguous()
     shape = list(t.shape)
-    shape[dim] = like.shape[cut.dim]
+    for mine, theirs in follows.items():
+        shape[mine] = like.shape[theirs]
     stride = torch.empty(shape, device="meta").stride()
     mesh = like.device_mesh  # type: ignore[attr-defined]
-    placements = _placed(like, t.dim(), dim)
+    placements = _placed(like, t.dim(), follows)
     made: Tensor = DTensor.from_local(
         t, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
     return made
 
 
-def lies_as(t: Any, like: Tensor, dim: int) -> bool:
-    """Whether a DTensor is sharded by ``dim`` as ``like`` is by its own."""
-    cut = sharding_of(like)
-    return (
-        cut is not None
-        and t.device_mesh == like.device_mesh  # type: ignore[attr-defined]
-        and list(t.placements) == _placed(like, t.dim(), dim)
-        and t.shape[dim] == like.shape[cut.dim]
-    )
+def part_like(t: Any, like: Tensor, follows: Mapping[int, int]) -> Tensor:
+    """What this rank holds of a tensor whose dimensions are cut as those of ``like``.
+
+    Args:
+        t: all of it, the same on every rank; or a DTensor, which is gathered where it lies
+            otherwise: a collective of the ranks of its mesh.
+        follows: as in ``as_dtensor``.
+    """
+    if is_dtensor(t):
+        placements = _placed(like, t.dim(), follows) if is_dtensor(like) else None
+        mesh = getattr(like, "device_mesh", None)
+        if t.device_mesh == mesh and list(t.placements) == placements:
+            return local(t)
+        t = t.full_tensor()
+    cuts = sharding_of(like)
+    for mine, theirs in follows.items():
+        cut = None if cuts is None else cuts.of(theirs)
+        if cut is not None:
+            t = cut.slice(t, mine)
+    part: Tensor = t
+    return part
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The whole of sharded tensors on every rank, by one collective a group and dtype."""
+    """The whole of sharded tensors on every rank, by one collective a group and dtype; of those
+    that several mesh dimensions cut by some for each."""
     import torch.distributed as dist
 
     # Its name up to torch 2.12.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     found: dict[int, Tensor] = {}
-    together: dict[tuple[Any, ...], list[tuple[int, Sharding]]] = {}
+    together: dict[tuple[Any, ...], list[tuple[int, Cut]]] = {}
     for i, t in enumerate(tensors):
-        cut = sharding_of(t)
-        if cut is None:
+        sharding = sharding_of(t)
+        if sharding is None:
             found[i] = local(t)
+        elif len(sharding.groups) > 1:
+            found[i] = t.full_tensor()  # type: ignore[attr-defined]
         else:
-            key = (cut.group, cut.ranks, t.dtype, t.device)
+            (cut,) = sharding.cuts
+            key = (cut.groups[0], t.dtype, t.device)
             together.setdefault(key, []).append((i, cut))
-    for (group, ranks, *_), members in together.items():
+    for (group, *_), members in together.items():
+        ranks = dist.get_world_size(group)
         # Every rank sends as much as the one with the most, slice after slice.
         sizes = [
-            [_shard_shape(tensors[i], cut, rank) for rank in range(ranks)] for i, cut in members
+            [_shard_shape(tensors[i], cut.dim, ranks, rank) for rank in range(ranks)]
+            for i, cut in members
         ]
         most = max(sum(math.prod(size[rank]) for size in sizes) for rank in range(ranks))
         sent = local(tensors[members[0][0]]).new_zeros(most)
@@ -175,19 +257,22 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [found[i] for i in range(len(tensors))]
 
 
-def _shard_shape(t: Tensor, cut: Sharding, rank: int) -> list[int]:
+def _shard_shape(t: Tensor, dim: int, ranks: int, rank: int) -> list[int]:
     """What a rank holds of a tensor that is cut as torch.chunk cuts."""
     shape = list(t.shape)
-    chunk = -(-shape[cut.dim] // cut.ranks)
-    start = min(shape[cut.dim], chunk * rank)
-    shape[cut.dim] = min(shape[cut.dim], start + chunk) - start
+    chunk = -(-shape[dim] // ranks)
+    start = min(shape[dim], chunk * rank)
+    shape[dim] = min(shape[dim], start + chunk) - start
     return shape
 
 
-def sum_over(group: Group, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums over the group's ranks of tensors of one dtype and device, by one collective."""
+def sum_over(groups: Sequence[Group], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over the ranks of all groups of tensors of one dtype and device, by one collective a
+    group; the tensors themselves without a group."""
+    if not groups:
+        return list(tensors)
     flat = torch.cat([t.reshape(-1) for t in tensors])
-    sum_over_([group], [flat])
+    sum_over_(groups, [flat])
     parts = flat.split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
@@ -215,14 +300,19 @@ def is_first(groups: Sequence[Group]) -> bool:
     return all(dist.get_rank(group) == 0 for group in groups)
 
 
-def any_rank(group: Group | None, flag: Tensor) -> bool:
-    """Whether ``flag`` is set here or, with a group, on any of its ranks; synchronises."""
-    if group is not None:
-        import torch.distributed as dist
+def any_rank(groups: Iterable[Group], flag: Tensor) -> bool:
+    """Whether ``flag`` is set here or on any of the groups' ranks; synchronises."""
+    flag = flag.clone()
+    for group in groups:
+        import torch.distributed as dist  # which a build without it never comes to
 
-        flag = flag.clone()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+def groups_of(shardings: Iterable[Sharding | None]) -> list[Group]:
+    """Each group over which something is shared out, once, in the order in which they come."""
+    return list(dict.fromkeys(group for s in shardings if s is not None for group in s.groups))
 
 
 def step_left_out(optimizer: torch.optim.Optimizer, shardings: Iterable[Sharding | None]) -> bool:
@@ -230,4 +320,4 @@ def step_left_out(optimizer: torch.optim.Optimizer, shardings: Iterable[Sharding
     found = getattr(optimizer, "found_inf", None)
     if found is None:
         return False
-    return any_rank(next((s.group for s in shardings if s is not None), None), found)
+    return any_rank(groups_of(shardings), found)

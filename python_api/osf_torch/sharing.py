@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import padded
-from osf_torch.sharding import Group, is_dtensor, sharding_of
+from osf_torch.sharding import Group, groups_of, is_dtensor, is_first, sharding_of
 
 METHODS = ("randomized", "gram", "warm", "deflated", "exact")
 UNKNOWN = -1.0  # what converged of None is among numbers
@@ -20,23 +20,30 @@ class Ranks:
 
     Attributes:
         group: None alone.
+        beside: groups whose ranks do the same, each within its ``group``, and are to have the same.
         rank, count: of this process, and of all.
     """
 
-    def __init__(self, group: Group | None) -> None:
+    def __init__(self, group: Group | None, beside: Sequence[Group] = ()) -> None:
         self.group, self.rank, self.count = group, 0, 1
+        self.beside = list(beside)
         if group is not None:
             import torch.distributed as dist
 
             self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one to do what is to be done once."""
+        return self.rank == 0 and is_first(self.beside)
+
     @classmethod
     def of(cls, tensors: Iterable[Tensor], group: Group | None) -> Ranks:
         """Those of ``group``, else those that the first sharded tensor is sharded over."""
-        if group is None:
-            cuts = (sharding_of(t) for t in tensors)
-            group = next((cut.group for cut in cuts if cut is not None), None)
-        return cls(group)
+        if group is not None:
+            return cls(group)
+        first, *others = groups_of(map(sharding_of, tensors)) or [None]
+        return cls(first, others)
 
     def split(self, costs: Sequence[float]) -> list[list[int]]:
         """Which items each rank takes: the costliest first, each to whoever has least to do."""
@@ -50,7 +57,8 @@ class Ranks:
 
             flags = torch.zeros(self.count, device=device)
             flags[self.rank] = float(failed)
-            dist.all_reduce(flags, group=self.group)
+            for group in (self.group, *self.beside):
+                dist.all_reduce(flags, group=group)
             if error is None and flags.any():
                 who = flags.nonzero().flatten().tolist()
                 raise RuntimeError(
@@ -74,6 +82,14 @@ class Ranks:
         dist.all_gather(found, padded, group=self.group)
         return torch.cat(found)
 
+    def _broadcast(self, t: Tensor, owner: int) -> None:
+        """The owner's values, from there to whom else is to have the same."""
+        import torch.distributed as dist
+
+        dist.broadcast(t, group_src=owner, group=self.group)
+        for group in self.beside:
+            dist.broadcast(t, group_src=0, group=group)
+
     def columns(self, owner: int, columns: Tensor | None, height: int, like: Tensor) -> Tensor:
         """The owner's columns (height, r), r known to it alone, on every rank; of ``like``'s dtype.
 
@@ -83,14 +99,13 @@ class Ranks:
         if self.group is None:
             assert columns is not None
             return columns
-        import torch.distributed as dist
 
         width = torch.tensor(0 if columns is None else columns.shape[-1], device=like.device)
-        dist.broadcast(width, group_src=owner, group=self.group)
+        self._broadcast(width, owner)
         sent = like.new_empty(height, int(width))
         if columns is not None:
             sent.copy_(columns)
-        dist.broadcast(sent, group_src=owner, group=self.group)
+        self._broadcast(sent, owner)
         return padded(sent)
 
     def send(
@@ -110,7 +125,6 @@ class Ranks:
         if self.group is None:
             assert facts is not None
             return dict(factors), dict(facts)
-        import torch.distributed as dist
 
         sent = {
             name: torch.empty_like(t, device=device) if t.is_meta else t.contiguous()
@@ -123,7 +137,7 @@ class Ranks:
             numbers += [converged, METHODS.index(facts["method"])]
             figures.copy_(torch.tensor(numbers, dtype=figures.dtype, device="cpu"))
         for t in (figures, *sent.values()):
-            dist.broadcast(t, group_src=owner, group=self.group)
+            self._broadcast(t, owner)
         residual, captured, iterations, seconds, flag, method = figures.tolist()
         return sent, {
             "residual": residual,

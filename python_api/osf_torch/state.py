@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from osf_kernels import Basis, padded
-from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.bases import Held, columns_of, mapped, spans_of
 from osf_torch.protected import Pinned, Protected
 from osf_torch.selection import listed
-from osf_torch.sharding import as_dtensor, is_dtensor, lies_as, local
+from osf_torch.sharding import as_dtensor, local
 from osf_torch.subspaces import (
     Decomposition,
     Subspace,
@@ -21,12 +22,12 @@ from osf_torch.subspaces import (
     facts_of,
 )
 
-FORMAT = 2
-FORMATS = (1, 2)  # 1 knew triplets alone
+FORMAT = 3
+# 1 knew triplets alone; 1 and 2 had what is beside the bases of a weight that is sharded by columns
+# as of its transpose.
+FORMATS = (1, 2, 3)
 KEYS = ("when", "restore", "mode", "projections", "weights")
 PARTS = ("rest_A", "rest_B", "sketch")  # what Pinned has beside a Subspace
-# A weight sharded by columns is held as its transpose; U and V of the state are the weight's own.
-TRANSPOSED = {"U": "V", "V": "U", "U_spans": "V_spans", "V_spans": "U_spans"}
 
 
 def state_of(
@@ -46,7 +47,7 @@ def state_of(
         "mode": mode,
         "projections": projections,
         "moved": [item.name for item in moved],
-        "weights": {item.name: _pinned_state(item) for item in items},
+        "weights": {item.name: _pinned_state(item, mode) for item in items},
         "subspaces": {
             "seed": subspaces.seed if isinstance(subspaces, Subspaces) else None,
             "weights": {name: _entry_state(s) for name, s in subspaces.items()},
@@ -81,7 +82,8 @@ def read_state(
         got += [f"{listed(foreign)} too"] if foreign else []
         _refuse("a state of the protected parameters", f"{' and '.join(got)}; it is another run's")
     copies = _Copies()
-    held = {item.name: _read_pinned(item, saved[item.name], copies) for item in items}
+    found = int(state["format"])
+    held = {item.name: _read_pinned(item, saved[item.name], copies, mode, found) for item in items}
     return held, _read_subspaces(state["subspaces"], copies) if "subspaces" in state else held
 
 
@@ -119,65 +121,58 @@ def _refuse(expected: str, got: str) -> None:
     raise ValueError(f"osf_torch.Guard.load_state_dict: expected {expected}, got {got}")
 
 
-def _pinned_state(item: Protected) -> dict[str, Any]:
-    state = _subspace_state(item.held) | {name: getattr(item.held, name) for name in PARTS}
-    for key, dim in _sharded_dims(item, state).items():
-        state[key] = as_dtensor(state[key], item.weight, dim)
-    if item.is_transposed:  # held is that of the transposed weight
-        state |= {key: state[other] for key, other in TRANSPOSED.items()}
+def _pinned_state(item: Protected, mode: str) -> dict[str, Any]:
+    """What is held of the weight itself, the ranks' parts as DTensors."""
+    held = item.turned(item.held)
+    state = _subspace_state(held) | {name: getattr(held, name) for name in PARTS}
+    for key, t in state.items():
+        if isinstance(t, Tensor) and item.sharding is not None:
+            follows = item.follows(key, t.dim(), core=mode == "core")
+            state[key] = as_dtensor(t, item.weight, follows)
     return state | {"shape": tuple(item.weight.shape)}
 
 
-def _sharded_dims(item: Protected, state: Mapping[str, Any]) -> dict[str, int]:
-    """Of the tensors of a sharded weight's state that this rank holds a slice of, in ``view``'s
-    terms: the dimension, from the end."""
-    cut = item.sharding
-    if cut is None:
-        return {}
-    if cut.dim >= -2:
-        dims = {"U": -2, "rest_B": -2, "protected": -2, "sketch": -2}
-        if state["rest_A"] is None:
-            del dims["rest_B"]  # of mode "core": no side of the weight's
-    else:
-        dims = dict.fromkeys(("U", "V", "protected", "rest_A", "rest_B", "sketch"), cut.dim)
-        dims["S"] = cut.dim + 1
-    return {
-        key: dim for key, dim in dims.items() if state[key] is not None and state[key].dim() >= -dim
-    }
-
-
-def _read_pinned(item: Protected, saved: Mapping[str, Any], copies: _Copies) -> Pinned:
-    if tuple(saved["shape"]) != tuple(item.weight.shape):
+def _read_pinned(
+    item: Protected, saved: Mapping[str, Any], copies: _Copies, mode: str, found: int
+) -> Pinned:
+    """Args:
+    found: the format of the state.
+    """
+    shape = tuple(item.weight.shape)
+    if tuple(saved["shape"]) != shape:
         _refuse(
-            f"a state of {item.name!r} with shape {tuple(item.weight.shape)}",
+            f"a state of {item.name!r} with shape {shape}",
             f"{tuple(saved['shape'])}; it is another model's",
         )
     saved = dict.fromkeys(PARTS) | dict(saved)
-    if item.is_transposed:
-        saved |= {key: saved[other] for key, other in TRANSPOSED.items()}
-    dims = _sharded_dims(item, saved)
-    for key, t in saved.items():
-        if not isinstance(t, Tensor):
+    beside = [key for key in ("protected", *PARTS) if saved[key] is not None]
+    if found < 3 and item.is_transposed and beside:
+        _refuse(
+            f"a state of format 3 of {item.name!r}, which is sharded by columns",
+            f"format {found}, of which {listed(beside)} may be transposed; resume it where it was "
+            "saved and save it anew, or protect the model again",
+        )
+    parts: dict[str, Any] = {}
+    for key in ("U", "V", "S", "protected", *PARTS):
+        t = saved[key]
+        if t is None:
             continue
-        if key in dims and not is_dtensor(t):
-            _refuse(
-                f"{key} of {item.name!r} as a DTensor, as the weight is",
-                "a tensor; it was saved of weights that weren't sharded: load it there, or refresh",
-            )
-        if is_dtensor(t):
-            whole = t.shape[dims[key]] if key in dims else None
-            if key not in dims or not lies_as(t, item.weight, dims[key]):
+        for mine, theirs in item.follows(key, t.dim(), core=mode == "core").items():
+            if t.shape[mine] != shape[theirs]:
                 _refuse(
-                    f"{key} of {item.name!r} sharded as the weight is",
-                    f"one of {t.device_mesh.size()} ranks, {whole} along its dimension; resume on "  # type: ignore[attr-defined]
-                    "as many ranks, or load the state by torch.distributed.checkpoint into that of "
-                    "a guard on these ranks",
+                    f"all of {key} of {item.name!r}, {shape[theirs]} along dimension {mine}",
+                    f"{t.shape[mine]}: a part that one rank has saved; save Guard.state_dict() as "
+                    "it is, by torch.distributed.checkpoint, or full_tensor() of what is in it",
                 )
-            saved[key] = local(t)
+        spans = saved.get(f"{key}_spans")
+        parts[key] = t if spans is None else Basis(t, spans)
+    held = item.hold(parts, core=mode == "core")
     device = local(item.weight).device
-    found = _read_subspace(saved, copies, device)
-    rests = {name: copies.of(t, device) for name in PARTS if (t := saved[name]) is not None}
-    return Pinned(found.U, found.V, found.S, found.protected, **rests)
+    copied: dict[str, Any] = {
+        name: mapped(getattr(held, name), lambda t: copies.of(t, device))
+        for name in ("U", "V", "S", "protected", *PARTS)
+    }
+    return replace(held, **copied)
 
 
 def _subspace_state(s: Subspace) -> dict[str, Any]:
@@ -201,14 +196,15 @@ class _Copies:
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, torch.device], Tensor] = {}
+        # With what it is a copy of, so that nothing else has that id.
+        self._made: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def of(self, t: Tensor, device: torch.device) -> Tensor:
         key = id(t), device
         if key not in self._made:
             made = t.to(device, copy=True, memory_format=torch.preserve_format)
-            self._made[key] = padded(made)
-        return self._made[key]
+            self._made[key] = t, padded(made)
+        return self._made[key][1]
 
 
 def _read_subspace(

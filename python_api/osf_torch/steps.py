@@ -232,7 +232,7 @@ class Steps:
         """W ← P(W) + protected of what has moved: now, or now where it takes no collective."""
         now = list(self.moved.values())
         if not at_once:
-            now = [item for item in now if item.group is None]
+            now = [item for item in now if not (item.groups or item.across)]
         self._run([], now)
         for item in now:
             del self.moved[id(item.weight)]

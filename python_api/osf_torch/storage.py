@@ -77,7 +77,7 @@ def save_subspaces(
     with together(model, "save_subspaces") as ranks:
         save_file = require_safetensors("save_subspaces", "torch").save_file
         weights = _weights(model, subspaces, "save_subspaces")
-        if ranks.rank == 0 and not path.parent.is_dir():
+        if ranks.is_first and not path.parent.is_dir():
             raise FileNotFoundError(
                 f"osf_torch.save_subspaces: expected a folder to write {path.name} to, got none at "
                 f"{path.parent}; make it first"
@@ -95,7 +95,7 @@ def save_subspaces(
             "dtype": str(weights[name].dtype),
             "parts": list(factors),
         }
-        if ranks.rank == 0:
+        if ranks.is_first:
             for part, factor in factors.items():
                 tensors[f"{name}:{part}"] = _apart(factor, storages)
             described[name]["factors_sha256"] = {
@@ -116,7 +116,7 @@ def save_subspaces(
     # Not tempfile: its files are readable by their owner alone, whatever the umask.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     with together(model, "save_subspaces"):
-        if ranks.rank == 0:
+        if ranks.is_first:
             try:
                 save_file(tensors, temporary, metadata)
                 os.replace(temporary, path)

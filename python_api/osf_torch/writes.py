@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from osf_torch.protected import Protected, readable
-from osf_torch.sharding import local, sum_over
+from osf_torch.sharding import groups_of, local, sum_over
 
 
 class Left:
@@ -130,14 +130,13 @@ class _Group:
     def read(self) -> set[int]:
         """The places of those that were noted, on any rank."""
         seen, self._seen = self._seen.to(torch.int32), torch.zeros_like(self._seen)
-        shards = {id(s.group): s.group for item in self._items if (s := item.sharding) is not None}
-        for key, group in shards.items():
+        for group in groups_of(item.sharding for item in self._items):
             mine = [
                 j
                 for j, item in enumerate(self._items)
-                if item.sharding and id(item.sharding.group) == key
+                if item.sharding is not None and group in item.sharding.groups
             ]
-            (seen[mine],) = sum_over(group, [seen[mine]])
+            (seen[mine],) = sum_over([group], [seen[mine]])
         return {i for i, count in zip(self._at, seen.tolist(), strict=True) if count}
 
     def _norms(self, weights: Sequence[Tensor]) -> Tensor:

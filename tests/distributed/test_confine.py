@@ -282,23 +282,6 @@ def test_hsdp_is_the_single_process_run(variant):
         same(found[variant], single(variant))
 
 
-def two_kinds_run(rank, ranks):
-    """Rows shared out by tensor parallelism, then by FSDP2: of one weight on two dimensions."""
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
-    model = stack()
-    plan = {"0": ColwiseParallel(output_layouts=Replicate())}
-    parallelize_module(model, mesh["tp"], plan)
-    name = "0.weight"
-    confine(model, {name: refresh(stack(), 0.4, progress=False, complement=False)[name]})
-    fully_shard(model, mesh=mesh["dp"])
-    return refusal(ValueError, model, batch(0)[0])
-
-
-def test_weights_that_are_sharded_twice_are_refused():
-    for told in results(4, "two kinds"):
-        assert "parameter '0.weight': expected it to be sharded by Shard on one mesh" in told
-
-
 # --- what is sent ---
 
 
@@ -731,7 +714,7 @@ RUNS = {
         "counted": counted_run,
     },
     3: {"variants": every_variant},
-    4: {"hsdp": hsdp_run, "two kinds": two_kinds_run},
+    4: {"hsdp": hsdp_run},
 }
 
 

@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO-3: gradients are projected by post-accumulate hooks, before they are cut up."""
+"""DeepSpeed's ZeRO-3: gradients are projected by post-accumulate hooks, before they are cut up; and
+what is confined beside its weights is partitioned with them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from osf_torch import protect, refresh
+from osf_torch import confine, protect, refresh
 from tests.distributed.ranks import run_ranks
 from tests.helpers import generator_for
 
@@ -30,13 +31,16 @@ def mlp():
     return model
 
 
-def partitioned(model):
+def partitioned(model, optimizer=None):
     import deepspeed
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    # What is gathered is let go at once.
+    stage |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     config = {
         "train_micro_batch_size_per_gpu": 4,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": stage | {"stage3_prefetch_bucket_size": 0},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
     }
@@ -71,7 +75,55 @@ def trained(rank, ranks, first):
             worst = max(worst, float((g @ V).norm() / g.norm()))
         engine.step()
     guard.verify()
-    return worst, guard.when, {n: safe_get_full_fp32_param(p).clone() for n, p in weights.items()}
+    confined = confined_runs(rank, ranks) if first == "protect" else {}
+    return (
+        confined,
+        worst,
+        guard.when,
+        {n: safe_get_full_fp32_param(p).clone() for n, p in weights.items()},
+    )
+
+
+CONFINED = {"beside": {"update": "beside"}, "factors": {"rank": 2}}
+
+
+def confined_model(**options):
+    model = mlp()
+    subspaces = refresh(model, 0.4, progress=False, compute_dtype=torch.float64)
+    confined = confine(model, subspaces, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, confined, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+
+
+def confined_runs(rank, ranks):
+    import deepspeed
+
+    found = {}
+    for name, options in CONFINED.items():
+        model, confined, optimizer = confined_model(**options)
+        engine = partitioned(model, optimizer)
+        for step in range(3):
+            x = torch.randn(4 * ranks, 16, generator=generator_for(step)).chunk(ranks)[rank]
+            engine.backward((engine(x) - x.sin()).square().mean())
+            engine.step()
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            weights = {n: t.clone() for n, t in model.state_dict().items()}
+            found[name] = weights, max(confined.drift().values())
+    model, _, optimizer = confined_model()
+    engine = partitioned(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' to stay on this rank.*update=\"beside\""):
+        engine(torch.randn(4, 16))
+    return found
+
+
+def confined_by_one(ranks, name):
+    model, _, optimizer = confined_model(**CONFINED[name])
+    for step in range(3):
+        x = torch.randn(4 * ranks, 16, generator=generator_for(step))
+        optimizer.zero_grad()
+        (model(x) - x.sin()).square().mean().backward()
+        optimizer.step()
+    return model.state_dict()
 
 
 def by_one(ranks):
@@ -88,10 +140,14 @@ def by_one(ranks):
 
 
 @pytest.mark.parametrize("first", ["protect", "initialize"])
-def test_gradients_are_projected_and_weights_are_those_of_one_process(first):
+def test_projected_gradients_and_what_is_confined_are_those_of_one_process(first):
     wanted = by_one(2)
-    for leak, when, weights in run_ranks(2, trained, 2, first):
+    for confined, leak, when, weights in run_ranks(2, trained, 2, first):
         assert when == "backward"
         assert leak <= 1e-6
         for name, weight in wanted.items():
             assert (weights[name] - weight.detach()).norm() <= 1e-5 * weight.norm()
+        for name, (found, drift) in confined.items():
+            assert drift <= 1e-6
+            for key, W in confined_by_one(2, name).items():
+                assert (found[key] - W).norm() <= 1e-5 * W.norm(), (name, key)

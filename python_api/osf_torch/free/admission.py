@@ -17,7 +17,7 @@ from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.protected import require_orthonormal
 from osf_torch.selection import named_weights, require_matrices, require_values, unknown
-from osf_torch.sharding import is_dtensor
+from osf_torch.sharding import is_cut, is_dtensor
 from osf_torch.subspaces import Subspace
 
 Origin = Literal["start", "zero"]
@@ -129,8 +129,8 @@ def _checked(
         )
     if hasattr(weight, "ds_shape"):
         raise ValueError(
-            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; confine "
-            "before deepspeed.initialize"
+            f"{told} a whole weight, got one that DeepSpeed's ZeRO-3 has partitioned; call "
+            'confine(..., update="beside") before deepspeed.initialize'
         )
     if getattr(module, "sparse", False) or getattr(module, "max_norm", None) is not None:
         raise TypeError(
@@ -340,6 +340,6 @@ def _placed(t: Tensor, like: Tensor) -> Tensor:
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     placements: Sequence[Any] = like.placements  # type: ignore[attr-defined]
     batch = t.dim() - 2
-    chosen = [p if p.is_shard() and p.dim % like.dim() < batch else Replicate() for p in placements]
+    chosen = [p if is_cut(p) and p.dim % like.dim() < batch else Replicate() for p in placements]
     placed: Tensor = distribute_tensor(t, mesh, chosen, src_data_rank=None)
     return placed

@@ -23,7 +23,7 @@ from osf_torch.free.merging import (
 )
 from osf_torch.free.operators import define, differentiable_once, differentiate
 from osf_torch.free.spec import Place, Spec, spec_of
-from osf_torch.sharding import is_dtensor, local, sum_over
+from osf_torch.sharding import is_cut, is_dtensor, local, sum_over
 
 
 def current(place: Place) -> Tensor:
@@ -194,11 +194,12 @@ def _sharded_block(spec: Spec, g: Any, W: Any, C: Any) -> Tensor:
     if spec.is_flat:
         part = part.reshape(part.shape[0], spec.right.size)
     block = free_block(part, left, right, rows, columns)
-    placements = [Replicate()] * W.device_mesh.ndim
-    if cut is not None and rows is None and columns is None:  # a batch
-        placements = W.placements
-    elif cut is not None:
-        (block,) = sum_over(cut.group, [block])
+    # A sum over those that hold other rows and columns; a batch stays where it is.
+    batch = () if spec.is_flat else tuple(range(len(spec.shape) - 2))
+    placements = [p if is_cut(p) and p.dim in batch else Replicate() for p in W.placements]
+    if cut is not None:
+        sides = [part for part in cut.cuts if spec.is_flat or part.dim >= -2]
+        (block,) = sum_over([group for part in sides for group in part.groups], [block])
     made = DTensor.from_local(
         block.contiguous(),
         W.device_mesh,

@@ -129,22 +129,20 @@ def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
         if spec.update == "beside" and place.is_attached and not alone:
             W = W + local(update_of(place)).double()
         return W.reshape(spec.matrix_shape) @ columns
-    all_columns = columns
     # What this rank holds, in its place among zeros.
     _, _, rows, across = part_of(spec, cut)
     W = W.reshape(W.shape[0], spec.right.size) if spec.is_flat else W
-    lead = spec.matrix_shape[:-2]
-    found = columns.new_zeros(*lead, spec.left.size, columns.shape[-1])
-    if across is not None:
-        found += W @ columns[..., across, :]
-    else:
-        dim = -2 if rows is not None else cut.dim
-        if rows is None and columns.dim() > 2:  # a part of the batch, whose bases may be several
-            columns = columns.narrow(dim, cut.start, cut.size)
-        found.narrow(dim, cut.start, cut.size).copy_(W @ columns)
-    (found,) = sum_over(cut.group, [found])
+    found = columns.new_zeros(*spec.matrix_shape[:-2], spec.left.size, columns.shape[-1])
+    mine, factor = found, columns if across is None else columns[..., across, :]
+    for part in () if spec.is_flat else cut.cuts:
+        if part.dim < -2:
+            mine = mine.narrow(part.dim, part.start, part.size)
+            if factor.dim() >= -part.dim:  # of a batch of bases, and not the same for all
+                factor = factor.narrow(part.dim, part.start, part.size)
+    (mine if rows is None else mine[..., rows, :]).copy_(W @ factor)
+    (found,) = sum_over(cut.groups, [found])
     if spec.update == "beside" and place.is_attached and not alone:
-        found += _update_times(place, all_columns)
+        found += _update_times(place, columns)
     return found
 
 

@@ -20,7 +20,14 @@ from torch.nn import functional as F
 
 from osf_torch.free.current import block_of, current, is_substitute
 from osf_torch.free.linear import beside, linear
-from osf_torch.free.merging import cut_of, merge, part_of, require_fresh, require_together
+from osf_torch.free.merging import (
+    cut_of,
+    merge,
+    part_of,
+    require_fresh,
+    require_together,
+    require_writable,
+)
 from osf_torch.free.spec import SPECS, AtRest, Place, Spec, resting, specs_of
 from osf_torch.sharding import is_dtensor, local
 
@@ -80,6 +87,7 @@ def _property(attribute: str) -> property:
             part_of(spec, cut_of(spec.name, weight))
             return weight
         require_frozen(spec, weight)
+        require_writable(Place(self, spec))
         tell_frozen_block(Place(self, spec))
         return current(Place(self, spec))
 
@@ -107,6 +115,7 @@ def _forward(module: Any, x: Tensor, *, transposed: bool) -> Tensor:
         weight = module._parameters["weight"]
         return F.linear(x, weight.mT if transposed else weight, module.bias)
     place = Place(module, spec)
+    require_writable(place)
     tell_frozen_block(place)
     W, bias, is_sharded = place.weight, module.bias, place.is_sharded
     if is_sharded:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, add_free_many_, free_matrix
 from osf_torch.free.spec import AtRest, Place, Spec, places_of
-from osf_torch.sharding import Sharding, gathered, is_dtensor, local, sharding_of
+from osf_torch.sharding import Cut, Sharding, gathered, is_dtensor, local, sharding_of
 
 SEEN = "_osf_seen"  # of ``merged``: the memory and the version of C that it was copied from
 WEIGHT = "_osf_weight"  # of what is trained: what the weight was, as the host sees it
@@ -79,6 +79,7 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
         spec = place.spec
         if spec.update != "merge":
             continue
+        require_writable(place)
         C, merged = place.get(spec.free), place.get(spec.merged)
         if place.is_sharded:
             if force or is_stale(C, merged):
@@ -90,6 +91,22 @@ def merge(places: Iterable[Place], *, force: bool = False, looks: bool = False) 
                 count += 1
     _merge_sharded(sharded)
     return count + len(sharded)
+
+
+def require_writable(place: Place) -> None:
+    """Refuses to merge into a weight that DeepSpeed's ZeRO-3 has partitioned: what is gathered for
+    a forward pass is let go after it, so that a backward pass would see the weight as it was.
+
+    Raises:
+        RuntimeError: so it is.
+    """
+    if place.spec.update == "merge" and hasattr(place.weight, "ds_id"):
+        raise RuntimeError(
+            f"osf_torch.confine: expected {place.name!r} to stay on this rank to merge into it, "
+            "got a weight that DeepSpeed's ZeRO-3 has partitioned; call, before "
+            'deepspeed.initialize, confine(..., update="beside") or confine(..., rank=s), which '
+            "leave W as it is"
+        )
 
 
 # --- who else writes to W ---
@@ -312,40 +329,44 @@ def part_of_update(spec: Spec, block: Tensor, weight: Tensor) -> Tensor:
 
 def whole_blocks(places: Sequence[Place], blocks: Sequence[Tensor]) -> list[Tensor]:
     """Each block as this rank needs it: whole, or of a weight sharded by its batch as that is."""
-    cuts = [cut_of(place.name, place.weight) for place in places]
-    # By which dimension of its batch a weight is cut, and C with it.
-    batched = [
-        cut if cut is not None and cut.dim < -2 and not place.spec.is_flat else None
-        for place, cut in zip(places, cuts, strict=True)
+    cuts = [
+        [] if place.spec.is_flat else _batch_cuts(cut_of(place.name, place.weight))
+        for place in places
     ]
     found: dict[int, Tensor] = {}
     gather: list[int] = []
-    for i, (block, batch) in enumerate(zip(blocks, batched, strict=True)):
-        cut = sharding_of(block)
-        if batch is not None and cut is not None and cut.dim == batch.dim:
+    for i, (block, batch) in enumerate(zip(blocks, cuts, strict=True)):
+        if batch and _batch_cuts(sharding_of(block)) == batch:
             found[i] = local(block)
         else:
             gather.append(i)
     for i, whole in zip(gather, gathered([blocks[i] for i in gather]), strict=True):
-        batch = batched[i]
-        found[i] = whole if batch is None else batch.slice(whole, batch.dim)
+        for cut in cuts[i]:
+            whole = cut.slice(whole, cut.dim)
+        found[i] = whole
     return [found[i] for i in range(len(blocks))]
 
 
-def part_of(spec: Spec, cut: Sharding | None) -> tuple[FreeBasis, FreeBasis, Any, Any]:
+def _batch_cuts(sharding: Sharding | None) -> list[Cut]:
+    """Those of the dimensions of a batch; a free block has them where its weight has."""
+    return [] if sharding is None else [cut for cut in sharding.cuts if cut.dim < -2]
+
+
+def part_of(spec: Spec, sharding: Sharding | None) -> tuple[FreeBasis, FreeBasis, Any, Any]:
     """The bases of what this rank holds, and which rows and columns of the matrix it is."""
-    if cut is None:
-        return spec.left, spec.right, None, None
-    part = slice(cut.start, cut.start + cut.size)
-    if spec.is_flat:
-        if cut.dim != -len(spec.shape):
+    left, right = spec.left, spec.right
+    parts: dict[int, slice] = {}
+    for cut in () if sharding is None else sharding.cuts:
+        part = slice(cut.start, cut.start + cut.size)
+        if spec.is_flat and cut.dim != -len(spec.shape):
             raise ValueError(
                 f"osf_torch.confine: expected {spec.name!r} to be sharded by its first dimension, "
                 f"got dimension {cut.dim} of {spec.shape}"
             )
-        return spec.left, spec.right, part, None
-    if cut.dim == -2:
-        return spec.left, spec.right, part, None
-    if cut.dim == -1:
-        return spec.left, spec.right, None, part
-    return spec.left.of_batch(cut.dim, part), spec.right.of_batch(cut.dim, part), None, None
+        if spec.is_flat:
+            parts[-2] = part
+        elif cut.dim >= -2:
+            parts[cut.dim] = part
+        else:
+            left, right = (side.of_batch(cut.dim, part) for side in (left, right))
+    return left, right, parts.get(-2), parts.get(-1)

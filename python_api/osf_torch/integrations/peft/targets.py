@@ -12,7 +12,7 @@ from torch import Tensor
 from osf_kernels import Basis
 from osf_torch.bases import Held, mapped, moved
 from osf_torch.lists import Entry, Lists, MatrixList, Side
-from osf_torch.sharding import is_dtensor, local, sharding_of
+from osf_torch.sharding import Cut, is_dtensor, local, sharding_of
 
 ROWS, COLUMNS = -2, -1
 SIDES = {"U_low": ROWS, "V_low": COLUMNS}
@@ -39,16 +39,21 @@ class Target:
 
     @property
     def side(self) -> Side:
-        cut = sharding_of(self.matrix)
-        shared = cut is not None and cut.dim == self.dim
-        return Side(self.dim, (cut.group,) if cut is not None and shared else (), self.inverse)
+        cut = self._cut
+        return Side(self.dim, () if cut is None else cut.groups, self.inverse)
+
+    @property
+    def _cut(self) -> Cut | None:
+        """How ``dim`` of the matrix is cut."""
+        sharding = sharding_of(self.matrix)
+        return None if sharding is None else sharding.of(self.dim)
 
     def fitted(self) -> Held:
         """The rows of the basis for what this rank holds of ``dim``, where the matrix is: FSDP2
         offloads parameters to the CPU, and no buffers."""
-        device, cut = local(self.matrix).device, sharding_of(self.matrix)
+        device, cut = local(self.matrix).device, self._cut
         basis = moved(self.basis, device)
-        if cut is None or cut.dim != self.dim:
+        if cut is None:
             return basis
         start, size = cut.start, cut.size
         return mapped(basis, lambda columns: columns.narrow(-2, start, size))
