@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from osf_torch.sharding import is_dtensor, local, sharding_of
+from osf_torch.sharding import local, sharding_of
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class Sources:
 
     def hold(self, name: str, weight: Tensor) -> None:
         """A weight (..., m, n), or what this rank has of one."""
-        cut = sharding_of(weight) if is_dtensor(weight) else None
-        first = cut.start if cut is not None and cut.dim == -3 else 0
+        sharding = sharding_of(weight)
+        cut = None if sharding is None else sharding.of(-3)
+        first = 0 if cut is None else cut.start
         held = local(weight.detach())
         if held.dim() < 2 or not held.numel():
             return
