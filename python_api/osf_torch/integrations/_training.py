@@ -1,0 +1,451 @@
+"""What callbacks of training frameworks share: one model's protection from its bases to its files.
+
+A framework makes the optimizer, wraps the model and writes checkpoints by itself.
+:class:`Protection` holds what has to outlast that: bases are made when it is made, of the model
+before it trains; :meth:`Protection.begin` is called when the optimizer is there, with the state of
+a checkpoint in a run that is resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from osf_torch.confine import confine
+from osf_torch.confined import Confined
+from osf_torch.coverage import NAMED, left_out
+from osf_torch.free.spec import places_of
+from osf_torch.free.state import is_state as is_confined_state
+from osf_torch.guard import Guard
+from osf_torch.kinds import owners, shape_of
+from osf_torch.protect import protect
+from osf_torch.refresh import refresh
+from osf_torch.selection import Ranks, listed, named_weights, unwrapped
+from osf_torch.sharding import is_dtensor
+from osf_torch.sharing import Ranks as Processes
+from osf_torch.sharing import whole
+from osf_torch.state import is_state as is_guard_state
+from osf_torch.steps import owned_by
+from osf_torch.subspaces import Subspace, Subspaces
+
+log = logging.getLogger("osf_torch")
+
+Method = Literal["confine", "protect"]
+FILE = "osf_subspaces.pt"  # beside a checkpoint's other files
+SHARDED = "osf_sharded"  # of a mapping that stands for a sharded tensor: by which dimension
+
+
+class Protection:
+    """A model's weights confined or protected while a framework trains them.
+
+    Args:
+        model: the one that trains, before it is sharded or wrapped and before its optimizer is
+            made. Of a model on a GPU the bases are computed there.
+        subspaces: ranks as ``refresh`` takes them; or subspaces by parameter name; or the state of
+            a checkpoint that :func:`read_state` read, of the weights that the model has.
+        method: "confine" confines the model now, "protect" when training begins.
+        operator: who asks, in messages: "integrations.transformers.SubspaceCallback".
+        progress: of ``refresh``.
+        options: of ``confine`` (update, rank, decay_to, dtype, ...) or ``protect`` (when, restore,
+            mode, record).
+
+    Attributes:
+        confined: what ``confine`` returned, or None.
+        guard: what ``protect`` returned, from the beginning of training on, or None.
+
+    Raises:
+        ValueError, TypeError: as ``refresh``, ``confine`` and ``protect``; another method; ranks
+            that hold weights which differ.
+
+    Where a process group is there, ranks share out the decompositions, and every rank calls this.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        subspaces: Ranks | Mapping[str, Subspace] | Mapping[str, Any],
+        method: Method = "confine",
+        *,
+        operator: str,
+        progress: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if method not in ("confine", "protect"):
+            raise ValueError(
+                f'osf_torch.{operator}: expected method to be "confine" or "protect", got '
+                f"{method!r}"
+            )
+        self.model, self.method, self._operator = model, method, operator
+        self._options = dict(options or {})
+        self.confined: Confined | None = None
+        self.guard: Guard | None = None
+        self._optimizer: torch.optim.Optimizer | None = None  # that the guard's hooks are on
+        self.subspaces: Mapping[str, Any] = self._made(subspaces, progress)
+        if method == "confine":
+            self.confined = confine(model, self.subspaces, **self._options)
+        self._imprint = _imprint(self.confined, self.subspaces)
+
+    def _made(self, subspaces: Any, progress: bool) -> Mapping[str, Any]:
+        """The subspaces, or the state, that were given, or those that ranks ask for."""
+        known = {"confine": is_confined_state, "protect": is_guard_state}
+        if isinstance(subspaces, Mapping):
+            other = "protect" if self.method == "confine" else "confine"
+            if known[other](subspaces):
+                raise ValueError(
+                    f'osf_torch.{self._operator}: expected the state of method="{self.method}", '
+                    f'got one of method="{other}"; pass that method'
+                )
+            given = known[self.method](subspaces) or any(
+                isinstance(entry, Subspace) for entry in subspaces.values()
+            )
+            if given:
+                return subspaces
+        processes = Processes(_world())
+        _require_same_weights(self.model, processes, self._operator)
+        found = refresh(self.model, subspaces, progress=progress, group=processes.group)
+        if self.method == "protect":
+            return found
+        having = owners(self.model)
+        weights = named_weights(self.model)
+        shared = [name for name in found if len(having.get(id(weights[name]), ())) > 1]
+        return found.without(*shared)  # the line of coverage names them
+
+    def begin(
+        self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None = None
+    ) -> None:
+        """Before the first step: the optimizer is there, and a checkpoint's weights are loaded.
+
+        Called again, with another optimizer or after an interruption, it goes on with what is
+        protected.
+
+        Args:
+            optimizer: the one that steps the model; one that wraps it is unwrapped.
+            state: what :func:`read_state` read of the checkpoint that was loaded.
+
+        Raises:
+            ValueError: an optimizer without what is trained; a state of other weights; ranks whose
+                bases differ.
+            TypeError: as ``protect``.
+        """
+        optimizer = innermost(optimizer)
+        _require_alike(
+            self._imprint,
+            self._operator,
+            "bases, of which each rank has computed its own",
+            "start the processes' group before this is made (transformers' TrainingArguments and "
+            "accelerate's Accelerator do), with the same weights on every rank",
+        )
+        if self.confined is not None:
+            self._require_owner(optimizer)
+            if state is not None:
+                self.confined.load_state_dict(state)
+            return
+        if state is None and self.guard is not None:
+            if optimizer is self._optimizer:
+                return
+            state = self.guard.state_dict()
+        source: Mapping[str, Any] = self.subspaces if state is None else state
+        options = {} if is_guard_state(source) else self._options
+        self.guard = protect(self.model, source, optimizer, **options)
+        self._optimizer = optimizer
+
+    def _require_owner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuses an optimizer that wouldn't train all free blocks."""
+        owned = owned_by(optimizer)
+        lost = [
+            p.name for p in self._of_confined.places if not all(id(t) in owned for t in p.trained())
+        ]
+        frozen = [p.name for p in self._of_confined.places if not p.is_trained]
+        if frozen:
+            raise ValueError(
+                f"osf_torch.{self._operator}: expected what is trained of {listed(frozen, NAMED)} "
+                "to require gradients, got frozen parameters: something else is trained instead, "
+                "such as a LoRA adapter, whose factors nothing here covers; leave the adapter "
+                "(peft_config=) out, or take PEFT's OSF tuner (osf_torch.integrations.peft)"
+            )
+        if lost:
+            raise ValueError(
+                f"osf_torch.{self._operator}: expected an optimizer of the free blocks, got "
+                f"{type(optimizer).__name__} without those of {listed(lost, NAMED)}: it was made "
+                "before the model was confined, or takes weights by the names of modules (GaLore, "
+                "APOLLO, LOMO); make it afterwards, of the parameters that require gradients, or "
+                'pass method="protect"'
+            )
+
+    @property
+    def _of_confined(self) -> Confined:
+        assert self.confined is not None
+        return self.confined
+
+    @property
+    def _of_guard(self) -> Guard:
+        if self.guard is None:
+            raise RuntimeError(
+                f"osf_torch.{self._operator}: expected training to have begun, got a model that "
+                "nothing has protected yet; protect() is called where the optimizer is there"
+            )
+        return self.guard
+
+    def settle(self) -> None:
+        """The weights as they are to be evaluated and saved: what ``restore="deferred"`` has left
+        is restored. Of sharded weights a collective."""
+        if self.confined is not None:
+            self.confined.merge()
+        elif self.guard is not None and self.guard.restores:
+            self.guard.restore()
+
+    def state(self) -> dict[str, Any]:
+        """For :func:`write_state`. Of sharded weights a collective."""
+        return (self.confined or self._of_guard).state_dict()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from another checkpoint of the run, whose weights the model has been given."""
+        (self.confined or self._of_guard).load_state_dict(state)
+
+    def verify(self) -> None:
+        """Of ``Confined`` or ``Guard``."""
+        (self.confined or self._of_guard).verify()
+
+    def drift(self) -> float:
+        """The largest of all weights; NaN where one is. Of sharded weights a collective."""
+        found = (self.confined or self._of_guard).drift().values()
+        return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+    def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces:
+        """Of ``Confined`` or ``Guard``; the next optimizer is made afterwards."""
+        found = (self.confined or self._of_guard).next_task(ranks, **options)
+        self.subspaces = found
+        self._imprint = _imprint(self.confined, found)
+        return found
+
+    def covered(self) -> tuple[str, bool]:
+        """In one line what trains and is covered, by which method; and whether a matrix isn't."""
+        weights = {id(p): (name, p) for name, p in reversed(named_weights(self.model).items())}
+        confined = {id(place.weight) for place in places_of(self.model)}
+        names = set() if self.guard is None else set(self.guard.subspaces)
+        sizes = {
+            name: math.prod(shape_of(p) or (0,))
+            for key, (name, p) in weights.items()
+            if p.requires_grad or key in confined
+        }
+        guards = {key for key, (name, _) in weights.items() if name in names}
+        covered = {weights[key][0] for key in confined | guards} & sizes.keys()
+        omitted = left_out(self.model, guards)
+        total = sum(sizes.values())
+        share = sum(sizes[name] for name in covered) / max(1, total)
+        rest = f"; not covered and free to move: {listed(list(omitted), NAMED)}" if omitted else ""
+        vectors = len(sizes.keys() - covered - omitted.keys())
+        text = (
+            f"{self.method}: {len(covered)} weights, {100 * share:.1f} % of the {total:,} trained "
+            f"elements, are covered{rest}"
+            + (f"; {vectors} vectors (biases, norms) train freely" if vectors else "")
+        )
+        return text, bool(omitted)
+
+    def tell(self) -> None:
+        """Logs ``covered``, at WARNING where a matrix is left out."""
+        text, lacks = self.covered()
+        log.log(
+            logging.WARNING if lacks else logging.INFO, "osf_torch.%s: %s", self._operator, text
+        )
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that steps, where another one (accelerate's, Lightning's) stands around it."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            return optimizer
+        optimizer = inner
+
+
+def is_model_of(protection: Protection, model: nn.Module) -> bool:
+    """Whether ``model`` is the protected one, bare, compiled or wrapped."""
+    return unwrapped(model) is unwrapped(protection.model)
+
+
+# --- files ---
+
+
+def write_state(folder: str | os.PathLike[str], state: Mapping[str, Any], *, writes: bool) -> None:
+    """Writes a state to :data:`FILE` in a checkpoint's folder, whole or not at all.
+
+    Sharded tensors are gathered, one after the other; only who writes keeps them, in host memory.
+    Every rank calls it, and waits until it is written.
+
+    Args:
+        writes: whether this rank writes.
+
+    Raises:
+        RuntimeError: another rank couldn't write.
+    """
+    held = _gathered(state, keep=writes)
+    error = None
+    try:
+        if writes:
+            path = Path(folder) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{FILE}.{secrets.token_hex(4)}.partial")
+            try:
+                torch.save(held, partial)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+    except Exception as caught:
+        error = caught
+    processes = Processes(_world())
+    processes.agree(error, _device_of_group(), "integrations: writing the state of subspaces")
+
+
+def read_state(
+    folder: str | os.PathLike[str], model: nn.Module, *, operator: str
+) -> dict[str, Any]:
+    """What :func:`write_state` wrote: nothing but tensors, numbers and strings is read.
+
+    Tensors that were sharded are cut like the weight that they belong to is now, over as many ranks
+    as there are, and are whole where it is whole.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"osf_torch.{operator}: expected {FILE} beside the checkpoint in {folder}, got none; "
+            "what a run protects can't be found again in weights that it has trained: resume from "
+            "a checkpoint that was saved with it"
+        )
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    weights: Mapping[str, Tensor] = named_weights(model)
+    return {key: _cut(value, weights, None) for key, value in state.items()}
+
+
+def _gathered(value: Any, keep: bool, done: dict[int, Any] | None = None) -> Any:
+    """A state with whole tensors on the host; those that several places have stay one tensor."""
+    done = {} if done is None else done
+    if isinstance(value, Mapping):
+        return {key: _gathered(entry, keep, done) for key, entry in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) not in done:
+        t: Any = value.detach()
+        if is_dtensor(t):
+            dims = [p.dim % t.dim() for p in t.placements if not p.is_replicate()]
+            entire = whole(t)
+            found = {SHARDED: dims[0] if dims else -1, "whole": entire.cpu()} if keep else None
+        else:
+            found = t.cpu() if keep else None
+        done[id(value)] = found, value  # held, so that its id stays its own
+    return done[id(value)][0]
+
+
+def _cut(value: Any, weights: Mapping[str, Tensor], weight: Tensor | None) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if SHARDED in value:
+        t, dim = value["whole"], value[SHARDED]
+        if weight is None or not is_dtensor(weight) or dim < 0:
+            return t
+        return _distributed(t, dim, weight)
+    return {
+        key: _cut(entry, weights, weights.get(key, weight) if isinstance(key, str) else weight)
+        for key, entry in value.items()
+    }
+
+
+def _distributed(t: Tensor, dim: int, like: Any) -> Tensor:
+    """Every rank has all of it, and takes its part."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placed = [Replicate() if p.is_replicate() else Shard(dim) for p in like.placements]
+    t = t.to(like.to_local().device)
+    cut: Tensor = distribute_tensor(t, like.device_mesh, placed, src_data_rank=None)
+    return cut
+
+
+# --- ranks ---
+
+
+def _world() -> Any:
+    """The group of all ranks; None of one process."""
+    import torch.distributed as dist
+
+    there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if there else None
+
+
+def _device_of_group() -> torch.device:
+    """Where collectives of the group of all ranks take tensors."""
+    group = _world()
+    if group is None:
+        return torch.device("cpu")
+    import torch.distributed as dist
+
+    if "cpu:" in str(dist.get_backend_config(group)):
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None else accelerator
+
+
+def _require_same_weights(model: nn.Module, processes: Processes, operator: str) -> None:
+    """Before ranks share out decompositions: each decomposes weights of its own."""
+    if processes.group is None:
+        return
+    plain = [p for p in named_weights(model).values() if not is_dtensor(p)]
+    _require_alike(
+        _sums(plain),
+        operator,
+        "weights: one rank loads them and sends them later, or they are drawn without a seed",
+        "load them on every rank (FSDP's cpu_ram_efficient_loading=False)",
+    )
+
+
+def _require_alike(sums: Tensor, operator: str, what: str, remedy: str) -> None:
+    processes = Processes(_world())
+    if processes.group is None:
+        return
+    import torch.distributed as dist
+
+    mine = sums.to(_device_of_group())
+    first = mine.clone()
+    dist.broadcast(first, group_src=0, group=processes.group)
+    off = not torch.allclose(mine, first, rtol=1e-9, atol=1e-12, equal_nan=True)
+    flag = torch.tensor(float(off), device=mine.device)
+    dist.all_reduce(flag, group=processes.group)
+    if flag:
+        raise ValueError(
+            f"osf_torch.{operator}: expected the same on every rank, got other {what}; {remedy}"
+        )
+
+
+def _imprint(confined: Confined | None, subspaces: Mapping[str, Any]) -> Tensor:
+    """A few sums of all bases, by which ranks tell that they have the same."""
+    if confined is not None:
+        bases = [(place.spec.left, place.spec.right) for place in confined.places]
+        return _sums([t for pair in bases for basis in pair for t in basis.tensors])
+    found = [
+        side if isinstance(side, Tensor) else side.columns
+        for entry in subspaces.values()
+        if isinstance(entry, Subspace)
+        for side in (entry.U, entry.V)
+        if side is not None
+    ]
+    return _sums(found)
+
+
+@torch.no_grad()
+def _sums(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each its sum and the sum of its magnitudes, in float64 on the host; NaN of meta ones."""
+    found = torch.full((len(tensors), 2), math.nan, dtype=torch.float64)
+    for sums, t in zip(found, tensors, strict=True):
+        if not t.is_meta:
+            sums[0], sums[1] = t.sum(dtype=torch.float64), t.abs().sum(dtype=torch.float64)
+    return found
