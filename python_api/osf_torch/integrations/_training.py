@@ -194,6 +194,11 @@ class Protection:
             )
         return self.guard
 
+    @property
+    def is_deferred(self) -> bool:
+        """Whether weights are restored later than after each step."""
+        return self.guard is not None and self.guard.restores == "deferred"
+
     def settle(self) -> None:
         """The weights as they are to be evaluated and saved: what ``restore="deferred"`` has left
         is restored. Of sharded weights a collective."""
