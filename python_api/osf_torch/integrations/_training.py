@@ -95,18 +95,9 @@ class Protection:
 
     def _made(self, subspaces: Any, progress: bool) -> Mapping[str, Any]:
         """The subspaces, or the state, that were given, or those that ranks ask for."""
-        known = {"confine": is_confined_state, "protect": is_guard_state}
         if isinstance(subspaces, Mapping):
-            other = "protect" if self.method == "confine" else "confine"
-            if known[other](subspaces):
-                raise ValueError(
-                    f'osf_torch.{self._operator}: expected the state of method="{self.method}", '
-                    f'got one of method="{other}"; pass that method'
-                )
-            given = known[self.method](subspaces) or any(
-                isinstance(entry, Subspace) for entry in subspaces.values()
-            )
-            if given:
+            self._require_method(subspaces)
+            if _is_state(subspaces) or any(isinstance(s, Subspace) for s in subspaces.values()):
                 return subspaces
         processes = Processes(_world())
         _require_same_weights(self.model, processes, self._operator)
@@ -117,6 +108,15 @@ class Protection:
         weights = named_weights(self.model)
         shared = [name for name in found if len(having.get(id(weights[name]), ())) > 1]
         return found.without(*shared)  # the line of coverage names them
+
+    def _require_method(self, state: Mapping[str, Any]) -> None:
+        """Refuses what the other method has saved."""
+        other = "protect" if self.method == "confine" else "confine"
+        if _is_state(state) and is_confined_state(state) is (other == "confine"):
+            raise ValueError(
+                f'osf_torch.{self._operator}: expected a state of method="{self.method}", got one '
+                f'of method="{other}"; go on with that method'
+            )
 
     def begin(
         self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None = None
@@ -143,6 +143,8 @@ class Protection:
             "start the processes' group before this is made (transformers' TrainingArguments and "
             "accelerate's Accelerator do), with the same weights on every rank",
         )
+        if state is not None:
+            self._require_method(state)
         if self.confined is not None:
             self._require_owner(optimizer)
             if state is not None:
@@ -204,7 +206,7 @@ class Protection:
         is restored. Of sharded weights a collective."""
         if self.confined is not None:
             self.confined.merge()
-        elif self.guard is not None and self.guard.restores:
+        elif self.guard is not None and self.is_deferred:
             self.guard.restore()
 
     def state(self) -> dict[str, Any]:
@@ -261,6 +263,10 @@ class Protection:
         log.log(
             logging.WARNING if lacks else logging.INFO, "osf_torch.%s: %s", self._operator, text
         )
+
+
+def _is_state(value: Mapping[str, Any]) -> bool:
+    return is_confined_state(value) or is_guard_state(value)
 
 
 def innermost(optimizer: Any) -> Any:

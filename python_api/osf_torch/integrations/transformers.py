@@ -161,7 +161,16 @@ class SubspaceCallback(_CALLBACK):
         if state.global_step:
             folder = self._resumed_from(args, state)
             saved = _training.read_state(folder, self._protection.model, operator=NAME)
-        self._protection.begin(optimizer, saved)
+        try:
+            self._protection.begin(optimizer, saved)
+        except ValueError as error:
+            if not (saved and self._began and args.auto_find_batch_size):
+                raise
+            raise ValueError(
+                f"osf_torch.{NAME}: expected the checkpoint's weights, got those that the attempt "
+                "at a larger batch has trained from them, to which the Trainer loads no checkpoint "
+                "again; resume anew, with per_device_train_batch_size= as small as it has found"
+            ) from error
         self._began = True
         if state.is_world_process_zero:
             self._protection.tell()
