@@ -67,7 +67,7 @@ def test_a_checkpoint_is_the_plain_models_and_what_is_beside_it_is_read_safely(m
 
 
 @both
-@pytest.mark.parametrize("limit", [0.0, 1.0, 0.1])
+@pytest.mark.parametrize("limit", [0.0, 0.1])
 def test_the_norm_that_is_told_and_clipped_is_what_is_kept_of_the_gradients(
     method, limit, tmp_path
 ):
@@ -122,14 +122,10 @@ def test_projecting_at_the_step_is_there_by_argument(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"bf16": True},
-        {"activation_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
-        {"neftune_noise_alpha": 5.0},
-        {"gradient_accumulation_steps": 2},
-        {"optim": "adafactor"},
-        {"optim": "adamw_torch_fused", "max_grad_norm": 0.0},
-        {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"},
+        {"bf16": True, "activation_checkpointing": True, "neftune_noise_alpha": 5.0},
+        {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2},
+        {"optim": "adafactor", "gradient_accumulation_steps": 2, "max_steps": 2},
+        {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch", "max_grad_norm": 0.0},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -149,7 +145,6 @@ def test_it_holds_under_the_trainers_options(method, options, tmp_path):
         ("confine", {"rank": 4}),
         ("confine", {"decay_to": "zero"}),
         ("protect", {"when": "step", "restore": "deferred"}),
-        ("protect", {"record": True}),
     ],
     ids=str,
 )
@@ -161,11 +156,14 @@ def test_options_go_to_confine_and_protect_and_resume(method, options, tmp_path)
     assert moved(copied(model), start) <= MOVED
     for key, value in options.items():
         shown = {"restore": "restores"}.get(key, key)
-        assert key == "record" or getattr(first.confined or first.guard, shown) == value
+        assert getattr(first.confined or first.guard, shown) == value
     again = small_llama(1)
     given = [callback(again, method, **options)]
     trained(again, tmp_path, given, resume=tmp_path / "checkpoint-2")
-    assert not unequal(copied(again), copied(model))
+    if "update" in options or "rank" in options:  # of which a checkpoint's weight is the sum
+        torch.testing.assert_close(copied(again), copied(model), rtol=1e-4, atol=1e-5)
+    else:
+        assert not unequal(copied(again), copied(model))
 
 
 @both
@@ -188,12 +186,13 @@ def test_the_line_of_coverage_says_what_is_left_out(method, tmp_path, caplog):
     covered = sum(
         p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
     )
-    share = 100 * covered / sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     caplog.set_level(logging.INFO, "osf_torch")
     trained(model, tmp_path, [callback(model, method)], max_steps=1)
     (record,) = [r for r in caplog.records if f"{method}: 15 weights" in r.getMessage()]
     assert record.levelno == logging.WARNING
-    assert f"{share:.1f} % of the 21,152 trained elements" in record.getMessage()
+    told = f"{100 * covered / total:.1f} % of the {total:,} trained elements"
+    assert told in record.getMessage()
     assert "free to move: model.embed_tokens.weight; 5 vectors" in record.getMessage()
 
 
@@ -255,9 +254,9 @@ def test_several_tasks_and_another_folder(method, tmp_path):
     model = small_llama()
     start = copied(model)
     given = callback(model, method)
-    trainer = trained(model, tmp_path / "a", [given])
+    trainer = trained(model, tmp_path / "a", [given], max_steps=2)
     trainer.train()  # again, with the optimizer that is there
-    trained(model, tmp_path / "b", [given])  # a new one
+    trained(model, tmp_path / "b", [given], max_steps=2)  # a new one
     assert moved(copied(model), start) <= MOVED
     learned = copied(model)
     given.next_task(widen=0.1, progress=False)
@@ -382,34 +381,27 @@ def test_exchanged_weights_are_current_under_confine_and_refused_under_protect(t
 
 
 @both
-@pytest.mark.parametrize(
-    ("changed", "match"),
-    [
-        ({"deepspeed": "zero3.json"}, "got deepspeed="),
-        ({"fsdp": True, "fsdp_config": {"version": 1}}, "got FSDP1"),
-        ({"optim": "galore_adamw_layerwise"}, "steps in the backward pass"),
-        ({"optim": "adalomo"}, "steps in the backward pass"),
-        (
-            {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
-            "C among them",
-        ),
-        ({"_n_gpu": 2}, "DataParallel over 2"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_arguments_that_would_train_past_it_are_refused(method, changed, match, tmp_path):
+def test_arguments_that_would_train_past_it_are_refused(method, tmp_path):
     """Of what takes other machines, the arguments alone."""
     given = callback(small_llama(), method)
-    args = arguments(tmp_path)
-    for name, value in changed.items():
-        args.__dict__[name] = value
-    if method == "protect" and match in ("C among them", "DataParallel over 2"):
-        given.on_init_end(args, None, None)
-        return
-    with pytest.raises(ValueError, match=match):
-        given.on_init_end(args, None, None)
-    with pytest.raises(ValueError, match=match):
-        given.on_train_begin(args, SimpleNamespace(global_step=0), None)
+    loading = {"version": 2, "cpu_ram_efficient_loading": True}
+    for match, changed in {
+        "got deepspeed=": {"deepspeed": "zero3.json"},
+        "got FSDP1": {"fsdp": True, "fsdp_config": {"version": 1}},
+        "steps in the backward pass": {"optim": "galore_adamw_layerwise"},
+        '"adalomo", which steps': {"optim": "adalomo"},
+        "C among them": {"fsdp": True, "fsdp_config": loading},
+        "DataParallel over 2": {"_n_gpu": 2},
+    }.items():
+        args = arguments(tmp_path)
+        vars(args).update(changed)
+        if method == "protect" and match in ("C among them", "DataParallel over 2"):
+            given.on_init_end(args, None, None)
+            continue
+        with pytest.raises(ValueError, match=match):
+            given.on_init_end(args, None, None)
+        with pytest.raises(ValueError, match=match):
+            given.on_train_begin(args, SimpleNamespace(global_step=0), None)
 
 
 def test_arguments_are_refused_when_the_trainer_is_made(tmp_path):
@@ -509,11 +501,11 @@ def _fails_once(trainer: Any, at: int) -> None:
 @both
 def test_a_checkpoint_without_its_state_or_with_anothers_is_refused(method, tmp_path):
     model = small_llama()
-    trained(model, tmp_path, [callback(model, method)])
+    trained(model, tmp_path, [callback(model, method)], max_steps=2)
     file = tmp_path / "checkpoint-2" / "osf_subspaces.pt"
     own = file.read_bytes()
     other = small_llama(7)
-    trained(other, tmp_path / "other", [callback(other, method)])
+    trained(other, tmp_path / "other", [callback(other, method)], max_steps=2)
     again = small_llama()
     file.write_bytes((tmp_path / "other" / "checkpoint-2" / "osf_subspaces.pt").read_bytes())
     refused("off by", again, tmp_path, [callback(again, method)], resume=file.parent)
