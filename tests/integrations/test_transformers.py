@@ -520,6 +520,21 @@ def test_a_checkpoint_without_its_state_or_with_anothers_is_refused(method, tmp_
         trained(again, tmp_path, [callback(again, method)], resume=file.parent)
 
 
+def test_options_of_a_resumed_run_are_the_states_or_refused(tmp_path):
+    model = small_llama()
+    given = callback(model, "protect", when="step")
+    trained(model, tmp_path, [given], max_steps=2)
+    folder = tmp_path / "checkpoint-2"
+    again = small_llama(1)
+    resumed = callback(again, "protect", record=True)
+    trained(again, tmp_path, [resumed], resume=folder, max_steps=3)
+    assert resumed.guard.when == "step"
+    assert resumed.guard.leak()
+    again = small_llama(1)
+    other = callback(again, "protect", restore=False)
+    refused("expected restore to be left out", again, tmp_path, [other], resume=folder)
+
+
 def test_a_save_after_what_is_deferred_is_refused(tmp_path):
     model = small_llama()
 
