@@ -1,0 +1,301 @@
+"""What callbacks of training frameworks share: one model's protection from its bases to its files.
+
+A framework makes the optimizer, wraps the model and writes checkpoints by itself.
+:class:`Protection` holds what has to outlast that: bases are made when it is made, of the model
+before it trains; :meth:`Protection.begin` is called when the optimizer is there, with the state of
+a checkpoint in a run that is resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from osf_torch.confine import confine
+from osf_torch.confined import Confined
+from osf_torch.coverage import NAMED, left_out
+from osf_torch.free.spec import places_of
+from osf_torch.free.state import is_state as is_confined_state
+from osf_torch.guard import Guard
+from osf_torch.integrations._state_files import (
+    read_state,
+    require_alike,
+    require_same_weights,
+    sums_of,
+    world,
+    write_state,
+)
+from osf_torch.kinds import owners, shape_of
+from osf_torch.protect import protect
+from osf_torch.refresh import refresh
+from osf_torch.selection import Ranks, listed, named_weights, unwrapped
+from osf_torch.sharing import Ranks as Processes
+from osf_torch.state import is_state as is_guard_state
+from osf_torch.steps import owned_by
+from osf_torch.subspaces import Subspace, Subspaces
+
+__all__ = ["Method", "Protection", "innermost", "is_model_of", "read_state", "write_state"]
+
+log = logging.getLogger("osf_torch")
+
+Method = Literal["confine", "protect"]
+
+
+class Protection:
+    """A model's weights confined or protected while a framework trains them.
+
+    Args:
+        model: the one that trains, before it is sharded or wrapped and before its optimizer is
+            made. Of a model on a GPU the bases are computed there.
+        subspaces: ranks as ``refresh`` takes them; or subspaces by parameter name; or the state of
+            a checkpoint that :func:`read_state` read, of the weights that the model has.
+        method: "confine" confines the model now, "protect" when training begins.
+        operator: who asks, in messages: "integrations.transformers.SubspaceCallback".
+        progress: of ``refresh``.
+        options: of ``confine`` (update, rank, decay_to, dtype, ...) or ``protect`` (when, restore,
+            mode, record).
+
+    Attributes:
+        confined: what ``confine`` returned, or None.
+        guard: what ``protect`` returned, from the beginning of training on, or None.
+
+    Raises:
+        ValueError, TypeError: as ``refresh``, ``confine`` and ``protect``; another method; ranks
+            that hold weights which differ.
+
+    Where a process group is there, ranks share out the decompositions, and every rank calls this.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        subspaces: Ranks | Mapping[str, Subspace] | Mapping[str, Any],
+        method: Method = "confine",
+        *,
+        operator: str,
+        progress: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if method not in ("confine", "protect"):
+            raise ValueError(
+                f'osf_torch.{operator}: expected method to be "confine" or "protect", got '
+                f"{method!r}"
+            )
+        self.model, self.method, self._operator = model, method, operator
+        self._options = dict(options or {})
+        self.confined: Confined | None = None
+        self.guard: Guard | None = None
+        self._optimizer: torch.optim.Optimizer | None = None  # that the guard's hooks are on
+        self.subspaces: Mapping[str, Any] = self._made(subspaces, progress)
+        if method == "confine":
+            self.confined = confine(model, self.subspaces, **self._options)
+        self._imprint = _imprint(self.confined, self.subspaces)
+
+    def _made(self, subspaces: Any, progress: bool) -> Mapping[str, Any]:
+        """The subspaces, or the state, that were given, or those that ranks ask for."""
+        if isinstance(subspaces, Mapping):
+            self._require_method(subspaces)
+            if _is_state(subspaces) or any(isinstance(s, Subspace) for s in subspaces.values()):
+                return subspaces
+        processes = Processes(world())
+        require_same_weights(self.model, processes, self._operator)
+        found = refresh(self.model, subspaces, progress=progress, group=processes.group)
+        if self.method == "protect":
+            return found
+        having = owners(self.model)
+        weights = named_weights(self.model)
+        shared = [name for name in found if len(having.get(id(weights[name]), ())) > 1]
+        return found.without(*shared)  # the line of coverage names them
+
+    def _require_method(self, state: Mapping[str, Any]) -> None:
+        """Refuses what the other method has saved."""
+        other = "protect" if self.method == "confine" else "confine"
+        if _is_state(state) and is_confined_state(state) is (other == "confine"):
+            raise ValueError(
+                f'osf_torch.{self._operator}: expected a state of method="{self.method}", got one '
+                f'of method="{other}"; go on with that method'
+            )
+
+    def begin(
+        self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None = None
+    ) -> None:
+        """Before the first step: the optimizer is there, and a checkpoint's weights are loaded.
+
+        Called again, with another optimizer or after an interruption, it goes on with what is
+        protected.
+
+        Args:
+            optimizer: the one that steps the model; one that wraps it is unwrapped.
+            state: what :func:`read_state` read of the checkpoint that was loaded.
+
+        Raises:
+            ValueError: an optimizer without what is trained; a state of other weights; ranks whose
+                bases differ.
+            TypeError: as ``protect``.
+        """
+        optimizer = innermost(optimizer)
+        require_alike(
+            self._imprint,
+            self._operator,
+            "bases, of which each rank has computed its own",
+            "start the processes' group before this is made (transformers' TrainingArguments and "
+            "accelerate's Accelerator do), with the same weights on every rank",
+        )
+        if state is not None:
+            self._require_method(state)
+        if self.confined is not None:
+            self._require_owner(optimizer)
+            if state is not None:
+                self.confined.load_state_dict(state)
+            return
+        if state is None and self.guard is not None:
+            if optimizer is self._optimizer:
+                return
+            state = self.guard.state_dict()
+        source: Mapping[str, Any] = self.subspaces if state is None else state
+        options = {} if is_guard_state(source) else self._options
+        self.guard = protect(self.model, source, optimizer, **options)
+        self._optimizer = optimizer
+
+    def _require_owner(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuses an optimizer that wouldn't train all free blocks."""
+        owned = owned_by(optimizer)
+        lost = [
+            p.name for p in self._of_confined.places if not all(id(t) in owned for t in p.trained())
+        ]
+        frozen = [p.name for p in self._of_confined.places if not p.is_trained]
+        if frozen:
+            raise ValueError(
+                f"osf_torch.{self._operator}: expected what is trained of {listed(frozen, NAMED)} "
+                "to require gradients, got frozen parameters: something else is trained instead, "
+                "such as a LoRA adapter, whose factors nothing here covers; leave the adapter "
+                "(peft_config=) out, or take PEFT's OSF tuner (osf_torch.integrations.peft)"
+            )
+        if lost:
+            raise ValueError(
+                f"osf_torch.{self._operator}: expected an optimizer of the free blocks, got "
+                f"{type(optimizer).__name__} without those of {listed(lost, NAMED)}: it was made "
+                "before the model was confined, or takes weights by the names of modules (GaLore, "
+                "APOLLO, LOMO); make it afterwards, of the parameters that require gradients, or "
+                'pass method="protect"'
+            )
+
+    @property
+    def _of_confined(self) -> Confined:
+        assert self.confined is not None
+        return self.confined
+
+    @property
+    def _of_guard(self) -> Guard:
+        if self.guard is None:
+            raise RuntimeError(
+                f"osf_torch.{self._operator}: expected training to have begun, got a model that "
+                "nothing has protected yet; protect() is called where the optimizer is there"
+            )
+        return self.guard
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether weights are restored later than after each step."""
+        return self.guard is not None and self.guard.restores == "deferred"
+
+    def settle(self) -> None:
+        """The weights as they are to be evaluated and saved: what ``restore="deferred"`` has left
+        is restored. Of sharded weights a collective."""
+        if self.confined is not None:
+            self.confined.merge()
+        elif self.guard is not None and self.is_deferred:
+            self.guard.restore()
+
+    def state(self) -> dict[str, Any]:
+        """For :func:`write_state`. Of sharded weights a collective."""
+        return (self.confined or self._of_guard).state_dict()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from another checkpoint of the run, whose weights the model has been given."""
+        (self.confined or self._of_guard).load_state_dict(state)
+
+    def verify(self) -> None:
+        """Of ``Confined`` or ``Guard``."""
+        (self.confined or self._of_guard).verify()
+
+    def drift(self) -> float:
+        """The largest of all weights; NaN where one is. Of sharded weights a collective."""
+        found = (self.confined or self._of_guard).drift().values()
+        return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+
+    def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces:
+        """Of ``Confined`` or ``Guard``; the next optimizer is made afterwards."""
+        found = (self.confined or self._of_guard).next_task(ranks, **options)
+        self.subspaces = found
+        self._imprint = _imprint(self.confined, found)
+        return found
+
+    def covered(self) -> tuple[str, bool]:
+        """In one line what trains and is covered, by which method; and whether a matrix isn't."""
+        weights = {id(p): (name, p) for name, p in reversed(named_weights(self.model).items())}
+        confined = {id(place.weight) for place in places_of(self.model)}
+        names = set() if self.guard is None else set(self.guard.subspaces)
+        sizes = {
+            name: math.prod(shape_of(p) or (0,))
+            for key, (name, p) in weights.items()
+            if p.requires_grad or key in confined
+        }
+        guards = {key for key, (name, _) in weights.items() if name in names}
+        covered = {weights[key][0] for key in confined | guards} & sizes.keys()
+        omitted = left_out(self.model, guards)
+        total = sum(sizes.values())
+        share = sum(sizes[name] for name in covered) / max(1, total)
+        rest = f"; not covered and free to move: {listed(list(omitted), NAMED)}" if omitted else ""
+        vectors = len(sizes.keys() - covered - omitted.keys())
+        text = (
+            f"{self.method}: {len(covered)} weights, {100 * share:.1f} % of the {total:,} trained "
+            f"elements, are covered{rest}"
+            + (f"; {vectors} vectors (biases, norms) train freely" if vectors else "")
+        )
+        return text, bool(omitted)
+
+    def tell(self) -> None:
+        """Logs ``covered``, at WARNING where a matrix is left out."""
+        text, lacks = self.covered()
+        log.log(
+            logging.WARNING if lacks else logging.INFO, "osf_torch.%s: %s", self._operator, text
+        )
+
+
+def _is_state(value: Mapping[str, Any]) -> bool:
+    return is_confined_state(value) or is_guard_state(value)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that steps, where another one (accelerate's, Lightning's) stands around it."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            return optimizer
+        optimizer = inner
+
+
+def is_model_of(protection: Protection, model: nn.Module) -> bool:
+    """Whether ``model`` is the protected one, bare, compiled or wrapped."""
+    return unwrapped(model) is unwrapped(protection.model)
+
+
+def _imprint(confined: Confined | None, subspaces: Mapping[str, Any]) -> Tensor:
+    """A few sums of all bases, by which ranks tell that they have the same."""
+    if confined is not None:
+        bases = [(place.spec.left, place.spec.right) for place in confined.places]
+        return sums_of([t for pair in bases for basis in pair for t in basis.tensors])
+    found = [
+        side if isinstance(side, Tensor) else side.columns
+        for entry in subspaces.values()
+        if isinstance(entry, Subspace)
+        for side in (entry.U, entry.V)
+        if side is not None
+    ]
+    return sums_of(found)
