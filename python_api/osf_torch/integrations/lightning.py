@@ -220,8 +220,8 @@ class SubspaceCallback(_CALLBACK):
         self._optimizers = [innermost(optimizer) for optimizer in trainer.optimizers]
         states = self._loaded or {}
         if self._method == "confine":
-            one = len(self._optimizers) == 1
-            protection.begin(self._optimizers[0] if one else Optimizers(self._optimizers))
+            owner: Any = Optimizers(self._optimizers)
+            protection.begin(self._optimizers[0] if len(self._optimizers) == 1 else owner)
             self._parts = {0: protection}
         else:
             self._parts = self._shared_out(protection, states)

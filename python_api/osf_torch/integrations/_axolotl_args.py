@@ -1,0 +1,23 @@
+"""The keys of the plug-in in axolotl's configuration; imported by axolotl, which has pydantic."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, model_validator
+
+from osf_torch.integrations.axolotl import require_settings
+
+
+class SubspaceArgs(BaseModel):
+    """``subspaces_rank``, ``subspaces_file`` and ``subspaces_method`` of the YAML file."""
+
+    subspaces_rank: int | float | dict[str, int | float] | None = None
+    subspaces_file: str | None = None
+    subspaces_method: Literal["confine", "protect"] = "confine"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_settings(cls, data: Any) -> Any:
+        require_settings(data)
+        return data
