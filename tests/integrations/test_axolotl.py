@@ -1,7 +1,7 @@
 """integrations.axolotl on axolotl's own plug-in base, manager and configuration.
 
-axolotl's trainers need packages in versions of its own; transformers' Trainer stands for them, which
-they are subclasses of, and takes the callbacks as axolotl's builders take them from the manager.
+axolotl's trainers need packages in versions of its own. transformers' Trainer, of which they are
+subclasses, stands for them, and takes the callbacks that axolotl's builders take from the manager.
 """
 
 from __future__ import annotations

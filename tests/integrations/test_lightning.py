@@ -301,6 +301,16 @@ def test_strategies_that_train_other_tensors_are_refused(kind):
         one.setup(trainer, Small(), "fit")
 
 
+def test_whole_checkpoints_of_a_sharded_confined_module_are_refused():
+    one = callback("confine")
+    strategy = pl.strategies.ModelParallelStrategy(save_distributed_checkpoint=False)
+    trainer = SimpleNamespace(
+        strategy=strategy, callbacks=[one], precision_plugin=None, is_global_zero=True
+    )
+    with pytest.raises(ValueError, match="save_distributed_checkpoint=False"):
+        one.setup(trainer, Small(), "fit")
+
+
 @both
 def test_a_checkpoint_without_the_callback_is_refused(method, tmp_path):
     trainer = fitted(Small())
@@ -335,40 +345,57 @@ SCRIPT = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
+from torch.distributed.fsdp import fully_shard
 from tests.integrations.test_lightning import *
 
-def run(folder, method):
-    os.mkdir(folder)
+class Sharded(Small):
+    def configure_model(self):
+        for part in (self.net[0], self.net[2], self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+def whole(module):
+    return {k: getattr(t, "full_tensor", lambda: t)() for k, t in module.state_dict().items()}
+
+def strategies():
+    yield "ddp", Small, lambda: pl.strategies.DDPStrategy()
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    yield "fsdp2", Sharded, lambda: pl.strategies.ModelParallelStrategy(**sizes)
+
+def run(folder, method, kind, strategy):
     saving = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}
     keep = callbacks.ModelCheckpoint(folder, **saving)
-    both = dict(strategy="ddp_fork", devices=2, enable_checkpointing=True)
-    one, two = Small(), Small(seed=1)
-    class Tells(callbacks.Callback):
-        def on_train_end(self, trainer, module):
-            path = f"{folder}/{module.name}-{trainer.global_rank}"
-            torch.save([module.losses, module.state_dict()], path)
-    one.name, two.name = "one", "two"
-    fitted(one, callback(method), keep, Tells(), **both)
-    fitted(two, callback(method), Tells(), resume=f"{folder}/step=2.ckpt", **both)
+    for name, using, resume in (("one", [keep], None), ("two", [], f"{folder}/step=2.ckpt")):
+        module = kind(seed=int(name == "two"))
+        options = {"strategy": strategy(), "devices": 2, "enable_checkpointing": bool(using)}
+        trainer = fitted(module, callback(method), *using, resume=resume, **options)
+        torch.save([module.losses, whole(module)], f"{folder}/{name}-{trainer.global_rank}")
 
-for method in METHODS:
-    run(f"{sys.argv[1]}/{method}", method)
+for name, kind, strategy in strategies():
+    for method in METHODS:
+        run(f"{sys.argv[1]}/{name}-{method}", method, kind, strategy)
 """
 
 
 def test_two_ranks_hold_the_same_and_resume_to_the_bit(tmp_path):
     root = Path(__file__).parents[2]
+    (tmp_path / "script.py").write_text(SCRIPT)
     paths = [str(root), str(root / "python_api"), *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for method in METHODS:
-        found = {path.name: torch.load(path) for path in (tmp_path / method).glob("*-[01]")}
+    for case in ("ddp-confine", "ddp-protect", "fsdp2-confine", "fsdp2-protect"):
+        found = {path.name: torch.load(path) for path in (tmp_path / case).glob("*-[01]")}
         assert found.keys() == {"one-0", "one-1", "two-0", "two-1"}
-        module = Small()
         for name in found:
             assert all(map(torch.equal, found[name][1].values(), found["one-0"][1].values()))
+        module = Small()
         module.load_state_dict(found["one-1"][1])
         assert max(shares(module)) <= MOVED
         for rank in (0, 1):

@@ -11,8 +11,9 @@ What resuming takes is part of Lightning's own checkpoint, under the callback's 
 there have the plain module's names and values. Nothing in it but tensors, numbers and strings, so
 that it loads with ``weights_only=True``.
 
-Supported: Lightning 2.x, imported as ``lightning`` or as ``pytorch_lightning``, on one device and
-under DDPStrategy; ModelParallelStrategy needs a GPU in Lightning itself and was not run.
+Supported: Lightning 2.x, imported as ``lightning`` or ``pytorch_lightning``, on one device, under
+DDPStrategy and under ModelParallelStrategy (FSDP2), where the module makes its weights in __init__
+and ``configure_model`` shards them.
 """
 
 from __future__ import annotations
@@ -363,6 +364,14 @@ class SubspaceCallback(_CALLBACK):
                 half if confines else "",
                 "which would round the free block to half precision; convert the module before "
                 'fit and pass precision="32-true", or take "bf16-mixed"',
+            ),
+            (
+                "ModelParallelStrategy(save_distributed_checkpoint=False)"
+                if confines
+                and getattr(trainer.strategy, "_save_distributed_checkpoint", None) is False
+                else "",
+                "whose loading asks for each parameter by name, C among them, which the checkpoint "
+                "has elsewhere; pass True",
             ),
             (
                 _any_named_as(callbacks, "ModelPruning"),
