@@ -59,6 +59,7 @@ class Protection:
         progress: of ``refresh``.
         options: of ``confine`` (update, rank, decay_to, dtype, ...) or ``protect`` (when, restore,
             mode, record).
+        defaults: options where neither ``options`` nor a state says otherwise.
 
     Attributes:
         confined: what ``confine`` returned, or None.
@@ -80,6 +81,7 @@ class Protection:
         operator: str,
         progress: bool = True,
         options: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         if method not in ("confine", "protect"):
             raise ValueError(
@@ -87,13 +89,13 @@ class Protection:
                 f"{method!r}"
             )
         self.model, self.method, self._operator = model, method, operator
-        self._options = dict(options or {})
+        self._options, self._defaults = dict(options or {}), dict(defaults or {})
         self.confined: Confined | None = None
         self.guard: Guard | None = None
         self._optimizer: torch.optim.Optimizer | None = None  # that the guard's hooks are on
         self.subspaces: Mapping[str, Any] = self._made(subspaces, progress)
         if method == "confine":
-            self.confined = confine(model, self.subspaces, **self._options)
+            self.confined = confine(model, self.subspaces, **self._defaults | self._options)
         self._imprint = _imprint(self.confined, self.subspaces)
 
     def _made(self, subspaces: Any, progress: bool) -> Mapping[str, Any]:
@@ -158,7 +160,7 @@ class Protection:
                 return
             state = self.guard.state_dict()
         source: Mapping[str, Any] = self.subspaces if state is None else state
-        options = {} if is_guard_state(source) else self._options
+        options = self._options if is_guard_state(source) else self._defaults | self._options
         self.guard = protect(self.model, source, optimizer, **options)
         self._optimizer = optimizer
 

@@ -50,7 +50,12 @@ class SubspaceCallback(_CALLBACK):
     In a run that is resumed make it of the model as ever, of whatever weights, and call
     ``trainer.train(resume_from_checkpoint=...)``: bases, and what was protected, are those of the
     checkpoint, where ``osf_subspaces.pt`` is beside its weights. The folder is taken to be
-    ``output_dir/checkpoint-<step>``; name it as ``subspaces`` where it is another.
+    ``output_dir/checkpoint-<step>``; name it as ``subspaces`` where it is another. The run is the
+    one that was never stopped: to the bit, or to rounding where C stands beside the weight
+    (update="beside", rank=), of which a checkpoint has the sum.
+
+    The reference model of DPO is a copy from before, or ``copy.deepcopy(model)``; TRL's
+    ``create_reference_model`` takes no confined model.
 
     A log line says at the beginning what is covered. At every save and evaluation, before it, the
     largest drift goes into ``trainer.state.log_history`` as "osf/drift".
@@ -83,7 +88,9 @@ class SubspaceCallback(_CALLBACK):
         RuntimeError: verifying has found that something protected has moved.
 
     Of several ranks every one makes it; where weights are sharded, the state is gathered tensor by
-    tensor, and whoever writes the Trainer's checkpoints writes it.
+    tensor, and whoever writes the Trainer's checkpoints writes it. There ``when="backward"``
+    takes a collective a weight; ``when="step"`` takes one for all, and ``grad_norm`` and the
+    Trainer's clipping then count what is removed.
     """
 
     def __init__(
@@ -108,10 +115,14 @@ class SubspaceCallback(_CALLBACK):
         if isinstance(subspaces, str | os.PathLike):
             self._folder = Path(subspaces)
             given = _training.read_state(self._folder, model, operator=NAME)
-        elif method == "protect":
-            options = {"when": "backward"} | options
         self._protection = Protection(
-            model, given, method, operator=NAME, progress=progress, options=options
+            model,
+            given,
+            method,
+            operator=NAME,
+            progress=progress,
+            options=options,
+            defaults={"when": "backward"} if method == "protect" else {},
         )
 
     @property
