@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import subprocess
@@ -64,57 +63,33 @@ def small_llama(transformers):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
-def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["confine", "protect"])
+def test_the_trainers_example_runs_and_resumes(root, tmp_path, monkeypatch, method):
     transformers = pytest.importorskip("transformers")
     text = (root / "README.md").read_text(encoding="utf-8")
-    _, example = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
-    config = small_llama(transformers)
-    model = transformers.LlamaForCausalLM(config)
-    dataset = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 32
-    monkeypatch.chdir(tmp_path)
-    scope = {"model": model, "dataset": dataset}
-    exec(compile(example, "README.md", "exec"), scope)
-    (tmp_path / "out" / "checkpoint-2" / "guard.pt").stat()
-    first = scope["protection"].guard
-    assert max(first.drift().values()) <= 1e-6
-    again = transformers.LlamaForCausalLM(config)
-    trainer = scope["Trainer"](
-        again, scope["arguments"], train_dataset=dataset, callbacks=[scope["Protect"](again)]
-    )
-    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b), "the resumed run is the one that was never stopped"
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # transformers' own
-def test_the_trainers_confined_example_runs_and_resumes(root, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    text = (root / "README.md").read_text(encoding="utf-8")
-    example, _ = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
+    (example,) = re.findall(r"```python3\n(.*?)```", text, flags=re.DOTALL)
+    example = example.replace("0.5, ", f'0.5, "{method}", ')
     config = small_llama(transformers)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
-    again = copy.deepcopy(model)
     dataset = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 32
     monkeypatch.chdir(tmp_path)
     scope = {"model": model, "dataset": dataset}
     exec(compile(example, "README.md", "exec"), scope)
-    assert max(scope["confined"].drift().values()) <= 1e-6
-    confined = scope["confine"](again, scope["refresh"](again, 0.5, progress=False))
+    held = scope["callback"].guard or scope["callback"].confined
+    assert max(held.drift().values()) <= 1e-6
+    again = transformers.LlamaForCausalLM(config)
+    callback = scope["SubspaceCallback"](again, 0.5, method, leave_out="*embed_tokens*")
     trainer = scope["Trainer"](
-        again,
-        scope["arguments"],
-        train_dataset=dataset,
-        callbacks=[scope["SaveConfined"](confined)],
+        again, scope["arguments"], train_dataset=dataset, callbacks=[callback]
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b), "the resumed run is the one that was never stopped"
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
     trained = model.state_dict()
-    assert plain.state_dict().keys() == trained.keys()
-    assert all(torch.equal(t, trained[name]) for name, t in plain.state_dict().items())
+    assert plain.state_dict().keys() == again.state_dict().keys() == trained.keys()
+    for name, t in trained.items():
+        assert torch.equal(t, again.state_dict()[name])
+        assert torch.equal(t, plain.state_dict()[name])
 
 
 def test_links_and_paths_exist(root):

@@ -15,12 +15,15 @@ MOVED = 1e-5  # of the weight's norm: float32 weights, a few steps
 
 
 def small_llama(seed: int = 0, **config: Any) -> Any:
+    """Its embeddings are frozen, unless the head is tied to them."""
     import transformers
 
     torch.manual_seed(seed)
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **layers, **config))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **layers, **config))
+    model.get_input_embeddings().requires_grad_(bool(config.get("tie_word_embeddings")))
+    return model
 
 
 def tokens(count: int = 64) -> list[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -179,38 +180,48 @@ def test_drift_is_logged_at_saves_and_evaluations(method, tmp_path):
 
 
 @both
-def test_the_line_of_coverage_says_what_is_left_out(method, tmp_path, caplog):
+def test_what_nothing_covers_is_refused_before_training_unless_it_is_left_out(
+    method, tmp_path, caplog
+):
     model = small_llama()
+    model.model.embed_tokens.requires_grad_(True)
     covered = sum(
         p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n
     )
     total = sum(p.numel() for p in model.parameters())
     caplog.set_level(logging.INFO, "osf_torch")
-    trained(model, tmp_path, [callback(model, method)], max_steps=1)
-    (record,) = [r for r in caplog.records if f"{method}: 15 weights" in r.getMessage()]
+    start, first = copied(model), callback(model, method)
+    with pytest.raises(RuntimeError, match=r"got model\.embed_tokens\.weight \(48x32, nn"):
+        trained(model, tmp_path, [first])
+    assert not unequal(copied(model), start)
+    if method == "confine":
+        first.confined.release()
+    caplog.clear()
+    trained(model, tmp_path, [callback(model, method, leave_out="*embed_tokens*")], max_steps=1)
+    name = "integrations.transformers.SubspaceCallback"
+    (record,) = [r for r in caplog.records if f"{name}: {method}: " in r.getMessage()]
     assert record.levelno == logging.WARNING
-    told = f"{100 * covered / total:.1f} % of the {total:,} trained elements"
-    assert told in record.getMessage()
-    assert "free to move: model.embed_tokens.weight; 5 vectors" in record.getMessage()
+    told = math.floor(1000 * covered / total) / 10
+    assert f"{told:g} % of the elements that train are covered" in record.getMessage()
+    assert "free to move: model.embed_tokens.weight (48x32, nn.Embedding" in record.getMessage()
 
 
 def test_the_line_of_coverage_is_no_warning_where_all_matrices_are_covered(tmp_path, caplog):
     model = small_llama()
-    model.model.embed_tokens.requires_grad_(False)
     caplog.set_level(logging.INFO, "osf_torch")
     trained(model, tmp_path, [callback(model, "confine")], max_steps=1)
-    (record,) = [r for r in caplog.records if "15 weights" in r.getMessage()]
+    (record,) = [r for r in caplog.records if "Callback: confine: " in r.getMessage()]
     assert record.levelno == logging.INFO
     assert "free to move" not in record.getMessage()
 
 
-def test_weights_that_modules_share_are_left_out_of_confining_and_named(tmp_path, caplog):
+def test_weights_that_modules_share_are_left_out_of_confining_by_name(tmp_path):
     model = small_llama(tie_word_embeddings=True)
-    start = copied(model)
-    given = callback(model, "confine")
-    trained(model, tmp_path, [given])
+    start, name = copied(model), "model.embed_tokens.weight"
+    with pytest.raises(ValueError, match=rf"{name}.*leave it out by name, leave_out='{name}'"):
+        callback(model, "confine")
+    trained(model, tmp_path, [callback(model, "confine", leave_out=name)])
     assert moved(copied(model), start) <= MOVED
-    assert "free to move: model.embed_tokens.weight" in caplog.text
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -108,8 +108,8 @@ def _checked(
     if len(having) > 1:
         others = " and ".join(f"{type(m).__name__}.{a}" for m, a in having[:3])
         raise ValueError(
-            f"{told} a weight of one module, got one that is shared by {others}; leave it out, "
-            "confine(model, subspaces.without(name)), or untie it"
+            f"{told} a weight of one module, got one that is shared by {others}; leave it out by "
+            f"name, leave_out={name!r} of refresh or subspaces.without({name!r}), or untie it"
         )
     if isinstance(module, nn.utils.parametrize.ParametrizationList) or _is_source(
         module, attribute

@@ -32,7 +32,7 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Any], *, wri
     Raises:
         RuntimeError: another rank couldn't write.
     """
-    held = _gathered(state, keep=writes)
+    held = gathered(state, keep=writes)
     error = None
     try:
         if writes:
@@ -70,14 +70,14 @@ def read_state(
         )
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     weights: Mapping[str, Tensor] = named_weights(model)
-    return {key: _cut(value, weights, None) for key, value in state.items()}
+    return {key: cut(value, weights, None) for key, value in state.items()}
 
 
-def _gathered(value: Any, keep: bool, done: dict[int, Any] | None = None) -> Any:
+def gathered(value: Any, keep: bool, done: dict[int, Any] | None = None) -> Any:
     """A state with whole tensors on the host; those that several places have stay one tensor."""
     done = {} if done is None else done
     if isinstance(value, Mapping):
-        return {key: _gathered(entry, keep, done) for key, entry in value.items()}
+        return {key: gathered(entry, keep, done) for key, entry in value.items()}
     if not isinstance(value, Tensor):
         return value
     if id(value) not in done:
@@ -92,7 +92,7 @@ def _gathered(value: Any, keep: bool, done: dict[int, Any] | None = None) -> Any
     return done[id(value)][0]
 
 
-def _cut(value: Any, weights: Mapping[str, Tensor], weight: Tensor | None) -> Any:
+def cut(value: Any, weights: Mapping[str, Tensor], weight: Tensor | None) -> Any:
     if not isinstance(value, Mapping):
         return value
     if SHARDED in value:
@@ -101,7 +101,7 @@ def _cut(value: Any, weights: Mapping[str, Tensor], weight: Tensor | None) -> An
             return t
         return _distributed(t, dim, weight)
     return {
-        key: _cut(entry, weights, weights.get(key, weight) if isinstance(key, str) else weight)
+        key: cut(entry, weights, weights.get(key, weight) if isinstance(key, str) else weight)
         for key, entry in value.items()
     }
 

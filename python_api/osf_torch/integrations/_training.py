@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from osf_torch.confine import confine
 from osf_torch.confined import Confined
-from osf_torch.coverage import NAMED, left_out
-from osf_torch.free.spec import places_of
+from osf_torch.coverage import NAMED, require_told
 from osf_torch.free.state import is_state as is_confined_state
 from osf_torch.guard import Guard
 from osf_torch.integrations._state_files import (
@@ -30,10 +29,9 @@ from osf_torch.integrations._state_files import (
     world,
     write_state,
 )
-from osf_torch.kinds import owners, shape_of
 from osf_torch.protect import protect
 from osf_torch.refresh import refresh
-from osf_torch.selection import Ranks, listed, named_weights, unwrapped
+from osf_torch.selection import Ranks, listed, unwrapped
 from osf_torch.sharing import Ranks as Processes
 from osf_torch.state import is_state as is_guard_state
 from osf_torch.steps import owned_by
@@ -58,7 +56,7 @@ class Protection:
         operator: who asks, in messages: "integrations.transformers.SubspaceCallback".
         progress: of ``refresh``.
         options: of ``confine`` (update, rank, decay_to, dtype, ...) or ``protect`` (when, restore,
-            mode, record).
+            mode, record); of either ``leave_out``, the names of what is to move freely.
         defaults: options where neither ``options`` nor a state says otherwise.
 
     Attributes:
@@ -106,13 +104,13 @@ class Protection:
                 return subspaces
         processes = Processes(world())
         require_same_weights(self.model, processes, self._operator)
-        found = refresh(self.model, subspaces, progress=progress, group=processes.group)
-        if self.method == "protect":
-            return found
-        having = owners(self.model)
-        weights = named_weights(self.model)
-        shared = [name for name in found if len(having.get(id(weights[name]), ())) > 1]
-        return found.without(*shared)  # the line of coverage names them
+        return refresh(
+            self.model,
+            subspaces,
+            progress=progress,
+            group=processes.group,
+            leave_out=self._options.get("leave_out"),
+        )
 
     def _require_method(self, state: Mapping[str, Any]) -> None:
         """Refuses what the other method has saved."""
@@ -238,36 +236,21 @@ class Protection:
         self._imprint = _imprint(self.confined, found)
         return found
 
-    def covered(self) -> tuple[str, bool]:
-        """In one line what trains and is covered, by which method; and whether a matrix isn't."""
-        weights = {id(p): (name, p) for name, p in reversed(named_weights(self.model).items())}
-        confined = {id(place.weight) for place in places_of(self.model)}
-        names = set() if self.guard is None else set(self.guard.subspaces)
-        sizes = {
-            name: math.prod(shape_of(p) or (0,))
-            for key, (name, p) in weights.items()
-            if p.requires_grad or key in confined
-        }
-        guards = {key for key, (name, _) in weights.items() if name in names}
-        covered = {weights[key][0] for key in confined | guards} & sizes.keys()
-        omitted = left_out(self.model, guards)
-        total = sum(sizes.values())
-        share = sum(sizes[name] for name in covered) / max(1, total)
-        rest = f"; not covered and free to move: {listed(list(omitted), NAMED)}" if omitted else ""
-        vectors = len(sizes.keys() - covered - omitted.keys())
-        text = (
-            f"{self.method}: {len(covered)} weights, {100 * share:.1f} % of the {total:,} trained "
-            f"elements, are covered{rest}"
-            + (f"; {vectors} vectors (biases, norms) train freely" if vectors else "")
-        )
-        return text, bool(omitted)
+    def tell(self, *, aloud: bool = True) -> None:
+        """Before the first step: says in a log line what trains and is covered, at WARNING where a
+        matrix was left out by name.
 
-    def tell(self) -> None:
-        """Logs ``covered``, at WARNING where a matrix is left out."""
-        text, lacks = self.covered()
-        log.log(
-            logging.WARNING if lacks else logging.INFO, "osf_torch.%s: %s", self._operator, text
-        )
+        Args:
+            aloud: whether this process logs.
+
+        Raises:
+            RuntimeError: a matrix trains that nothing covers and that wasn't left out by name.
+        """
+        found = (self.confined or self._of_guard).coverage()
+        require_told(found, self._operator)
+        level = logging.WARNING if found.left_out else logging.INFO
+        if aloud:
+            log.log(level, "osf_torch.%s: %s: %s", self._operator, self.method, found)
 
 
 def _is_state(value: Mapping[str, Any]) -> bool:

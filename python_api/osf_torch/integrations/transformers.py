@@ -2,7 +2,7 @@
 
 ::
 
-    callback = SubspaceCallback(model, 0.5)
+    callback = SubspaceCallback(model, 0.5, leave_out="*embed_tokens*")
     trainer = Trainer(model, args, train_dataset=dataset, callbacks=[callback])
     trainer.train()  # trainer.train(resume_from_checkpoint=True) resumes
 
@@ -64,14 +64,15 @@ class SubspaceCallback(_CALLBACK):
         model: the model that the Trainer is given.
         subspaces: ranks, as ``refresh`` takes them; or subspaces by parameter name (of ``refresh``,
             ``input_subspaces`` or ``load_subspaces``); or a checkpoint's folder, of whose weights
-            the model is. Weights that modules share are left out of what is confined where ranks
-            are given, and the log line names them.
+            the model is.
         method: "confine" or "protect".
         verify: "save" verifies before each save and at the end of training, "end" at the end.
         progress: whether ``refresh`` shows a bar.
-        options: of ``confine`` (update, rank, decay_to, dtype, generator) or of ``protect`` (when,
-            restore, mode, record). ``when`` is "backward" if it isn't given, so that the Trainer's
-            clipping and its ``grad_norm`` count what is kept of the gradients alone.
+        options: ``leave_out``, names or patterns of names of matrices that are to move freely,
+            such as "*embed_tokens*", without which those that nothing covers are refused before
+            training; of ``confine`` (update, rank, decay_to, dtype, generator) or of ``protect``
+            (when, restore, mode, record). ``when`` is "backward" if it isn't given, so that the
+            Trainer's clipping and its ``grad_norm`` count what is kept of the gradients alone.
 
     Attributes:
         confined: the ``Confined``, or None.
@@ -85,7 +86,8 @@ class SubspaceCallback(_CALLBACK):
             exchanges weights outside of its steps (schedule-free ones, under "protect"), DeepSpeed,
             FSDP1, hyperparameter search, DataParallel, a state of other weights.
         FileNotFoundError: a resumed run's checkpoint has no ``osf_subspaces.pt``.
-        RuntimeError: verifying has found that something protected has moved.
+        RuntimeError: a matrix trains that nothing covers and that wasn't left out by name;
+            verifying has found that something protected has moved.
 
     Of several ranks every one makes it; where weights are sharded, the state is gathered tensor by
     tensor, and whoever writes the Trainer's checkpoints writes it. There ``when="backward"``
@@ -183,8 +185,7 @@ class SubspaceCallback(_CALLBACK):
                 "again; resume anew, with per_device_train_batch_size= as small as it has found"
             ) from error
         self._began = True
-        if state.is_world_process_zero:
-            self._protection.tell()
+        self._protection.tell(aloud=state.is_world_process_zero)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_save or control.should_evaluate:
