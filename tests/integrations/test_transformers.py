@@ -77,6 +77,8 @@ def test_the_norm_that_is_told_and_clipped_is_what_is_kept_of_the_gradients(
     subspaces = refresh(whole, 0.5, progress=False)
     kept, raw = 0.0, 0.0
     for name, p in whole.named_parameters():
+        if p.grad is None:
+            continue
         g = p.grad.double()
         raw += float(g.square().sum())
         if name in subspaces:
@@ -274,6 +276,7 @@ def test_several_tasks_and_another_folder(method, tmp_path):
     assert unequal(copied(model), learned)
     folder = tmp_path / "c" / "checkpoint-2"
     again = transformers.LlamaForCausalLM.from_pretrained(folder)
+    again.get_input_embeddings().requires_grad_(False)
     trained(again, tmp_path / "d", [callback(again, method, folder)], resume=folder)
     assert not unequal(copied(again), copied(model))
 
