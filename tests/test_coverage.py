@@ -131,12 +131,53 @@ def test_inputs_name_what_they_leave_out(caplog):
     assert "1 weights; left out: 0.weight" in repr(found)
 
 
-@pytest.mark.parametrize("filter", ["image.weight", "image.*", ["layer.weight", "image.weight"]])
+@pytest.mark.parametrize("filter", ["layer.bias", "*.bias", ["layer.weight", "layer.bias"]])
 def test_what_is_no_matrix_and_is_asked_for_is_refused_by_name(filter):
     """As the only match, or by a full name beside matrices; not where a pattern takes others."""
-    with pytest.raises(ValueError, match=r"no matrix in image\.weight \(4x3x2x2, 4-D, nn\.Conv2d"):
-        refresh(Everything(), 0.5, filter=filter)
-    assert "image.weight" not in refresh(Everything(), 0.5, filter=["layer*", "im*"])
+    model = nn.ModuleDict({"layer": nn.Linear(6, 8)})
+    with pytest.raises(ValueError, match=r"no matrix in layer\.bias \(8, 1-D, bias of nn\.Linear"):
+        refresh(model, 0.5, filter=filter)
+    assert list(refresh(model, 0.5, filter=["layer.w*", "*.b*"])) == ["layer.weight"]
+
+
+# convolutions
+
+
+def test_a_convolution_is_taken_by_name_as_one_matrix(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.Tanh(), nn.Conv1d(8, 6, 3))
+    assert set(refresh(Everything(), 0.5).left_out) >= {"image.weight"}
+    found = refresh(model, 0.5, filter="*.weight", progress=False)
+    assert {name: (s.shape, s.rank) for name, s in found.items()} == {
+        "0.weight": ((8, 3, 2, 2), 4),
+        "2.weight": ((6, 8, 3), 3),
+    }
+    for name, s in found.items():
+        W = model.get_parameter(name).detach().double().flatten(1)
+        torch.testing.assert_close(s.S, torch.linalg.svdvals(W)[: s.rank].float())
+    assert ranks_by_energy(model, 1.0, filter="*.weight") == {"0.weight": 8, "2.weight": 6}
+    pytest.importorskip("safetensors", reason="the files are safetensors")
+    save_subspaces(tmp_path / "s", found, model)
+    assert load_subspaces(tmp_path / "s", model)["0.weight"].shape == (8, 3, 2, 2)
+    with pytest.raises(ValueError, match=r"'0\.weight' to be a matrix.*confine.*\(out, in·kh·kw\)"):
+        protect(model, found, restore=False)
+
+
+def test_a_confined_convolution_keeps_its_matrix_and_goes_on_to_the_next_task():
+    model = nn.Sequential(nn.Conv2d(3, 8, 2))
+    start = model[0].weight.detach().clone().flatten(1).double()
+    confined = confine(model, refresh(model, 0.5, filter="0.weight", progress=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 5, 5)).square().mean().backward()
+        optimizer.step()
+    confined.verify()
+    U, _, Vh = torch.linalg.svd(start, full_matrices=False)
+    change = model[0].weight.detach().flatten(1).double() - start
+    assert float(change.norm()) > 1e-3
+    assert float((U[:, :4].mT @ change).norm() + (change @ Vh[:4].mT).norm()) < 1e-5
+    assert confined.next_task(widen=1, progress=False)["0.weight"].rank == 5
+    confined.verify()
 
 
 # left out by name

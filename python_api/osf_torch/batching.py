@@ -91,6 +91,8 @@ class Part:
         """(m, n) of a matrix, (count, m, n) of a batch; gathered where they are sharded, which
         every rank of the mesh must join."""
         W = self.selected.weight.detach()
+        if self.selected.is_flat:
+            return whole(W).flatten(1)
         if self.selected.batch:
             W = W.flatten(0, -3).narrow(0, self.first, self.count)
         return whole(W)

@@ -57,10 +57,14 @@ def _is_of_its_own(module: nn.Module) -> bool:
     )
 
 
-def has_matrices(shape: Sequence[int], owned: Sequence[tuple[nn.Module, str]]) -> bool:
-    """Whether the last two dimensions are those of a matrix, and the others a batch of them."""
-    convolution = any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in owned)
-    return len(shape) >= 2 and min(shape) > 0 and not (convolution and len(shape) > 2)
+def is_convolution(owned: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Whether a parameter is a convolution's, whose matrix is (out, in·kh·kw)."""
+    return any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in owned)
+
+
+def has_matrices(shape: Sequence[int]) -> bool:
+    """Whether it is a matrix, a batch of them, or a convolution's weight, with elements."""
+    return len(shape) >= 2 and min(shape) > 0
 
 
 def is_vectors(name: str, shape: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ from osf_torch import protected as weights
 from osf_torch.coverage import named_in, tell
 from osf_torch.free.spec import places_of
 from osf_torch.guard import Guard
+from osf_torch.kinds import is_convolution, owners
 from osf_torch.protected import Protected
 from osf_torch.selection import Names, named_weights, require_matrices, require_values, unknown
 from osf_torch.state import is_state, require_state, subspaces_of
@@ -210,7 +211,7 @@ def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer
 
 def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> list[Protected]:
     require_matrices(model, "protect")
-    parameters = named_weights(model)
+    parameters, having = named_weights(model), owners(model)
     confined = {id(place.weight) for place in places_of(model)}
     items: dict[int, Protected] = {}
     for name, subspace in subspaces.items():
@@ -225,6 +226,12 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 "leave it out, or Confined.release() first"
             )
         require_values(name, weight, "protect")
+        if weight.dim() > 2 and is_convolution(having.get(id(weight), ())):
+            raise ValueError(
+                f"osf_torch.protect: expected parameter {name!r} to be a matrix or a batch of "
+                "them, got a convolution's; confine(model, subspaces) takes it by its "
+                "(out, in·kh·kw) matrix, or leave it out by name"
+            )
         try:
             W, U, V = weights.shapes_of(weight, subspace)
             plan(W, U, V, mode=mode)

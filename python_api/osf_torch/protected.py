@@ -125,6 +125,11 @@ class Protected:
         return Entry(held.U, held.V, groups, *pins, across=across)
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(..., m, n) of the whole weight."""
+        return tuple(self.weight.shape)
+
+    @property
     def view_shape(self) -> tuple[int, ...]:
         """Of the whole weight, as ``view`` has it."""
         *lead, m, n = self.weight.shape

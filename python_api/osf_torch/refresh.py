@@ -74,9 +74,10 @@ def refresh(
             of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs), and of modules
             whose classes aren't torch's the 3-D parameters, which are taken for batches of matrices
             (experts), and a 2-D ``weight`` (routers); not the factors of a LoRA adapter, which
-            aren't the weight that they are added to. A weight that
-            modules share is decomposed once and goes by its first name; one without elements is
-            passed over. What trains and isn't taken is logged, and stands in ``coverage``.
+            aren't the weight that they are added to. A weight that modules share is decomposed
+            once and goes by its first name; one without elements is passed over. A convolution
+            that is named or matched is taken by its (out, in·kh·kw) matrix, for ``confine``. What
+            trains and isn't taken is logged, and stands in ``coverage``.
         leave_out: names, or patterns of names, of what is to move freely, such as "*embed*": it
             isn't taken, and the ``verify`` of what is made of these subspaces refuses no weight
             that is named here. It refuses any other that trains and isn't covered.
@@ -114,7 +115,7 @@ def refresh(
 
     Raises:
         ValueError: nothing matches (the message lists the model's matrices), a name in full of
-            what is none (a convolution), flat parameters of FSDP1, a weight without a rank,
+            what is none, flat parameters of FSDP1, a weight without a rank,
             a rank or key that doesn't fit, NaN or Inf in a weight (all weights are looked at
             before the first is decomposed), a ``previous`` that lacks a weight, its shape or its
             triplets. All name the parameter; no partial result is left.

@@ -22,6 +22,8 @@ class Named(Protocol):
     def name(self) -> str: ...
     @property
     def weight(self) -> Tensor: ...
+    @property
+    def matrix_shape(self) -> tuple[int, ...]: ...
 
 
 def ranks_of(
@@ -43,7 +45,7 @@ def ranks_of(
         )
     if ranks is not None:
         return ranks
-    short = {item.name: min(item.weight.shape[-2:]) for item in items}
+    short = {item.name: min(item.matrix_shape[-2:]) for item in items}
     more = 0 if widen is None else widen
     return {name: _widened(present[name], short[name], more, operator) for name in short}
 

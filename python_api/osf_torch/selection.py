@@ -17,6 +17,7 @@ from osf_torch.kinds import (
     adapter_part,
     described,
     has_matrices,
+    is_convolution,
     is_lazy,
     is_plain,
     is_weight,
@@ -44,17 +45,18 @@ class Selected:
     name: str
     weight: nn.Parameter
     rank: int
+    is_flat: bool = False  # a convolution's, all dimensions but the first in one
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the matrix, or of each of them."""
-        m, n = self.weight.shape[-2:]
+        m, n = matrix_of(self.weight.shape, self.is_flat)
         return m, n
 
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of a batch of matrices (experts); none of a matrix."""
-        return tuple(self.weight.shape[:-2])
+        return () if self.is_flat else tuple(self.weight.shape[:-2])
 
     @property
     def matrices(self) -> int:
@@ -122,6 +124,14 @@ def listed(names: Sequence[str], count: int = LISTED) -> str:
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def matrix_of(shape: Sequence[int], is_flat: bool) -> tuple[int, int]:
+    """(m, n) of a weight's matrix, or of each of a batch's."""
+    if is_flat:
+        return shape[0], math.prod(shape[1:])
+    m, n = shape[-2:]
+    return m, n
+
+
 def patterns_of(names: Names, argument: str, operator: str) -> list[str]:
     """Names and patterns of names as a list.
 
@@ -178,7 +188,7 @@ def select(
         for key, p in parameters.items()
         if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
     ]
-    chosen = [key for key in matched if _may_be_taken(parameters[key], having)]
+    chosen = [key for key in matched if _may_be_taken(parameters[key])]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
         raise _no_match(having, aliases, parameters, matched, filter, operator)
     omitted = [names for names in aliases.values() if is_named(names, left)]
@@ -189,16 +199,17 @@ def select(
         if values or not weight.is_meta:
             require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
-        m, n = weight.shape[-2:]
-        selected.append(Selected(name, weight, _resolved(rank, m, n, name, operator)))
+        is_flat = weight.dim() > 2 and is_convolution(having.get(key, ()))
+        m, n = matrix_of(weight.shape, is_flat)
+        resolved = _resolved(rank, m, n, name, operator)
+        selected.append(Selected(name, weight, resolved, is_flat))
     return selected
 
 
-def _may_be_taken(parameter: nn.Parameter, having: Owners) -> bool:
-    """Whether it is a matrix with elements or a batch of them, or may be one that isn't there, and
-    is refused."""
+def _may_be_taken(parameter: nn.Parameter) -> bool:
+    """Whether it is or has matrices, or may be one that isn't there, and is refused."""
     shape = shape_of(parameter)
-    return shape is None or has_matrices(shape, having.get(id(parameter), ()))
+    return shape is None or has_matrices(shape)
 
 
 def _no_match(
@@ -213,7 +224,7 @@ def _no_match(
     for key, parameter in parameters.items():
         name = aliases[key][0]
         told = f"{name} ({described(name, parameter, having.get(key, ()))})"
-        if _may_be_taken(parameter, having):
+        if _may_be_taken(parameter):
             shape = "x".join(map(str, shape_of(parameter) or ("lazy",)))
             found.append(f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})")
             if filter is None and parameter.requires_grad and adapter_part(name):
@@ -261,9 +272,7 @@ def _matcher(
         )
     if callable(filter):  # asked of what may be taken alone, which has two dimensions at least
         return lambda name, parameter: (
-            not is_lazy(parameter)
-            and has_matrices(parameter.shape, having.get(id(parameter), ()))
-            and filter(name, parameter)
+            not is_lazy(parameter) and has_matrices(parameter.shape) and filter(name, parameter)
         )
     given = [filter] if isinstance(filter, str) else filter
     if not isinstance(given, Collection) or not all(isinstance(p, str) for p in given):

@@ -21,7 +21,14 @@ from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.coverage import coverage
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.scalars import read
-from osf_torch.selection import DTYPES, listed, named_weights, require_matrices, require_values
+from osf_torch.selection import (
+    DTYPES,
+    listed,
+    matrix_of,
+    named_weights,
+    require_matrices,
+    require_values,
+)
 from osf_torch.sharding import sharding_of
 from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
@@ -350,7 +357,9 @@ def _require_fit(
         )
     if rank is None and {"U", "S", "V"} <= factors.keys():
         rank = factors["S"].shape[-1]  # of triplets
-    *lead, m, n = shape
+    dims = [factor.dim() for part, factor in factors.items() if part != "S"]
+    is_flat = len(shape) > 2 and max(dims, default=0) == 2  # a convolution's
+    *lead, m, n = matrix_of(shape, True) if is_flat else shape
     m_low, n_low = (None if rank is None else side - rank for side in (m, n))
     expected = {
         "U": (*lead, m, rank),

@@ -126,7 +126,7 @@ class Spec:
         """Whether as many directions of the rows are protected as of the columns, of a matrix or
         of each of a batch."""
         protected = self.left.size - self.left.width
-        return not self.is_flat and protected == self.right.size - self.right.width
+        return protected == self.right.size - self.right.width
 
     def follow(self, device: torch.device) -> None:
         """Brings the bases to the device that the weight was moved to."""
@@ -220,6 +220,10 @@ class Place:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        return self.spec.matrix_shape
 
     def trained(self) -> list[Tensor]:
         return [self.get(name) for name in self.spec.trainable]
