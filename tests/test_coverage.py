@@ -90,7 +90,7 @@ def test_refresh_logs_and_keeps_what_it_leaves_out(caplog, tmp_path):
     # Matrices: 48 + 480 of 48 + 480 + 30 + 48 + 7 + 42 + 6. Vectors: 4 + 7 + 1 elements.
     assert "osf_torch.refresh: 78.4 % of the elements that train are covered, 1.7 % are" in line
     assert "image.weight (4x3x2x2, 4-D, nn.Conv2d)" in line
-    assert "take these in by filter=, freeze them, or name them in leave_out=" in line
+    assert "take these in by refresh(filter=...), freeze them, or name them in leave_out=" in line
     assert found.coverage.share == 528 / (528 + 133 + 12)
     assert found.left_out == named
     assert found.to("cpu").left_out == named
@@ -155,11 +155,19 @@ def test_a_convolution_is_taken_by_name_as_one_matrix(tmp_path):
         W = model.get_parameter(name).detach().double().flatten(1)
         torch.testing.assert_close(s.S, torch.linalg.svdvals(W)[: s.rank].float())
     assert ranks_by_energy(model, 1.0, filter="*.weight") == {"0.weight": 8, "2.weight": 6}
+    assert allocate_ranks({"0.weight": 1.0}, model, trr=0.5) == {"0.weight": 4}
     pytest.importorskip("safetensors", reason="the files are safetensors")
     save_subspaces(tmp_path / "s", found, model)
     assert load_subspaces(tmp_path / "s", model)["0.weight"].shape == (8, 3, 2, 2)
     with pytest.raises(ValueError, match=r"'0\.weight' to be a matrix.*confine.*\(out, in·kh·kw\)"):
         protect(model, found, restore=False)
+    model.append(linear(4, 6))
+    x = [torch.randn(3, 3, 4, 9)]
+    forward = lambda model, x: model[3](model[0](x).flatten(2)[..., :6])  # noqa: E731
+    grown = input_subspaces(model, x, filter="*.weight", forward=forward, progress=False)
+    assert list(grown) == ["3.weight"]
+    with pytest.raises(ValueError, match=r"no matrix in 0\.weight"):
+        input_subspaces(model, x, filter="0.weight", forward=forward, progress=False)
 
 
 def test_a_confined_convolution_keeps_its_matrix_and_goes_on_to_the_next_task():
@@ -226,6 +234,33 @@ def test_what_trains_uncovered_is_refused_unless_it_was_left_out_by_name(way, ho
     else:
         holder.next_task(0.6, progress=False)
     holder.verify()
+
+
+@pytest.mark.parametrize("way", [protect, confine])
+def test_names_that_are_left_out_reach_the_next_task_and_a_resumed_run(way):
+    """Patterns that fit what is protected too, and names that the next task leaves out."""
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 6), "a": linear(8, 6), "b": nn.Embedding(5, 6)})
+    subspaces = refresh(model, 0.5, filter="a.*", progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"optimizer": optimizer} if way is protect else {}
+    holder = way(model, dict(subspaces), leave_out=["a*", "emb*"], **options)
+    holder.next_task(0.6, progress=False, leave_out="b.weight")
+    if way is protect:
+        steps(model, optimizer)
+        holder.verify()
+        holder = protect(model, holder.state_dict(), optimizer=optimizer)
+        assert holder.subspaces.coverage.by_name == {"emb.weight", "b.weight"}
+        assert "left out by name" in holder.subspaces.summary()
+        steps(model, optimizer)
+    holder.verify()
+
+
+def test_a_matrix_that_is_called_a_bias_is_no_vector():
+    model = nn.Sequential(linear(8, 6))
+    model.register_parameter("rel_bias", nn.Parameter(torch.randn(8, 8)))
+    assert coverage(model, {id(model[0].weight)}).untold == {
+        "rel_bias": "8x8, rel_bias of Sequential"
+    }
 
 
 def test_what_was_left_out_by_name_is_saved(tmp_path):

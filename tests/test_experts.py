@@ -86,6 +86,13 @@ def test_experts_of_all_layers_go_together_and_in_parts(monkeypatch):
         )
 
 
+def test_however_experts_are_parted_the_method_is_that_of_all(monkeypatch):
+    model = Experts(8, 256, 256)
+    whole = refresh(model, 26, progress=False)["up"]
+    monkeypatch.setattr("osf_torch.batching.BATCH", 1)
+    assert refresh(model, 26, progress=False)["up"].method == whole.method
+
+
 @pytest.mark.parametrize("complement", [False, True])
 def test_the_next_refresh_of_experts_starts_from_the_last(complement):
     """Warm from triplets, or deflated to the low block."""

@@ -62,7 +62,7 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     add("--world", type=int, default=1, help="ranks of FSDP2 (1)")
     add("--filter", action="append", default=None, metavar="PATTERN", help="which weights")
     add("--confine-rank", type=int, default=None, help="also of confine(rank=)")
-    add("--dtype", choices=DTYPES, default=None, help="of the model, for its config's")
+    add("--dtype", choices=DTYPES, default=None, help="of the model, in place of the config's")
     add("--basis-dtype", choices=DTYPES, default=None, help="of the bases (float32)")
     add("--arch", default=None, help="cpu, sm_80, sm_86, sm_90, sm_100 or gfx942 (sm_90)")
     add("--device", default=None, help="measure the rates of this device, such as cpu")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from osf_kernels import TruncatedSVD
+from osf_kernels import TruncatedSVD, plan_svd
 from osf_torch.selection import Selected
 from osf_torch.sharding import is_dtensor
 from osf_torch.sharing import Ranks, whole
 
 K = TypeVar("K", bound=Hashable)
+Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 
 BATCH = 32  # matrices a call at most: the bar moves, and an interrupt is heeded
 
@@ -30,6 +31,7 @@ class Kind(NamedTuple):
     complement: bool
     copied_bytes: int  # of one matrix's values and start, where those aren't taken as they lie
     is_stacked: bool  # whether they are batches of matrices, which are decomposed as one tensor
+    method: Method  # of truncated_svd
 
     @property
     def cost(self) -> float:
@@ -135,10 +137,11 @@ def kind_of(
     complement: bool | None,
     compute_dtype: torch.dtype | None,
     earlier: TruncatedSVD | None,
+    method: Method = "auto",
 ) -> Kind:
     """
     Args:
-        complement: as in ``refresh``.
+        complement, method: as in ``refresh``.
         earlier: the triplets that it starts from.
     """
     # Low bases pay where both are the smaller ones: of a 4:1 weight the longer side's would be
@@ -152,7 +155,14 @@ def kind_of(
         copied += m * n * computed.itemsize
     if earlier is not None and (earlier.V.device != weight.device or s.batch):
         copied += sum(factor.nbytes for factor in factors_of(earlier).values()) // s.matrices
-    return Kind(weight.device, weight.dtype, computed, s.shape, s.rank, low, copied, bool(s.batch))
+    if method == "auto" and s.batch and earlier is None:
+        # By all matrices of the weight, so that it doesn't matter how they are parted.
+        device = weight.device.type
+        method = plan_svd(m, n, s.rank, device=device, batch=s.matrices).method
+    stacked = bool(s.batch)
+    return Kind(
+        weight.device, weight.dtype, computed, s.shape, s.rank, low, copied, stacked, method
+    )
 
 
 def parts_of(s: Selected, size: int) -> list[Part]:

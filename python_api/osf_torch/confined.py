@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from osf_torch.coverage import Coverage, coverage, require_told
+from osf_torch.coverage import Coverage, coverage, named_by, require_told
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.current import current
@@ -199,13 +199,15 @@ class Confined:
             places,
             chosen,
             previous=None,
-            options={"leave_out": sorted(self.leave_out), **options},
+            leave_out=self.leave_out,
+            options=options,
             operator=operator,
         )
         fresh = admitted(self._model, found, self._settings, anew=True)
         tensors = [made(place, self._settings) for place in fresh]
         self._end("next_task()")
         self.begin(fresh, tensors)
+        self.leave_out |= named_by(found)
         return found
 
     def _require_changeable(self, places: Sequence[Place], method: str) -> None:

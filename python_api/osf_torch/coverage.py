@@ -108,13 +108,14 @@ def coverage(
             continue
         shape = shape_of(parameter)
         count = 0 if shape is None else math.prod(shape)
-        if shape is not None and (not count or (is_vectors(name, shape) and key not in covered)):
+        owned = having.get(key, ())
+        if shape is not None and key not in covered and is_vectors(name, shape, owned):
             vectors += count
         elif key in covered:
             total += count
         else:
             by_name = is_named(called, leave_out)
-            what = described(name, parameter, having.get(key, ()))
+            what = described(name, parameter, owned)
             left_out[name] = f"{what}, {BY_NAME}" if by_name else what
             elements[name] = count
             named |= {name} if by_name else set()
@@ -136,8 +137,13 @@ def named_in(model: nn.Module, leave_out: Names, subspaces: object, operator: st
             f"osf_torch.{operator}: expected leave_out to name parameters of the model, got "
             f"{listed(list(map(repr, foreign)))}; its first are {listed(list(weights), 5)}"
         )
+    return [*names, *sorted(named_by(subspaces))]
+
+
+def named_by(subspaces: object) -> frozenset[str]:
+    """What was left out by name in making subspaces."""
     found: Coverage | None = getattr(subspaces, "coverage", None)
-    return names if found is None else [*names, *sorted(found.by_name)]
+    return frozenset() if found is None else found.by_name
 
 
 def tell(found: Coverage, operator: str) -> Coverage:
@@ -146,8 +152,8 @@ def tell(found: Coverage, operator: str) -> Coverage:
     line = f"osf_torch.{operator}: {found}"
     if found.untold:
         log.warning(
-            "%s; take these in by filter=, freeze them, or name them in leave_out=, without which "
-            "verify() refuses them",
+            "%s; take these in by refresh(filter=...), freeze them, or name them in leave_out=; "
+            "until one of these is done verify() refuses them",
             line,
         )
     else:
@@ -166,7 +172,7 @@ def require_told(found: Coverage, operator: str) -> None:
         raise RuntimeError(
             f"osf_torch.{operator}: expected every matrix that trains to be covered, got "
             f"{listed(named)}, which nothing covers: all of them may move; refresh with them "
-            "(filter= takes others than the default), freeze them, or leave them out by name: "
+            "(its filter= takes others than the default), freeze them, or leave them out by name: "
             f"leave_out={list(found.untold)[:NAMED]}"
         )
 

@@ -47,6 +47,7 @@ def decomposed(
             kind.rank,
             warm_start=starts,
             complement=kind.complement,
+            method=kind.method,
             generator=torch.Generator(kind.device).manual_seed(seed),
             **options,
         )

@@ -55,8 +55,8 @@ def estimate(
             "gfx942". None is that of ``device``; without a device "sm_90".
         device: where the rates of products and of eigendecompositions are measured, in some tenths
             of a second, for the time of the refresh; such as "cpu" or "cuda".
-        tflops: a rate of products, in the place of a measured one: a time at least, since
-            eigendecompositions run at less.
+        tflops: a rate of products, in the place of a measured one. The time is then a lower
+            bound, since eigendecompositions run at less.
 
     Returns:
         An :class:`Estimate`. Bytes are those that ``Subspaces.nbytes``, ``Confined.summary`` and
@@ -66,7 +66,7 @@ def estimate(
     Raises:
         ValueError: no model (the message says what to pass), ranks or filter that ``refresh``
             refuses, tokens, world, rank or tflops below 1, an unknown architecture, both a device
-            and tflops.
+            and tflops, a device that isn't there.
         ImportError: a config, where transformers isn't installed.
 
     Mutates nothing; draws random numbers where rates are measured, from a generator of its own.
@@ -76,8 +76,10 @@ def estimate(
         raise ValueError(
             "osf_torch.estimate: expected device or tflops, got both; leave one of them out"
         )
-    if tflops is not None and not tflops > 0:
+    if tflops is not None and not (isinstance(tflops, int | float) and tflops > 0):
         raise ValueError(f"osf_torch.estimate: expected tflops above 0, got {tflops!r}")
+    if device is not None:
+        _require_device(device)
     plan_of = blueprint(model, "estimate")
     sizes = _dtypes(plan_of, weights)
     selected = [
@@ -88,8 +90,8 @@ def estimate(
             "osf_torch.estimate: expected a weight that ranks leaves something free of, got "
             "weights of one row or column alone; widen filter="
         )
-    kind = torch.device(device).type if device is not None else "cuda"
     named = architecture or _architecture(device)
+    kind = "cpu" if named == "cpu" else "cuda"
     having = owners(plan_of)
     kinds: dict[Alike, list[Selected]] = {}
     for s in selected:
@@ -132,6 +134,16 @@ def _dtypes(model: nn.Module, weights: torch.dtype | None) -> Callable[[torch.Te
         return weights if weights is not None and t.is_floating_point() else t.dtype
 
     return of
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"osf_torch.estimate: expected device to be one that is here, got {device!r} "
+            f"({str(error).splitlines()[0]}); leave it out, and pass tflops= for a time"
+        ) from error
 
 
 def _architecture(device: str | None) -> str:
@@ -314,8 +326,8 @@ def _notes(costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]]) 
     experts = [s.name for alike, members in kinds.items() if alike.batch for s in members]
     if experts:
         notes.append(
-            f"products with the tokens as if each took one matrix of {listed(experts, 2)}; with "
-            "several experts a token these products are as many times as many"
+            f"products with the tokens as if each took one matrix of {listed(experts, 2)}; "
+            "multiply these by the number of experts that a token goes to"
         )
     notes.append(
         "not counted: activations but the inputs of these layers, and what a step allocates for a "

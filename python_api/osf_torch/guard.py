@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
-from osf_torch.coverage import Coverage, coverage, require_told
+from osf_torch.coverage import Coverage, coverage, named_by, require_told
 from osf_torch.hooks import Hooks
 from osf_torch.protected import Protected
 from osf_torch.selection import Rank, Ranks
 from osf_torch.state import read_state, state_of
 from osf_torch.steps import Leak, Restore, Steps, owned_by, with_gradients
-from osf_torch.subspaces import Subspace, Subspaces
+from osf_torch.subspaces import Subspace, Subspaces, covering
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -201,7 +201,8 @@ class Guard:
             items,
             chosen,
             previous=self.subspaces if protects else None,
-            options={"leave_out": sorted(self._leave_out), **options},
+            leave_out=self._leave_out,
+            options=options,
             operator=operator,
         )
         renewed = [Protected(item.name, item.weight, found[item.name]) for item in items]
@@ -209,6 +210,7 @@ class Guard:
         pairs = zip(items, renewed, strict=True)
         self._released = {old.name: measures.released(old, new, self.mode) for old, new in pairs}
         self.subspaces = found
+        self._leave_out |= named_by(found)
         self._steps.take(renewed)
         return found
 
@@ -387,9 +389,10 @@ class Guard:
             for item, earlier in zip(items, before, strict=True):
                 vars(item).update(earlier)
             raise
-        self.subspaces = subspaces
-        self._released = {}
         self._leave_out |= set(state.get("leave_out", ()))
+        covered = {id(item.weight) for item in items}
+        self.subspaces = covering(subspaces, coverage(self._model, covered, self._leave_out))
+        self._released = {}
         self._steps.moved = {k: item for k, item in self._items.items() if item.name in moved}
         self._steps.projections = int(state["projections"])
         self._steps.take(items)

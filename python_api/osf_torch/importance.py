@@ -101,7 +101,7 @@ def layer_importance(
     """
     if per not in ("block", "weight"):
         raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
-    selected = select(model, 1, filter, operator="layer_importance")
+    selected = select(model, 1, filter, operator="layer_importance", convolutions=per == "block")
     weights = {s.name: s.weight for s in selected}
     blocks = _blocks(model) if per == "block" else {}
     products = {name: _Product(weight) for name, weight in weights.items() if per == "weight"}

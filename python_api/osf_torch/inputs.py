@@ -108,7 +108,15 @@ def input_subspaces(
         raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
     require_seed(seed, "input_subspaces")
     names = named_in(model, leave_out, previous, "input_subspaces")
-    selected = select(model, 1, filter, operator="input_subspaces", sharded=True, leave_out=names)
+    selected = select(
+        model,
+        1,
+        filter,
+        operator="input_subspaces",
+        sharded=True,
+        leave_out=names,
+        convolutions=False,
+    )
     previous = previous or {}
     _require_selected(previous, selected)
     _require_products(model, selected)

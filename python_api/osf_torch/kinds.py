@@ -67,9 +67,19 @@ def has_matrices(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and min(shape) > 0
 
 
-def is_vectors(name: str, shape: Sequence[int]) -> bool:
-    """Whether it is a vector, or one for each expert: a bias, the scale of a norm."""
-    return len(shape) < 2 or (len(shape) == 2 and name.endswith("bias"))
+def is_vectors(name: str, shape: Sequence[int], owned: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Whether it is a vector, or one for each expert (a bias beside a batch of matrices), or has no
+    elements."""
+    if len(shape) < 2 or min(shape) == 0:
+        return True
+    batches = [
+        other
+        for module, _ in owned
+        for p in module._parameters.values()
+        if p is not None and len(other := shape_of(p) or ()) == 3
+    ]
+    is_bias = len(shape) == 2 and name.endswith("bias")
+    return is_bias and any(other[0] == shape[0] for other in batches)
 
 
 def adapter_part(name: str) -> str | None:

@@ -14,8 +14,18 @@ from torch import nn
 
 from osf_torch.batching import BATCH, Part, packed, parts_of
 from osf_torch.free.merging import require_current
+from osf_torch.kinds import is_convolution, owners
 from osf_torch.progress import Show, progress_bar
-from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select, share_of
+from osf_torch.selection import (
+    Filter,
+    Ranks,
+    Selected,
+    listed,
+    matrix_of,
+    named_weights,
+    select,
+    share_of,
+)
 
 Shapes = Mapping[str, tuple[int, ...]] | nn.Module
 
@@ -223,7 +233,13 @@ def _most(kind: tuple[tuple[int, int], torch.dtype, torch.device]) -> int:
 def _shapes(shapes: Shapes) -> Mapping[str, Sequence[int]]:
     if not isinstance(shapes, nn.Module):
         return shapes
-    return {name: parameter.shape for name, parameter in named_weights(shapes).items()}
+    having = owners(shapes)
+    return {
+        name: matrix_of(p.shape, True)
+        if p.dim() > 2 and is_convolution(having.get(id(p), ()))
+        else tuple(p.shape)
+        for name, p in named_weights(shapes).items()
+    }
 
 
 def _short_side(name: str, shape: Sequence[int]) -> int:

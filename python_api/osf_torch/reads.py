@@ -23,7 +23,7 @@ from osf_torch.sharding import local
 from osf_torch.views import Sources, View
 
 Side = Literal["U", "V"]
-SEEN = "a product of torch's operators (a kernel of its own isn't one)"
+SEEN = "a product of torch's operators (custom kernels can't be seen)"
 SIDES: tuple[Side, ...] = ("U", "V")
 Parts = list[tuple[int, Tensor]]  # the matrix of a batch, 0 where there is one, and its rows
 
@@ -37,8 +37,10 @@ PRODUCTS = {
     "aten::addbmm": (1, 2),
     "aten::addmv": (1, 2),
 }
-# What gives a weight's values elsewhere, cast, copied or scaled, each at its own place.
-COPIES = {f"aten::{name}" for name in ("_to_copy", "clone", "mul", "div", "add", "sub")}
+# What gives a weight's values elsewhere, cast, copied, or with something added to them, each at its
+# own place; and what scales them, which tells nothing of what is read unless by one number.
+COPIES = {f"aten::{name}" for name in ("_to_copy", "clone", "add", "sub")}
+SCALES = {"aten::mul", "aten::div"}
 
 
 class Meter(Protocol):
@@ -157,8 +159,8 @@ class _Products(TorchDispatchMode):
         elif kind == "grouped":
             ends = [a for a in (*args[2:], *kwargs.values()) if _is_integers(a)]
             self._product(local(args[0]), local(args[1]), ends[0] if ends else None)
-        elif kind == "copy":
-            for taken in args[:2]:
+        elif kind == "copy" or (kind == "scale" and _is_number(args[1])):
+            for taken in args[: 1 if kind == "scale" else 2]:
                 if isinstance(taken, Tensor):
                     self._sources.copied(local(taken), local(out))
         elif kind == "index":
@@ -226,6 +228,10 @@ def _side(view: View, summed: int, free: int) -> Side | None:
     return "U" if along[0] == 1 else "V"
 
 
+def _is_number(value: object) -> bool:
+    return not isinstance(value, Tensor) or value.numel() == 1
+
+
 def _is_integers(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point()
 
@@ -241,6 +247,8 @@ def _kind(func: Any) -> str:
         return "grouped"
     if name in COPIES:
         return "copy"
+    if name in SCALES:
+        return "scale"
     if name in ("aten::index", "aten::index_select"):
         return "index"
     composite = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -6,13 +6,13 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from osf_kernels import padded
-from osf_torch.batching import Batch, kind_of, shared_out
+from osf_torch.batching import Batch, Method, kind_of, shared_out
 from osf_torch.coverage import coverage, named_in, tell
 from osf_torch.decomposing import Result, decomposed, joined
 from osf_torch.free.merging import require_current
@@ -23,8 +23,6 @@ from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
 from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Decomposition, Keep, Subspaces, assemble, smaller
-
-Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
 
 log = logging.getLogger("osf_torch")
 FACTOR_BYTES = 1 << 30  # what one call may hold where no max_workspace_bytes is given
@@ -137,7 +135,8 @@ def refresh(
     _require_finite(selected)
     earlier = [None if previous is None else previous[s.name].svd for s in selected]
     kinds = [
-        kind_of(s, complement, compute_dtype, svd) for s, svd in zip(selected, earlier, strict=True)
+        kind_of(s, complement, compute_dtype, svd, method)
+        for s, svd in zip(selected, earlier, strict=True)
     ]
     covered = {id(s.weight) for s in selected}
     told = coverage(model, covered, names)
@@ -146,7 +145,7 @@ def refresh(
         tell(told, "refresh")
     limit_bytes = workspace_bytes or FACTOR_BYTES
     shares = shared_out(selected, kinds, limit_bytes, sharers)
-    options = {"tol": tol, "method": method, "max_workspace_bytes": workspace_bytes}
+    options = {"tol": tol, "max_workspace_bytes": workspace_bytes}
     kept: dict[str, dict[int, Result]] = {s.name: {} for s in selected}
     shown = progress if sharers.rank == 0 else False
     counts = [s.matrices for s in selected]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from osf_torch.coverage import named_in
 from osf_torch.refresh import refresh
-from osf_torch.selection import Rank, Ranks, listed
+from osf_torch.selection import Rank, Ranks, is_named, listed, named_weights
 from osf_torch.subspaces import Subspace, Subspaces
 
 
@@ -56,6 +57,7 @@ def renewed(
     ranks: Ranks,
     *,
     previous: Mapping[str, Subspace] | None,
+    leave_out: Collection[str],
     options: Mapping[str, Any],
     operator: str,
 ) -> Subspaces:
@@ -64,6 +66,7 @@ def renewed(
     Args:
         previous: what was protected, where the protected parts are as they were, so that only the
             low block of a weight may differ, of which both low bases were kept.
+        leave_out: what was left out by name so far; what ``options`` leave out comes to it.
         options: of ``refresh``.
 
     Raises:
@@ -84,6 +87,13 @@ def renewed(
         if all(svd is not None and svd.U_low is not None for svd in kept):
             options = {"previous": previous, "keep": "all", "complement": True, **options}
     keys = {id(item.weight) for item in items}
+    patterns = [*leave_out, *named_in(model, options.get("leave_out"), None, operator)]
+    names = [
+        name
+        for name, parameter in named_weights(model).items()
+        if id(parameter) not in keys and is_named([name], patterns)
+    ]
+    options = {**options, "leave_out": names}
     found = refresh(model, ranks, filter=lambda _, parameter: id(parameter) in keys, **options)
     lost = [item.name for item in items if item.name not in found]
     if lost:

@@ -162,13 +162,14 @@ def select(
     sharded: bool = False,
     leave_out: Names = None,
     values: bool = True,
+    convolutions: bool = True,
 ) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
     as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
     protect. ``sharded`` says whether DTensors are taken, ``values`` whether meta tensors are
-    refused; what ``leave_out`` names isn't taken.
+    refused, ``convolutions`` whether these are taken; what ``leave_out`` names isn't.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
@@ -188,7 +189,12 @@ def select(
         for key, p in parameters.items()
         if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
     ]
-    chosen = [key for key in matched if _may_be_taken(parameters[key])]
+    chosen = [
+        key
+        for key in matched
+        if _may_be_taken(parameters[key])
+        and (convolutions or not is_convolution(having.get(key, ())))
+    ]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
         raise _no_match(having, aliases, parameters, matched, filter, operator)
     omitted = [names for names in aliases.values() if is_named(names, left)]

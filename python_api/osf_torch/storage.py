@@ -198,7 +198,7 @@ def together(model: nn.Module, operator: str) -> Iterator[Ranks]:
 def _is_shared(weight: Tensor) -> bool:
     try:
         return sharding_of(weight) is not None
-    except ValueError:  # on two mesh dimensions, which neither refresh nor protect takes
+    except ValueError:  # of sums or scattered slices, which neither refresh nor protect takes
         return False
 
 

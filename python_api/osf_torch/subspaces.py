@@ -313,6 +313,13 @@ class Grown(dict[str, Subspace]):
         return "\n".join([*table(("parameter", "U", "V"), lines), *_lines(self.coverage)])
 
 
+def covering(subspaces: Mapping[str, Subspace], found: Coverage) -> Subspaces | Grown:
+    """The same with what is known of what they cover."""
+    if isinstance(subspaces, Subspaces):
+        return Subspaces(dict(subspaces), seed=subspaces.seed, coverage=found)
+    return Grown(subspaces, coverage=found)
+
+
 def _side(basis: Held) -> str:
     """How many directions of how many are protected, and whether they or the others are held."""
     if basis is None:

@@ -231,6 +231,7 @@ class Protection:
 
     def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces:
         """Of ``Confined`` or ``Guard``; the next optimizer is made afterwards."""
+        options.setdefault("group", world())  # ranks share it out, and have the same bases
         found = (self.confined or self._of_guard).next_task(ranks, **options)
         self.subspaces = found
         self._imprint = _imprint(self.confined, found)

@@ -18,6 +18,7 @@ and ``configure_model`` shards them.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -26,12 +27,12 @@ import torch
 from torch import nn
 
 from osf_torch.confined import Confined
-from osf_torch.coverage import NAMED
+from osf_torch.coverage import NAMED, named_in
 from osf_torch.guard import Guard
 from osf_torch.integrations import _state_files
 from osf_torch.integrations._peer import require_peer
 from osf_torch.integrations._training import Method, Protection, innermost, is_model_of
-from osf_torch.selection import Ranks, listed, named_weights
+from osf_torch.selection import Ranks, listed, named_weights, unknown
 from osf_torch.steps import owned_by
 from osf_torch.subspaces import Subspace, Subspaces
 
@@ -186,7 +187,7 @@ class SubspaceCallback(_CALLBACK):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Where the Trainer has loaded the module's weights, and not yet the optimizers' states."""
-        if self._protection is None:
+        if self._protection is None or not is_model_of(self._protection, pl_module):
             return  # it validates or tests a module that is plain
         # Taken out, so that the Trainer doesn't copy it for load_state_dict.
         saved = checkpoint["callbacks"].pop(self.state_key, None)
@@ -249,7 +250,8 @@ class SubspaceCallback(_CALLBACK):
                 guard.project_grads()  # the step projects what clipping by value takes out again
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        drift = max(part.drift() for part in self._parts.values())
+        drifts = [part.drift() for part in self._parts.values()]
+        drift = math.nan if any(map(math.isnan, drifts)) else max(drifts)
         pl_module.log(DRIFT, drift, sync_dist=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -302,6 +304,9 @@ class SubspaceCallback(_CALLBACK):
         if states:
             return {int(i): self._part(i, protection) for i in states}
         weights = named_weights(protection.model)
+        foreign = [name for name in protection.subspaces if name not in weights]
+        if foreign:
+            raise unknown(NAME, foreign[0], weights)
         names = [name for name in protection.subspaces if weights[name].requires_grad]
         owners = {
             name: [i for i, o in enumerate(self._optimizers) if id(weights[name]) in owned_by(o)]
@@ -335,7 +340,11 @@ class SubspaceCallback(_CALLBACK):
         return self._parts.get(int(index)) or self._made(protection, protection.subspaces)
 
     def _made(self, protection: Protection, own: Mapping[str, Any]) -> Protection:
-        return Protection(protection.model, own, "protect", operator=NAME, options=self._options)
+        named = named_in(
+            protection.model, self._options.get("leave_out"), protection.subspaces, NAME
+        )
+        options = {**self._options, "leave_out": named}
+        return Protection(protection.model, own, "protect", operator=NAME, options=options)
 
     def _require_trainer(self, trainer: Any) -> None:
         """Refuses what would train weights past the protection, by its name."""

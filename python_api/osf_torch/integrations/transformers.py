@@ -112,6 +112,7 @@ class SubspaceCallback(_CALLBACK):
         self._verify = verify
         self._began = False
         self._looked_at = -1  # the step at which weights were last settled and looked at
+        self._verified_at = -1
         self._folder: Path | None = None
         given: Any = subspaces
         if isinstance(subspaces, str | os.PathLike):
@@ -185,6 +186,7 @@ class SubspaceCallback(_CALLBACK):
                 "again; resume anew, with per_device_train_batch_size= as small as it has found"
             ) from error
         self._began = True
+        self._looked_at = self._verified_at = -1  # of an earlier run
         self._protection.tell(aloud=state.is_world_process_zero)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -219,12 +221,15 @@ class SubspaceCallback(_CALLBACK):
 
     def _look(self, state: Any, saves: bool) -> None:
         """Once a step: weights as they are to be saved, verified, and their drift logged."""
-        if self._looked_at == state.global_step:
-            return
-        self._looked_at = state.global_step
-        self._protection.settle()
-        if saves and self._verify == "save":
+        step = state.global_step
+        if self._looked_at != step:
+            self._protection.settle()
+        if saves and self._verify == "save" and self._verified_at != step:
+            self._verified_at = step
             self._protection.verify()
+        if self._looked_at == step:
+            return
+        self._looked_at = step
         entry = {DRIFT: self._protection.drift(), "epoch": state.epoch, "step": state.global_step}
         state.log_history.append(entry)
 
