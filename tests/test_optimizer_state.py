@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from bench import optimizers
+from bench.optimizers import OPTIMIZERS
 from osf_torch import protect, refresh
-from tests.small_confine import protected_part
+from tests.small_confine import protected_part, worst
 from tests.small_guard import adamw, drawn, local, one_rank, sharded, train
 
 ROUNDING = 2e-6
@@ -131,6 +133,57 @@ def test_a_state_is_kept_unless_something_else_is_asked_for():
     guard.next_task(widen=0.3, progress=False)
     after = copied(optimizer, model)
     assert all(same(states, before[name]) for name, states in after.items())
+
+
+def test_muon_scales_up_what_is_left_of_the_momentum():
+    """Its polynomial makes a full step of a direction however little momentum it has."""
+    shares = {}
+    for choice in ("keep", "project", "clear"):
+        model = mlp("muon")
+        optimizer = torch.optim.Muon([model[0].weight, model[2].weight], lr=0.01, weight_decay=0)
+        guard = guarded(model, optimizer, restore=False)
+        found = guard.next_task(widen=0.3, optimizer_state=choice, progress=False)
+        before = model[0].weight.detach().clone()
+        train(model, optimizer, 40, "second")
+        moved = model[0].weight.detach() - before
+        part = protected_part(moved, found["0.weight"])
+        shares[choice] = float(part.norm() / moved.norm())
+    assert shares["keep"] > 0.4  # of momentum that is down to .95 ** 40 of itself
+    assert max(shares["project"], shares["clear"]) < 0.1
+
+
+UNKNOWN = ("AdamW, schedule-free", "AdamW, 8 bits (torchao)", "AdamW, 8 bits (bitsandbytes)")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [n for n, o in OPTIMIZERS.items() if not o.accelerator])
+def test_states_of_optimizers_by_name(name):
+    """A state is projected or refused, and begins anew where it is cleared."""
+    reason = optimizers.missing(OPTIMIZERS[name])
+    if reason is not None:
+        pytest.skip(reason)
+    outcome = optimizers.train(OPTIMIZERS[name], "restored", 3)
+    model, optimizer, guard = outcome.model, outcome.optimizer, outcome.guard
+    options = {"widen": 8, "progress": False}
+    if name in UNKNOWN:
+        before = guard.subspaces
+        with pytest.raises(ValueError, match=r'isn\'t known; pass "clear"'):
+            guard.next_task(**options, optimizer_state="project")
+        assert guard.subspaces is before
+    else:
+        guard.next_task(**options, optimizer_state="project")
+    guard.next_task(**options, optimizer_state="clear")
+    assert not any(optimizer.state.get(p) for p in model.parameters())
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizers.exchange(optimizer, "train", guard)
+    with optimizers.eagerly():
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(4, optimizers.WIDTH)).square().mean().backward()
+            optimizer.step()
+    guard.verify()
+    assert worst(start, model, guard.subspaces) <= ROUNDING
+    assert any((p - start[n]).norm() > 1e-4 for n, p in model.named_parameters())
 
 
 class Keeping(torch.optim.Optimizer):
