@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from bench import __main__ as cli
 from bench import optimizers, report
 from bench.optimizers import OPTIMIZERS, train
+from osf_torch import protect
 from tests.small_confine import worst
 
 LIMIT = 1e-6  # of what is protected, of float32 weights and a few steps
@@ -136,6 +139,23 @@ def streams_of_a_cpu():
 def test_offloaded_steps_hold_what_is_confined_and_are_refused_by_protect():
     with streams_of_a_cpu():
         offloaded_steps(torch.device("cpu"))
+
+
+def test_offloaded_steps_take_gradients_that_were_projected_in_the_backward_pass():
+    """A guard's hook runs before the one that copies the gradient to the host."""
+    made = OPTIMIZERS["AdamW, offloaded (torchao)"]
+    options = {"optimizer_class": torch.optim.SGD, "lr": 0.1}
+    with streams_of_a_cpu():
+        model = optimizers.network(0)
+        subspaces = optimizers.subspaces_of(model)
+        before = copy.deepcopy(model.state_dict())
+        optimizer = dataclasses.replace(made, options=options).make(list(model.parameters()))
+        guard = protect(model, subspaces, restore=False)
+        for _ in range(5):
+            step(model, optimizer)
+        guard.verify()
+    assert optimizers.Outcome(model, before, subspaces, optimizer, guard).share() <= 1e-4
+    assert (model[0].weight - before["0.weight"]).norm() > 1e-3
 
 
 @pytest.mark.gpu
