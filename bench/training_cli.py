@@ -12,8 +12,9 @@ from typing import Any
 from bench import report
 
 RESULTS = report.ROOT / "bench" / "results"
-COMMANDS = ("protect", "rounding", "continual", "redundancy", "mrr", "paper")
+COMMANDS = ("protect", "rounding", "optimizers", "continual", "redundancy", "mrr", "paper")
 COST_ROUNDS = 9
+OPTIMIZER_STEPS = 50
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
 DEFAULT_TRR = 0.8  # the paper's
@@ -54,6 +55,10 @@ def add(commands: Any) -> None:
     rounding.add_argument("--steps", type=int, default=200)
     rounding.add_argument("--lr", type=float, default=2e-5)
     rounding.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
+
+    optimizers = commands.add_parser("optimizers", help="each optimizer under protect and confine")
+    optimizers.add_argument("--steps", type=int, default=OPTIMIZER_STEPS)
+    optimizers.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
 
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, None, seeds=3, steps=None)
@@ -134,6 +139,10 @@ def run(arguments: argparse.Namespace) -> int:
         from bench import rounding
 
         return rounding.run(arguments)
+    if arguments.command == "optimizers":
+        from bench import optimizers
+
+        return optimizers.run(arguments)
     if arguments.command == "mrr":
         from bench import mrr_sweep
 

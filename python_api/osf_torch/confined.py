@@ -165,7 +165,8 @@ class Confined:
         optimizer afterwards; the old one refuses to step.
 
         Args:
-            ranks, widen, options: as of ``Guard.next_task``.
+            ranks, widen, options: as of ``Guard.next_task``, but for ``optimizer_state``: no state
+                of C outlives it.
 
         Returns:
             The new subspaces.

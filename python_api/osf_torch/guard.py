@@ -15,6 +15,7 @@ from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
 from osf_torch.coverage import Coverage, coverage, named_by, require_told
 from osf_torch.hooks import Hooks
+from osf_torch.optimizer_state import OptimizerState, renew_state, require_renewable
 from osf_torch.protected import Protected
 from osf_torch.selection import Rank, Ranks
 from osf_torch.state import read_state, state_of
@@ -155,7 +156,12 @@ class Guard:
         return norm
 
     def next_task(
-        self, ranks: Ranks | None = None, *, widen: Rank | None = None, **options: Any
+        self,
+        ranks: Ranks | None = None,
+        *,
+        widen: Rank | None = None,
+        optimizer_state: OptimizerState = "keep",
+        **options: Any,
     ) -> Subspaces:
         """At the end of a task: decomposes the weights as they are now and protects that.
 
@@ -168,14 +174,21 @@ class Guard:
         refresh are triplets still, and those of the low block alone are computed (method
         "deflated"), provided that both were kept (``keep="all", complement=True``).
 
-        With restore=False an optimizer's momentum carries the last task's step on into directions
-        that are protected only now: clear its state, or restore.
+        An optimizer's momentum carries the last task's step on into directions that are protected
+        only now. Restoring undoes that; with restore=False project or clear its state, above all
+        Muon's, whose steps scale up what is left of it (half of what 100 steps moved was in the
+        protected span, and 1 % with either).
 
         Args:
             ranks: of the new bases, as in ``refresh``: another allocation, by hand or by
                 ``allocate_ranks``. None keeps the ranks, or widens them:
             widen: how much every rank grows by, in directions (int, at least 0) or as a share of
                 min(m, n) (float in [0, 1]); as far as min(m, n).
+            optimizer_state: what becomes of the optimizer's state of the guarded weights. "keep":
+                nothing. "project": M ← P(M), by the new bases, for averages of gradients
+                ("exp_avg", "momentum_buffer"); second moments and counts of steps stay, since
+                steps divide by them. "clear": their states are emptied, and begin anew with the
+                next step. Those of other parameters stay as they are.
             options: of ``refresh``, such as tol, seed, keep or progress.
 
         Returns:
@@ -183,7 +196,9 @@ class Guard:
 
         Raises:
             ValueError: both ranks and widen, or as ``refresh``; subspaces that
-                aren't triplets, such as those of ``input_subspaces``. The protection is as it was.
+                aren't triplets, such as those of ``input_subspaces``; another optimizer_state,
+                one other than "keep" without an optimizer or of LBFGS, "project" of a state that
+                isn't known (8 bits, schedule-free's). Protection and state are as they were.
             TypeError: widen is neither int nor float.
         """
         protects = self.restores is not False and self.mode == "complement"
@@ -195,6 +210,7 @@ class Guard:
         }
         chosen = renewal.ranks_of(items, present, ranks, widen, operator)
         renewal.require_triplets(items, self.subspaces)
+        require_renewable(self._optimizer, items, optimizer_state)
         self._steps.settle()
         found = renewal.renewed(
             self._model,
@@ -212,6 +228,7 @@ class Guard:
         self.subspaces = found
         self._leave_out |= named_by(found)
         self._steps.take(renewed)
+        renew_state(self._optimizer, renewed, self.mode, optimizer_state)
         return found
 
     # --- what a user asks ---
