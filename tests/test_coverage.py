@@ -259,7 +259,7 @@ def test_a_matrix_that_is_called_a_bias_is_no_vector():
     model = nn.Sequential(linear(8, 6))
     model.register_parameter("rel_bias", nn.Parameter(torch.randn(8, 8)))
     assert coverage(model, {id(model[0].weight)}).untold == {
-        "rel_bias": "8x8, rel_bias of Sequential"
+        "rel_bias": "8x8, rel_bias of nn.Sequential"
     }
 
 

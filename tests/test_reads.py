@@ -106,6 +106,17 @@ def test_what_a_matrix_reads(form, inference):
         assert same_rows(found[side[0], 0], torch.cat([x] * times))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [lambda W: W * torch.arange(1.0, 5.0), lambda W: W / (1 + W.abs()), lambda W: 1 / W],
+    ids=["by column", "by itself", "its inverse"],
+)
+def test_a_weight_that_is_scaled_by_more_than_a_number_is_not_followed(made):
+    """What the product reads isn't what the weight reads: such a weight is refused as unread."""
+    model, x = holding(6, 4), tokens(3, 4)
+    assert not reads(model, lambda: F.linear(x, made(model.W)))["W"]
+
+
 def test_both_sides_of_one_weight():
     """As of an autoencoder whose decoder is the encoder's transpose."""
     model, x, y = holding(5, 3), tokens(4, 3), tokens(7, 5)

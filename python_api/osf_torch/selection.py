@@ -189,14 +189,14 @@ def select(
         for key, p in parameters.items()
         if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
     ]
-    chosen = [
+    unfit = {
         key
-        for key in matched
-        if _may_be_taken(parameters[key])
-        and (convolutions or not is_convolution(having.get(key, ())))
-    ]
+        for key, p in parameters.items()
+        if not (_may_be_taken(p) and (convolutions or not is_convolution(having.get(key, ()))))
+    }
+    chosen = [key for key in matched if key not in unfit]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
-        raise _no_match(having, aliases, parameters, matched, filter, operator)
+        raise _no_match(having, aliases, parameters, matched, unfit, filter, operator)
     omitted = [names for names in aliases.values() if is_named(names, left)]
     wanted_ranks = _ranks(ranks, [aliases[key] for key in chosen], omitted, operator)
     selected = []
@@ -223,25 +223,26 @@ def _no_match(
     aliases: Mapping[int, Sequence[str]],
     parameters: Mapping[int, nn.Parameter],
     matched: Sequence[int],
+    unfit: Collection[int],
     filter: Filter,
     operator: str,
 ) -> ValueError:
-    found, factors, unfit = [], [], []
+    found, factors, others = [], [], []
     for key, parameter in parameters.items():
         name = aliases[key][0]
         told = f"{name} ({described(name, parameter, having.get(key, ()))})"
-        if _may_be_taken(parameter):
+        if key not in unfit:
             shape = "x".join(map(str, shape_of(parameter) or ("lazy",)))
             found.append(f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})")
             if filter is None and parameter.requires_grad and adapter_part(name):
                 factors.append(told)
         elif key in matched and (filter is not None or parameter.numel()):
-            unfit.append(told)
+            others.append(told)
     linear = "weights of linear layers, attention, experts or routers that require grad"
     wanted = linear if filter is None else f"filter={filter!r}"
     text = (
         f"osf_torch.{operator}: expected {wanted} to match matrices of the model, got "
-        f"{f'no matrix in {listed(unfit)}' if unfit else 'no match'} among its {len(found)}: "
+        f"{f'no matrix in {listed(others)}' if others else 'no match'} among its {len(found)}: "
         f"{listed(found) or 'none'}"
     )
     if factors:

@@ -261,6 +261,30 @@ def test_rotation_keeps_the_files_together(method, tmp_path):
 
 
 @both
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_every_save_is_verified_before_it_in_a_second_run_too(
+    method, strategy, tmp_path, monkeypatch
+):
+    """A save at the step of an evaluation, or at the same step as the last one of another run."""
+    model = small_llama()
+    given = callback(model, method)
+    said: list[str] = []
+    kind = type(given._protection)
+    for name in ("verify", "state"):
+        inner = getattr(kind, name)
+        monkeypatch.setattr(
+            kind, name, lambda self, inner=inner, name=name: (said.append(name), inner(self))[1]
+        )
+    options = {"max_steps": 2, "save_strategy": strategy, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"metric_for_best_model": "loss"} if strategy == "best" else {}
+    for folder in ("a", "b"):
+        said.clear()
+        trainer = trained(model, tmp_path / folder, [given], **options)
+        assert said == ["verify", "state", "verify"], "the last at the end of training"
+        assert len(history(trainer, "osf/drift")) == 1
+
+
+@both
 def test_several_tasks_and_another_folder(method, tmp_path):
     model = small_llama()
     start = copied(model)
