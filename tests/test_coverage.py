@@ -255,6 +255,49 @@ def test_names_that_are_left_out_reach_the_next_task_and_a_resumed_run(way):
     holder.verify()
 
 
+class Heads(nn.Module):
+    """A map cut apart by heads, and tables: no batches of matrices that activations go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(6, 2, 3))
+        self.places = nn.Parameter(torch.randn(4, 5, 6))
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 6))
+
+
+class TopKRouter(Table):
+    pass
+
+
+def test_what_a_module_computes_is_guessed_of_experts_and_routers_alone():
+    model = nn.ModuleDict({"heads": Heads(), "table": Table(), "router": TopKRouter()})
+    model["experts"] = Experts()
+    found = refresh(model, 0.5, progress=False)
+    assert list(found) == ["router.weight", "experts.up", "experts.down"]
+    assert list(found.coverage.untold) == ["heads.q", "heads.places", "table.weight"]
+    taken = refresh(model, 0.5, filter=["heads.q", "table.*"], progress=False)
+    assert taken["heads.q"].shape == (6, 2, 3)
+
+
+def test_vectors_of_adapters_are_told():
+    """What VeRA and FourierFT train changes a weight, though it is a vector."""
+    model = nn.Sequential(linear(8, 6))
+    layer = nn.Module()
+    layer.base_layer = model[0]
+    layer.vera_lambda_b = nn.ParameterDict({"default": torch.ones(8)})
+    model[0] = layer
+    found = coverage(model, {id(layer.base_layer.weight)})
+    assert found.untold == {
+        "0.vera_lambda_b.default": "8, 1-D, default of nn.ParameterDict, of an adapter, which "
+        "changes a weight"
+    }
+
+
 def test_a_matrix_that_is_called_a_bias_is_no_vector():
     model = nn.Sequential(linear(8, 6))
     model.register_parameter("rel_bias", nn.Parameter(torch.randn(8, 8)))

@@ -144,6 +144,24 @@ def test_experts_are_saved_and_loaded(tmp_path):
         load_subspaces(tmp_path / "s", other)
 
 
+@pytest.mark.parametrize("rho", [0.25, 0.5, 0.9])
+def test_bases_of_another_weight_are_not_confined(rho):
+    """All of it replaced, or one expert of many; of the same spectrum."""
+    model = nn.ModuleDict({"experts": Experts(8, 12, 10), "layer": linear(12, 10)})
+    subspaces = refresh(model, rho, progress=False)
+    for changed in (model["layer"].weight, model["experts"].up):
+        before = changed.detach().clone()
+        with torch.no_grad():
+            part = changed if changed.dim() == 2 else changed[3]
+            part.copy_(torch.linalg.qr(torch.randn(12, 12))[0] @ part)
+            part.copy_(part @ torch.linalg.qr(torch.randn(10, 10))[0])
+        with pytest.raises(ValueError, match=r"its own singular triplets, got ones.*refresh the"):
+            confine(model, subspaces)
+        with torch.no_grad():
+            changed.copy_(before)
+    confine(model, subspaces).verify()
+
+
 # whole models
 
 

@@ -260,3 +260,17 @@ def test_refusals(
 ) -> None:
     with pytest.raises(error, match=match):
         osf_kernels.extend_basis(basis, samples, energy=energy)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize("spans", ["high", "low"])
+def test_a_matrix_of_a_batch_without_samples_stays_orthonormal(r, spans):
+    """It is filled up to the width of the others, whatever it held."""
+    B = torch.stack([random_basis(16, r or 8, generator=generator_for(i)).columns for i in (0, 1)])
+    B = B if r or spans == "low" else B[..., :0]
+    X = torch.randn(2, 16, 6)
+    X[1] = 0
+    grown = extend_basis(Basis(B, spans), X, energy=0.9).columns
+    assert grown.shape[-1] != B.shape[-1]
+    for Q in grown:
+        torch.testing.assert_close(Q.mT @ Q, torch.eye(Q.shape[-1]), atol=1e-5, rtol=0)

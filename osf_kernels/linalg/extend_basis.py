@@ -207,6 +207,8 @@ def _directions(
     residual = coordinates if spans == "low" else X - Q @ coordinates
     U, energies = _left_singular(residual, exact=held.dtype == torch.float64)
     rounding = rank_tolerance(m, primitives.working_dtype(held.dtype)) ** 2 * total
+    # Samples of zeros have no directions, whatever the smallest number is that is divided by.
+    rounding = rounding.clamp_min(torch.finfo(energies.dtype).tiny)
     real = energies > rounding[:, None]
     left = energies.sum(-1, keepdim=True)
     before = (total[:, None] - left).clamp_min(0) + energies.cumsum(-1) - energies

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from osf_torch.free.spec import places_of
-from osf_torch.kinds import described, is_vectors, owners, shape_of
+from osf_torch.kinds import adapted, described, is_vectors, owners, shape_of
 from osf_torch.selection import Names, is_named, listed, named_weights, patterns_of, require_module
 
 log = logging.getLogger("osf_torch")
@@ -89,7 +89,7 @@ def coverage(
     Args:
         leave_out: names, or patterns of names, that are left out on purpose.
     """
-    having, weights = owners(model), named_weights(model)
+    having, weights, layers = owners(model), named_weights(model), adapted(model)
     places = {id(place.weight): place for place in places_of(model)}
     total, vectors = 0, 0
     left_out: dict[str, str] = {}
@@ -109,13 +109,18 @@ def coverage(
         shape = shape_of(parameter)
         count = 0 if shape is None else math.prod(shape)
         owned = having.get(key, ())
-        if shape is not None and key not in covered and is_vectors(name, shape, owned):
+        around = next((layer for layer in layers if name.startswith(layer)), None)
+        adapts = around is not None and not name.startswith(f"{around}base_layer.")
+        is_vector = shape is not None and is_vectors(name, shape, owned)
+        if key not in covered and is_vector and not (adapts and count):
             vectors += count
         elif key in covered:
             total += count
         else:
             by_name = is_named(called, leave_out)
             what = described(name, parameter, owned)
+            if adapts and "adapter" not in what:
+                what += ", of an adapter, which changes a weight"
             left_out[name] = f"{what}, {BY_NAME}" if by_name else what
             elements[name] = count
             named |= {name} if by_name else set()

@@ -13,6 +13,8 @@ Owners = dict[int, list[tuple[nn.Module, str]]]
 
 # The factors of an adapter, by the names that PEFT, torchtune, LyCORIS and diffusers give them.
 ADAPTER = re.compile(r"(?:^|\.)(lora(?:_layer)?[._](?:embedding_)?(?:[ab]|up|down))(?:\.|$)", re.I)
+EXPERTS = re.compile(r"experts|GroupedMLP", re.I)
+ROUTERS = re.compile(r"router|gate", re.I)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -33,9 +35,10 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_weight(module: nn.Module, attribute: str) -> bool:
     """Whether activations are multiplied with it: of a linear layer, attention, experts, a router.
 
-    What a module computes isn't known where its class is none of torch's: there a 3-D parameter is
-    taken for a batch of matrices, as mixtures of experts have them, and a 2-D ``weight`` for the
-    matrix of a linear layer, as routers have it.
+    What a module computes isn't known where its class is none of torch's. Of one that is called
+    after experts (``Qwen3MoeExperts``, ``GroupedExperts``) a 3-D parameter is taken for a batch of
+    matrices, and of one that is called after a router or gate a 2-D ``weight`` for the matrix of a
+    linear layer. Others may be tables, scales or heads cut apart: they are left to be named.
     """
     if isinstance(module, nn.MultiheadAttention):
         return attribute in PROJECTIONS
@@ -45,7 +48,10 @@ def is_weight(module: nn.Module, attribute: str) -> bool:
     shape = None if parameter is None else shape_of(parameter)
     if shape is None or not _is_of_its_own(module):
         return False
-    return (len(shape) == 3 and min(shape) > 1) or (len(shape) == 2 and attribute == "weight")
+    called = type(module).__name__
+    if len(shape) == 3:
+        return bool(EXPERTS.search(called))
+    return len(shape) == 2 and attribute == "weight" and bool(ROUTERS.search(called))
 
 
 def _is_of_its_own(module: nn.Module) -> bool:
@@ -91,6 +97,16 @@ def adapter_part(name: str) -> str | None:
     return found[1] if found else None
 
 
+def adapted(model: nn.Module) -> tuple[str, ...]:
+    """The names of layers that PEFT has put an adapter around, each with a dot: what is under one
+    and not under its ``base_layer`` is the adapter's."""
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module._modules.get("base_layer"), nn.Module)
+    )
+
+
 def is_lazy(parameter: torch.Tensor) -> bool:
     """Whether it is a lazy module's that hasn't run, and has neither shape nor values."""
     return bool(nn.parameter.is_lazy(parameter))
@@ -116,14 +132,14 @@ def _kind(name: str, shape: tuple[int, ...], owned: Sequence[tuple[nn.Module, st
     part = adapter_part(name)
     if part is not None:
         return f"{part} of a LoRA adapter"
+    if module is not None and EXPERTS.search(type(module).__name__) and len(shape) == 3:
+        return f"3-D: a batch of matrices (experts), {attribute} of {type(module).__name__}"
     if isinstance(module, ParametrizationList):
         return f"{attribute} of a parametrized weight"
     kind = type(module).__name__
     if type(module).__module__.startswith("torch.nn."):
         kind = f"nn.{kind}"
     whose = kind if attribute == "weight" else f"{attribute} of {kind}"
-    if len(shape) == 3 and min(shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-        return f"3-D: a batch of matrices (experts), {whose}"
     if len(shape) != 2:
         return f"{len(shape)}-D, {whose}"
     if min(shape) == 1:

@@ -69,9 +69,9 @@ def refresh(
         filter: which weights; a function of (name, parameter), a name or pattern of names, or
             several. A name in full goes before any pattern. By default the weights that require
             grad of nn.Linear modules, of nn.MultiheadAttention (its in_proj_weight as one matrix),
-            of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs), and of modules
-            whose classes aren't torch's the 3-D parameters, which are taken for batches of matrices
-            (experts), and a 2-D ``weight`` (routers); not the factors of a LoRA adapter, which
+            of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs), the 3-D
+            parameters of modules that are called after experts, and the 2-D ``weight`` of those
+            called after a router or gate; not the factors of a LoRA adapter, which
             aren't the weight that they are added to. A weight that modules share is decomposed
             once and goes by its first name; one without elements is passed over. A convolution
             that is named or matched is taken by its (out, in·kh·kw) matrix, for ``confine``. What

@@ -15,9 +15,11 @@ from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
+from osf_torch.measures import TINY, TRIPLETS_LIMIT
 from osf_torch.protected import require_orthonormal
 from osf_torch.selection import named_weights, require_matrices, require_values, unknown
 from osf_torch.sharding import is_cut, is_dtensor
+from osf_torch.sharing import whole
 from osf_torch.subspaces import Subspace
 
 Origin = Literal["start", "zero"]
@@ -152,6 +154,8 @@ def _checked(
         for side, basis, size in (("U", subspace.U, m), ("V", subspace.V, n))
     )
     _require_some(told, left, right, rank)
+    if not opaque and getattr(subspace, "S", None) is not None:
+        _require_triplets(told, weight, (shape[0], right.size) if is_flat else shape, left, right)
     if decay_to == "zero" and (weight.element_size() < 4 or is_dtensor(weight)):
         raise ValueError(
             f'{told} float32 or float64 with decay_to="zero", got {weight.dtype}: a weight without '
@@ -273,7 +277,29 @@ def _require_some(told: str, left: FreeBasis, right: FreeBasis, rank: int | None
     if rank is not None and rank > min(left.width, right.width):
         raise ValueError(
             f"{told} a free block of at least rank={rank}, got {left.width} by {right.width}; pass "
-            "a smaller rank"
+            "a smaller rank, or leave the weight out by name"
+        )
+
+
+@torch.no_grad()
+def _require_triplets(
+    told: str, weight: Tensor, shape: Sequence[int], left: FreeBasis, right: FreeBasis
+) -> None:
+    """Refuses bases of singular triplets of another weight: by its own, W V_l lies in the span of
+    U_l and Wᵀ U_l in that of V_l. Of sharded weights a collective."""
+    W = whole(weight.detach()).reshape(tuple(shape)).double()
+    by_rows, by_columns = (side.to(dtype=torch.float64) for side in (left, right))
+    across, down = by_columns.reduce(W), by_rows.reduce(W.mT)
+    inner = by_rows.reduce(across.mT)
+    squares = [t.square().sum((-2, -1)) for t in (across, down, inner, W)]
+    outside = torch.minimum(squares[0], squares[1]) - squares[2]
+    off = (outside.clamp_min(0) / (squares[3] - squares[2]).clamp_min(TINY)).sqrt()
+    if not float(off.max()) <= TRIPLETS_LIMIT:
+        raise ValueError(
+            f"{told} bases of its own singular triplets, got ones that are off by "
+            f"{float(off.max()):.1e} of it: they are of other weights, or of these before a "
+            "checkpoint was loaded; refresh the model as it is, or pass Subspace(U, V) without S "
+            "for bases of yours"
         )
 
 

@@ -31,8 +31,9 @@ from osf_torch.integrations._state_files import (
 )
 from osf_torch.protect import protect
 from osf_torch.refresh import refresh
-from osf_torch.selection import Ranks, listed, unwrapped
+from osf_torch.selection import Ranks, listed, named_weights, unwrapped
 from osf_torch.sharing import Ranks as Processes
+from osf_torch.sharing import whole
 from osf_torch.state import is_state as is_guard_state
 from osf_torch.steps import owned_by
 from osf_torch.subspaces import Subspace, Subspaces
@@ -151,7 +152,7 @@ class Protection:
         if self.confined is not None:
             self._require_owner(optimizer)
             if state is not None:
-                self.confined.load_state_dict(state)
+                self._load_confined(self.confined, state)
             return
         if state is None and self.guard is not None:
             if optimizer is self._optimizer:
@@ -161,6 +162,17 @@ class Protection:
         options = self._options if is_guard_state(source) else self._defaults | self._options
         self.guard = protect(self.model, source, optimizer, **options)
         self._optimizer = optimizer
+        self._require_loaded(source)
+
+    def _load_confined(self, confined: Confined, state: Mapping[str, Any]) -> None:
+        try:
+            confined.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(
+                f"osf_torch.{self._operator}: {error}; a run that went on to another task "
+                "(next_task) is resumed with a model made of the checkpoint's folder, and with "
+                "that folder as subspaces"
+            ) from error
 
     def _require_owner(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuses an optimizer that wouldn't train all free blocks."""
@@ -214,11 +226,42 @@ class Protection:
 
     def state(self) -> dict[str, Any]:
         """For :func:`write_state`. Of sharded weights a collective."""
-        return (self.confined or self._of_guard).state_dict()
+        found = (self.confined or self._of_guard).state_dict()
+        if self.guard is not None:
+            found["sums"] = self._sums()
+        return found
+
+    def _sums(self) -> dict[str, Tensor]:
+        """Of each protected weight, whole, by which another one is told, its free part too."""
+        weights = named_weights(self.model)
+        names = sorted(self._of_guard.subspaces)
+        return {name: sums_of([whole(weights[name].detach())])[0] for name in names}
+
+    def _require_loaded(self, state: Mapping[str, Any]) -> None:
+        """Refuses weights that aren't those of the checkpoint. Where they lie in the protected part
+        the guard's own state tells; the rest it can't know."""
+        saved = state.get("sums")
+        if saved is None:
+            return
+        now = self._sums()
+        off = [
+            name
+            for name, sums in saved.items()
+            if not torch.allclose(now[name], sums, rtol=1e-6, atol=1e-12)
+        ]
+        if off:
+            raise ValueError(
+                f"osf_torch.{self._operator}: expected the weights of the checkpoint, got others "
+                f"of {listed(off, NAMED)}, which the trainer hasn't loaded (transformers saves "
+                "some experts under other names than it loads them by): make the model of the "
+                "checkpoint's folder, by from_pretrained, and resume then"
+            )
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from another checkpoint of the run, whose weights the model has been given."""
         (self.confined or self._of_guard).load_state_dict(state)
+        if self.guard is not None:
+            self._require_loaded(state)
 
     def verify(self) -> None:
         """Of ``Confined`` or ``Guard``."""

@@ -50,7 +50,10 @@ class SubspaceCallback(_CALLBACK):
     In a run that is resumed make it of the model as ever, of whatever weights, and call
     ``trainer.train(resume_from_checkpoint=...)``: bases, and what was protected, are those of the
     checkpoint, where ``osf_subspaces.pt`` is beside its weights. The folder is taken to be
-    ``output_dir/checkpoint-<step>``; name it as ``subspaces`` where it is another. The run is the
+    ``output_dir/checkpoint-<step>``; name it as ``subspaces`` where it is another. After
+    :meth:`next_task` the free blocks are of another size: make the model of the checkpoint's folder
+    and give that folder as ``subspaces``. Weights that the Trainer hasn't loaded are refused (it
+    misses the experts of some mixtures). The run is the
     one that was never stopped: to the bit, or to rounding where C stands beside the weight
     (update="beside", rank=), of which a checkpoint has the sum.
 
