@@ -89,7 +89,10 @@ class Part:
 
     def values(self) -> Tensor:
         """(m, n) of a matrix, (count, m, n) of a batch; gathered where they are sharded, which
-        every rank of the mesh must join."""
+        every rank of the mesh must join; of a quantized weight dequantized."""
+        packed = self.selected.stored
+        if packed is not None:
+            return packed.values(self.name, "refresh", self.first, self.count)
         W = self.selected.weight.detach()
         if self.selected.batch:
             W = W.flatten(0, -3).narrow(0, self.first, self.count)
@@ -143,14 +146,16 @@ def kind_of(
     # many times the weight itself.
     low = 2 * s.rank > max(s.shape) if complement is None else complement
     weight, (m, n) = s.weight, s.shape
-    computed = compute_dtype or weight.dtype
+    computed = compute_dtype or s.dtype
     copied = 0
     # Batches of several weights are put together in one tensor.
-    if computed != weight.dtype or is_dtensor(weight) or s.batch:
+    if computed != s.dtype or is_dtensor(weight) or s.batch or s.stored is not None:
         copied += m * n * computed.itemsize
+    if s.stored is not None and (computed != s.dtype or s.batch):  # as it was read
+        copied += m * n * s.dtype.itemsize
     if earlier is not None and (earlier.V.device != weight.device or s.batch):
         copied += sum(factor.nbytes for factor in factors_of(earlier).values()) // s.matrices
-    return Kind(weight.device, weight.dtype, computed, s.shape, s.rank, low, copied, bool(s.batch))
+    return Kind(weight.device, s.dtype, computed, s.shape, s.rank, low, copied, bool(s.batch))
 
 
 def parts_of(s: Selected, size: int) -> list[Part]:

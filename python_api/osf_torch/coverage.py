@@ -102,7 +102,7 @@ def coverage(
         name = called[0]
         parameter = weights[name]
         if key in places:
-            total += places[key].weight.numel()
+            total += math.prod(places[key].spec.shape)  # a quantized weight itself is packed
             continue
         if not parameter.requires_grad:
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 
@@ -23,6 +23,7 @@ from osf_torch.kinds import (
     owners,
     shape_of,
 )
+from osf_torch.quantized import KNOWN, Stored, is_scale, stored
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
 Rank = int | float
@@ -38,23 +39,35 @@ LISTED = 12  # how many names an error message lists
 class Selected:
     """A weight to decompose: its name in ``model.named_parameters()`` and its rank r.
 
-    A rank of 0 says that the share that was asked for leaves nothing free.
+    A rank of 0 says that the share that was asked for leaves nothing free. ``stored`` is what a
+    quantized weight stands for; None of any other.
     """
 
     name: str
     weight: nn.Parameter
     rank: int
+    stored: Stored | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """(..., m, n) of what it is or stands for."""
+        return tuple(self.weight.shape) if self.stored is None else self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.weight.dtype if self.stored is None else self.stored.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the matrix, or of each of them."""
-        m, n = self.weight.shape[-2:]
+        m, n = self.whole_shape[-2:]
         return m, n
 
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of a batch of matrices (experts); none of a matrix."""
-        return tuple(self.weight.shape[:-2])
+        return self.whole_shape[:-2]
 
     @property
     def matrices(self) -> int:
@@ -152,13 +165,15 @@ def select(
     sharded: bool = False,
     leave_out: Names = None,
     values: bool = True,
+    quantized: bool = False,
 ) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
     as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
     protect. ``sharded`` says whether DTensors are taken, ``values`` whether meta tensors are
-    refused; what ``leave_out`` names isn't taken.
+    refused, ``quantized`` whether weights are taken that are quantized in a known way, by default
+    where nothing else is; what ``leave_out`` names isn't taken.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
@@ -172,11 +187,15 @@ def select(
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
     matches = _matcher(model, having, aliases, filter, operator)
+    if filter is None and quantized:
+        matches = _or_quantized(matches, having, aliases, parameters)
     left = patterns_of(leave_out, "leave_out", operator)
     matched = [
         key
         for key, p in parameters.items()
-        if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
+        if any(matches(n, p) for n in aliases[key])
+        and not is_named(aliases[key], left)
+        and not is_scale(having.get(key, ()))
     ]
     chosen = [key for key in matched if _may_be_taken(parameters[key], having)]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
@@ -186,12 +205,43 @@ def select(
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
-        if values or not weight.is_meta:
+        packed = stored(weight, having.get(key, ())) if quantized else None
+        if packed is None and (values or not weight.is_meta):
             require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
-        m, n = weight.shape[-2:]
-        selected.append(Selected(name, weight, _resolved(rank, m, n, name, operator)))
+        taken = Selected(name, weight, 0, packed)
+        selected.append(replace(taken, rank=_resolved(rank, *taken.shape, name, operator)))
     return selected
+
+
+def frozen_quantized(model: nn.Module) -> dict[int, str]:
+    """The weights of layers and experts that are quantized in a known way and don't train, by id:
+    their first names."""
+    having = owners(model)
+    found: dict[int, str] = {}
+    for name, parameter in named_weights(model).items():
+        owned = having.get(id(parameter), ())
+        if not parameter.requires_grad and _is_quantized(parameter, owned):
+            found.setdefault(id(parameter), name)
+    return found
+
+
+def _is_quantized(parameter: nn.Parameter, owned: Sequence[tuple[nn.Module, str]]) -> bool:
+    embeds = any(isinstance(module, nn.Embedding) for module, _ in owned)
+    return not (embeds or is_scale(owned)) and stored(parameter, owned) is not None
+
+
+def _or_quantized(
+    matches: Callable[[str, nn.Parameter], bool],
+    having: Owners,
+    aliases: Mapping[int, Sequence[str]],
+    parameters: Mapping[int, nn.Parameter],
+) -> Callable[[str, nn.Parameter], bool]:
+    """The default where something trains, else the quantized weights, which are frozen always."""
+    if any(matches(name, p) for key, p in parameters.items() for name in aliases[key]):
+        return matches
+    packed = {key for key, p in parameters.items() if _is_quantized(p, having.get(key, ()))}
+    return lambda _, parameter: id(parameter) in packed
 
 
 def _may_be_taken(parameter: nn.Parameter, having: Owners) -> bool:
@@ -388,13 +438,15 @@ def require_values(name: str, weight: nn.Parameter, operator: str) -> None:
     if not is_dtensor(weight) and not is_plain(weight):
         raise TypeError(
             f"osf_torch.{operator}: expected parameter {name!r} to be a plain tensor or a DTensor, "
-            f"got {type(weight).__name__}; leave it out by filter=, or dequantize it"
+            f"got {type(weight).__name__}; leave it out by filter=, or dequantize it (of quantized "
+            f"weights refresh knows {KNOWN})"
         )
     if weight.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(
             f"osf_torch.{operator}: expected parameter {name!r} to be one of {known}, got "
-            f"{weight.dtype}; leave it out by filter=, or dequantize it"
+            f"{weight.dtype}; leave it out by filter=, or dequantize it (of quantized weights "
+            f"refresh knows {KNOWN})"
         )
     if weight.layout != torch.strided:
         raise TypeError(
