@@ -52,7 +52,8 @@ def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
         found["base"] = _copied(place.weight)
     if place.name in references:
         start = references[place.name]
-        now = drifting.reference(place).whole
+        # A quantized weight is what it was, or is refused when it is read.
+        now = start.whole.clone() if spec.is_opaque else drifting.reference(place).whole
         protected, whole = start.protected.clone(), start.whole.clone()
         found |= {"protected": protected, "start": whole, "now": now}
     return found
