@@ -45,9 +45,11 @@ class Scaled(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         W = args[0]
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        aten = torch.ops.aten
+        same = function is aten.view.default and tuple(args[1]) == tuple(W.shape)
+        if same or function in (aten.detach.default, aten.alias.default):
             return cls(W.codes, W.scale)
-        if function is torch.ops.aten.select.int:
+        if function is aten.select.int:
             return cls(W.codes.select(*args[1:]), W.scale.select(*args[1:]))
         raise NotImplementedError(f"{function} of scaled weights")
 

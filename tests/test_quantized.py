@@ -9,6 +9,8 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.nn import functional as F
 
 from osf_torch import (
     confine,
@@ -23,6 +25,7 @@ from osf_torch.quantized import stored
 from osf_torch.selection import select
 from tests.helpers import generator_for
 from tests.small_confine import adamw, batches, columns, relative, train
+from tests.small_guard import one_rank
 from tests.small_quantized import (
     PEERS,
     STAND_INS,
@@ -239,6 +242,48 @@ def test_experts_of_float8_with_a_scale_each():
         confine(model, found, update="beside")
 
 
+def test_transformers_float8_layers_in_training(monkeypatch):
+    """Its own class, its gradient by its own dequantisation; the kernel alone is written out."""
+    peer("transformers")
+    fp8 = peer("transformers.integrations.finegrained_fp8")
+
+    def product(x, weight, scale, size, bias, *_):
+        return F.linear(x, fp8._dequantize_fp8_weight(weight, scale, size, x.dtype), bias)
+
+    monkeypatch.setattr(fp8, "fp8_linear", product)
+    layers, exact = [], {}
+    for i, (m, n) in enumerate(((20, 64), (24, 20))):
+        layer = fp8.FP8Linear(n, m, block_size=(12, 12))
+        like = Float8Linear(linear(m, n, i).weight, 12)
+        layer.weight.data, layer.weight_scale_inv.data = (
+            like.weight.data,
+            like.weight_scale_inv.data,
+        )
+        layers.append(layer)
+        exact[f"{i}.weight"] = exact_float8(like)
+    model = nn.Sequential(*layers)
+    found = refreshed(model)
+    assert list(found) == ["0.weight", "1.weight"]
+    confined = confine(model, found, update="beside")
+    train(
+        model,
+        batches(8, "quantized", width=64),
+        adamw(confined.parameters()),
+        lambda one, x: one(x).sin().square().mean(),
+    )
+    for place in confined.places:
+        W = exact[place.name]
+        U, V = columns(place.spec.left), columns(place.spec.right)
+        change, top = U @ place.block.detach().double() @ V.mT, leading(W, found[place.name].rank)
+        assert relative(W + change, W) > 1e-3
+        assert relative(protected(W + change, top), protected(W, top)) <= MOVED
+    with pytest.raises(RuntimeError, match=r"0\.weight_scale_inv .* scale, .*freeze it"):
+        confined.verify()
+    for layer in model:
+        layer.weight_scale_inv.requires_grad_(False)
+    confined.verify()
+
+
 def test_experts_of_mxfp4_as_transformers_reads_them():
     peer("transformers")
     generator = generator_for("mxfp4")
@@ -361,6 +406,31 @@ def test_a_layer_that_says_another_shape_is_refused():
     assert isinstance(model[0], ScaledLinear)
     with pytest.raises(TypeError, match=r"'0\.weight': expected a weight of shape \(32, 7\)"):
         confine(model, found, update="beside")
+
+
+def of_scaled():
+    return quantized_model(scaled)[0][2]
+
+
+def of_packed():
+    options = {"quant_type": "nf4", "quant_storage": torch.bfloat16}
+    return peer("bitsandbytes").nn.Linear4bit(32, 64, bias=False, **options).to("cpu")
+
+
+@pytest.mark.parametrize("layer", [of_scaled, of_packed], ids=named)
+def test_sharded_ones_are_refused_by_name(layer):
+    model, _ = quantized_model(scaled)
+    found, model[2] = refreshed(model), layer()
+    with one_rank():
+        mesh, weight = init_device_mesh("cpu", (1,)), model[2].weight
+        held = weight.data.as_subclass(torch.Tensor) if layer is of_packed else weight.detach()
+        sharded = DTensor.from_local(held, mesh, run_check=False)
+        model[2].weight = nn.Parameter(sharded, requires_grad=False)
+        refused = "got a quantized weight that is sharded; refresh and confine"
+        with pytest.raises(TypeError, match=rf"'2\.weight' to be dequantized, {refused}"):
+            refresh(model, 2, filter="[02].*", progress=False)
+        with pytest.raises(TypeError, match=rf"'2\.weight' to be dequantized, {refused}"):
+            confine(model, found, update="beside")
 
 
 # --- a model in 4 bits ---

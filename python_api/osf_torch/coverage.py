@@ -11,6 +11,7 @@ from torch import nn
 
 from osf_torch.free.spec import places_of
 from osf_torch.kinds import described, is_vectors, owners, shape_of
+from osf_torch.quantized import is_scale
 from osf_torch.selection import Names, is_named, listed, named_weights, patterns_of, require_module
 
 log = logging.getLogger("osf_torch")
@@ -114,7 +115,10 @@ def coverage(
             total += count
         else:
             by_name = is_named(called, leave_out)
-            what = described(name, parameter, having.get(key, ()))
+            owned = having.get(key, ())
+            what = described(name, parameter, owned)
+            if is_scale(owned):
+                what += ", a quantized weight's scale, which moves all of it: freeze it"
             left_out[name] = f"{what}, {BY_NAME}" if by_name else what
             elements[name] = count
             named |= {name} if by_name else set()

@@ -230,7 +230,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
         if packed is not None:
             raise TypeError(
                 f"osf_torch.protect: expected parameter {name!r} to be a plain tensor or a "
-                f"DTensor, got {packed.kind}, which is quantized and frozen; train beside it: "
+                f"DTensor, got {packed.kind}, which is quantized; train beside it: "
                 'confine(model, subspaces, update="beside")'
             )
         require_values(name, weight, "protect")

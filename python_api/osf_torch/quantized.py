@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_torch.kinds import is_lazy, is_plain
-from osf_torch.sharding import is_dtensor
+from osf_torch.sharding import is_dtensor, local
 
 KNOWN = (
     "bitsandbytes' Params4bit and Int8Params, torchao's tensors, weights of float8 with a "
@@ -43,6 +43,18 @@ class Stored:
     tensors: Callable[[], Iterable[Tensor]]
     refusal: str = ""
 
+    def require(self, name: str, operator: str) -> None:
+        """Refuses a parameter ``name`` that can't be read as it is now.
+
+        Raises:
+            TypeError: so it is.
+        """
+        if self.refusal:
+            raise TypeError(
+                f"osf_torch.{operator}: expected parameter {name!r} to be dequantized, got "
+                f"{self.kind} that {self.refusal}"
+            )
+
     @torch.no_grad()
     def matrix(self, name: str, index: int, operator: str) -> Tensor:
         """The values of one matrix of the parameter ``name``, in memory of their own.
@@ -51,8 +63,7 @@ class Stored:
             TypeError: it can't be read, or its library reads another shape than it says.
         """
         expected = f"osf_torch.{operator}: expected parameter {name!r} to be dequantized"
-        if self.refusal:
-            raise TypeError(f"{expected}, got {self.kind} that {self.refusal}")
+        self.require(name, operator)
         try:
             found = self.read(index)
         except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -88,8 +99,10 @@ def stored(weight: Tensor, owned: Owned) -> Stored | None:
     Args:
         owned: the modules that have the parameter, and as what: scales may stand beside it.
     """
-    if is_lazy(weight) or is_dtensor(weight) or weight.is_meta:
+    if is_lazy(weight) or weight.is_meta:
         return None
+    if is_dtensor(weight):
+        return _sharded(weight, owned)
     for known in (_bits4, _int8, _nf4, _float8, _mxfp4, _subclass):
         found = known(weight, owned)
         if found is not None:
@@ -113,6 +126,20 @@ def _is_of(weight: Tensor, package: str, name: str) -> bool:
         kind.__name__ == name and kind.__module__.split(".")[0] == package
         for kind in type(weight).__mro__
     )
+
+
+def _sharded(weight: Tensor, owned: Owned) -> Stored | None:
+    """A DTensor whose values torch's operators don't read, or that holds what was packed."""
+    packed = any(
+        kind.__name__ == "Linear4bit" and kind.__module__.split(".")[0] == "bitsandbytes"
+        for module, _ in owned
+        for kind in type(module).__mro__
+    )
+    if is_plain(local(weight)) and not packed:
+        return None
+    refusal = "is sharded; refresh and confine the model before it is sharded"
+    shape = tuple(weight.shape)
+    return Stored("a quantized weight", shape, torch.float32, _none, tuple, refusal)
 
 
 # --- bitsandbytes ---

@@ -206,7 +206,9 @@ def select(
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
         packed = stored(weight, having.get(key, ())) if quantized else None
-        if packed is None and (values or not weight.is_meta):
+        if packed is not None:
+            packed.require(name, operator)
+        elif values or not weight.is_meta:
             require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
         taken = Selected(name, weight, 0, packed)
@@ -263,8 +265,12 @@ def _no_match(
     for key, parameter in parameters.items():
         name = aliases[key][0]
         told = f"{name} ({described(name, parameter, having.get(key, ()))})"
+        packed = stored(parameter, having.get(key, ()))
+        if is_scale(having.get(key, ())):
+            continue
         if _may_be_taken(parameter, having):
-            shape = "x".join(map(str, shape_of(parameter) or ("lazy",)))
+            known = shape_of(parameter) if packed is None else packed.shape
+            shape = "x".join(map(str, known or ("lazy",)))
             found.append(f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})")
             if filter is None and parameter.requires_grad and adapter_part(name):
                 factors.append(told)

@@ -208,6 +208,8 @@ def _is_opaque(
             f"osf_torch.confine: parameter {name!r}: expected a weight that can be written to with "
             f'update="merge", got {packed.kind}; leave it out, or pass update="beside"'
         )
+    if packed is not None:
+        packed.require(name, "confine")
     if update == "merge" or readable:
         require_values(name, weight, "confine")
         return False
