@@ -436,6 +436,31 @@ def test_sharded_ones_are_refused_by_name(layer):
 # --- a model in 4 bits ---
 
 
+def test_what_bitsandbytes_packs_anew_on_the_cpu_is_told_of():
+    """In eval mode it rounds the scales of the weight itself, and doesn't take that back."""
+    layer = peer("bitsandbytes").nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs weights anew on CPUs with AVX512-BF16 alone")
+    model = nn.Sequential(layer)
+    confined = confine(model, refreshed(model), update="beside")
+    x = torch.randn(4, 64)
+    model(x)
+    confined.verify()
+    model.eval()
+    with torch.no_grad():
+        model(x)
+    state = confined.state_dict()
+    with pytest.raises(TypeError, match=r"'0\.weight' .*rounds its scales: .*load the model anew"):
+        confined.verify()
+    assert model.state_dict().keys() >= {"0.weight", "0.weight_free"}, "which unpacks them"
+    with pytest.raises(
+        RuntimeError, match=r"'0\.weight' .*quantized weight is stored in; load the"
+    ):
+        confined.verify()
+    with pytest.raises(ValueError, match=r"expected '0\.weight' to be the weight that was saved"):
+        confined.load_state_dict(state)
+
+
 @pytest.mark.slow
 def test_a_model_that_transformers_loads_in_4_bits(tmp_path):
     peer("bitsandbytes")

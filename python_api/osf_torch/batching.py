@@ -128,7 +128,8 @@ class Batch(NamedTuple):
     def join(self) -> None:
         """Gathers with the rank that takes the values, and keeps none."""
         for part in self.parts:
-            part.values()
+            if part.selected.stored is None:  # which is whole on every rank
+                part.values()
 
 
 def kind_of(

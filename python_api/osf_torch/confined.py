@@ -257,6 +257,9 @@ class Confined:
         Args:
             tol: on ``drift()``; None is what rounding explains: 1e-5 and two eps of the dtype, and
                 for a weight that has grown past ‖H(W₀)‖ as much more.
+
+        A quantized weight whose kind is known is dequantized for it, and one that can't be any more
+        is refused with a TypeError. Of any other kind nothing is known but that it is frozen.
         """
         for place in self.places:
             require_in_place(self._model, place)

@@ -325,10 +325,12 @@ def _mxfp4(weight: Any, owned: Owned) -> Stored | None:
     def read(index: int) -> Tensor:
         peer = importlib.import_module("transformers.integrations.mxfp4")
         one = slice(index, index + 1)
+        # Releases differ in whether it is turned, which a square matrix wouldn't tell: a row does.
+        row = peer.convert_moe_packed_tensors(weight.detach()[one, :1], scales.detach()[one, :1])
         converted: Tensor = peer.convert_moe_packed_tensors(
             weight.detach()[one], scales.detach()[one]
         )
-        return converted[0]
+        return converted[0] if row.shape[1] == blocks * MX_BLOCK else converted[0].mT
 
     return Stored(
         "experts of MXFP4",

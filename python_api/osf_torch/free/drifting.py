@@ -108,6 +108,11 @@ def _limit(place: Place) -> float:
 def explained(place: Place) -> str:
     """What has moved the protected part by more than rounding does, as far as it can be told."""
     if all(bool(torch.isfinite(local(t.detach())).all()) for t in place.trained()):
+        if place.spec.is_opaque:
+            return (
+                "something has written to what the quantized weight is stored in; load the model "
+                "anew, and its C by confine(model, state)"
+            )
         return (
             "something has written to the weight itself; load a checkpoint of this run, or "
             "Confined.release(), and confine what the weights are now"
