@@ -158,6 +158,9 @@ def test_files_are_tied_to_what_the_weight_is_stored_in(make, tmp_path):
     with pytest.raises(ValueError, match=r"parameter '2\.weight' to hold the values that it was"):
         load_subspaces(tmp_path / "s", model)
     assert list(load_subspaces(tmp_path / "s", model, require_same_weights=False)) == BOTH
+    of_another_grid(model)
+    with pytest.raises(TypeError, match=r"save_subspaces: .*'2\.weight' to be dequantized, got a"):
+        save_subspaces(tmp_path / "t", found, model)
 
 
 # --- which are taken ---
@@ -181,6 +184,10 @@ def test_scales_and_embeddings_are_no_weights():
     assert list(refresh(model, 2, progress=False)) == ["1.weight"]
     assert list(refresh(model, 2, filter="1.*", progress=False)) == ["1.weight"]
     assert list(refresh(model, 2, filter="*", progress=False)) == ["0.weight", "1.weight"]
+    with pytest.raises(
+        ValueError, match=r"no matrix in 1\.weight_scale_inv .*: 0\.weight \(8x24, "
+    ):
+        refresh(model, 2, filter=["1.weight", "1.weight_scale_inv"], progress=False)
 
 
 class Experts(nn.Module):

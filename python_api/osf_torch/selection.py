@@ -193,9 +193,7 @@ def select(
     matched = [
         key
         for key, p in parameters.items()
-        if any(matches(n, p) for n in aliases[key])
-        and not is_named(aliases[key], left)
-        and not is_scale(having.get(key, ()))
+        if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
     ]
     chosen = [key for key in matched if _may_be_taken(parameters[key], having)]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
@@ -248,9 +246,9 @@ def _or_quantized(
 
 def _may_be_taken(parameter: nn.Parameter, having: Owners) -> bool:
     """Whether it is a matrix with elements or a batch of them, or may be one that isn't there, and
-    is refused."""
-    shape = shape_of(parameter)
-    return shape is None or has_matrices(shape, having.get(id(parameter), ()))
+    is refused; the scale of a quantized weight is none."""
+    shape, owned = shape_of(parameter), having.get(id(parameter), ())
+    return shape is None or (has_matrices(shape, owned) and not is_scale(owned))
 
 
 def _no_match(
@@ -266,8 +264,6 @@ def _no_match(
         name = aliases[key][0]
         told = f"{name} ({described(name, parameter, having.get(key, ()))})"
         packed = stored(parameter, having.get(key, ()))
-        if is_scale(having.get(key, ())):
-            continue
         if _may_be_taken(parameter, having):
             known = shape_of(parameter) if packed is None else packed.shape
             shape = "x".join(map(str, known or ("lazy",)))

@@ -351,9 +351,10 @@ def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str,
             f"osf_torch.{operator}: expected the model to have every parameter of the subspaces, "
             f"got none named {listed(missing)}; its first are {listed(list(parameters)[:5])}"
         )
-    packed = _packed(model, {name: parameters[name] for name in names})
-    for name in names:
-        if packed[name] is not None:
+    found = _packed(model, {name: parameters[name] for name in names})
+    for name, packed in found.items():
+        if packed is not None:
+            packed.require(name, operator)
             continue
         require_values(name, parameters[name], operator)
         if parameters[name].dim() < 2:
@@ -421,10 +422,10 @@ def _require_same(
     for name, weight in weights.items():
         expected, got = described[name]["sha256"], _hash(weight, packed[name])
         if got != expected:
-            stored = described[name]["dtype"]
+            saved = described[name]["dtype"]
             raise ValueError(
                 f"osf_torch.load_subspaces: expected parameter {name!r} to hold the values that "
-                f"it was saved with ({stored}, SHA-256 {expected[:12]}…), got others "
+                f"it was saved with ({saved}, SHA-256 {expected[:12]}…), got others "
                 f"({weight.dtype}, {got[:12]}…); load the model's checkpoint of that moment "
                 "first, refresh again, or pass require_same_weights=False for a model that was "
                 "trained on since"
