@@ -89,6 +89,7 @@ def test_training_beside_keeps_the_leading_part_of_what_it_stands_for(make, opti
     confined = confine(model, found, update="beside", leave_out="4.*", **options)
     assert torch.equal(model[0](x), before)
     assert confined.drift().keys() == exact.keys()
+    assert confined.coverage().covered == 2 * 64 * 32, "elements, not bytes"
     train(model, batches(20, "quantized", width=64), adamw(confined.parameters()))
     for place, index in zip(confined.places, (0, 2), strict=True):
         W = exact[place.name]
@@ -291,12 +292,17 @@ def test_transformers_float8_layers_in_training(monkeypatch):
     confined.verify()
 
 
-def test_experts_of_mxfp4_as_transformers_reads_them():
-    peer("transformers")
+@pytest.mark.parametrize("turned", [True, False])
+def test_experts_of_mxfp4_as_transformers_reads_them(turned, monkeypatch):
+    """Also those releases that return what is stored as it lies, of square matrices too."""
+    mxfp4 = peer("transformers.integrations.mxfp4")
+    if not turned:
+        convert = mxfp4.convert_moe_packed_tensors
+        monkeypatch.setattr(mxfp4, "convert_moe_packed_tensors", lambda *t: convert(*t).mT)
     generator = generator_for("mxfp4")
     model = nn.Module()
-    blocks = torch.randint(0, 256, (2, 24, 2, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(120, 128, (2, 24, 2), dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(0, 256, (2, 64, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(120, 128, (2, 64, 2), dtype=torch.uint8, generator=generator)
     model.up_blocks = nn.Parameter(blocks, requires_grad=False)
     model.up_scales = nn.Parameter(scales, requires_grad=False)
     found = refreshed(model, 5)
@@ -307,8 +313,10 @@ def test_experts_of_mxfp4_as_transformers_reads_them():
         -2
     )
     exact = (values * 2.0 ** (scales.double() - 127)[..., None]).flatten(-2).mT
-    assert found["up_blocks"].shape == tuple(exact.shape) == (2, 64, 24)
-    assert relative(found["up_blocks"].S, torch.linalg.svdvals(exact)[:, :5]) <= 1e-6
+    assert found["up_blocks"].shape == tuple(exact.shape) == (2, 64, 64)
+    U, S, V = (found["up_blocks"].factors()[part].double() for part in "USV")
+    assert relative(S, torch.linalg.svdvals(exact)[:, :5]) <= 1e-6
+    assert relative(exact @ V, U * S[:, None]) <= 1e-6
     with pytest.raises(TypeError, match=r"'up_blocks': expected a linear layer .*experts of MXFP4"):
         confine(model, found, update="beside")
 
@@ -356,6 +364,10 @@ def not_quantized(model):
     model[2] = peer("bitsandbytes").nn.Linear4bit(32, 64)
 
 
+def in_half_precision(model):
+    model[2] = peer("bitsandbytes").nn.Linear8bitLt(32, 64, bias=False)
+
+
 def not_in_8_bits(model):
     model[2] = peer("bitsandbytes").nn.Linear8bitLt(32, 64, has_fp16_weights=False)
 
@@ -393,6 +405,13 @@ def test_what_cant_be_read_is_refused_by_name_before_any_is_decomposed(
     with pytest.raises(kind, match=message):
         refresh(model, 2, filter="[02].weight", progress=False)
     assert calls.calls == []
+
+
+def test_what_trains_in_half_precision_to_be_quantized_as_it_runs_is_plain():
+    model, _ = quantized_model(scaled)
+    in_half_precision(model)
+    assert list(refresh(model, 2, progress=False)) == ["2.weight"]
+    assert stored(model[2].weight, [(model[2], "weight")]) is None
 
 
 def test_what_a_library_raises_is_told_with_the_name(monkeypatch):

@@ -175,8 +175,8 @@ def _bits4(weight: Any, owned: Owned) -> Stored | None:
 
 def _int8(weight: Any, owned: Owned) -> Stored | None:
     """LLM.int8(): codes, and a scale a row, which the layer takes to itself when it is called."""
-    if not _is_of(weight, "bitsandbytes", "Int8Params"):
-        return None
+    if not _is_of(weight, "bitsandbytes", "Int8Params") or weight.has_fp16_weights:
+        return None  # or trained in half precision, and plain
     states = [getattr(module, "state", None) for module, _ in owned]
     scales = [weight.SCB, *(getattr(state, "SCB", None) for state in states)]
     scale: Any = next((s for s in scales if s is not None), None)
