@@ -191,6 +191,13 @@ def test_scales_and_embeddings_are_no_weights():
         refresh(model, 2, filter=["1.weight", "1.weight_scale_inv"], progress=False)
 
 
+def test_a_matrix_that_is_dequantized_is_counted():
+    model, _ = quantized_model(scaled)
+    for taken in select(model, 4, None, operator="refresh", quantized=True):
+        assert kind_of(taken, None, None, None).copied_bytes == 64 * 32 * 4
+        assert kind_of(taken, None, torch.float64, None).copied_bytes == 64 * 32 * (8 + 4)
+
+
 class Experts(nn.Module):
     """A batch of quantized matrices."""
 
