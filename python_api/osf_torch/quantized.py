@@ -57,7 +57,7 @@ class Stored:
 
     @torch.no_grad()
     def matrix(self, name: str, index: int, operator: str) -> Tensor:
-        """The values of one matrix of the parameter ``name``, in memory of their own.
+        """The values of one matrix of the parameter ``name``.
 
         Raises:
             TypeError: it can't be read, or its library reads another shape than it says.
@@ -66,7 +66,9 @@ class Stored:
         self.require(name, operator)
         try:
             found = self.read(index)
-        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"{expected} by {self.kind}, got {type(error).__name__}: {error}; leave it out by "
                 "filter=, or dequantize it"
