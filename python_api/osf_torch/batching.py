@@ -91,7 +91,10 @@ class Part:
 
     def values(self) -> Tensor:
         """(m, n) of a matrix, (count, m, n) of a batch; gathered where they are sharded, which
-        every rank of the mesh must join."""
+        every rank of the mesh must join; of a quantized weight dequantized."""
+        packed = self.selected.stored
+        if packed is not None:
+            return packed.values(self.name, "refresh", self.first, self.count)
         W = self.selected.weight.detach()
         if self.selected.is_flat:
             return whole(W).flatten(1)
@@ -129,7 +132,8 @@ class Batch(NamedTuple):
     def join(self) -> None:
         """Gathers with the rank that takes the values, and keeps none."""
         for part in self.parts:
-            part.values()
+            if part.selected.stored is None:  # which is whole on every rank
+                part.values()
 
 
 def kind_of(
@@ -148,11 +152,13 @@ def kind_of(
     # many times the weight itself.
     low = 2 * s.rank > max(s.shape) if complement is None else complement
     weight, (m, n) = s.weight, s.shape
-    computed = compute_dtype or weight.dtype
+    computed = compute_dtype or s.dtype
     copied = 0
     # Batches of several weights are put together in one tensor.
-    if computed != weight.dtype or is_dtensor(weight) or s.batch:
+    if computed != s.dtype or is_dtensor(weight) or s.batch or s.stored is not None:
         copied += m * n * computed.itemsize
+    if s.stored is not None and (computed != s.dtype or s.batch):  # as it was read
+        copied += m * n * s.dtype.itemsize
     if earlier is not None and (earlier.V.device != weight.device or s.batch):
         copied += sum(factor.nbytes for factor in factors_of(earlier).values()) // s.matrices
     if method == "auto" and s.batch and earlier is None:
@@ -160,9 +166,7 @@ def kind_of(
         device = weight.device.type
         method = plan_svd(m, n, s.rank, device=device, batch=s.matrices).method
     stacked = bool(s.batch)
-    return Kind(
-        weight.device, weight.dtype, computed, s.shape, s.rank, low, copied, stacked, method
-    )
+    return Kind(weight.device, s.dtype, computed, s.shape, s.rank, low, copied, stacked, method)
 
 
 def parts_of(s: Selected, size: int) -> list[Part]:

@@ -48,9 +48,7 @@ class Confined:
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
-        references = {
-            place.name: drifting.reference(place) for place in places if not place.spec.is_opaque
-        }
+        references = {place.name: drifting.reference(place) for place in places if place.is_read}
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
@@ -238,8 +236,9 @@ class Confined:
 
         H(W) = W − U_l U_lᵀ W V_l V_lᵀ, and W₀ the weight at ``confine``. Computed in float64 from a
         few random columns that were kept of H(W₀), so that the figure is an estimate to a quarter.
-        Of a weight of half precision it has the rounding of W as it is now. Of sharded weights a
-        collective. Synchronises.
+        Of a weight of half precision it has the rounding of W as it is now. A quantized weight is
+        dequantized for it, where that is known of its kind, and isn't among them otherwise. Of
+        sharded weights a collective. Synchronises.
         """
         return {place.name: found.moved for place, found in self._drifts()}
 
@@ -261,6 +260,9 @@ class Confined:
         Args:
             tol: on ``drift()``; None is what rounding explains: 1e-5 and two eps of the dtype, and
                 for a weight that has grown past ‖H(W₀)‖ as much more.
+
+        A quantized weight whose kind is known is dequantized for it, and one that can't be any more
+        is refused with a TypeError. Of any other kind nothing is known but that it is frozen.
         """
         for place in self.places:
             require_in_place(self._model, place)

@@ -11,6 +11,7 @@ from torch import nn
 
 from osf_torch.free.spec import places_of
 from osf_torch.kinds import adapted, described, is_vectors, owners, shape_of
+from osf_torch.quantized import is_scale
 from osf_torch.selection import Names, is_named, listed, named_weights, patterns_of, require_module
 
 log = logging.getLogger("osf_torch")
@@ -102,7 +103,7 @@ def coverage(
         name = called[0]
         parameter = weights[name]
         if key in places:
-            total += places[key].weight.numel()
+            total += math.prod(places[key].spec.shape)  # a quantized weight itself is packed
             continue
         if not parameter.requires_grad:
             continue
@@ -121,6 +122,8 @@ def coverage(
             what = described(name, parameter, owned)
             if adapts and "adapter" not in what:
                 what += ", of an adapter, which changes a weight"
+            if is_scale(owned):
+                what += ", a quantized weight's scale, which moves all of it: freeze it"
             left_out[name] = f"{what}, {BY_NAME}" if by_name else what
             elements[name] = count
             named |= {name} if by_name else set()

@@ -16,6 +16,7 @@ from osf_torch.free.spec import places_of
 from osf_torch.guard import Guard
 from osf_torch.kinds import is_convolution, owners
 from osf_torch.protected import Protected
+from osf_torch.quantized import stored
 from osf_torch.selection import Names, named_weights, require_matrices, require_values, unknown
 from osf_torch.state import is_state, require_state, subspaces_of
 from osf_torch.steps import Restore, owned_by
@@ -224,6 +225,13 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 f"osf_torch.protect: expected parameter {name!r} to be trained itself, got one "
                 "that confine() trains inside its free block, where nothing protected moves; "
                 "leave it out, or Confined.release() first"
+            )
+        packed = stored(weight, having.get(id(weight), ()))
+        if packed is not None:
+            raise TypeError(
+                f"osf_torch.protect: expected parameter {name!r} to be a plain tensor or a "
+                f"DTensor, got {packed.kind}, which is quantized; train beside it: "
+                'confine(model, subspaces, update="beside")'
             )
         require_values(name, weight, "protect")
         if weight.dim() > 2 and is_convolution(having.get(id(weight), ())):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -18,7 +18,15 @@ from osf_torch.decomposing import Result, decomposed, joined
 from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
 from osf_torch.scalars import read
-from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
+from osf_torch.selection import (
+    Filter,
+    Names,
+    Selected,
+    frozen_quantized,
+    listed,
+    require_seed,
+    select,
+)
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
 from osf_torch.sharing import Ranks
@@ -55,6 +63,11 @@ def refresh(
     decomposed by itself. Sharded weights (DTensor) are gathered a batch at a time on the rank
     that decomposes them; every rank then has the whole bases, and ``protect`` keeps its slices.
 
+    Quantized weights are dequantized for it, a batch at a time: bitsandbytes' Params4bit and
+    Int8Params, torchao's tensors, weights of float8 with ``_scale_inv`` beside them (transformers'
+    FP8Linear and FP8Experts), ``_blocks`` and ``_scales`` of MXFP4 experts, and tensor subclasses
+    with a ``dequantize()`` of their own.
+
     Args:
         model: its matrices, and batches of them, of float32, bfloat16, float16 or float64.
         ranks: r as an int, a share ρ in (0, 1] of min(m, n), or either by parameter name or shell
@@ -67,14 +80,16 @@ def refresh(
             ``method="auto"`` then takes the warm or the deflated method, by what was kept.
         progress: True shows a bar on a terminal, "always" prints lines elsewhere too.
         filter: which weights; a function of (name, parameter), a name or pattern of names, or
-            several. A name in full goes before any pattern. By default the weights that require
+            several, such as "*proj*" of a model in 4 bits. A name in full goes before any pattern.
+            Scales of quantized weights are none. By default the weights that require
             grad of nn.Linear modules, of nn.MultiheadAttention (its in_proj_weight as one matrix),
             of transformers' Conv1D (GPT-2's layers), whose W is (inputs, outputs), the 3-D
             parameters of modules that are called after experts, and the 2-D ``weight`` of those
             called after a router or gate; not the factors of a LoRA adapter, which
             aren't the weight that they are added to. A weight that modules share is decomposed
             once and goes by its first name; one without elements is passed over. A convolution
-            that is named or matched is taken by its (out, in·kh·kw) matrix, for ``confine``. What
+            that is named or matched is taken by its (out, in·kh·kw) matrix, for ``confine``. Where
+            none of these requires grad, the quantized weights of layers and experts are taken. What
             trains and isn't taken is logged, and stands in ``coverage``.
         leave_out: names, or patterns of names, of what is to move freely, such as "*embed*": it
             isn't taken, and the ``verify`` of what is made of these subspaces refuses no weight
@@ -117,7 +132,8 @@ def refresh(
             a rank or key that doesn't fit, NaN or Inf in a weight (all weights are looked at
             before the first is decomposed), a ``previous`` that lacks a weight, its shape or its
             triplets. All name the parameter; no partial result is left.
-        TypeError: a weight of another dtype, quantized or sparse, an argument of another type.
+        TypeError: a weight of another dtype, quantized in an unknown way, not quantized yet, or
+            sparse; an argument of another type.
         RuntimeError: another rank of the group failed.
 
     Mutates nothing; synchronises once a batch; draws from ``seed`` alone.
@@ -125,9 +141,10 @@ def refresh(
     _require_options(keep, compute_dtype, dtype, seed)
     workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
     names = named_in(model, leave_out, previous, "refresh")
-    selected = _with_room(
-        select(model, ranks, filter, operator="refresh", sharded=True, leave_out=names)
+    taken = select(
+        model, ranks, filter, operator="refresh", sharded=True, leave_out=names, quantized=True
     )
+    selected = _with_room(taken)
     require_current(model, (s.weight for s in selected), "refresh")
     if previous is not None:
         _require_fit(previous, selected)
@@ -142,6 +159,8 @@ def refresh(
     told = coverage(model, covered, names)
     if sharers.rank == 0:
         _log_extremes(ranks, selected)
+        if filter is None:
+            _log_quantized(model, covered)
         tell(told, "refresh")
     limit_bytes = workspace_bytes or FACTOR_BYTES
     shares = shared_out(selected, kinds, limit_bytes, sharers)
@@ -198,7 +217,7 @@ def _whole(s: Selected, parts: Mapping[int, Result]) -> Decomposition:
     factors, facts = joined([parts[first] for first in sorted(parts)], s.batch)
     if s.batch:
         factors = {side: padded(factor) for side, factor in factors.items()}
-    return assemble(factors, shape=tuple(s.weight.shape), rank=s.rank, **facts)
+    return assemble(factors, shape=s.whole_shape, rank=s.rank, **facts)
 
 
 def _with_room(selected: Sequence[Selected]) -> list[Selected]:
@@ -228,6 +247,17 @@ def _log_extremes(ranks: WantedRanks, selected: Sequence[Selected]) -> None:
         log.warning(
             "osf_torch.refresh: one direction of each weight is protected, since ranks is the int "
             "1; 1.0 would be every direction, and 0.5 half of them"
+        )
+
+
+def _log_quantized(model: nn.Module, covered: Collection[int]) -> None:
+    """Tells of quantized weights beside those that train."""
+    others = [name for key, name in frozen_quantized(model).items() if key not in covered]
+    if others:
+        log.warning(
+            "osf_torch.refresh: quantized weights are frozen and weren't taken: %s; filter= takes "
+            'them, for confine(..., update="beside")',
+            listed(others, 3),
         )
 
 
@@ -289,10 +319,13 @@ def _require_finite(selected: Sequence[Selected]) -> None:
     """Refuses NaN and Inf on any rank, with one synchronisation a device."""
     counts = []
     for s in selected:
-        here = local(s.weight.detach()).flatten(0, -2)  # as rows
-        pieces = here.split(max(1, CHECKED_AT_ONCE // max(1, here.shape[1])))
-        count = torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum()
-        cut = sharding_of(s.weight)
+        packed, cut = s.stored, None
+        if packed is not None:  # one of them at a time
+            matrices = (packed.matrix(s.name, i, "refresh") for i in range(s.matrices))
+            count = torch.stack([_not_finite(W) for W in matrices]).sum()
+        else:
+            count = _not_finite(local(s.weight.detach()).flatten(0, -2))  # as rows
+            cut = sharding_of(s.weight)
         if cut is not None:
             (count,) = sum_over(cut.groups, [count])
         counts.append(count)
@@ -303,6 +336,11 @@ def _require_finite(selected: Sequence[Selected]) -> None:
             f"osf_torch.refresh: expected finite weights, got NaN or Inf: {listed(bad)} such "
             "entries; repair them, or leave these weights out by filter="
         )
+
+
+def _not_finite(rows: Tensor) -> Tensor:
+    pieces = rows.split(max(1, CHECKED_AT_ONCE // max(1, rows.shape[1])))
+    return torch.stack([(~torch.isfinite(piece)).sum() for piece in pieces]).sum()
 
 
 def _require_fit(previous: Subspaces, selected: Sequence[Selected]) -> None:
@@ -319,10 +357,10 @@ def _require_fit(previous: Subspaces, selected: Sequence[Selected]) -> None:
         )
     for s in selected:
         earlier = previous[s.name]
-        if earlier.shape != tuple(s.weight.shape):
+        if earlier.shape != s.whole_shape:
             raise ValueError(
                 f"osf_torch.refresh: expected previous to hold {s.name!r} with shape "
-                f"{tuple(s.weight.shape)}, got {earlier.shape}; it is another model's"
+                f"{s.whole_shape}, got {earlier.shape}; it is another model's"
             )
     without = [s.name for s in selected if previous[s.name].svd is None]
     if without:

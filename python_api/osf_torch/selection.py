@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 
@@ -24,6 +24,7 @@ from osf_torch.kinds import (
     owners,
     shape_of,
 )
+from osf_torch.quantized import KNOWN, Stored, is_scale, stored
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
 Rank = int | float
@@ -39,24 +40,36 @@ LISTED = 12  # how many names an error message lists
 class Selected:
     """A weight to decompose: its name in ``model.named_parameters()`` and its rank r.
 
-    A rank of 0 says that the share that was asked for leaves nothing free.
+    A rank of 0 says that the share that was asked for leaves nothing free. ``stored`` is what a
+    quantized weight stands for; None of any other.
     """
 
     name: str
     weight: nn.Parameter
     rank: int
+    stored: Stored | None = None
     is_flat: bool = False  # a convolution's, all dimensions but the first in one
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """(..., m, n) of what it is or stands for."""
+        return tuple(self.weight.shape) if self.stored is None else self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.weight.dtype if self.stored is None else self.stored.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n) of the matrix, or of each of them."""
-        m, n = matrix_of(self.weight.shape, self.is_flat)
+        m, n = matrix_of(self.whole_shape, self.is_flat)
         return m, n
 
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of a batch of matrices (experts); none of a matrix."""
-        return () if self.is_flat else tuple(self.weight.shape[:-2])
+        return () if self.is_flat else self.whole_shape[:-2]
 
     @property
     def matrices(self) -> int:
@@ -163,13 +176,15 @@ def select(
     leave_out: Names = None,
     values: bool = True,
     convolutions: bool = True,
+    quantized: bool = False,
 ) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
 
     A weight that several modules share is matched by any of its names and goes by the first one,
     as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
     protect. ``sharded`` says whether DTensors are taken, ``values`` whether meta tensors are
-    refused, ``convolutions`` whether these are taken; what ``leave_out`` names isn't.
+    refused, ``convolutions`` whether these are taken, ``quantized`` whether weights are that are
+    quantized in a known way, by default where nothing else is; what ``leave_out`` names isn't.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
@@ -183,6 +198,8 @@ def select(
         aliases.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
     matches = _matcher(model, having, aliases, filter, operator)
+    if filter is None and quantized:
+        matches = _or_quantized(matches, having, aliases, parameters)
     left = patterns_of(leave_out, "leave_out", operator)
     matched = [
         key
@@ -192,7 +209,9 @@ def select(
     unfit = {
         key
         for key, p in parameters.items()
-        if not (_may_be_taken(p) and (convolutions or not is_convolution(having.get(key, ()))))
+        if not (
+            _may_be_taken(p, having) and (convolutions or not is_convolution(having.get(key, ())))
+        )
     }
     chosen = [key for key in matched if key not in unfit]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
@@ -202,20 +221,53 @@ def select(
     selected = []
     for key, rank in zip(chosen, wanted_ranks, strict=True):
         name, weight = aliases[key][0], parameters[key]
-        if values or not weight.is_meta:
+        packed = stored(weight, having.get(key, ())) if quantized else None
+        if packed is not None:
+            packed.require(name, operator)
+        elif values or not weight.is_meta:
             require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
-        is_flat = weight.dim() > 2 and is_convolution(having.get(key, ()))
-        m, n = matrix_of(weight.shape, is_flat)
-        resolved = _resolved(rank, m, n, name, operator)
-        selected.append(Selected(name, weight, resolved, is_flat))
+        is_flat = packed is None and weight.dim() > 2 and is_convolution(having.get(key, ()))
+        taken = Selected(name, weight, 0, packed, is_flat)
+        selected.append(replace(taken, rank=_resolved(rank, *taken.shape, name, operator)))
     return selected
 
 
-def _may_be_taken(parameter: nn.Parameter) -> bool:
-    """Whether it is or has matrices, or may be one that isn't there, and is refused."""
-    shape = shape_of(parameter)
-    return shape is None or has_matrices(shape)
+def frozen_quantized(model: nn.Module) -> dict[int, str]:
+    """The weights of layers and experts that are quantized in a known way and don't train, by id:
+    their first names."""
+    having = owners(model)
+    found: dict[int, str] = {}
+    for name, parameter in named_weights(model).items():
+        owned = having.get(id(parameter), ())
+        if not parameter.requires_grad and _is_quantized(parameter, owned):
+            found.setdefault(id(parameter), name)
+    return found
+
+
+def _is_quantized(parameter: nn.Parameter, owned: Sequence[tuple[nn.Module, str]]) -> bool:
+    embeds = any(isinstance(module, nn.Embedding) for module, _ in owned)
+    return not (embeds or is_scale(owned)) and stored(parameter, owned) is not None
+
+
+def _or_quantized(
+    matches: Callable[[str, nn.Parameter], bool],
+    having: Owners,
+    aliases: Mapping[int, Sequence[str]],
+    parameters: Mapping[int, nn.Parameter],
+) -> Callable[[str, nn.Parameter], bool]:
+    """The default where something trains, else the quantized weights, which are frozen always."""
+    if any(matches(name, p) for key, p in parameters.items() for name in aliases[key]):
+        return matches
+    packed = {key for key, p in parameters.items() if _is_quantized(p, having.get(key, ()))}
+    return lambda _, parameter: id(parameter) in packed
+
+
+def _may_be_taken(parameter: nn.Parameter, having: Owners) -> bool:
+    """Whether it is a matrix with elements or a batch of them, or may be one that isn't there, and
+    is refused; the scale of a quantized weight is none."""
+    shape, owned = shape_of(parameter), having.get(id(parameter), ())
+    return shape is None or (has_matrices(shape) and not is_scale(owned))
 
 
 def _no_match(
@@ -231,8 +283,10 @@ def _no_match(
     for key, parameter in parameters.items():
         name = aliases[key][0]
         told = f"{name} ({described(name, parameter, having.get(key, ()))})"
+        packed = stored(parameter, having.get(key, ()))
         if key not in unfit:
-            shape = "x".join(map(str, shape_of(parameter) or ("lazy",)))
+            known = shape_of(parameter) if packed is None else packed.shape
+            shape = "x".join(map(str, known or ("lazy",)))
             found.append(f"{name} ({shape}{'' if parameter.requires_grad else ', frozen'})")
             if filter is None and parameter.requires_grad and adapter_part(name):
                 factors.append(told)
@@ -404,13 +458,15 @@ def require_values(name: str, weight: nn.Parameter, operator: str) -> None:
     if not is_dtensor(weight) and not is_plain(weight):
         raise TypeError(
             f"osf_torch.{operator}: expected parameter {name!r} to be a plain tensor or a DTensor, "
-            f"got {type(weight).__name__}; leave it out by filter=, or dequantize it"
+            f"got {type(weight).__name__}; leave it out by filter=, or dequantize it (of quantized "
+            f"weights refresh knows {KNOWN})"
         )
     if weight.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(
             f"osf_torch.{operator}: expected parameter {name!r} to be one of {known}, got "
-            f"{weight.dtype}; leave it out by filter=, or dequantize it"
+            f"{weight.dtype}; leave it out by filter=, or dequantize it (of quantized weights "
+            f"refresh knows {KNOWN})"
         )
     if weight.layout != torch.strided:
         raise TypeError(

@@ -19,7 +19,9 @@ import osf_kernels
 from osf_kernels import Basis, padded
 from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.coverage import coverage
+from osf_torch.kinds import owners
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
+from osf_torch.quantized import Stored, stored
 from osf_torch.scalars import read
 from osf_torch.selection import (
     DTYPES,
@@ -54,7 +56,8 @@ def save_subspaces(
     the library's and, as JSON, for every weight its shape, dtype, which factors are kept, and the
     SHA-256 of its values and of each factor's; of one that a refresh decomposed also the rank,
     method, iterations, residual, captured, converged and seconds; of a whole refresh, its
-    Subspaces, also the seed; and the names that were left out on purpose.
+    Subspaces, also the seed; and the names that were left out on purpose. The SHA-256 of a
+    quantized weight is that of all that it is stored in, codes and scales.
 
     Where weights of the model are sharded (DTensor, as by ``fully_shard``), all ranks that share
     them call it, with the same arguments. Weights are gathered one at a time, so that a hash is
@@ -75,7 +78,7 @@ def save_subspaces(
         ValueError: the model lacks a parameter, or has it without values (on the meta device), not
             as a matrix or flattened by FSDP1; a factor doesn't fit the weight, or holds integers,
             NaN or Inf.
-        TypeError: a parameter of another dtype than ``refresh`` takes, quantized or sparse.
+        TypeError: a parameter of another dtype or kind than ``refresh`` takes.
         RuntimeError: another rank failed.
 
     Mutates nothing but the file; copies weights and factors to the host.
@@ -84,6 +87,7 @@ def save_subspaces(
     with together(model, "save_subspaces") as ranks:
         save_file = require_safetensors("save_subspaces", "torch").save_file
         weights = _weights(model, subspaces, "save_subspaces")
+        packed = _packed(model, weights)
         if ranks.is_first and not path.parent.is_dir():
             raise FileNotFoundError(
                 f"osf_torch.save_subspaces: expected a folder to write {path.name} to, got none at "
@@ -95,7 +99,7 @@ def save_subspaces(
     for name, entry in subspaces.items():
         factors, facts = _contents(entry)
         factors = {part: whole(factor.detach()) for part, factor in factors.items()}
-        shape = tuple(weights[name].shape)
+        shape = _shape(weights[name], packed[name])
         _require_fit(factors, shape, facts.get("rank"), "save_subspaces", repr(name))
         described[name] = facts | {
             "shape": shape,
@@ -109,7 +113,7 @@ def save_subspaces(
                 part: content_hash(tensors[f"{name}:{part}"]) for part in factors
             }
     for name, weight in weights.items():
-        described[name]["sha256"] = content_hash(weight)
+        described[name]["sha256"] = _hash(weight, packed[name])
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -167,7 +171,8 @@ def load_subspaces(
     with together(model, "load_subspaces"):
         seed, leave_out, described, loaded = _read(Path(path), model)
     if require_same_weights:
-        _require_same(_weights(model, described, "load_subspaces"), described)
+        weights = _weights(model, described, "load_subspaces")
+        _require_same(weights, _packed(model, weights), described)
     parameters = named_weights(model)
     told = coverage(model, {id(parameters[name]) for name in loaded}, leave_out)
     if seed is None:
@@ -260,6 +265,25 @@ def content_hash(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _packed(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Stored | None]:
+    """By name what each weight stands for that is quantized; None of any other."""
+    having = owners(model)
+    return {name: stored(weight, having.get(id(weight), ())) for name, weight in weights.items()}
+
+
+def _shape(weight: Tensor, packed: Stored | None) -> tuple[int, ...]:
+    return tuple(weight.shape) if packed is None else packed.shape
+
+
+def _hash(weight: Tensor, packed: Stored | None) -> str:
+    """SHA-256 of a weight; of a quantized one of all that it is stored in."""
+    if packed is None:
+        return content_hash(weight)
+    # A tensor without dimensions has no rows.
+    parts = [content_hash(t if t.dim() else t[None]) for t in packed.tensors()]
+    return hashlib.sha256(f"{packed.dtype} {packed.shape} {parts}".encode()).hexdigest()
+
+
 # --- reading a file ---
 
 
@@ -280,10 +304,11 @@ def _read(
     with file:
         seed, leave_out, described = described_by(path, file.metadata() or {})
         weights = _weights(model, described, "load_subspaces")
+        packed = _packed(model, weights)
         keys = set(file.keys())
         loaded = {}
         for name, facts in described.items():
-            shape, got = tuple(facts["shape"]), tuple(weights[name].shape)
+            shape, got = tuple(facts["shape"]), _shape(weights[name], packed[name])
             if shape != got:
                 raise ValueError(
                     f"osf_torch.load_subspaces: expected parameter {name!r} to be {shape} as when "
@@ -333,7 +358,11 @@ def _weights(model: nn.Module, names: Iterable[str], operator: str) -> dict[str,
             f"osf_torch.{operator}: expected the model to have every parameter of the subspaces, "
             f"got none named {listed(missing)}; its first are {listed(list(parameters)[:5])}"
         )
-    for name in names:
+    found = _packed(model, {name: parameters[name] for name in names})
+    for name, packed in found.items():
+        if packed is not None:
+            packed.require(name, operator)
+            continue
         require_values(name, parameters[name], operator)
         if parameters[name].dim() < 2:
             raise ValueError(
@@ -394,14 +423,18 @@ def _require_fit(
         )
 
 
-def _require_same(weights: dict[str, nn.Parameter], described: dict[str, dict[str, Any]]) -> None:
+def _require_same(
+    weights: Mapping[str, nn.Parameter],
+    packed: Mapping[str, Stored | None],
+    described: Mapping[str, dict[str, Any]],
+) -> None:
     for name, weight in weights.items():
-        expected, got = described[name]["sha256"], content_hash(weight)
+        expected, got = described[name]["sha256"], _hash(weight, packed[name])
         if got != expected:
-            stored = described[name]["dtype"]
+            saved = described[name]["dtype"]
             raise ValueError(
                 f"osf_torch.load_subspaces: expected parameter {name!r} to hold the values that "
-                f"it was saved with ({stored}, SHA-256 {expected[:12]}…), got others "
+                f"it was saved with ({saved}, SHA-256 {expected[:12]}…), got others "
                 f"({weight.dtype}, {got[:12]}…); load the model's checkpoint of that moment "
                 "first, refresh again, or pass require_same_weights=False for a model that was "
                 "trained on since"

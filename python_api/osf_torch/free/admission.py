@@ -17,6 +17,7 @@ from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.measures import TINY, TRIPLETS_LIMIT
 from osf_torch.protected import require_orthonormal
+from osf_torch.quantized import Stored, stored
 from osf_torch.selection import named_weights, require_matrices, require_values, unknown
 from osf_torch.sharding import is_cut, is_dtensor
 from osf_torch.sharing import whole
@@ -139,7 +140,8 @@ def _checked(
             f"{told} an embedding with dense gradients that nothing renormalises, got sparse=True "
             "or max_norm; leave it out"
         )
-    opaque = _is_opaque(name, weight, module, update)
+    packed = stored(weight, having)
+    opaque = _is_opaque(name, weight, module, update, packed)
     if not weight.requires_grad and update == "merge" and before is None:
         raise ValueError(
             f"{told} a weight that is trained, got a frozen one; leave it out, requires_grad_() "
@@ -194,19 +196,39 @@ def _dtype_of(weight: Tensor, subspace: Subspace | Sides, dtype: torch.dtype | N
     return dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def _is_opaque(name: str, weight: nn.Parameter, module: nn.Module, update: Update) -> bool:
-    """Whether the layer runs as it is, and the free block is added to what it returns."""
-    readable = (
+def _is_opaque(
+    name: str, weight: nn.Parameter, module: nn.Module, update: Update, packed: Stored | None
+) -> bool:
+    """Whether the layer runs as it is, and the free block is added to what it returns.
+
+    Args:
+        packed: what the weight stands for, where it is quantized in a known way.
+    """
+    readable = packed is None and (
         is_lazy(weight) or is_dtensor(weight) or (is_plain(weight) and weight.is_floating_point())
     )
+    if update == "merge" and packed is not None:
+        raise TypeError(
+            f"osf_torch.confine: parameter {name!r}: expected a weight that can be written to with "
+            f'update="merge", got {packed.kind}; leave it out, or pass update="beside"'
+        )
+    if packed is not None:
+        packed.require(name, "confine")
     if update == "merge" or readable:
         require_values(name, weight, "confine")
         return False
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if None in features or is_conv1d(module):
+        kind = type(weight).__name__ if packed is None else packed.kind
         raise TypeError(
             f"osf_torch.confine: parameter {name!r}: expected a linear layer around a weight of "
-            f"{type(weight).__name__}, got {type(module).__name__}; leave it out"
+            f"{kind}, got {type(module).__name__}; leave it out, which leaves it as it is, or load "
+            "it dequantized"
+        )
+    if packed is not None and packed.shape != features:
+        raise TypeError(
+            f"osf_torch.confine: parameter {name!r}: expected a weight of shape {features}, as the "
+            f"layer says, got {packed.kind} of shape {packed.shape}; leave it out"
         )
     return True
 

@@ -53,7 +53,7 @@ def reference(place: Place) -> Reference:
 
 def _is_rounded_sum(place: Place) -> bool:
     """Whether ``state_dict`` rounds the sum of W and what is beside it, as no layer does."""
-    beside = place.spec.update == "beside" and place.is_attached
+    beside = place.spec.update == "beside" and place.is_attached and not place.spec.is_opaque
     return beside and place.weight.element_size() < 4 and not is_dtensor(place.weight)
 
 
@@ -61,10 +61,15 @@ def _is_rounded_sum(place: Place) -> bool:
 def base_moved(place: Place, before: Reference) -> float:
     """‖W − W₀‖ / ‖W₀‖ of a weight that C stands beside, an estimate to a quarter; 0 to rounding
     where nothing has written to it."""
+    return relative(alone(place), before.whole)
+
+
+@torch.no_grad()
+def alone(place: Place) -> Tensor:
+    """W Ω in float64, without what stands beside W."""
     Omega = _probes(place.spec.right.size).to(place.device)
     Omega = Omega.expand(*place.spec.matrix_shape[:-2], *Omega.shape)
-    whole = _times(place, Omega, alone=True)
-    return relative(whole, before.whole)
+    return _times(place, Omega, alone=True)
 
 
 class Drift(NamedTuple):
@@ -93,7 +98,7 @@ def _limit(place: Place) -> float:
     past what is protected may drift by as much more.
     """
     spec = place.spec
-    eps = torch.finfo(place.weight.dtype).eps
+    eps = 0.0 if spec.is_opaque else torch.finfo(place.weight.dtype).eps  # which nothing rounds
     if spec.is_rounded:
         eps = max(eps, torch.finfo(torch.bfloat16).eps)
     sizes = [t.element_size() for side in (spec.left, spec.right) for t in side.tensors]
@@ -103,6 +108,11 @@ def _limit(place: Place) -> float:
 def explained(place: Place) -> str:
     """What has moved the protected part by more than rounding does, as far as it can be told."""
     if all(bool(torch.isfinite(local(t.detach())).all()) for t in place.trained()):
+        if place.spec.is_opaque:
+            return (
+                "something has written to what the quantized weight is stored in; load the model "
+                "anew, and its C by confine(model, state)"
+            )
         return (
             "something has written to the weight itself; load a checkpoint of this run, or "
             "Confined.release(), and confine what the weights are now"
@@ -122,8 +132,11 @@ def relative(now: Tensor, before: Tensor) -> float:
 def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
     """The current weight's matrix times columns (..., n, c), whole on every rank; ``alone``
     without what stands beside it."""
-    spec = place.spec
-    W = local(place.weight.detach()).double()
+    spec, packed = place.spec, place.stored
+    if packed is None:
+        W = local(place.weight.detach()).double()
+    else:
+        W = packed.values(spec.name, "Confined.drift").double()
     cut = cut_of(spec.name, place.weight)
     if cut is None:
         if spec.update == "beside" and place.is_attached and not alone:

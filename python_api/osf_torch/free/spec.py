@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
 from osf_torch.free.inputs import Inputs
+from osf_torch.quantized import Stored, stored
 from osf_torch.sharding import is_dtensor, local
 
 Update = Literal["merge", "beside"]
@@ -57,8 +58,8 @@ class Spec:
         is_flat: whether the matrix is the weight with all dimensions but the first in one, as of a
             convolution.
         is_rounded: whether W is rounded from ``weight_base``.
-        is_opaque: whether the weight's values can't be read (quantized), so that its module runs as
-            it is and the free block is added to what it returns.
+        is_opaque: whether torch's operators can't read the weight's values (quantized), so that its
+            module runs as it is and the free block is added to what it returns.
         trained: whether the weight required a gradient before.
         dtype: of what is trained.
         decays_to_zero: whether C is the free part of the weight itself, and not what is added.
@@ -240,6 +241,18 @@ class Place:
     def beside(self) -> list[Tensor]:
         """All that the module has beside the weight itself."""
         return [self.get(name) for name in self.spec.beside]
+
+    @property
+    def stored(self) -> Stored | None:
+        """What an opaque weight stands for; None of any other, and where that isn't known."""
+        if not self.spec.is_opaque:
+            return None
+        return stored(self.weight, [(self.module, self.spec.attribute)])
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the weight's values are known, which ``drift`` takes."""
+        return not self.spec.is_opaque or self.stored is not None
 
     @property
     def device(self) -> torch.device:

@@ -50,9 +50,10 @@ def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
         found["base"] = _copied(place.get(spec.base))
     elif spec.update == "beside" and not spec.is_opaque and place.weight.element_size() < 4:
         found["base"] = _copied(place.weight)
-    if not spec.is_opaque:
+    if place.name in references:
         start = references[place.name]
-        now = drifting.reference(place).whole
+        # A quantized weight is what it was, or is refused when it is read.
+        now = start.whole.clone() if spec.is_opaque else drifting.reference(place).whole
         protected, whole = start.protected.clone(), start.whole.clone()
         found |= {"protected": protected, "start": whole, "now": now}
     return found
@@ -136,21 +137,25 @@ def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dic
                 f"osf_torch.confine: expected a state of {place.name!r} with shape "
                 f"{tuple(place.spec.shape)}, got {tuple(entry['shape'])}; it is another model's"
             )
-        if place.spec.is_opaque:
+        if place.spec.is_opaque and not (place.is_read and "start" in entry):
             found[place.name] = False
             continue
-        whole = drifting.reference(place).whole
-        off = {key: drifting.relative(whole, entry[key]) for key in ("now", "start")}
-        # In half precision the weight is a sum that was rounded where it was saved.
-        rounded = place.weight.element_size() < 4
-        same = torch.finfo(place.weight.dtype).eps if rounded else SAME
-        if not min(off.values()) <= same:
+        if place.spec.is_opaque:  # C stands beside it in the model's state too
+            now = start = drifting.relative(drifting.alone(place), entry["start"])
+            same = SAME
+        else:
+            whole = drifting.reference(place).whole
+            now, start = (drifting.relative(whole, entry[key]) for key in ("now", "start"))
+            # In half precision the weight is a sum that was rounded where it was saved.
+            rounded = place.weight.element_size() < 4
+            same = torch.finfo(place.weight.dtype).eps if rounded else SAME
+        if not min(now, start) <= same:
             raise ValueError(
                 f"osf_torch.confine: expected {place.name!r} to be the weight that was saved with "
-                f"this state, or the one that it started from, got one off by {off['now']:.1e} and "
-                f"{off['start']:.1e}; load the model's checkpoint before the state"
+                f"this state, or the one that it started from, got one off by {now:.1e} and "
+                f"{start:.1e}; load the model's checkpoint before the state"
             )
-        found[place.name] = off["now"] <= off["start"]
+        found[place.name] = not place.spec.is_opaque and now <= start
     return found
 
 
