@@ -157,10 +157,11 @@ def test_sizes_are_printed_in_units_that_fit():
     for width, unit in ((16, "KiB"), (512, "MiB")):
         model = nn.Sequential(nn.Linear(width, width))
         confined = confine(model, {"0.weight": drawn(width, width, 0.5, "UV", "high")})
-        header, _, line, *_, last = confined.summary().splitlines()
+        header, _, line, *_, last, told = confined.summary().splitlines()
         assert header.count(unit) == 4
         assert float(line.split()[5]) == round(width**2 / (2**10 if unit == "KiB" else 2**20), 1)
         assert last.count(unit) == 3
+        assert "of the elements that train are covered" in told
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -298,8 +298,8 @@ class Confined:
 
     def summary(self) -> str:
         """Per weight and in sum: what is protected and free, and the bytes that training takes,
-        beside those of plain fine-tuning and of PEFT's OSF."""
-        return summary.table_of(self.places)
+        beside those of plain fine-tuning and of PEFT's OSF; then what is covered and what not."""
+        return f"{summary.table_of(self.places)}\n{self.coverage().table()}"
 
     def __str__(self) -> str:
         return self.summary()
