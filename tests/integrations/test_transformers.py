@@ -352,3 +352,38 @@ def test_accelerate_by_hand(method):
     held.verify()
     assert moved(copied(model), start) <= MOVED
     assert unequal(copied(model), start)
+
+
+@both
+def test_a_mixture_of_experts_is_resumed_or_refused(method, tmp_path):
+    """transformers 5 saves Mixtral's experts under names that its Trainer doesn't load: weights
+    that aren't the checkpoint's are refused, and a model made of its folder goes on."""
+
+    def made_anew() -> Any:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=4)
+        model = transformers.MixtralForCausalLM(config)
+        model.get_input_embeddings().requires_grad_(False)
+        return model
+
+    model = made_anew()
+    trained(model, tmp_path, [callback(model, method)])
+    folder = tmp_path / "checkpoint-2"
+    other = made_anew()
+    if method == "protect":
+        with pytest.raises(ValueError, match=r"experts.*by from_pretrained, and resume then"):
+            trained(other, tmp_path, [callback(other, method)], resume=folder)
+    else:  # the state of a confined model makes its weights of what they began as
+        trained(other, tmp_path, [callback(other, method)], resume=folder)
+        assert _nearly(other, model)
+    again = type(model).from_pretrained(folder)
+    again.get_input_embeddings().requires_grad_(False)
+    trained(again, tmp_path, [callback(again, method, folder)], resume=folder)
+    assert _nearly(again, model)
+
+
+def _nearly(one: Any, other: Any) -> bool:
+    expected = copied(other)
+    return all(torch.allclose(t, expected[n], rtol=1e-4, atol=1e-6) for n, t in copied(one).items())

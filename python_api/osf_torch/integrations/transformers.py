@@ -260,16 +260,18 @@ class SubspaceCallback(_CALLBACK):
 
     def _require_arguments(self, args: Any) -> None:
         """Refuses what would train weights past the protection, whatever the optimizer is."""
-        fsdp = args.fsdp_config if args.fsdp and isinstance(args.fsdp_config, Mapping) else {}
+        fsdp: Mapping[str, Any] = _launched_fsdp()
+        if args.fsdp:
+            fsdp = args.fsdp_config if isinstance(args.fsdp_config, Mapping) else {}
         confines = self._protection.method == "confine"
         for refused, got, remedy in (
             (
-                args.deepspeed,
-                "deepspeed=, which trains flat copies of the weights",
+                args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"),
+                "DeepSpeed, which trains flat copies of the weights",
                 "take fsdp=True, or one of osf_torch's own calls with accelerate",
             ),
             (
-                args.fsdp and int(fsdp.get("version", 2)) < 2,
+                int(fsdp.get("version", 2)) < 2,
                 "FSDP1",
                 'take fsdp_config["version"]=2',
             ),
@@ -313,6 +315,21 @@ class SubspaceCallback(_CALLBACK):
             raise ValueError(
                 f"osf_torch.{NAME}: expected a torch.optim.Optimizer, got {type(inner).__name__}"
             )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def _launched_fsdp() -> dict[str, Any]:
+    """What ``accelerate launch`` says of FSDP, of which the Trainer's arguments know nothing; its
+    version is 1 where nothing says otherwise."""
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return {}
+    return {
+        "version": os.environ.get("FSDP_VERSION", "1"),
+        "cpu_ram_efficient_loading": _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"),
+    }
 
 
 def _value(optim: Any) -> str:
