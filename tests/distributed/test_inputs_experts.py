@@ -16,7 +16,7 @@ from tests.helpers import generator_for
 EXPERTS, WIDTH, ENERGY = 3, 8, 0.9
 
 
-class Experts(nn.Module):
+class RouterAndExperts(nn.Module):
     """Each token is read by the expert whose score is highest."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Experts(nn.Module):
 
 
 def mixture(*, shards: bool) -> nn.Module:
-    model = nn.Sequential(Experts(), Experts())
+    model = nn.Sequential(RouterAndExperts(), RouterAndExperts())
     generator = generator_for("mixture")
     with torch.no_grad():
         for p in model.parameters():
