@@ -13,7 +13,7 @@ Owners = dict[int, list[tuple[nn.Module, str]]]
 
 # The factors of an adapter, by the names that PEFT, torchtune, LyCORIS and diffusers give them.
 ADAPTER = re.compile(r"(?:^|\.)(lora(?:_layer)?[._](?:embedding_)?(?:[ab]|up|down))(?:\.|$)", re.I)
-EXPERTS = re.compile(r"experts|GroupedMLP", re.I)
+EXPERTS = re.compile(r"experts|moe|GroupedMLP", re.I)
 ROUTERS = re.compile(r"router|gate", re.I)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
