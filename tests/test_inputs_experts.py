@@ -160,7 +160,7 @@ def test_max_tokens_bounds_what_is_kept_of_each_expert():
 
 
 def test_an_expert_whose_memory_is_read_by_a_kernel_of_its_own_is_refused():
-    class Opaque(nn.Module):
+    class OpaqueExperts(nn.Module):
         def __init__(self):
             super().__init__()
             self.up = nn.Parameter(torch.randn(3, 4, 5, generator=generator_for("opaque")))
@@ -170,7 +170,7 @@ def test_an_expert_whose_memory_is_read_by_a_kernel_of_its_own_is_refused():
             return torch.einsum("ti,eoi->to", x, read.clone())
 
     with pytest.raises(ValueError, match=r"none that reached 0\.up by a product.*filter="):
-        input_subspaces(nn.Sequential(Opaque()), [torch.ones(2, 5)], progress=False)
+        input_subspaces(nn.Sequential(OpaqueExperts()), [torch.ones(2, 5)], progress=False)
 
 
 def batch_of(kind: str, key: object) -> dict[str, torch.Tensor]:

@@ -24,7 +24,8 @@ class Autoencoder(nn.Module):
 
 def test_a_weight_that_is_read_by_both_sides_grows_both():
     model, x = nn.Sequential(Autoencoder()), decaying(3, 8, 0.5, "both")
-    entry = input_subspaces(model, [x], energy=0.98, progress=False)["0.weight"]
+    found = input_subspaces(model, [x], energy=0.98, filter="*.weight", progress=False)
+    entry = found["0.weight"]
     hidden = torch.tanh(x @ model[0].weight.detach().mT)
     assert share(high(entry.V), x.mT) >= 0.98
     assert share(high(entry.U), hidden.mT) >= 0.98
