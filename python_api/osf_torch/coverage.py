@@ -40,8 +40,12 @@ class Coverage:
     @property
     def share(self) -> float:
         """Of the elements that train, how many are covered, in [0, 1]."""
-        total = self.covered + self.vectors + sum(self.elements.values())
-        return self.covered / total if total else 1.0
+        return self.covered / self.total if self.total else 1.0
+
+    @property
+    def total(self) -> int:
+        """Of all that trains, the elements."""
+        return self.covered + self.vectors + sum(self.elements.values())
 
     @property
     def untold(self) -> dict[str, str]:
@@ -63,9 +67,8 @@ class Coverage:
     def __str__(self) -> str:
         """One line: the share, and what isn't covered."""
         line = f"{_percent(self.share)} of the elements that train are covered"
-        total = self.covered + self.vectors + sum(self.elements.values())
         if self.vectors:
-            line += f", {_percent(self.vectors / total)} are biases and other vectors"
+            line += f", {_percent(self.vectors / self.total)} are biases and other vectors"
         if self.left_out:
             named = [f"{name} ({what})" for name, what in self.left_out.items()]
             line += f"; left out and free to move: {listed(named, NAMED)}"

@@ -81,7 +81,7 @@ def estimate(
     if device is not None:
         _require_device(device)
     plan_of = blueprint(model, "estimate")
-    sizes = _dtypes(plan_of, weights)
+    sizes = _dtypes(weights)
     selected = [
         s for s in select(plan_of, ranks, filter, operator="estimate", values=False) if s.rank
     ]
@@ -129,7 +129,7 @@ def _require(**counts: int) -> None:
             )
 
 
-def _dtypes(model: nn.Module, weights: torch.dtype | None) -> Callable[[torch.Tensor], torch.dtype]:
+def _dtypes(weights: torch.dtype | None) -> Callable[[torch.Tensor], torch.dtype]:
     def of(t: torch.Tensor) -> torch.dtype:
         return weights if weights is not None and t.is_floating_point() else t.dtype
 
@@ -176,7 +176,7 @@ def _alike(s: Selected, dtype: torch.dtype, having: Owners) -> Alike:
 def subspace_of(s: Selected, alike: Alike, dtype: torch.dtype | None) -> Decomposition:
     """What ``refresh`` leaves of a weight, on the meta device."""
     kind: Kind = kind_of(s, None, None, None)._replace(dtype=alike.dtype, computed=alike.dtype)
-    held = dtype or (torch.float64 if alike.dtype == torch.float64 else torch.float32)
+    held = dtype or kind.held_dtype
     factors = {
         part: factor if part == "S" else factor.to(held)
         for part, factor in smaller(kind.unfilled(s.matrices)).items()

@@ -118,7 +118,7 @@ def protect(
             f'osf_torch.protect: expected restore to be True, False or "deferred", got {restore!r}'
         )
     _require_optimizer(optimizer, when, restore if not is_state(subspaces) else False)
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "osf_torch.protect: expected optimizer to be a torch.optim.Optimizer, got "
@@ -203,8 +203,8 @@ def _require_hooks(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _innermost(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    """The optimizer that steps, where another one (Accelerate's) wraps it."""
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that steps, where another one (accelerate's, Lightning's) stands around it."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer

@@ -29,7 +29,7 @@ from osf_torch.integrations._state_files import (
     world,
     write_state,
 )
-from osf_torch.protect import protect
+from osf_torch.protect import innermost, protect
 from osf_torch.refresh import refresh
 from osf_torch.selection import Ranks, listed, named_weights, unwrapped
 from osf_torch.sharing import Ranks as Processes
@@ -299,15 +299,6 @@ class Protection:
 
 def _is_state(value: Mapping[str, Any]) -> bool:
     return is_confined_state(value) or is_guard_state(value)
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer that steps, where another one (accelerate's, Lightning's) stands around it."""
-    while True:
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            return optimizer
-        optimizer = inner
 
 
 def is_model_of(protection: Protection, model: nn.Module) -> bool:
