@@ -38,6 +38,8 @@ def _variable(
     return Variable(name, default, expected, pattern, meaning, read)
 
 
+_FLAG = ("a flag such as true or 1, or unset", r".*")
+_LAUNCH = "by SubspaceCallback, as the trainer begins"
 _PATH = ("a directory, or unset", r".*")
 # A compute capability as torch spells it: 8.0, 9.0a, 12.0f, each with or without +PTX.
 _ARCH = r"\d+\.\d[af]?(\+PTX)?"
@@ -72,6 +74,34 @@ VARIABLES: Mapping[str, Variable] = {
             _choice("0", "1"),
             "mini_trainer's own: V_high is kept whole on its module; the integration follows it",
             read="by mini_trainer, on its import",
+        ),
+        _variable(
+            "ACCELERATE_USE_DEEPSPEED",
+            "",
+            _FLAG,
+            "accelerate's own: a launch with DeepSpeed, which SubspaceCallback refuses",
+            read=_LAUNCH,
+        ),
+        _variable(
+            "ACCELERATE_USE_FSDP",
+            "",
+            _FLAG,
+            "accelerate's own: a launch with FSDP, whose version 1 SubspaceCallback refuses",
+            read=_LAUNCH,
+        ),
+        _variable(
+            "FSDP_VERSION",
+            "1",
+            _choice("1", "2"),
+            "accelerate's own: the version of FSDP, 1 where nothing says otherwise",
+            read=_LAUNCH,
+        ),
+        _variable(
+            "FSDP_CPU_RAM_EFFICIENT_LOADING",
+            "",
+            _FLAG,
+            "accelerate's own: one process alone loads; SubspaceCallback refuses it for confine",
+            read=_LAUNCH,
         ),
         _variable(
             "OSF_CUDA",

@@ -266,7 +266,7 @@ class SubspaceCallback(_CALLBACK):
         confines = self._protection.method == "confine"
         for refused, got, remedy in (
             (
-                args.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"),
+                args.deepspeed or _is_true(os.environ.get("ACCELERATE_USE_DEEPSPEED", "")),
                 "DeepSpeed, which trains flat copies of the weights",
                 "take fsdp=True, or one of osf_torch's own calls with accelerate",
             ),
@@ -317,18 +317,18 @@ class SubspaceCallback(_CALLBACK):
             )
 
 
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+def _is_true(flag: str) -> bool:
+    return flag.lower() in ("1", "true", "yes")
 
 
 def _launched_fsdp() -> dict[str, Any]:
     """What ``accelerate launch`` says of FSDP, of which the Trainer's arguments know nothing; its
     version is 1 where nothing says otherwise."""
-    if not _is_set("ACCELERATE_USE_FSDP"):
+    if not _is_true(os.environ.get("ACCELERATE_USE_FSDP", "")):
         return {}
     return {
         "version": os.environ.get("FSDP_VERSION", "1"),
-        "cpu_ram_efficient_loading": _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"),
+        "cpu_ram_efficient_loading": _is_true(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "")),
     }
 
 
