@@ -106,12 +106,20 @@ def drivers(
 
 
 def ours(problem: Problem, rank: float, **options: Any) -> Callable[[], Results]:
-    """``truncated_svd`` over the whole list in one call, with what is known before."""
+    """``truncated_svd`` over the whole list or batch in one call, with what is known before."""
     matrices = problem.matrices
     ranks = ranks_of(matrices, rank)
     device = matrices[0].device
 
     def run() -> Results:
+        if problem.batch is not None:
+            found = osf_kernels.truncated_svd(
+                problem.batch,
+                ranks[0],
+                generator=torch.Generator(device).manual_seed(0),
+                **options,
+            )
+            return found.unbind()
         return osf_kernels.truncated_svd(
             matrices,
             ranks,

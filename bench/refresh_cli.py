@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from bench.refresh import RefreshRow, case_table, comparisons, failed
 from bench.refresh_suite import Job
 from bench.spectra import SOURCES, SPECTRA
 
+FIGURES_ALONE = "experts"  # which the sweep doesn't have
 QUICK_SIZE = 48
 QUICK_RHOS = (0.1, 0.8)
 
@@ -33,7 +34,9 @@ def add(commands: Any) -> None:
         default="sweep",
         help="sweep: --source at every --rho; figures: the cases with a figure to reach",
     )
-    refresh.add_argument("--source", type=listed, help=", ".join(SOURCES))
+    refresh.add_argument(
+        "--source", type=listed, help=f"{', '.join(SOURCES)}, and of figures {FIGURES_ALONE}"
+    )
     refresh.add_argument("--rho", type=listed, help="shares of the shorter side, or numbers")
     refresh.add_argument("--size", type=int, default=1024, help="of the sweep's random matrices")
     refresh.add_argument(
@@ -72,11 +75,11 @@ def _device(arguments: argparse.Namespace) -> torch.device:
     return require(device_named(arguments.device))
 
 
-def _sources(names: list[str]) -> list[str]:
+def _sources(names: list[str], known: Sequence[str] = SOURCES) -> list[str]:
     for name in names:
-        if name not in SOURCES:
+        if name not in known:
             raise ValueError(
-                f"bench: expected --source to be one of {', '.join(SOURCES)}, got {name!r}"
+                f"bench: expected --source to be one of {', '.join(known)}, got {name!r}"
             )
     return names
 
@@ -94,7 +97,8 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         if value < 8:
             raise ValueError(f"bench: expected {name} to be at least 8, got {value}")
     default = list(SPECTRA if arguments.quick else SOURCES)
-    sources = _sources(arguments.source or default)
+    known = list(SOURCES) + [FIGURES_ALONE] * (arguments.suite != "sweep")
+    sources = [name for name in _sources(arguments.source or default, known) if name in SOURCES]
     ranks = _ranks(arguments.rho, QUICK_RHOS if arguments.quick else refresh_suite.RHOS)
     sweep = refresh_suite.sweep(
         sources,
@@ -110,7 +114,11 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
     whole = "minilm" in sources and arguments.layers == layers
     if arguments.suite == "all" and whole and wanted <= set(ranks):
         layers = 0  # the sweep measures them
-    figures = refresh_suite.figures(figures_size, layers, device)
+    figures: Iterator[Job] = (
+        job
+        for job in refresh_suite.figures(figures_size, layers, device)
+        if arguments.source is None or job.source in arguments.source
+    )
     chosen = {"sweep": [sweep], "figures": [figures], "all": [sweep, figures]}
     return chain(*chosen[arguments.suite])
 

@@ -19,12 +19,13 @@ MINILM_LAYERS = 6
 
 
 class Job(NamedTuple):
-    """A problem, made when its turn comes, and what is measured of it.
+    """A problem of a source, made when its turn comes, and what is measured of it.
 
     Where what it is made from is missing (FileNotFoundError), an optional one becomes a row that
     says so.
     """
 
+    source: str
     make: Callable[[], Problem]
     ranks: Sequence[float]
     curve: bool
@@ -72,10 +73,15 @@ TARGETS = (
     Target("power", "warm", 256, 30.0, missing_captured=1e-4),
     Target("power", "deflated", 0.8, 15.0),
     Target("minilm", "cold", 0.5, 2.0, residual=1e-5),
+    Target("experts", "cold", 0.1, 3.0, missing_overlap=1e-3),
+    Target("experts", "cold", 0.25, 3.0, missing_overlap=1e-3),
+    Target("experts", "cold", 0.5, 3.0, missing_overlap=1e-3),
+    Target("experts", "cold", 0.8, 3.0, missing_overlap=1e-3),
 )
 FIGURES_SIZE = 2048
 # Of σᵢ = i^-½ also a few triplets, ρ = .01, where the figure is svd_lowrank's missing overlap.
 FIGURES_FEW = 20
+EXPERTS = 64  # in one tensor, 512 × 256 at the size of the figures
 FIGURES_LOWRANK = (2,)  # the one that figures are against; eight take longer than all the others
 
 
@@ -97,7 +103,7 @@ def sweep(
                 return spectra.minilm_problem(layers, device)
             return spectra.random_problem(source, size, size, device)
 
-        yield Job(make, rhos, curve, lowrank)
+        yield Job(source, make, rhos, curve, lowrank)
 
 
 def figures(size: int, layers: int, device: torch.device) -> Iterator[Job]:
@@ -115,15 +121,25 @@ def figures(size: int, layers: int, device: torch.device) -> Iterator[Job]:
     def of(task: str) -> list[float]:
         return [scaled(t.rank) for t in TARGETS if (t.source, t.task) == ("power", task)]
 
-    yield Job(power, [scaled(FIGURES_FEW), *of("cold")], True, FIGURES_LOWRANK)
-    yield Job(lambda: Problem("power", "complement", power().matrices), of("complement"), False, ())
+    yield Job("power", power, [scaled(FIGURES_FEW), *of("cold")], True, FIGURES_LOWRANK)
+
+    def both() -> Problem:
+        return Problem("power", "complement", power().matrices)
+
+    yield Job("power", both, of("complement"), False, ())
     for task in ("warm", "deflated"):
         for rank in of(task):
 
             def later(rank: float = rank, free: bool = task == "deflated") -> Problem:
                 return spectra.drifted(power(), rank, free=free)
 
-            yield Job(later, [rank], False, ())
+            yield Job("power", later, [rank], False, ())
+
+    def experts() -> Problem:
+        return spectra.experts_problem(EXPERTS, max(2, size // 4), max(2, size // 8), device)
+
+    experts_ranks = [t.rank for t in TARGETS if t.source == "experts"]
+    yield Job("experts", experts, experts_ranks, True, FIGURES_LOWRANK)
     if layers == 0:
         return
     minilm_ranks = [t.rank for t in TARGETS if t.source == "minilm"]
@@ -131,7 +147,7 @@ def figures(size: int, layers: int, device: torch.device) -> Iterator[Job]:
     def minilm() -> Problem:
         return spectra.minilm_problem(layers, device)
 
-    yield Job(minilm, minilm_ranks, True, FIGURES_LOWRANK, optional=True)
+    yield Job("minilm", minilm, minilm_ranks, True, FIGURES_LOWRANK, optional=True)
 
 
 def run(

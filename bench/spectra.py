@@ -53,7 +53,7 @@ class Truth(NamedTuple):
     V: Tensor  # (n, q)
 
 
-@lru_cache(maxsize=48)  # by the tensor's identity: several problems may be of one matrix
+@lru_cache(maxsize=128)  # by the tensor's identity: several problems may be of one matrix
 def truth_of(A: Tensor) -> Truth:
     U, S, Vh = torch.linalg.svd(A.double().cpu(), full_matrices=False)
     return Truth(U.to(A.device), S.to(A.device), Vh.mT.to(A.device))
@@ -64,16 +64,18 @@ class Problem:
     """Matrices that are decomposed together, and what is known before.
 
     Attributes:
-        source: one of SOURCES.
+        source: one of SOURCES, or "experts".
         task: "cold", "complement" (low bases too), "warm" or "deflated" (an earlier result of
             these weights is at hand, with its low bases in the latter).
         earlier: for each rank, that earlier result.
+        batch: the matrices in one tensor, which ours then takes as they lie (experts).
     """
 
     source: str
     task: str
     matrices: list[Tensor]
     earlier: dict[str, list[osf_kernels.TruncatedSVD]] = field(default_factory=dict)
+    batch: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -92,6 +94,14 @@ def random_problem(source: str, m: int, n: int, device: torch.device, seed: int 
     """One matrix of a spectrum, drawn from ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     return Problem(source, "cold", [SPECTRA[source](m, n, generator).to(device)])
+
+
+@lru_cache(maxsize=2)
+def experts_problem(count: int, m: int, n: int, device: torch.device) -> Problem:
+    """The matrices of ``count`` experts in one tensor, σᵢ = i^-½."""
+    drawn = [random_problem("power", m, n, device, seed).matrices[0] for seed in range(count)]
+    batch = torch.stack(drawn)
+    return Problem("experts", "cold", list(batch), batch=batch)
 
 
 @lru_cache(maxsize=2)

@@ -280,6 +280,10 @@ def test_figures_are_the_ones_to_reach() -> None:
         ("power", "warm", 256): 30,
         ("power", "deflated", 0.8): 15,
         ("minilm", "cold", 0.5): 2,
+        ("experts", "cold", 0.1): 3,
+        ("experts", "cold", 0.25): 3,
+        ("experts", "cold", 0.5): 3,
+        ("experts", "cold", 0.8): 3,
     }
 
 
@@ -298,15 +302,27 @@ def test_verdicts_need_speed_and_accuracy() -> None:
 def test_the_figures_suite_runs_every_task() -> None:
     jobs = list(refresh_suite.figures(32, 0, CPU))
     done = list(refresh_suite.run(iter(jobs), 1, memory=False))
-    tasks = [rows[0].task for rows in done]
-    assert tasks == ["cold", "complement", "warm", "deflated"]
+    tasks = [(rows[0].source, rows[0].task) for rows in done]
+    of_power = [("power", task) for task in ("cold", "complement", "warm", "deflated")]
+    assert tasks == [*of_power, ("experts", "cold")]
+    experts = [r for r in done[-1] if r.contender == OURS]
+    assert [r.status for r in experts] == ["ok"] * 4
+    assert {(r.matrices, r.m, r.n) for r in experts} == {(64, 8, 4)}
     ours = {rows[0].task: next(r for r in rows if r.contender == OURS) for rows in done}
     assert ours["warm"].method == "warm"
     assert ours["deflated"].method == "deflated"
     assert ours["deflated"].rank == "rho=0.8"
     assert all(r.status == "ok" for r in ours.values())
     text = refresh_suite.verdicts([r for rows in done for r in rows], 32)
-    assert len(text.splitlines()) == 2 + 6
+    assert len(text.splitlines()) == 2 + 10
+
+
+def test_figures_may_be_of_one_source(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["refresh", "--suite", "figures", "--figures-size", "32", "--rounds", "0"]
+    path = tmp_path / "rows.csv"
+    assert cli.main([*command, "--source", "experts", "--csv", str(path)]) == 0
+    assert {row["source"] for row in report.read_csv(path)} == {"experts"}
+    assert "experts, 64 matrices of 8x4" in capsys.readouterr().out
 
 
 def test_figures_without_their_model_say_so_and_go_on(
@@ -432,7 +448,7 @@ def test_quick_runs_write_rows_tables_and_a_picture(
 ) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
     path, picture = tmp_path / "rows.csv", tmp_path / "picture.png"
-    arguments = ["refresh", "--quick", "--suite", "all", "--source", "steep"]
+    arguments = ["refresh", "--quick", "--suite", "all", "--source", "steep,power"]
     path.write_text("an older file\n")
     assert cli.main([*arguments, "--csv", str(path), "--picture", str(picture)]) == 0
     text = capsys.readouterr().out
@@ -461,6 +477,7 @@ def test_quick_auto_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         (["--source", "gaussian"], "expected --source to be one of flat, power, steep, minilm"),
+        (["--source", "experts"], "expected --source to be one of flat, power, steep, minilm, got"),
         (["--rho", "0"], "expected --rho to be a positive integer or a fraction"),
         (["--size", "4"], "expected --size to be at least 8, got 4"),
         (["--figures-size", "4"], "expected --figures-size to be at least 8"),
