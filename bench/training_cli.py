@@ -12,9 +12,19 @@ from typing import Any
 from bench import report
 
 RESULTS = report.ROOT / "bench" / "results"
-COMMANDS = ("protect", "rounding", "optimizers", "continual", "redundancy", "mrr", "paper")
+COMMANDS = (
+    "protect",
+    "rounding",
+    "optimizers",
+    "optimizer-state",
+    "continual",
+    "redundancy",
+    "mrr",
+    "paper",
+)
 COST_ROUNDS = 9
 OPTIMIZER_STEPS = 50
+STATE_STEPS, STATE_SEEDS = 100, 10
 MRR_SEEDS, MRR_STEPS, MRR_TASKS = 1, 40, 3
 DEFAULT_MRR = (0.1, 0.3, 0.5, 0.8)
 DEFAULT_TRR = 0.8  # the paper's
@@ -59,6 +69,13 @@ def add(commands: Any) -> None:
     optimizers = commands.add_parser("optimizers", help="each optimizer under protect and confine")
     optimizers.add_argument("--steps", type=int, default=OPTIMIZER_STEPS)
     optimizers.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
+
+    state = commands.add_parser(
+        "optimizer-state", help="momentum kept, projected or cleared where the next task begins"
+    )
+    state.add_argument("--steps", type=int, default=STATE_STEPS, help="of each of two tasks")
+    state.add_argument("--seeds", type=int, default=STATE_SEEDS)
+    state.add_argument("--csv", type=Path, help="write the rows here, replacing the file")
 
     continual = commands.add_parser("continual", help="five tasks in a row: what is forgotten")
     _sequence(continual, None, seeds=3, steps=None)
@@ -143,6 +160,10 @@ def run(arguments: argparse.Namespace) -> int:
         from bench import optimizers
 
         return optimizers.run(arguments)
+    if arguments.command == "optimizer-state":
+        from bench import optimizer_state
+
+        return optimizer_state.run(arguments)
     if arguments.command == "mrr":
         from bench import mrr_sweep
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import optimizers, report
+from bench import optimizer_state, optimizers, report
 from bench.optimizers import OPTIMIZERS, train
 from osf_torch import protect
 from tests.small_confine import worst
@@ -193,3 +193,33 @@ def test_the_bench_has_a_row_for_each_and_says_what_it_lacks(monkeypatch, tmp_pa
     assert "absent: not measured" in capsys.readouterr().out
     assert cli.main(["optimizers", "--steps", "0"]) == 2
     assert "expected --steps of at least 1" in capsys.readouterr().err
+
+
+def test_the_bench_of_states_tells_what_each_choice_does(monkeypatch, tmp_path, capsys):
+    absent = optimizers.Named("absent", "osf_absent", "Absent", {"lr": 0.1})
+    monkeypatch.setattr(optimizer_state, "NAMES", ("Muon", "absent"))
+    monkeypatch.setattr(
+        optimizer_state, "OPTIMIZERS", {"Muon": OPTIMIZERS["Muon"], "absent": absent}
+    )
+    path = tmp_path / "rows.csv"
+    command = ["optimizer-state", "--steps", "20", "--seeds", "2", "--csv", str(path)]
+    assert cli.main(command) == 0
+    rows = report.read_csv(path)
+    assert [(row["optimizer"], row["restore"], row["state"]) for row in rows] == [
+        (name, restore, state)
+        for name in ("Muon", "absent")
+        for restore in ("yes", "no")
+        for state in ("keep", "project", "clear")
+    ]
+    leaks = {(r["restore"], r["state"]): float(r["leak"]) for r in rows if r["leak"]}
+    assert leaks["no", "keep"] > 5 * leaks["no", "project"] > 100 * leaks["yes", "keep"]
+    kept, cleared = rows[0], rows[2]
+    assert kept["learned_error"] == ""
+    assert float(cleared["learned_error"]) >= 0
+    assert {row["status"] for row in rows[6:]} == {"not measured: absent isn't installed"}
+    said = capsys.readouterr().out
+    assert "absent: not measured" in said
+    assert "means of 2 seeds" in said
+    for argument in ("--steps", "--seeds"):
+        assert cli.main(["optimizer-state", argument, "0"]) == 2
+        assert f"expected {argument} of at least" in capsys.readouterr().err
