@@ -12,7 +12,7 @@ from torch import Tensor
 from osf_kernels import TruncatedSVD, plan_svd
 from osf_torch.selection import Selected
 from osf_torch.sharding import is_dtensor
-from osf_torch.sharing import Ranks, whole
+from osf_torch.sharing import Ranks, matrices, whole
 
 K = TypeVar("K", bound=Hashable)
 Method = Literal["auto", "randomized", "gram", "warm", "deflated", "exact"]
@@ -98,9 +98,11 @@ class Part:
         W = self.selected.weight.detach()
         if self.selected.is_flat:
             return whole(W).flatten(1)
-        if self.selected.batch:
-            W = W.flatten(0, -3).narrow(0, self.first, self.count)
-        return whole(W)
+        if not self.selected.batch:
+            return whole(W)
+        if W.dim() > 3:
+            return whole(W).flatten(0, -3).narrow(0, self.first, self.count)
+        return matrices(W, self.first, self.count)
 
     def of(self, factor: Tensor) -> Tensor:
         """Its part of a factor of the whole weight."""

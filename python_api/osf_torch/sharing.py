@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from osf_kernels import padded
-from osf_torch.sharding import Group, groups_of, is_dtensor, is_first, sharding_of
+from osf_torch.sharding import (
+    Group,
+    groups_of,
+    is_dtensor,
+    is_first,
+    local,
+    sharding_of,
+    sum_over_,
+)
 
 METHODS = ("randomized", "gram", "warm", "deflated", "exact")
 UNKNOWN = -1.0  # what converged of None is among numbers
@@ -166,3 +174,26 @@ def whole(t: Tensor) -> Tensor:
         return t
     gathered: Tensor = t.full_tensor()  # type: ignore[attr-defined]
     return gathered
+
+
+def matrices(weight: Tensor, first: int, count: int) -> Tensor:
+    """(count, m, n) of the matrices of a weight (b, m, n), from the ``first`` on.
+
+    Where these are sharded every rank of the mesh must join; what is sent and held is of these
+    matrices alone: each rank's slice among zeros, summed.
+    """
+    sharding = sharding_of(weight)
+    if sharding is None:
+        return local(weight).narrow(0, first, count)
+    held = local(weight)
+    found = held.new_zeros(count, *weight.shape[-2:])
+    cut = sharding.of(-3)
+    start, size = (0, len(weight)) if cut is None else (cut.start, cut.size)
+    begin, end = max(first, start), min(first + count, start + size)
+    if begin < end:
+        own = found[begin - first : end - first]
+        for cut in (sharding.of(-2), sharding.of(-1)):
+            own = own if cut is None else own.narrow(cut.dim, cut.start, cut.size)
+        own.copy_(held[begin - start : end - start])
+    sum_over_(sharding.groups, [found.view(-1)])
+    return found
