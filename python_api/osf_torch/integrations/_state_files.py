@@ -17,7 +17,6 @@ from osf_torch.sharding import is_dtensor
 from osf_torch.sharing import Ranks, whole
 
 FILE = "osf_subspaces.pt"  # beside a checkpoint's other files
-SHARDED = "osf_sharded"  # of a mapping that stands for a sharded tensor: by which dimension
 
 
 def write_state(folder: str | os.PathLike[str], state: Mapping[str, Any], *, writes: bool) -> None:
@@ -50,13 +49,10 @@ def write_state(folder: str | os.PathLike[str], state: Mapping[str, Any], *, wri
     ranks.agree(error, device_of_world(), "integrations: writing the state of subspaces")
 
 
-def read_state(
-    folder: str | os.PathLike[str], model: nn.Module, *, operator: str
-) -> dict[str, Any]:
+def read_state(folder: str | os.PathLike[str], *, operator: str) -> dict[str, Any]:
     """What :func:`write_state` wrote: nothing but tensors, numbers and strings is read.
 
-    Tensors that were sharded are cut like the weight that they belong to is now, over as many ranks
-    as there are, and are whole where it is whole.
+    Tensors that were sharded are whole: loading the state cuts each as its weight is cut now.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -69,8 +65,7 @@ def read_state(
             "a checkpoint that was saved with it"
         )
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    weights: Mapping[str, Tensor] = named_weights(model)
-    return {key: cut(value, weights, None) for key, value in state.items()}
+    return state
 
 
 def gathered(value: Any, keep: bool, done: dict[int, Any] | None = None) -> Any:
@@ -83,37 +78,10 @@ def gathered(value: Any, keep: bool, done: dict[int, Any] | None = None) -> Any:
     if id(value) not in done:
         t: Any = value.detach()
         if is_dtensor(t):
-            dims = [p.dim % t.dim() for p in t.placements if not p.is_replicate()]
-            entire = whole(t)
-            found = {SHARDED: dims[0] if dims else -1, "whole": entire.cpu()} if keep else None
-        else:
-            found = t.cpu() if keep else None
+            t = whole(t)
+        found = t.cpu() if keep else None
         done[id(value)] = found, value  # held, so that its id stays its own
     return done[id(value)][0]
-
-
-def cut(value: Any, weights: Mapping[str, Tensor], weight: Tensor | None) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if SHARDED in value:
-        t, dim = value["whole"], value[SHARDED]
-        if weight is None or not is_dtensor(weight) or dim < 0:
-            return t
-        return _distributed(t, dim, weight)
-    return {
-        key: cut(entry, weights, weights.get(key, weight) if isinstance(key, str) else weight)
-        for key, entry in value.items()
-    }
-
-
-def _distributed(t: Tensor, dim: int, like: Any) -> Tensor:
-    """Every rank has all of it, and takes its part."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    placed = [Replicate() if p.is_replicate() else Shard(dim) for p in like.placements]
-    t = t.to(like.to_local().device)
-    cut: Tensor = distribute_tensor(t, like.device_mesh, placed, src_data_rank=None)
-    return cut
 
 
 # --- ranks ---

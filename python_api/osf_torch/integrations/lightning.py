@@ -205,9 +205,7 @@ class SubspaceCallback(_CALLBACK):
                 f'osf_torch.{NAME}: expected a checkpoint of method="{self._method}", got one of '
                 f'method="{saved["method"]}"; go on with that method'
             )
-        weights = named_weights(pl_module)
-        cut = _state_files.cut
-        states = {key: cut(state, weights, None) for key, state in saved["states"].items()}
+        states = saved["states"]
         if self._method == "confine":
             self._protection.load(states["0"])
         if fits:

@@ -120,7 +120,7 @@ class SubspaceCallback(_CALLBACK):
         given: Any = subspaces
         if isinstance(subspaces, str | os.PathLike):
             self._folder = Path(subspaces)
-            given = _training.read_state(self._folder, model, operator=NAME)
+            given = _training.read_state(self._folder, operator=NAME)
         self._protection = Protection(
             model,
             given,
@@ -177,7 +177,7 @@ class SubspaceCallback(_CALLBACK):
         saved = None
         if state.global_step:
             folder = self._resumed_from(args, state)
-            saved = _training.read_state(folder, self._protection.model, operator=NAME)
+            saved = _training.read_state(folder, operator=NAME)
         try:
             self._protection.begin(optimizer, saved)
         except ValueError as error:
@@ -217,7 +217,7 @@ class SubspaceCallback(_CALLBACK):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # Whose weights the Trainer has loaded.
             folder = state.best_model_checkpoint
-            saved = _training.read_state(folder, self._protection.model, operator=NAME)
+            saved = _training.read_state(folder, operator=NAME)
             self._protection.load(saved)
         self._protection.settle()
         self._protection.verify()
