@@ -17,7 +17,7 @@ from osf_torch.kinds import (
     adapter_part,
     described,
     has_matrices,
-    is_convolution,
+    is_flat,
     is_lazy,
     is_plain,
     is_weight,
@@ -209,9 +209,7 @@ def select(
     unfit = {
         key
         for key, p in parameters.items()
-        if not (
-            _may_be_taken(p, having) and (convolutions or not is_convolution(having.get(key, ())))
-        )
+        if not (_may_be_taken(p, having) and (convolutions or not is_flat(p, having.get(key, ()))))
     }
     chosen = [key for key in matched if key not in unfit]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
@@ -227,8 +225,8 @@ def select(
         elif values or not weight.is_meta:
             require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
-        is_flat = packed is None and weight.dim() > 2 and is_convolution(having.get(key, ()))
-        taken = Selected(name, weight, 0, packed, is_flat)
+        flat = packed is None and is_flat(weight, having.get(key, ()))
+        taken = Selected(name, weight, 0, packed, flat)
         selected.append(replace(taken, rank=_resolved(rank, *taken.shape, name, operator)))
     return selected
 
