@@ -16,7 +16,7 @@ from osf_torch.activations import Forward, activations, require_reached, watch
 from osf_torch.coverage import log
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show
-from osf_torch.reads import SEEN, Reads, Side
+from osf_torch.reads import SEEN, Reads, Rows, Side
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 
@@ -101,10 +101,10 @@ def layer_importance(
     """
     if per not in ("block", "weight"):
         raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
-    selected = select(model, 1, filter, operator="layer_importance", convolutions=per == "block")
+    selected = select(model, 1, filter, operator="layer_importance")
     weights = {s.name: s.weight for s in selected}
     blocks = _blocks(model) if per == "block" else {}
-    products = {name: _Product(weight) for name, weight in weights.items() if per == "weight"}
+    products = {s.name: _Product(s) for s in selected if per == "weight"}
     watch(
         model,
         batches,
@@ -182,13 +182,21 @@ class _Block(_Meter):
 class _Product(_Meter):
     """y = W x of each matrix of a weight, on the first min(m, n) coordinates."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, s: Selected) -> None:
         super().__init__()
-        self.matrices = weight.detach().reshape(-1, *weight.shape[-2:])
+        self.matrices = s.weight.detach().reshape(-1, *s.shape)
 
-    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
-        """``rows`` (tokens, n) for W x by V's side; by U's they are (tokens, m), for Wᵀ x."""
+    def add(self, side: Side, matrix: int, rows: Rows) -> None:
+        """``rows`` (tokens, n) for W x by V's side; by U's they are (tokens, m), for Wᵀ x. Of a
+        group of a convolution's channels that is of what the group has of W."""
         W = self.matrices[matrix] if side == "V" else self.matrices[matrix].mT
+        if isinstance(rows, Tensor):
+            self._multiply(W, rows)
+            return
+        for patches in rows.pieces():
+            self._multiply(W[rows.others, rows.place], patches)
+
+    def _multiply(self, W: Tensor, rows: Tensor) -> None:
         width = min(W.shape)
         wide = torch.promote_types(torch.promote_types(W.dtype, rows.dtype), torch.float32)
         self.sum_up(rows[:, :width], rows.to(wide) @ W[:width].to(wide).mT)

@@ -17,7 +17,7 @@ from osf_torch.coverage import coverage, log, named_in, tell
 from osf_torch.kinds import owners
 from osf_torch.masks import Masks
 from osf_torch.progress import Show, progress_bar
-from osf_torch.reads import SEEN, SIDES, Reads, Side
+from osf_torch.reads import SEEN, SIDES, Reads, Rows, Side
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
@@ -115,13 +115,12 @@ def input_subspaces(
         operator="input_subspaces",
         sharded=True,
         leave_out=names,
-        convolutions=False,
     )
     previous = previous or {}
     _require_selected(previous, selected)
     _require_products(model, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
-    meters = {s.name: _Inputs(s.weight, max_tokens, seed + sharers.rank) for s in selected}
+    meters = {s.name: _Inputs(s, max_tokens, seed + sharers.rank) for s in selected}
     weights = {s.name: s.weight for s in selected}
     device = selected[0].weight.device
     error: Exception | None = None
@@ -234,10 +233,10 @@ class _Inputs:
 
     order = itertools.count()  # of first calls, over all weights: who saw a NaN first
 
-    def __init__(self, weight: Tensor, limit: int, seed: int) -> None:
-        self.limit, self.dtype = limit, weight.dtype
-        self.batch = tuple(weight.shape[:-2])
-        self.sizes: dict[Side, int] = {"U": weight.shape[-2], "V": weight.shape[-1]}
+    def __init__(self, s: Selected, limit: int, seed: int) -> None:
+        self.limit, self.dtype, self.batch = limit, s.weight.dtype, s.batch
+        m, n = s.shape
+        self.sizes: dict[Side, int] = {"U": m, "V": n}
         self.count = math.prod(self.batch)
         self.cost = self.count * max(self.sizes.values()) ** 2
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -249,13 +248,14 @@ class _Inputs:
         """Those by which a matrix was read, U first."""
         return sorted({side for side, _ in self.kept})
 
-    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
+    def add(self, side: Side, matrix: int, rows: Rows) -> None:
         if not len(rows):
             return
         if not self.kept:
             self.first = next(self.order)
         keys = torch.rand(len(rows), generator=self.generator, device="cpu")
-        before, drawn = self.kept.get((side, matrix), (rows[:0], keys[:0]))
+        none = torch.zeros(0, dtype=torch.int64, device=rows.device)
+        before, drawn = self.kept.get((side, matrix), (rows[none], keys[:0]))
         keys = torch.cat([drawn, keys])
         which = torch.arange(len(keys), device="cpu")
         if len(keys) > self.limit:

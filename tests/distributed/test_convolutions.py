@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from osf_torch import protect, refresh
+from osf_torch import input_subspaces, protect, refresh
 from tests.distributed.ranks import Collectives, run_ranks
 from tests.helpers import generator_for
 from tests.small_guard import drawn, one_rank
@@ -34,6 +34,7 @@ SETTINGS = {
     "deferred": {"ratio": 0.4, "restore": "deferred"},
     "backward": {"ratio": 0.4, "when": "backward"},
 }
+FIRST = ("0.weight", "2.weight", "4.weight")
 # By a step that isn't the first one.
 SUMS = {"high": 2, "low": 2, "deferred": 1, "not restored": 1}
 
@@ -113,6 +114,15 @@ def run(setting, mesh=None, on_shards=False, rank=0, ranks=1):
     return {"first": first, "then": whole(model), "leaks": leaks}
 
 
+def inputs(model, rank=0, ranks=1):
+    """What holds the inputs of all ranks, as projections."""
+    gen = generator_for("old images")
+    x = torch.randn(2, 3, 4, 4, generator=gen, dtype=torch.float64).chunk(ranks)[rank]
+    found = input_subspaces(model, [x], energy=0.9, filter=FIRST, progress=False)
+    sides = {name: s.U if s.V is None else s.V for name, s in found.items()}
+    return {name: basis.columns @ basis.columns.mT for name, basis in sides.items()}
+
+
 def everything(rank, ranks, folder):
     mesh = init_device_mesh("cpu", (ranks,))
     found = {name: run(name, mesh, False, rank, ranks) for name in SETTINGS}
@@ -138,6 +148,7 @@ def everything(rank, ranks, folder):
             torch.equal(a.to_local(), b.to_local())
             for a, b in zip(model.parameters(), again.parameters(), strict=True)
         )
+    found["inputs"] = inputs(shard(network(), mesh), rank, ranks)
     model = network()
     subspaces = refresh(model, 0.4, filter="0.weight", progress=False)
     layer = model[0]
@@ -207,3 +218,12 @@ def test_other_shards_than_rows_are_refused_by_name(ran):
             "sharded by its first dimension"
         )
         assert "got (7, 3, 3, 3) sharded by dimension 1; shard it by Shard(0)" in found["refusal"]
+
+
+def test_inputs_of_sharded_convolutions_are_those_of_all_ranks(ran):
+    wanted = inputs(network())
+    assert {name: P.shape[0] for name, P in wanted.items()} == dict(
+        zip(FIRST, (27, 28, 9), strict=True)
+    )
+    for found in ran[1]:
+        same(found["inputs"], wanted, 1e-9)
