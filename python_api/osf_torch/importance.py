@@ -63,9 +63,9 @@ def layer_importance(
             routed to each, of a convolution over its patches x, each group's with its rows of
             the (out, in/groups·kh·kw) matrix (of a transposed one y = Wᵀ x over places x). Where
             W isn't square the first min(m, n) coordinates of x and y are compared, as the authors'
-            code does; the paper is silent. On trained encoders these figures are small and of both signs (on all six
-            layers of MiniLM within ±.04, with a mean of -.001), so that they rank weights by
-            little more than chance, where the blocks' lie between .60 and .89.
+            code does; the paper is silent. On trained encoders these figures are small and of both
+            signs (on all six layers of MiniLM within ±.04, with a mean of -.001), so that they rank
+            weights by little more than chance, where the blocks' lie between .60 and .89.
         max_batches: only the first so many.
         progress: as in ``refresh``; without ``max_batches`` shown only where ``batches`` has a
             length.
