@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from osf_kernels import Mode, Refusal
 from osf_torch import measures
 from osf_torch.hooks import Hooks
-from osf_torch.protected import Protected, Together, contents, zero3_shape
+from osf_torch.protected import Protected, Together, contents, repeats, zero3_shape
 from osf_torch.selection import listed, named_weights
-from osf_torch.sharding import any_rank, groups_of
+from osf_torch.sharding import any_rank, groups_of, local
 from osf_torch.subspaces import Subspace
 
 log = logging.getLogger("osf_torch")
@@ -29,6 +29,12 @@ def require_dense_gradients(items: Iterable[Protected]) -> None:
                 f"osf_torch.Guard: expected a dense gradient of parameter {item.name!r}, got one "
                 f"of layout {g.layout}; make it with nn.Embedding(sparse=False), or leave the "
                 "weight unprotected"
+            )
+        if g is not None and item.is_flat and repeats(local(g)):
+            raise ValueError(
+                f"osf_torch.Guard: expected a gradient of parameter {item.name!r} with an element "
+                "in memory for each of its own, got one that repeats some (an expanded tensor); "
+                "give it grad.contiguous()"
             )
 
 

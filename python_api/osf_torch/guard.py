@@ -205,7 +205,7 @@ class Guard:
         items = list(self._items.values())
         operator = "Guard.next_task"
         present = {
-            item.name: measures.rank_of(self.subspaces[item.name], item.weight.shape)
+            item.name: measures.rank_of(self.subspaces[item.name], item.matrix_shape)
             for item in items
         }
         chosen = renewal.ranks_of(items, present, ranks, widen, operator)
@@ -221,7 +221,10 @@ class Guard:
             options=options,
             operator=operator,
         )
-        renewed = [Protected(item.name, item.weight, found[item.name]) for item in items]
+        renewed = [
+            Protected(item.name, item.weight, found[item.name], is_flat=item.is_flat)
+            for item in items
+        ]
         measures.pin(renewed, self.mode, bool(self.restores))
         pairs = zip(items, renewed, strict=True)
         self._released = {old.name: measures.released(old, new, self.mode) for old, new in pairs}

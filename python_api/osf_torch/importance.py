@@ -16,7 +16,7 @@ from osf_torch.activations import Forward, activations, require_reached, watch
 from osf_torch.coverage import log
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show
-from osf_torch.reads import SEEN, Reads, Side
+from osf_torch.reads import SEEN, Reads, Rows, Side
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Selected, listed, select
 
@@ -60,11 +60,12 @@ def layer_importance(
             of several around a weight the outermost. A weight outside any of them (a pooler, a
             head) counts as the average layer, I = 1; where all are outside, that is logged.
             "weight": the weight itself, y = W x without the bias, of experts over the tokens
-            routed to each. Where W isn't square the first
-            min(m, n) coordinates of x and y are compared, as the authors' code does; the paper is
-            silent. On trained encoders these figures are small and of both signs (on all six
-            layers of MiniLM within ±.04, with a mean of -.001), so that they rank weights by
-            little more than chance, where the blocks' lie between .60 and .89.
+            routed to each, of a convolution over its patches x, each group's with its rows of
+            the (out, in/groups·kh·kw) matrix (of a transposed one y = Wᵀ x over places x). Where
+            W isn't square the first min(m, n) coordinates of x and y are compared, as the authors'
+            code does; the paper is silent. On trained encoders these figures are small and of both
+            signs (on all six layers of MiniLM within ±.04, with a mean of -.001), so that they rank
+            weights by little more than chance, where the blocks' lie between .60 and .89.
         max_batches: only the first so many.
         progress: as in ``refresh``; without ``max_batches`` shown only where ``batches`` has a
             length.
@@ -101,10 +102,10 @@ def layer_importance(
     """
     if per not in ("block", "weight"):
         raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
-    selected = select(model, 1, filter, operator="layer_importance", convolutions=per == "block")
+    selected = select(model, 1, filter, operator="layer_importance")
     weights = {s.name: s.weight for s in selected}
     blocks = _blocks(model) if per == "block" else {}
-    products = {name: _Product(weight) for name, weight in weights.items() if per == "weight"}
+    products = {s.name: _Product(s) for s in selected if per == "weight"}
     watch(
         model,
         batches,
@@ -182,13 +183,21 @@ class _Block(_Meter):
 class _Product(_Meter):
     """y = W x of each matrix of a weight, on the first min(m, n) coordinates."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, s: Selected) -> None:
         super().__init__()
-        self.matrices = weight.detach().reshape(-1, *weight.shape[-2:])
+        self.matrices = s.weight.detach().reshape(-1, *s.shape)
 
-    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
-        """``rows`` (tokens, n) for W x by V's side; by U's they are (tokens, m), for Wᵀ x."""
+    def add(self, side: Side, matrix: int, rows: Rows) -> None:
+        """``rows`` (tokens, n) for W x by V's side; by U's they are (tokens, m), for Wᵀ x. Of a
+        group of a convolution's channels that is of what the group has of W."""
         W = self.matrices[matrix] if side == "V" else self.matrices[matrix].mT
+        if isinstance(rows, Tensor):
+            self._multiply(W, rows)
+            return
+        for patches in rows.pieces():
+            self._multiply(W[rows.others, rows.place], patches)
+
+    def _multiply(self, W: Tensor, rows: Tensor) -> None:
         width = min(W.shape)
         wide = torch.promote_types(torch.promote_types(W.dtype, rows.dtype), torch.float32)
         self.sum_up(rows[:, :width], rows.to(wide) @ W[:width].to(wide).mT)

@@ -17,7 +17,7 @@ from osf_torch.coverage import coverage, log, named_in, tell
 from osf_torch.kinds import owners
 from osf_torch.masks import Masks
 from osf_torch.progress import Show, progress_bar
-from osf_torch.reads import SEEN, SIDES, Reads, Side
+from osf_torch.reads import SEEN, SIDES, Reads, Rows, Side
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
 from osf_torch.sharding import Group, local
@@ -53,6 +53,12 @@ def input_subspaces(
     grows, and what is said here of V holds for it: so of transformers' Conv1D and of experts whose
     matrices are (inputs, outputs). A weight that is read by both sides grows both.
 
+    Of a convolution W is its (out, in/groups·kh·kw) matrix, and X are the patches of its input, as
+    ``torch.nn.functional.unfold`` has them, over any number of dimensions, with its stride, padding
+    and dilation. V is one basis of all rows, and holds the patches of all groups. A transposed
+    convolution multiplies Wᵀ, of W (in, out/groups·kh·kw), with the channels at each place: there U
+    grows by them, with zeros for the channels of other groups.
+
     Of a batch W (..., m, n) of experts each grows by the tokens routed to it alone. Its bases are
     one tensor (..., n, r') as wide as the expert needs that needs most. The others hold more than
     the energy: further directions of their own inputs, then arbitrary ones, as many as an expert
@@ -69,14 +75,16 @@ def input_subspaces(
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
             stays as it is. A weight that it lacks starts from no V and has no U.
         filter: which weights, as in ``refresh``. What they read is seen where torch's operators
-            multiply matrices (products, grouped products, einsum), whatever module does it, with
-            the weight, parts of its rows, its experts, or a cast or scaled copy. A weight that a
-            kernel of its own reads is refused.
+            multiply matrices (products, grouped products, einsum, convolutions), whatever module
+            does it, with the weight, parts of its rows, its experts, or a cast or scaled copy. A
+            weight that a kernel of its own reads is refused. Convolutions are taken where they are
+            named or matched.
         leave_out: as in ``refresh``.
         max_tokens: where a weight's inputs on this rank, or an expert's, are more, as many are
             drawn at random. Peak memory is max_tokens·n elements a weight and expert of the
             activations' dtype; and for the one weight that is extended a few matrices (n, tokens
-            of all ranks) in float64, of experts each as large as that of the busiest one.
+            of all ranks) in float64, of experts each as large as that of the busiest one. A
+            convolution's patches are laid out as they are drawn, beside its padded input.
         progress: as in ``refresh``.
         seed: of that draw.
         group: a process group over whose ranks the inputs are put together and the weights are
@@ -93,7 +101,8 @@ def input_subspaces(
         ValueError: energy outside (0, 1]; nothing matches; a name in ``previous`` that ``filter``
             doesn't select, or whose V doesn't fit; no batches; a weight of which no product was
             seen; a product with a part of its columns, as of a layer that tensor parallelism
-            shards; NaN or Inf in inputs; the weight of an nn.Embedding.
+            shards, or a convolution with a part of a kernel; NaN or Inf in inputs; the weight of an
+            nn.Embedding.
         TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
         RuntimeError: another rank of the group failed.
 
@@ -115,13 +124,12 @@ def input_subspaces(
         operator="input_subspaces",
         sharded=True,
         leave_out=names,
-        convolutions=False,
     )
     previous = previous or {}
     _require_selected(previous, selected)
     _require_products(model, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
-    meters = {s.name: _Inputs(s.weight, max_tokens, seed + sharers.rank) for s in selected}
+    meters = {s.name: _Inputs(s, max_tokens, seed + sharers.rank) for s in selected}
     weights = {s.name: s.weight for s in selected}
     device = selected[0].weight.device
     error: Exception | None = None
@@ -234,10 +242,10 @@ class _Inputs:
 
     order = itertools.count()  # of first calls, over all weights: who saw a NaN first
 
-    def __init__(self, weight: Tensor, limit: int, seed: int) -> None:
-        self.limit, self.dtype = limit, weight.dtype
-        self.batch = tuple(weight.shape[:-2])
-        self.sizes: dict[Side, int] = {"U": weight.shape[-2], "V": weight.shape[-1]}
+    def __init__(self, s: Selected, limit: int, seed: int) -> None:
+        self.limit, self.dtype, self.batch = limit, s.weight.dtype, s.batch
+        m, n = s.shape
+        self.sizes: dict[Side, int] = {"U": m, "V": n}
         self.count = math.prod(self.batch)
         self.cost = self.count * max(self.sizes.values()) ** 2
         self.generator = torch.Generator("cpu").manual_seed(seed)
@@ -249,13 +257,14 @@ class _Inputs:
         """Those by which a matrix was read, U first."""
         return sorted({side for side, _ in self.kept})
 
-    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
+    def add(self, side: Side, matrix: int, rows: Rows) -> None:
         if not len(rows):
             return
         if not self.kept:
             self.first = next(self.order)
         keys = torch.rand(len(rows), generator=self.generator, device="cpu")
-        before, drawn = self.kept.get((side, matrix), (rows[:0], keys[:0]))
+        none = torch.zeros(0, dtype=torch.int64, device=rows.device)
+        before, drawn = self.kept.get((side, matrix), (rows[none], keys[:0]))
         keys = torch.cat([drawn, keys])
         which = torch.arange(len(keys), device="cpu")
         if len(keys) > self.limit:

@@ -63,9 +63,15 @@ def _is_of_its_own(module: nn.Module) -> bool:
     )
 
 
-def is_convolution(owned: Sequence[tuple[nn.Module, str]]) -> bool:
-    """Whether a parameter is a convolution's, whose matrix is (out, in·kh·kw)."""
-    return any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in owned)
+def is_flat(parameter: nn.Parameter, owned: Sequence[tuple[nn.Module, str]]) -> bool:
+    """Whether it is a convolution's weight, whose matrix has all dimensions but the first in one:
+    (out, in/groups·kh·kw), of a transposed one (in, out/groups·kh·kw)."""
+    shape = shape_of(parameter)
+    return (
+        shape is not None
+        and len(shape) > 2
+        and any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in owned)
+    )
 
 
 def has_matrices(shape: Sequence[int]) -> bool:

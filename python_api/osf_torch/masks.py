@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from osf_torch.coverage import log
+from osf_torch.patches import Patches
 from osf_torch.selection import listed
 
 Masks = Mapping[str, str] | Literal["auto"] | None
@@ -98,23 +99,33 @@ class Padding:
         While the probe runs there are none.
         """
         rows = tuple(x.flatten(0, -2) for x in activations)
+        which = self._real_of(watcher, rows)
+        return rows if which is None else tuple(x[which] for x in rows)
+
+    def patches(self, watcher: Hashable, patches: Patches) -> Patches:
+        """Likewise of a convolution's patches, whose places are a layout's tokens."""
+        which = self._real_of(watcher, [patches])
+        return patches if which is None else patches.chosen(which)
+
+    def _real_of(self, watcher: Hashable, rows: Sequence[Tensor | Patches]) -> Tensor | None:
+        """(tokens,) which rows of activations of one layout aren't padding; None is all."""
         if not self._real:
-            return rows
+            return None
         call = self._call(watcher)
-        prints = [_prints(x) for x in rows]
+        prints, norms = zip(*map(_imprinted, rows), strict=True)
         if self._probing:
-            self._before[call] = prints
-            return tuple(x[:0] for x in rows)
+            self._before[call] = list(prints)
+            return torch.zeros(len(rows[0]), dtype=torch.bool, device=rows[0].device)
         before = self._before.get(call, [])
         if [p.shape for p in before] != [p.shape for p in prints]:
-            return rows
-        seen = [_seen(old, new, x) for old, new, x in zip(before, prints, rows, strict=True)]
+            return None
+        seen = [_seen(old, new, x) for old, new, x in zip(before, prints, norms, strict=True)]
         for real in self._real:
             for layout in (real, real.mT):
                 flat = layout.flatten().to(rows[0].device)
                 if all(_is_of(flat, changed, zero) for changed, zero in seen):
-                    return tuple(x[flat] for x in rows)
-        return rows
+                    return flat
+        return None
 
     def routed(
         self, watcher: Hashable, parts: Sequence[tuple[int, Tensor]]
@@ -275,9 +286,19 @@ def _prints(rows: Tensor) -> Tensor:
     return rows.to(wide) @ _directions(rows.shape[-1]).to(rows.device, wide)
 
 
-def _seen(before: Tensor, after: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _imprinted(rows: Tensor | Patches) -> tuple[Tensor, Tensor]:
+    """(tokens, DIRECTIONS) and (tokens,): the prints of rows, and their norms."""
+    found = []
+    for piece in [rows] if isinstance(rows, Tensor) else rows.pieces():
+        prints = _prints(piece)
+        found.append((prints, torch.linalg.vector_norm(piece, dim=-1, dtype=prints.dtype)))
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([prints for prints, _ in found]), torch.cat([norms for _, norms in found])
+
+
+def _seen(before: Tensor, after: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens,) each: the rows that aren't what they were, NaN among them, and those of zeros."""
-    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=after.dtype)
     same = ((after - before).abs() <= CHANGED * norms[:, None]).all(-1)
     return ~same, norms == 0
 

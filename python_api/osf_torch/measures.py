@@ -13,7 +13,14 @@ from torch import Tensor
 
 from osf_kernels import Mode, coefficients, project, use_backend
 from osf_torch.bases import Held, columns_of, double, is_high
-from osf_torch.protected import Pinned, Protected, gradients_of, readable, zero3_shape
+from osf_torch.protected import (
+    Pinned,
+    Protected,
+    gradients_of,
+    matrices_of,
+    readable,
+    zero3_shape,
+)
 from osf_torch.sharding import Group, sum_over
 from osf_torch.subspaces import Subspace
 from osf_torch.writes import norms
@@ -73,7 +80,7 @@ def sketched(item: Protected, W: Tensor, mode: Mode) -> Tensor:
     if item.is_transposed:
         x, held, sides = x.mT, item.turned(held), sides[::-1]
     rows, across = sides
-    Omega = _probes(item.weight).to(x.device)
+    Omega = _probes(item.matrix_shape[-1], x.device)
     cut = None if item.sharding is None else item.sharding.of(-1)
     Omega = Omega if cut is None else cut.slice(Omega, -2)
     core = mode == "core"
@@ -100,7 +107,7 @@ def leaking(item: Protected, mode: Mode) -> Tensor | None:
     x = item.view(g).double()
     if item.across or (item.groups and (mode == "core" or item.held.V is None)):
         return None
-    Omega = _probes(x)
+    Omega = _probes(x.shape[-1], x.device)
     inside = _within(item.held.V, Omega, everything=mode == "core")
     if item.groups:
         found = x @ inside
@@ -120,11 +127,11 @@ def leaking(item: Protected, mode: Mode) -> Tensor | None:
     return excess
 
 
-def _probes(x: Tensor) -> Tensor:
+def _probes(n: int, device: torch.device) -> Tensor:
     """Random columns (n, c) in float64 for an x of n columns, the same every time."""
-    generator = torch.Generator("cpu").manual_seed(x.shape[-1])
-    size = (x.shape[-1], PROBES)
-    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(x.device)
+    generator = torch.Generator("cpu").manual_seed(n)
+    size = (n, PROBES)
+    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(device)
 
 
 def _within(basis: Held, y: Tensor, *, everything: bool, groups: Sequence[Group] = ()) -> Tensor:
@@ -173,7 +180,7 @@ def imprints(items: Sequence[Protected]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     unread: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for item, g in zip(items, gradients_of(items), strict=True):
+    for item, g in zip(items, matrices_of(items, gradients_of(items)), strict=True):
         if item.sharding is None and g.device.type == "cpu":
             found.append(g @ _random(g.shape[-1], g.dtype, g.device))
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from osf_kernels import Mode
 from osf_torch.lists import Entry, Key, Lists
-from osf_torch.protected import Protected
+from osf_torch.protected import Protected, matrices_of, put_back
 from osf_torch.selection import listed
 from osf_torch.sharding import is_dtensor
 
@@ -105,7 +105,10 @@ def renew_state(
     def entries() -> list[Entry]:
         return [item.entry(mode, pinned=False) for item, *_ in found]
 
-    Lists(mode).run_(keys, [item.view(value) for item, _, value in found], entries)
+    taken, values = [item for item, *_ in found], [value for *_, value in found]
+    xs = matrices_of(taken, values)
+    Lists(mode).run_(keys, xs, entries)
+    put_back(taken, values, xs)
 
 
 def _is_known(weight: Tensor, name: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ from osf_torch import protected as weights
 from osf_torch.coverage import named_in, tell
 from osf_torch.free.spec import places_of
 from osf_torch.guard import Guard
-from osf_torch.kinds import is_convolution, owners
+from osf_torch.kinds import is_flat, owners
 from osf_torch.protected import Protected
 from osf_torch.quantized import stored
 from osf_torch.selection import Names, named_weights, require_matrices, require_values, unknown
@@ -54,8 +54,11 @@ def protect(
     parallelism) the protected part is pinned densely.
 
     Args:
-        model: its 2-D (or batched) parameters named in ``subspaces`` are protected; frozen ones
-            are left out, shared ones protected once. It may be compiled or wrapped.
+        model: its 2-D (or batched) parameters named in ``subspaces`` are protected, and the weights
+            of convolutions by their (out, in/groups·kh·kw) matrices; frozen ones are left out,
+            shared ones protected once. It may be compiled or wrapped. A convolution's weight may be
+            sharded by its first dimension; one with its channels last is copied into its matrix
+            and back at each step.
         subspaces: by parameter name as in ``model.named_parameters()``, without what wrappers
             add; ``refresh`` makes them. Bases are moved to the weight's device. Or what
             ``Guard.state_dict`` returned, in a run that is resumed: the guard is then the one that
@@ -89,8 +92,8 @@ def protect(
     Raises:
         ValueError: no subspace, an unknown parameter name, a shape that doesn't fit, an
             optimizer that is missing or doesn't own a protected parameter, S or ``protected`` of
-            another weight, columns that aren't orthonormal, a state that isn't of these weights;
-            nothing is attached.
+            another weight, columns that aren't orthonormal, a state that isn't of these weights, a
+            convolution sharded by another dimension than the first; nothing is attached.
         TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer, or one
             whose steps can't be hooked; a weight without values (meta), in FSDP1's flat parameters
             or of another kind of tensor (quantized).
@@ -234,17 +237,12 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 'confine(model, subspaces, update="beside")'
             )
         require_values(name, weight, "protect")
-        if weight.dim() > 2 and is_convolution(having.get(id(weight), ())):
-            raise ValueError(
-                f"osf_torch.protect: expected parameter {name!r} to be a matrix or a batch of "
-                "them, got a convolution's; confine(model, subspaces) takes it by its "
-                "(out, in·kh·kw) matrix, or leave it out by name"
-            )
+        flat = is_flat(weight, having.get(id(weight), ()))
         try:
-            W, U, V = weights.shapes_of(weight, subspace)
+            W, U, V = weights.shapes_of(weight, subspace, is_flat=flat)
             plan(W, U, V, mode=mode)
             if weight.requires_grad and id(weight) not in items:
-                items[id(weight)] = Protected(name, weight, subspace)
+                items[id(weight)] = Protected(name, weight, subspace, is_flat=flat)
         except (TypeError, ValueError) as error:
             raise type(error)(f"osf_torch.protect: parameter {name!r}: {error}") from None
     if not items:

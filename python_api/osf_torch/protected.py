@@ -2,7 +2,8 @@
 
 A weight sharded by columns is seen transposed, so that the sharded dimension is always the rows:
 there B = g V is local and A = Uᵀ g is summed. Of one that is sharded by both the rows are those
-that the first of the mesh's dimensions cuts, and B is summed too.
+that the first of the mesh's dimensions cuts, and B is summed too. A convolution's weight is seen
+with all dimensions but the first in one.
 
 A step of training asks the same of all weights of a guard, so that what is asked at every step is
 written for lists: one loop, and no call a weight.
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved, of_shard
 from osf_torch.lists import Entry
-from osf_torch.sharding import Group, is_dtensor, local, part_like, sharding_of
+from osf_torch.selection import matrix_of
+from osf_torch.sharding import Group, Sharding, is_dtensor, local, part_like, sharding_of
 from osf_torch.sharing import whole
 from osf_torch.subspaces import Subspace
 
@@ -84,11 +86,14 @@ class Protected:
     Attributes:
         name: as in the model, without the names that wrappers add.
         weight: the parameter.
-        sharding: how it lies, None where it is whole.
+        is_flat: whether the matrix is the weight with all dimensions but the first in one, as of a
+            convolution.
+        sharding: how the matrix lies, None where it is whole.
         groups: over which coefficients A are summed, those of the ranks with other rows of
             ``view``; none where no sum is wanted.
         across: over which B are summed, those of the ranks with other columns of ``view``.
-        is_plain: whether ``view`` of the weight and its gradient is either itself.
+        is_plain: whether the weight is no DTensor.
+        is_itself: whether ``view`` of the weight and its gradient is either itself.
         is_transposed: whether ``view`` is the transposed weight's.
         held: what is protected of ``view``: this rank's slice of a sharded side, and all of
             another one.
@@ -97,11 +102,14 @@ class Protected:
             where nothing is pinned.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, subspace: Subspace) -> None:
-        self.name, self.weight = name, weight
-        self.sharding = sharding_of(weight)
+    def __init__(
+        self, name: str, weight: nn.Parameter, subspace: Subspace, *, is_flat: bool = False
+    ) -> None:
+        self.name, self.weight, self.is_flat = name, weight, is_flat
+        self.sharding = _of_rows(weight, sharding_of(weight)) if is_flat else sharding_of(weight)
         cuts = [] if self.sharding is None else [c for c in self.sharding.cuts if c.dim >= -2]
         self.is_plain = not is_dtensor(weight)
+        self.is_itself = self.is_plain and not is_flat
         self.is_transposed = bool(cuts) and cuts[0].dim == -1
         self.groups: tuple[Group, ...] = cuts[0].groups if cuts else ()
         self.across: tuple[Group, ...] = cuts[1].groups if len(cuts) > 1 else ()
@@ -109,8 +117,15 @@ class Protected:
         self.take(self._held(subspace))
 
     def view(self, t: Tensor) -> Tensor:
-        """What this rank holds of the weight or its gradient, with the sharded dimension first."""
+        """What this rank holds of the weight or its gradient as a matrix or a batch of them, with
+        the sharded dimension first.
+
+        It lies in the tensor's own memory, but of a convolution with its channels last, whose
+        matrix is a copy: what is done to that ``put_back`` does to the tensor.
+        """
         t = local(t.detach())
+        if self.is_flat:
+            return t.flatten(1)
         return t.mT if self.is_transposed else t
 
     def entry(self, mode: Mode, *, pinned: bool) -> Entry:
@@ -127,12 +142,13 @@ class Protected:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """(..., m, n) of the whole weight."""
-        return tuple(self.weight.shape)
+        shape = zero3_shape(self.weight) or tuple(self.weight.shape)
+        return matrix_of(shape, True) if self.is_flat else shape
 
     @property
     def view_shape(self) -> tuple[int, ...]:
         """Of the whole weight, as ``view`` has it."""
-        *lead, m, n = self.weight.shape
+        *lead, m, n = self.matrix_shape
         return (*lead, n, m) if self.is_transposed else (*lead, m, n)
 
     def take(self, held: Pinned) -> None:
@@ -201,10 +217,21 @@ class Protected:
         as which of the weight, counted from the end.
 
         Args:
+            core: as in ``sides``.
+        """
+        sides = self.sides(key, dims, core=core)
+        if not self.is_flat:
+            return sides
+        return {mine: -self.weight.dim() for mine, theirs in sides.items() if theirs == -2}
+
+    def sides(self, key: str, dims: int, *, core: bool = False) -> dict[int, int]:
+        """Likewise which of them are as long as which of the matrix.
+
+        Args:
             core: whether rest_B is that of mode "core", which has no side of the weight's.
         """
         sides = {} if core and key == "rest_B" else dict(SIDES[key])
-        batch = self.weight.dim() - 2
+        batch = len(self.matrix_shape) - 2
         last = 1 if key == "S" else 2
         if dims == batch + last:  # and not one for every matrix of a batch
             sides |= {-last - i: -2 - i for i in range(1, batch + 1)}
@@ -249,19 +276,45 @@ class Together:
 # --- lists of items ---
 
 
-def weights_of(items: Sequence[Protected]) -> list[Tensor]:
-    """What this rank holds of the weights; see ``Protected.view``. Without gradients recorded."""
-    return [item.weight if item.is_plain else item.view(item.weight) for item in items]
-
-
 def gradients_of(items: Sequence[Protected]) -> list[Tensor]:
-    """What this rank holds of the gradients, all of which there are."""
+    """The gradients, all of which there are."""
     grads = []
     for item in items:
         g = item.weight.grad
         assert g is not None
-        grads.append(g if item.is_plain else item.view(g))
+        grads.append(g)
     return grads
+
+
+def matrices_of(items: Sequence[Protected], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank holds of weights, their gradients or what else has their shapes; see
+    ``Protected.view``. Without gradients recorded."""
+    return [t if item.is_itself else item.view(t) for item, t in zip(items, tensors, strict=True)]
+
+
+def put_back(
+    items: Sequence[Protected], tensors: Sequence[Tensor], matrices: Sequence[Tensor]
+) -> None:
+    """Writes those of the matrices to their tensors that don't lie in the tensors' memory.
+
+    Args:
+        matrices: of ``matrices_of``, written to since.
+    """
+    for item, t, x in zip(items, tensors, matrices, strict=True):
+        if item.is_flat:
+            held = local(t.detach())
+            if x.data_ptr() != held.data_ptr():
+                held.copy_(x.view(held.shape))
+
+
+def repeats(t: Tensor) -> bool:
+    """Whether two places of a tensor may be one in memory, as of one that was expanded."""
+    reach = 1
+    for step, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and step < reach:
+            return True
+        reach += (size - 1) * step
+    return False
 
 
 # Which gradient was projected is marked on the gradient itself: a weak reference from an item would
@@ -310,6 +363,25 @@ def readable(items: Sequence[Protected]) -> list[Protected]:
 
 
 # --- what a subspace must be, and how it is cut ---
+
+
+def _of_rows(weight: Tensor, sharding: Sharding | None) -> Sharding | None:
+    """How the matrix (out, in·kh·kw) of a convolution lies, whose weight lies so.
+
+    Raises:
+        ValueError: the weight is cut along another dimension than the first, which is no slice of
+            the matrix.
+    """
+    cuts = () if sharding is None else sharding.cuts
+    others = [cut.dim + weight.dim() for cut in cuts if cut.dim != -weight.dim()]
+    if others:
+        raise ValueError(
+            "expected a convolution's weight to be sharded by its first dimension, whose slices "
+            f"are rows of its (out, in·kh·kw) matrix, got {tuple(weight.shape)} sharded by "
+            f"dimension {others[0]}; shard it by Shard(0), as fully_shard does, or protect the "
+            "model without it"
+        )
+    return Sharding(tuple(replace(cut, dim=-2) for cut in cuts)) if cuts else None
 
 
 def contents(tensors: Iterable[Tensor]) -> Tensor:
@@ -374,7 +446,10 @@ def zero3_shape(weight: Tensor) -> tuple[int, ...] | None:
     return tuple(getattr(weight, "ds_shape", ())) or None
 
 
-def shapes_of(weight: Tensor, s: Subspace) -> tuple[Tensor, Held, Held]:
-    """The whole weight and its bases as meta tensors, for ``plan`` to judge."""
-    W = torch.empty(zero3_shape(weight) or weight.shape, dtype=weight.dtype, device="meta")
+def shapes_of(weight: Tensor, s: Subspace, *, is_flat: bool) -> tuple[Tensor, Held, Held]:
+    """The whole weight, of a convolution its matrix, and its bases as meta tensors, for ``plan`` to
+    judge."""
+    shape = zero3_shape(weight) or tuple(weight.shape)
+    shape = matrix_of(shape, True) if is_flat else shape
+    W = torch.empty(shape, dtype=weight.dtype, device="meta")
     return W, moved(s.U, W.device), moved(s.V, W.device)

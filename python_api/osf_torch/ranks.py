@@ -14,7 +14,7 @@ from torch import nn
 
 from osf_torch.batching import BATCH, Part, packed, parts_of
 from osf_torch.free.merging import require_current
-from osf_torch.kinds import is_convolution, owners
+from osf_torch.kinds import is_flat, owners
 from osf_torch.progress import Show, progress_bar
 from osf_torch.selection import (
     Filter,
@@ -235,9 +235,7 @@ def _shapes(shapes: Shapes) -> Mapping[str, Sequence[int]]:
         return shapes
     having = owners(shapes)
     return {
-        name: matrix_of(p.shape, True)
-        if p.dim() > 2 and is_convolution(having.get(id(p), ()))
-        else tuple(p.shape)
+        name: matrix_of(p.shape, True) if is_flat(p, having.get(id(p), ())) else tuple(p.shape)
         for name, p in named_weights(shapes).items()
     }
 

@@ -4,7 +4,8 @@ A weight is known by the memory that it lies in. Where a product of two matrices
 that memory, its offset and strides say which matrix of a batch of experts it is, and along which
 side the product sums. So it needn't be known what a module does with its weights, whose forward
 runs, or whether experts run one by one, gathered or grouped. A copy of a weight, as autocast makes
-and as indexing by expert does, is followed like the weight.
+and as indexing by expert does, is followed like the weight. A convolution multiplies its matrix
+with the patches of its input; a transposed one multiplies what is at each place with it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osf_torch.kinds import owners
+from osf_torch.kinds import is_flat, owners
 from osf_torch.masks import Padding
+from osf_torch.patches import Patches, patches, places
+from osf_torch.selection import matrix_of
 from osf_torch.sharding import local
 from osf_torch.views import Sources, View
 
@@ -26,6 +29,7 @@ Side = Literal["U", "V"]
 SEEN = "a product of torch's operators (custom kernels can't be seen)"
 SIDES: tuple[Side, ...] = ("U", "V")
 Parts = list[tuple[int, Tensor]]  # the matrix of a batch, 0 where there is one, and its rows
+Rows = Tensor | Patches
 
 # Which arguments are the factors of a product.
 PRODUCTS = {
@@ -37,6 +41,7 @@ PRODUCTS = {
     "aten::addbmm": (1, 2),
     "aten::addmv": (1, 2),
 }
+CONVOLUTIONS = {"aten::convolution", "aten::_convolution"}
 # What gives a weight's values elsewhere, cast, copied, or with something added to them, each at its
 # own place; and what scales them, which tells nothing of what is read unless by one number.
 COPIES = {f"aten::{name}" for name in ("_to_copy", "clone", "add", "sub")}
@@ -46,8 +51,9 @@ SCALES = {"aten::mul", "aten::div"}
 class Meter(Protocol):
     """What is done with the rows that a weight reads."""
 
-    def add(self, side: Side, matrix: int, rows: Tensor) -> None:
-        """``rows`` (tokens, n) are multiplied with a matrix by V's side, (tokens, m) by U's."""
+    def add(self, side: Side, matrix: int, rows: Rows) -> None:
+        """``rows`` (tokens, n) are multiplied with a matrix by V's side, (tokens, m) by U's; of a
+        convolution with those of its rows or columns that ``Patches.others`` says."""
 
 
 class Reads:
@@ -67,6 +73,7 @@ class Reads:
         self._weights, self._meters, self._operator = weights, meters, operator
         self._owned: dict[nn.Module, list[tuple[str, str]]] = {}  # attributes and names
         having = owners(model)
+        self._flat = {name for name, w in weights.items() if is_flat(w, having[id(w)])}
         for name, weight in weights.items():
             for module, attribute in having[id(weight)]:
                 self._owned.setdefault(module, []).append((attribute, name))
@@ -82,7 +89,8 @@ class Reads:
                 running[name] = running.get(name, 0) + 1
                 held = module._parameters.get(attribute)
                 if held is not None and not sources.holds(name, held):
-                    sources.hold(name, held)  # as FSDP has just gathered it
+                    # As FSDP has just gathered it.
+                    sources.hold(name, held, is_flat=name in self._flat)
 
         def end(module: nn.Module, *_: object) -> None:
             for _attribute, name in self._owned[module]:
@@ -94,7 +102,7 @@ class Reads:
 
         def take(name: str, side: Side, parts: Parts) -> None:
             self._require_whole(name, side, parts)
-            if self._weights[name].dim() == 2:
+            if name in self._flat or self._weights[name].dim() == 2:
                 for matrix, rows in parts:
                     self._meters[name].add(side, matrix, *padding.rows((name, side), rows))
             elif padding.found and running.get(name):
@@ -103,26 +111,41 @@ class Reads:
                 for matrix, rows in parts:
                     self._meters[name].add(side, matrix, rows)
 
+        def convolved(name: str, side: Side, groups: Sequence[Patches]) -> None:
+            for rows in groups:
+                self._require_width(name, side, rows.width)
+                self._meters[name].add(side, 0, padding.patches((name, side), rows))
+
         for name, weight in self._weights.items():
-            sources.hold(name, weight)
+            sources.hold(name, weight, is_flat=name in self._flat)
         torch.clear_autocast_cache()  # of copies that were made unseen
         with ExitStack() as stack:
             for module in self._owned:
                 stack.enter_context(module.register_forward_pre_hook(begin))
                 stack.enter_context(module.register_forward_hook(end, always_call=True))
-            stack.enter_context(_Products(sources, take))
+            stack.enter_context(_Products(sources, take, convolved, self._refuse_part))
             yield
 
     def _require_whole(self, name: str, side: Side, parts: Parts) -> None:
-        letter, size = ("m", -2) if side == "U" else ("n", -1)
-        width = self._weights[name].shape[size]
         for _, rows in parts:
-            if rows.shape[-1] != width:
-                raise ValueError(
-                    f"{self._operator}: expected inputs of {name!r} to have {letter}={width} "
-                    f"features, got {rows.shape[-1]}; of a tensor-parallel layer call this before "
-                    "parallelizing, else leave it out by filter="
-                )
+            self._require_width(name, side, rows.shape[-1])
+
+    def _require_width(self, name: str, side: Side, width: int) -> None:
+        letter, size = ("m", 0) if side == "U" else ("n", 1)
+        wanted = matrix_of(self._weights[name].shape, name in self._flat)[size]
+        if width != wanted:
+            raise ValueError(
+                f"{self._operator}: expected inputs of {name!r} to have {letter}={wanted} "
+                f"features, got {width}; of a tensor-parallel layer call this before "
+                "parallelizing, else leave it out by filter="
+            )
+
+    def _refuse_part(self, name: str, weight: Tensor) -> None:
+        raise ValueError(
+            f"{self._operator}: expected convolutions to use whole rows of {name!r}, "
+            f"{tuple(self._weights[name].shape)}, got a part or a view of it, "
+            f"{tuple(weight.shape)}; leave it out by filter="
+        )
 
 
 class _Products(TorchDispatchMode):
@@ -130,9 +153,16 @@ class _Products(TorchDispatchMode):
 
     supports_higher_order_operators = True  # flex_attention is one
 
-    def __init__(self, sources: Sources, take: Callable[[str, Side, Parts], None]) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        take: Callable[[str, Side, Parts], None],
+        convolved: Callable[[str, Side, Sequence[Patches]], None],
+        refuse: Callable[[str, Tensor], None],
+    ) -> None:
         super().__init__()
-        self._sources, self._take = sources, take
+        self._sources, self._take, self._convolved = sources, take, convolved
+        self._refuse = refuse
         self._kinds: dict[Any, str] = {}
 
     @classmethod
@@ -159,6 +189,8 @@ class _Products(TorchDispatchMode):
         elif kind == "grouped":
             ends = [a for a in (*args[2:], *kwargs.values()) if _is_integers(a)]
             self._product(local(args[0]), local(args[1]), ends[0] if ends else None)
+        elif kind == "convolution":
+            self._convolution(*args[:9])
         elif kind == "copy" or (kind == "scale" and _is_number(args[1])):
             for taken in args[: 1 if kind == "scale" else 2]:
                 if isinstance(taken, Tensor):
@@ -174,6 +206,48 @@ class _Products(TorchDispatchMode):
             first, index = args[1][0] is not None and len(args[1]) == 1, args[1][0]
         if first:
             self._sources.indexed(local(args[0]), local(index), local(out))
+
+    def _convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: object,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: object,
+        groups: int,
+    ) -> None:
+        x, weight = local(x), local(weight)
+        if not self._sources.knows(weight):
+            return
+        found = self._sources.kernel(weight)
+        first = 0 if found is None else found[1]
+        if transposed:
+            of = places(x, groups)
+        else:
+            rows = range(first, first + weight.shape[0])
+            of = patches(x, weight.shape[2:], stride, padding, dilation, groups, rows)
+        if found is None:
+            self._of_a_view(weight, of, transposed)
+            return
+        self._convolved(found[0], "U" if transposed else "V", of)
+
+    def _of_a_view(self, weight: Tensor, of: Sequence[Patches], transposed: bool) -> None:
+        """A convolution with what isn't the weight of one as it is, or whole rows of it: with the
+        matrix of another layer, or another shape of the same matrix."""
+        view = self._sources.view(weight.flatten(1))
+        summed, free = (0, 1) if transposed else (1, 0)
+        side = None if view is None else _side(view, summed, free)
+        if view is not None and side is not None:
+            inner = dict.fromkeys(view.jumps(free))
+            rows = [x[torch.arange(len(x), device=x.device)] for x in of]
+            self._take(view.source.name, side, [(view.matrix(j), x) for j in inner for x in rows])
+            return
+        part = self._sources.part_of_kernel(weight)
+        if part is not None:
+            self._refuse(part, weight)
 
     def _product(self, left: Tensor, right: Tensor, ends: Tensor | None) -> None:
         weight, view = right, self._sources.view(right)
@@ -243,6 +317,8 @@ def _kind(func: Any) -> str:
     name = func._schema.name
     if name in PRODUCTS:
         return "product"
+    if name in CONVOLUTIONS:
+        return "convolution"
     if "grouped_mm" in name and "backward" not in name:
         return "grouped"
     if name in COPIES:

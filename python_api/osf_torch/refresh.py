@@ -88,7 +88,8 @@ def refresh(
             called after a router or gate; not the factors of a LoRA adapter, which
             aren't the weight that they are added to. A weight that modules share is decomposed
             once and goes by its first name; one without elements is passed over. A convolution
-            that is named or matched is taken by its (out, in·kh·kw) matrix, for ``confine``. Where
+            that is named or matched is taken by its (out, in/groups·kh·kw) matrix, a transposed one
+            by (in, out/groups·kh·kw), as ``protect`` and ``confine`` take it. Where
             none of these requires grad, the quantized weights of layers and experts are taken. What
             trains and isn't taken is logged, and stands in ``coverage``.
         leave_out: names, or patterns of names, of what is to move freely, such as "*embed*": it

@@ -17,7 +17,7 @@ from osf_torch.kinds import (
     adapter_part,
     described,
     has_matrices,
-    is_convolution,
+    is_flat,
     is_lazy,
     is_plain,
     is_weight,
@@ -175,7 +175,6 @@ def select(
     sharded: bool = False,
     leave_out: Names = None,
     values: bool = True,
-    convolutions: bool = True,
     quantized: bool = False,
 ) -> list[Selected]:
     """The weights that ``filter`` matches, each once and with its rank, in the model's order.
@@ -183,8 +182,8 @@ def select(
     A weight that several modules share is matched by any of its names and goes by the first one,
     as in ``model.named_parameters()``. One without elements is passed over: there is nothing to
     protect. ``sharded`` says whether DTensors are taken, ``values`` whether meta tensors are
-    refused, ``convolutions`` whether these are taken, ``quantized`` whether weights are that are
-    quantized in a known way, by default where nothing else is; what ``leave_out`` names isn't.
+    refused, ``quantized`` whether weights are taken that are quantized in a known way, by default
+    where nothing else is; what ``leave_out`` names isn't.
 
     Raises:
         TypeError, ValueError: as ``osf_torch.refresh``, whose name ``operator`` gives.
@@ -206,13 +205,7 @@ def select(
         for key, p in parameters.items()
         if any(matches(n, p) for n in aliases[key]) and not is_named(aliases[key], left)
     ]
-    unfit = {
-        key
-        for key, p in parameters.items()
-        if not (
-            _may_be_taken(p, having) and (convolutions or not is_convolution(having.get(key, ())))
-        )
-    }
+    unfit = {key for key, p in parameters.items() if not _may_be_taken(p, having)}
     chosen = [key for key in matched if key not in unfit]
     if not chosen or not _named(filter, aliases, matched) <= set(chosen):
         raise _no_match(having, aliases, parameters, matched, unfit, filter, operator)
@@ -227,8 +220,8 @@ def select(
         elif values or not weight.is_meta:
             require_values(name, weight, operator)
         _require_layout(name, weight, operator, sharded)
-        is_flat = packed is None and weight.dim() > 2 and is_convolution(having.get(key, ()))
-        taken = Selected(name, weight, 0, packed, is_flat)
+        flat = packed is None and is_flat(weight, having.get(key, ()))
+        taken = Selected(name, weight, 0, packed, flat)
         selected.append(replace(taken, rank=_resolved(rank, *taken.shape, name, operator)))
     return selected
 

@@ -138,7 +138,7 @@ def _read_pinned(
     """Args:
     found: the format of the state.
     """
-    shape = tuple(item.weight.shape)
+    shape, whole = tuple(item.weight.shape), item.matrix_shape
     if tuple(saved["shape"]) != shape:
         _refuse(
             f"a state of {item.name!r} with shape {shape}",
@@ -157,10 +157,10 @@ def _read_pinned(
         t = saved[key]
         if t is None:
             continue
-        for mine, theirs in item.follows(key, t.dim(), core=mode == "core").items():
-            if t.shape[mine] != shape[theirs]:
+        for mine, theirs in item.sides(key, t.dim(), core=mode == "core").items():
+            if t.shape[mine] != whole[theirs]:
                 _refuse(
-                    f"all of {key} of {item.name!r}, {shape[theirs]} along dimension {mine}",
+                    f"all of {key} of {item.name!r}, {whole[theirs]} along dimension {mine}",
                     f"{t.shape[mine]}: a part that one rank has saved; save Guard.state_dict() as "
                     "it is, by torch.distributed.checkpoint, or full_tensor() of what is in it",
                 )

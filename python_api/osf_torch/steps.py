@@ -262,16 +262,18 @@ class Steps:
                     self._raw[item.name] = self._share(item)
             before = [] if self._restores else measures.imprints(items)
             keys: list[Key] = [item.key for item in items]
-            xs = weights.gradients_of(items)
+            together, tensors = [*items, *moved], weights.gradients_of(items)
             if moved:
                 keys += [item.pinned_key for item in moved]
-                xs += weights.weights_of(moved)
+                tensors += [item.weight for item in moved]
+            xs = weights.matrices_of(together, tensors)
 
             def entries() -> list[Entry]:
                 grads = [item.entry(self._mode, pinned=False) for item in items]
                 return grads + [item.entry(self._mode, pinned=True) for item in moved]
 
             self._lists.run_(keys, xs, entries)
+            weights.put_back(together, tensors, xs)
         except (TypeError, ValueError) as error:
             raise checks.refused(error, [*items, *moved]) from None
         return before

@@ -44,6 +44,43 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """Memory that holds the weight of a convolution as it is, or some of its rows, or a copy.
+
+    Attributes:
+        storage, start: as of a Source.
+        first: which of the weight's rows comes first.
+        shape, strides: of what lies there.
+    """
+
+    name: str
+    storage: StorageWeakRef
+    start: int
+    first: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def row_at(self, t: Tensor) -> int | None:
+        """With which of the weight's rows ``t`` begins; None of what isn't whole rows of it."""
+        rows, *rest = self.shape
+        step, *steps = self.strides
+        at, off = divmod(int(t.storage_offset()) - self.start, max(1, step))
+        fits = t.dim() == len(self.shape) and list(t.shape[1:]) == rest and not off
+        if not fits or at < 0 or at + t.shape[0] > rows:
+            return None
+        if t.shape[0] > 1 and t.stride(0) != step:
+            return None
+        laid = zip(rest, steps, t.stride()[1:], strict=True)
+        return self.first + at if all(size == 1 or a == b for size, a, b in laid) else None
+
+    def reaches(self, t: Tensor) -> bool:
+        """Whether ``t`` begins within it."""
+        sizes = zip(self.shape, self.strides, strict=True)
+        last = self.start + sum((size - 1) * step for size, step in sizes)
+        return self.start <= int(t.storage_offset()) <= last
+
+
+@dataclass(frozen=True)
 class Piece:
     """A dimension of a view, or a part of one, along an axis of the source."""
 
@@ -87,15 +124,26 @@ class Sources:
 
     def __init__(self) -> None:
         self._by_storage: dict[int, list[Source]] = {}
+        self._kernels: dict[int, list[Kernel]] = {}
         self._limit = 256
 
     def holds(self, name: str, weight: Tensor) -> bool:
         """Whether the weight is known where it lies."""
-        return any(s.name == name for s in self._by_storage.get(_address(local(weight)), ()))
+        address = _address(local(weight))
+        found = (*self._by_storage.get(address, ()), *self._kernels.get(address, ()))
+        return any(source.name == name for source in found)
 
-    def hold(self, name: str, weight: Tensor) -> None:
-        """A weight (..., m, n), or what this rank has of one."""
+    def hold(self, name: str, weight: Tensor, *, is_flat: bool = False) -> None:
+        """A weight (..., m, n), or what this rank has of one.
+
+        Args:
+            is_flat: whether it is a convolution's.
+        """
         sharding = sharding_of(weight)
+        if is_flat:
+            rows = None if sharding is None else sharding.of(-weight.dim())
+            self._hold_kernel(name, local(weight.detach()), 0 if rows is None else rows.start)
+            return
         cut = None if sharding is None else sharding.of(-3)
         first = 0 if cut is None else cut.start
         held = local(weight.detach())
@@ -108,10 +156,43 @@ class Sources:
             ]
             self._add(name, batch, range(first, first + len(batch)), layout)
 
+    def _hold_kernel(self, name: str, held: Tensor, first: int) -> None:
+        """Rows of a convolution's weight from ``first`` on: as they are, and as a matrix where
+        their memory is one's."""
+        if not held.numel():
+            return
+        self._drop_expired()
+        storage, start = StorageWeakRef(held.untyped_storage()), int(held.storage_offset())
+        kernel = Kernel(name, storage, start, first, tuple(held.shape), held.stride())
+        there = self._kernels.setdefault(_address(held), [])
+        there[:] = [other for other in there if other.start != start] + [kernel]
+        matrix = held.flatten(1)
+        if _address(matrix) == _address(held):
+            (m, n), (step, along) = matrix.shape, matrix.stride()
+            self._add(name, matrix, [0], [(0, 1, 0), (1, m, step), (2, n, along)])
+
+    def kernel(self, t: Tensor) -> tuple[str, int] | None:
+        """Of which convolution's weight a tensor is rows, and with which they begin."""
+        for kernel in self._kernels.get(_address(t), ()):
+            first = kernel.row_at(t)
+            if first is not None:
+                return kernel.name, first
+        return None
+
+    def part_of_kernel(self, t: Tensor) -> str | None:
+        """In which convolution's weight a tensor begins."""
+        there = self._kernels.get(_address(t), ())
+        return next((kernel.name for kernel in there if kernel.reaches(t)), None)
+
     def copied(self, taken: Tensor, made: Tensor) -> None:
         """``made`` holds at each place what was made of the value of ``taken`` there."""
+        kernel = self.kernel(taken)
+        if kernel is not None:
+            if made.shape == taken.shape and not self.knows(made):
+                self._hold_kernel(kernel[0], made, kernel[1])
+            return
         view = self.view(taken)
-        if view is None or made.shape != taken.shape or self._knows(made):
+        if view is None or made.shape != taken.shape or self.knows(made):
             return
         layout: list[tuple[int, int, int]] = []
         jumps = [0]
@@ -127,7 +208,7 @@ class Sources:
     def indexed(self, taken: Tensor, index: Tensor, made: Tensor) -> None:
         """``made`` are the matrices of ``taken`` that ``index`` (any dimensions) names."""
         view = self.view(taken)
-        if view is None or self._knows(made) or [p.axis for p in view.dims[0]] not in ([0], []):
+        if view is None or self.knows(made) or [p.axis for p in view.dims[0]] not in ([0], []):
             return
         if index.dtype in (torch.bool, torch.uint8):
             if index.dim() != 1:
@@ -155,8 +236,9 @@ class Sources:
                 return View(source, first, tuple(dim for dim in dims if dim is not None))
         return None
 
-    def _knows(self, t: Tensor) -> bool:
-        return _address(t) in self._by_storage
+    def knows(self, t: Tensor) -> bool:
+        """Whether a tensor lies in memory of a weight or a copy of one."""
+        return _address(t) in self._by_storage or _address(t) in self._kernels
 
     def _add(
         self,
@@ -190,11 +272,14 @@ class Sources:
         held[:] = [other for other in held if other.start != source.start] + [source]
 
     def _drop_expired(self) -> None:
-        if len(self._by_storage) > self._limit:
+        if len(self._by_storage) + len(self._kernels) > self._limit:
             for address, held in list(self._by_storage.items()):
                 if held[0].storage.expired():
                     del self._by_storage[address]
-            self._limit = max(self._limit, 2 * len(self._by_storage))
+            for address, there in list(self._kernels.items()):
+                if there[0].storage.expired():
+                    del self._kernels[address]
+            self._limit = max(self._limit, 2 * (len(self._by_storage) + len(self._kernels)))
 
 
 def _address(t: Tensor) -> int:

@@ -321,6 +321,42 @@ def test_subspaces_of_inputs_are_taken_as_they_are(method, tmp_path):
         assert float(gone.norm() / start[name].double().norm()) <= MOVED
 
 
+class Convolving(torch.nn.Module):
+    """Guesses from the last few tokens, by convolutions."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = torch.nn.Embedding(48, 12).requires_grad_(False)
+        self.mix = torch.nn.Conv1d(12, 20, 3)
+        self.head = torch.nn.ConvTranspose1d(20, 48, 3)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.head(torch.tanh(self.mix(self.table(input_ids).mT)))
+        return {"loss": torch.nn.functional.cross_entropy(x, labels), "logits": x}
+
+
+@both
+def test_convolutions_are_held_and_resumed_to_the_bit(method, tmp_path):
+    def begun(seed: int) -> tuple[Any, Any]:
+        model = Convolving(seed)
+        found = refresh(model, 0.5, filter=["mix.weight", "head.weight"], progress=False)
+        return model, callback(model, method, found)
+
+    model, own = begun(0)
+    start = copied(model)
+    trained(model, tmp_path, [own])
+    weights = ("mix.weight", "head.weight")
+    now, then = (
+        {name: state[name].flatten(1) for name in weights} for state in (copied(model), start)
+    )
+    assert moved(now, then) <= MOVED
+    assert unequal(now, then) == list(weights), "they have trained"
+    again, own = begun(1)
+    trained(again, tmp_path, [own], resume=tmp_path / "checkpoint-2")
+    assert not unequal(copied(again), copied(model))
+
+
 # --- accelerate alone ---
 
 
