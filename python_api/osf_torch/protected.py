@@ -289,7 +289,10 @@ def gradients_of(items: Sequence[Protected]) -> list[Tensor]:
 def matrices_of(items: Sequence[Protected], tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this rank holds of weights, their gradients or what else has their shapes; see
     ``Protected.view``. Without gradients recorded."""
-    return [t if item.is_itself else item.view(t) for item, t in zip(items, tensors, strict=True)]
+    matrices = []
+    for item, t in zip(items, tensors, strict=True):
+        matrices.append(t if item.is_itself else item.view(t))
+    return matrices
 
 
 def put_back(
