@@ -20,6 +20,8 @@ KNOWN = (
 )
 MX_BLOCK = 32  # values of MXFP4 that share a scale, two in a byte
 
+LOAD_MXFP4 = "load it dequantized, of transformers by Mxfp4Config(dequantize=True)"
+
 Owned = Sequence[tuple[nn.Module, str]]
 
 
@@ -34,6 +36,9 @@ class Stored:
         read: one matrix (m, n) by its index in the batch, by the function of its own library.
         tensors: all that it is stored in, which says whether two are the same.
         refusal: why it can't be read as it is now, and what to do; empty where it can.
+        is_tensor: whether the parameter is a tensor of these values to torch's operators, so that
+            what uses it runs with a plain one.
+        remedy: how to have plain weights instead, where that is known.
     """
 
     kind: str
@@ -42,6 +47,8 @@ class Stored:
     read: Callable[[int], Tensor]
     tensors: Callable[[], Iterable[Tensor]]
     refusal: str = ""
+    is_tensor: bool = False
+    remedy: str = ""
 
     def require(self, name: str, operator: str) -> None:
         """Refuses a parameter ``name`` that can't be read as it is now.
@@ -120,6 +127,18 @@ def is_scale(owned: Owned) -> bool:
         for suffix, of in (("_scale_inv", ""), ("_scales", "_blocks"))
         if attribute.endswith(suffix)
     )
+
+
+def unheld(module: nn.Module) -> tuple[str, ...]:
+    """The weights that a module holds in no parameter, packed for kernels of its own: transformers'
+    experts of gpt-oss in MXFP4, once they are loaded."""
+    if not any(
+        kind.__name__ == "Mxfp4GptOssExperts" and kind.__module__.split(".")[0] == "transformers"
+        for kind in type(module).__mro__
+    ):
+        return ()
+    names = ("gate_up_proj", "down_proj")
+    return tuple(name for name in names if name in module.__dict__)
 
 
 def _is_of(weight: Tensor, package: str, name: str) -> bool:
@@ -218,6 +237,7 @@ def _nf4(weight: Any, owned: Owned) -> Stored | None:
         weight.dtype,
         lambda _: weight.get_original_weight(),
         lambda: _inner(weight),
+        is_tensor=True,
     )
 
 
@@ -242,7 +262,7 @@ def _subclass(weight: Any, owned: Owned) -> Stored | None:
             yield from (read(i) for i in range(1 if len(shape) == 2 else shape[0]))
 
     named = f"{kind.__module__.split('.')[0]}'s {kind.__name__}"
-    return Stored(named, shape, dtype, read, tensors)
+    return Stored(named, shape, dtype, read, tensors, is_tensor=True)
 
 
 def _inner(weight: Any) -> Iterator[Tensor]:
@@ -308,6 +328,7 @@ def _float8(weight: Any, owned: Owned) -> Stored | None:
         read,
         lambda: (weight.detach(), scale.detach()),
         refusal,
+        remedy="load it dequantized, of transformers by FineGrainedFP8Config(dequantize=True)",
     )
 
 
@@ -340,4 +361,5 @@ def _mxfp4(weight: Any, owned: Owned) -> Stored | None:
         torch.bfloat16,  # exact: four bits times a power of two
         read,
         lambda: (weight.detach(), scales.detach()),
+        remedy=LOAD_MXFP4,
     )

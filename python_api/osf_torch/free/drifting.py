@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from osf_torch.free.current import current, update_of
 from osf_torch.free.merging import cut_of, part_of
 from osf_torch.free.spec import Place
+from osf_torch.quantized import Stored
 from osf_torch.sharding import is_dtensor, local, sum_over
 from osf_torch.sharing import whole as whole_of
 
@@ -133,13 +135,14 @@ def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
     """The current weight's matrix times columns (..., n, c), whole on every rank; ``alone``
     without what stands beside it."""
     spec, packed = place.spec, place.stored
-    if packed is None:
-        W = local(place.weight.detach()).double()
-    else:
-        W = packed.values(spec.name, "Confined.drift").double()
+    adds = spec.update == "beside" and place.is_attached and not alone
+    if packed is not None:
+        found = _stored_times(packed, spec.name, columns)
+        return found + _update_times(place, columns) if adds else found
+    W = local(place.weight.detach()).double()
     cut = cut_of(spec.name, place.weight)
     if cut is None:
-        if spec.update == "beside" and place.is_attached and not alone:
+        if adds:
             W = W + local(update_of(place)).double()
         return W.reshape(spec.matrix_shape) @ columns
     # What this rank holds, in its place among zeros.
@@ -154,13 +157,23 @@ def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
                 factor = factor.narrow(part.dim, part.start, part.size)
     (mine if rows is None else mine[..., rows, :]).copy_(W @ factor)
     (found,) = sum_over(cut.groups, [found])
-    if spec.update == "beside" and place.is_attached and not alone:
+    if adds:
         found += _update_times(place, columns)
     return found
 
 
+def _stored_times(packed: Stored, name: str, columns: Tensor) -> Tensor:
+    """A quantized weight times columns; of a batch one matrix is dequantized at a time."""
+    *lead, _, _ = packed.shape
+    found = []
+    for i in range(math.prod(lead)):
+        W = packed.matrix(name, i, "Confined.drift").double()
+        found.append(W @ (columns[i] if columns.dim() == 3 else columns))
+    return torch.stack(found) if lead else found[0]
+
+
 def _update_times(place: Place, columns: Tensor) -> Tensor:
-    """U_l C V_lᵀ times columns, of a sharded weight."""
+    """U_l C V_lᵀ times columns, of a sharded weight or a quantized one."""
     spec = place.spec
     left, right = (side.to(dtype=torch.float64) for side in (spec.left, spec.right))
     inner = right.reduce(columns.mT).mT  # (..., q, c)

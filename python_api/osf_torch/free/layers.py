@@ -4,7 +4,8 @@ A confined module is of a subclass of its class, made here, as ``torch.nn.utils.
 it. There the weight is a property: whoever reads ``module.weight`` gets the current weight, whose
 gradient goes to C, however it is used (attention's ``out_proj``, tied calls, experts). What
 iterates over parameters sees the frozen tensor itself. ``nn.Linear`` and transformers' ``Conv1D``
-also get a forward pass of their own, which never forms the dense gradient.
+also get a forward pass of their own, which never forms the dense gradient. Of quantized weights
+the layer's output is added to, or its module runs with plain ones: see ``dequantized``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from osf_torch.free import dequantized
 from osf_torch.free.current import block_of, current, is_substitute
 from osf_torch.free.linear import beside, linear
 from osf_torch.free.merging import (
@@ -39,8 +41,16 @@ _HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
 
 
 @cache
-def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: bool) -> type:
-    """The subclass of ``kind`` whose ``attributes`` are current weights."""
+def _confined_class(
+    kind: type[nn.Module], attributes: frozenset[str], others: frozenset[str], runs: str
+) -> type:
+    """The subclass of ``kind`` whose ``attributes`` are current weights.
+
+    Args:
+        others: quantized weights that the module reads dequantized and that aren't confined.
+        runs: "added", a layer that the free block is added to; "dequantized", a module that runs
+            with plain weights in the place of quantized ones; else "".
+    """
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         copied = object.__new__(type(self))
@@ -61,11 +71,14 @@ def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: b
         "__getstate__": __getstate__,
         "__module__": __name__,
     }
-    if opaque:
+    if runs == "added":
         members["forward"] = _forward_added
     else:
         members |= {attribute: _property(attribute) for attribute in attributes}
-        if kind.forward is nn.Linear.forward:
+        members |= {attribute: _other(attribute) for attribute in others}
+        if runs == "dequantized":
+            members["forward"] = _forward_dequantized
+        elif kind.forward is nn.Linear.forward:
             members["forward"] = _forward_linear
         elif _is_conv1d(kind):
             members["forward"] = _forward_conv1d
@@ -89,8 +102,19 @@ def _property(attribute: str) -> property:
         require_frozen(spec, weight)
         require_writable(Place(self, spec))
         tell_frozen_block(Place(self, spec))
-        return current(Place(self, spec))
+        return (dequantized.read if spec.is_dequantized else current)(Place(self, spec))
 
+    return property(get, _setter(attribute))
+
+
+def _other(attribute: str) -> property:
+    def get(self: nn.Module) -> Any:
+        return dequantized.read_other(self, attribute)
+
+    return property(get, _setter(attribute))
+
+
+def _setter(attribute: str) -> Any:
     def put(self: nn.Module, value: Any) -> None:
         # nn.Module.__setattr__ takes parameters before a property sees them.
         raise TypeError(
@@ -98,7 +122,7 @@ def _property(attribute: str) -> property:
             f"parameter, got {type(value).__name__}"
         )
 
-    return property(get, put)
+    return put
 
 
 def _forward_linear(self: Any, input: Tensor) -> Tensor:
@@ -139,6 +163,13 @@ def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if spec is None:
         return y
     return y + beside(Place(self, spec), x, transposed=False).to(y.dtype)
+
+
+@torch.compiler.disable
+def _forward_dequantized(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A module that runs with plain weights in the place of quantized ones. It isn't compiled:
+    what autograd keeps of them isn't theirs."""
+    return dequantized.forward(self, getattr(type(self), ORIGINAL), *args, **kwargs)
 
 
 def tell_frozen_block(place: Place) -> None:
@@ -223,8 +254,12 @@ def _reclass(module: nn.Module) -> None:
     if not specs:
         module.__class__ = base
         return
-    opaque = any(spec.is_opaque for spec in specs.values())
-    module.__class__ = _confined_class(base, frozenset(specs), opaque)
+    attributes, others, runs = frozenset(specs), frozenset[str](), ""
+    if any(spec.is_dequantized for spec in specs.values()):
+        others, runs = dequantized.others_of(module, attributes), "dequantized"
+    elif any(spec.is_opaque for spec in specs.values()):
+        runs = "added"
+    module.__class__ = _confined_class(base, attributes, others, runs)
 
 
 # --- states of a model: its plain names, and weights that are up to date ---

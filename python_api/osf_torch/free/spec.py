@@ -60,6 +60,8 @@ class Spec:
         is_rounded: whether W is rounded from ``weight_base``.
         is_opaque: whether torch's operators can't read the weight's values (quantized), so that its
             module runs as it is and the free block is added to what it returns.
+        is_dequantized: whether an opaque weight's module runs with a plain one in its place, which
+            has the free block in it, since no layer adds to what it returns (experts).
         trained: whether the weight required a gradient before.
         dtype: of what is trained.
         decays_to_zero: whether C is the free part of the weight itself, and not what is added.
@@ -83,6 +85,7 @@ class Spec:
     is_flat: bool
     is_rounded: bool
     is_opaque: bool
+    is_dequantized: bool
     trained: bool
     dtype: torch.dtype
     decays_to_zero: bool = False
