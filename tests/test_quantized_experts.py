@@ -214,10 +214,10 @@ def test_a_step_between_forward_and_backward_is_refused():
 class PlainExperts(nn.Module):
     """Experts whose weight is a tensor subclass, with one product for all of them."""
 
-    def __init__(self, count: int = 3, m: int = 20, n: int = 24) -> None:
+    def __init__(self, packed=Scaled.of, m: int = 20, n: int = 24) -> None:
         super().__init__()
-        W = torch.stack([linear(m, n, i).weight.detach() for i in range(count)])
-        self.up = nn.Parameter(Scaled.of(W), requires_grad=False)
+        W = torch.stack([linear(m, n, i).weight.detach() for i in range(3)])
+        self.up = nn.Parameter(packed(W), requires_grad=False)
 
     def forward(self, x):
         return torch.einsum("td,emd->tem", x, self.up).sigmoid()
@@ -227,6 +227,20 @@ def subclass_experts():
     model = nn.Sequential(PlainExperts())
     up = model[0].up
     return model, exact_int8(up.codes, up.scale)
+
+
+def torchao_experts(kind):
+    """In formats that torchao has tensors of a batch for, and what its own operators read."""
+    quantization = peer("torchao.quantization")
+    mx = peer("torchao.prototype.mx_formats.mx_tensor").MXTensor
+    packed = {
+        "mxfp4": lambda W: mx.to_mx(W, torch.float4_e2m1fn_x2, 32),
+        "mxfp8": lambda W: mx.to_mx(W, torch.float8_e4m3fn, 32),
+        "float8": lambda W: quantization.Float8Tensor.from_hp(W.bfloat16()),
+        "int8": lambda W: quantization.Int8Tensor.from_hp(W, quantization.PerRow()),
+    }
+    model = nn.Sequential(PlainExperts(packed[kind], 64, 32))
+    return model, model[0].up.dequantize().double()
 
 
 def test_what_autograd_keeps_may_not_be_written_to():
@@ -271,15 +285,16 @@ def test_a_checkpoint_within_is_left_to_itself():
 # --- other ways to call it ---
 
 
-def test_tensor_subclasses_are_read_as_what_they_stand_for():
-    model, W = subclass_experts()
+@pytest.mark.parametrize("kind", ["stand-in", "mxfp4", "mxfp8", "float8", "int8"])
+def test_tensor_subclasses_are_read_as_what_they_stand_for(kind):
+    model, W = subclass_experts() if kind == "stand-in" else torchao_experts(kind)
     found = refreshed(model)
     assert list(found) == ["0.up"]
     confined = confine(model, found, update="beside")
     moved(confined)
     (place,) = confined.places
     exact = (W + change_of(place)).requires_grad_()
-    x = torch.randn(5, 24, generator=generator_for("x"))
+    x = torch.randn(5, W.shape[-1], generator=generator_for("x"))
     y, wanted = model(x), torch.einsum("td,emd->tem", x.double(), exact).sigmoid()
     assert relative(y, wanted) <= 1e-6
     y.square().sum().backward()
