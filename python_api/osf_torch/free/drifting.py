@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osf_kernels import free_block, free_matrix
 from osf_torch.free.current import current, update_of
 from osf_torch.free.merging import cut_of, part_of
-from osf_torch.free.spec import Place
+from osf_torch.free.spec import Place, Spec
 from osf_torch.quantized import Stored
 from osf_torch.sharding import is_dtensor, local, sum_over
 from osf_torch.sharing import whole as whole_of
@@ -72,6 +73,21 @@ def alone(place: Place) -> Tensor:
     Omega = _probes(place.spec.right.size).to(place.device)
     Omega = Omega.expand(*place.spec.matrix_shape[:-2], *Omega.shape)
     return _times(place, Omega, alone=True)
+
+
+@torch.no_grad()
+def released(before: Spec, after: Spec, weight: Tensor) -> float:
+    """‖P(H)‖ / ‖H‖ of the part H of a weight that ``before`` protects, where P is what ``after``
+    leaves free; in float64, of a sharded weight a collective."""
+    W = whole_of(weight.detach()).reshape(before.matrix_shape).double()
+    H = W - _free_part(before, W)
+    return float(_free_part(after, H).norm() / H.norm().clamp_min(TINY))
+
+
+def _free_part(spec: Spec, W: Tensor) -> Tensor:
+    """U_l U_lᵀ W V_l V_lᵀ."""
+    left, right = (side.to(W.device, torch.float64) for side in (spec.left, spec.right))
+    return free_matrix(free_block(W, left, right), left, right)
 
 
 class Drift(NamedTuple):

@@ -11,6 +11,7 @@ the layer's output is added to, or its module runs with plain ones: see ``dequan
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -35,6 +36,12 @@ from osf_torch.sharding import is_dtensor, local
 
 ORIGINAL = "_osf_original"  # of a class made here: the one that it is a subclass of
 _HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
+# Modules of torch that put another weight in the place of one that they read first.
+_REPARAMETRIZE = frozenset(
+    f"torch.nn.utils.{name}"
+    for name in ("parametrize", "parametrizations", "prune", "spectral_norm", "weight_norm")
+)
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 
 
 # --- classes ---
@@ -65,8 +72,15 @@ def _confined_class(
             "release() first"
         )
 
+    def __delattr__(self: nn.Module, name: str) -> None:
+        spec = specs_of(self).get(name)
+        if spec is not None and name in self._parameters:
+            raise _reparametrized(spec, "its deletion, as by torch.nn.utils.parametrize")
+        kind.__delattr__(self, name)
+
     members: dict[str, Any] = {
         ORIGINAL: kind,
+        "__delattr__": __delattr__,
         "__deepcopy__": __deepcopy__,
         "__getstate__": __getstate__,
         "__module__": __name__,
@@ -92,9 +106,17 @@ def _is_conv1d(kind: type[nn.Module]) -> bool:
 def _property(attribute: str) -> property:
     def get(self: nn.Module) -> Any:
         spec = specs_of(self).get(attribute)
+        if attribute not in self._parameters:
+            raise AttributeError(attribute)  # deleted: torch's own message follows
         weight = self._parameters[attribute]
         if spec is None or weight is None:  # released
             return weight
+        if not torch.compiler.is_compiling():
+            asking = sys._getframe(1)
+            if asking.f_code is _GET_PARAMETER:  # which says what named_parameters() has
+                return weight
+            if asking.f_globals.get("__name__") in _REPARAMETRIZE:
+                raise _reparametrized(spec, asking.f_globals["__name__"])
         if resting(self).get(attribute) is weight:  # FSDP2 reads what it put there
             require_together(Place(self, spec))
             part_of(spec, cut_of(spec.name, weight))
@@ -105,6 +127,15 @@ def _property(attribute: str) -> property:
         return (dequantized.read if spec.is_dequantized else current)(Place(self, spec))
 
     return property(get, _setter(attribute))
+
+
+def _reparametrized(spec: Spec, by: str) -> RuntimeError:
+    """Of a weight that something puts another in the place of; nothing has been changed yet."""
+    return RuntimeError(
+        f"osf_torch.confine: expected {spec.name!r} to stay as it is while it is confined, got "
+        f"{by}, which puts another weight in its place, whose protected part that wouldn't hold; "
+        "Confined.release() before it, and leave the weight out of the subspaces"
+    )
 
 
 def _other(attribute: str) -> property:
