@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,55 @@ def stored(weight: Tensor, owned: Owned) -> Stored | None:
     return None
 
 
+def stored_whole(
+    parameters: Mapping[str, Tensor | None], module: nn.Module, attribute: str
+) -> Stored | None:
+    """What a sharded parameter of codes stands for, with its scales; a collective.
+
+    Args:
+        parameters: of the module, as they are sharded.
+    """
+    weight = parameters[attribute]
+    if weight is None or not _is_codes(weight):
+        return None if weight is None else stored(weight, [(module, attribute)])
+    gathered = nn.Module()
+    for setting in ("block_size", "n_groups"):
+        if hasattr(module, setting):
+            setattr(gathered, setting, getattr(module, setting))
+    for name in (attribute, f"{attribute}_scale_inv"):
+        held = parameters.get(name)
+        if held is not None:
+            gathered.register_parameter(name, nn.Parameter(_whole(held), requires_grad=False))
+    return stored(gathered.get_parameter(attribute), [(gathered, attribute)])
+
+
+def _whole(held: Any) -> Tensor:
+    """All of a parameter; of one byte a number by its bytes, since backends gather no float8."""
+    held = held.detach()
+    if not is_dtensor(held) or held.element_size() > 1:
+        found: Tensor = held.full_tensor() if is_dtensor(held) else held
+        return found
+    from torch.distributed.tensor import DTensor
+
+    bytes_of: Any = DTensor.from_local(
+        local(held).view(torch.uint8),
+        held.device_mesh,
+        held.placements,
+        run_check=False,
+        shape=held.shape,
+        stride=held.stride(),
+    )
+    whole: Tensor = bytes_of.full_tensor().view(held.dtype)
+    return whole
+
+
+def _is_codes(weight: Tensor) -> bool:
+    """Whether it is a DTensor of float8."""
+    if not (is_dtensor(weight) and is_plain(local(weight))):
+        return False
+    return weight.is_floating_point() and weight.element_size() == 1
+
+
 def is_scale(owned: Owned) -> bool:
     """Whether the parameter is the scale of a quantized weight beside it, and no weight itself."""
     return any(
@@ -150,13 +199,13 @@ def _is_of(weight: Tensor, package: str, name: str) -> bool:
 
 
 def _sharded(weight: Tensor, owned: Owned) -> Stored | None:
-    """A DTensor whose values torch's operators don't read, or that holds what was packed."""
+    """A DTensor whose values torch's operators don't read, or that holds codes."""
     packed = any(
         kind.__name__ == "Linear4bit" and kind.__module__.split(".")[0] == "bitsandbytes"
         for module, _ in owned
         for kind in type(module).__mro__
     )
-    if is_plain(local(weight)) and not packed:
+    if is_plain(local(weight)) and not (packed or _is_codes(weight)):
         return None
     refusal = "is sharded; refresh and confine the model before it is sharded"
     shape = tuple(weight.shape)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
 from osf_torch.free.inputs import Inputs
-from osf_torch.quantized import Stored, stored
+from osf_torch.quantized import Stored, stored, stored_whole
 from osf_torch.sharding import is_dtensor, local
 
 Update = Literal["merge", "beside"]
@@ -247,10 +247,15 @@ class Place:
 
     @property
     def stored(self) -> Stored | None:
-        """What an opaque weight stands for; None of any other, and where that isn't known."""
+        """What an opaque weight stands for; None of any other, and where that isn't known. Of one
+        that was sharded since a collective, which gathers its codes and scales."""
         if not self.spec.is_opaque:
             return None
-        return stored(self.weight, [(self.module, self.spec.attribute)])
+        attribute, weight = self.spec.attribute, self.weight
+        if is_dtensor(weight):
+            held = {name: self._held(name) for name in self.module._parameters}
+            return stored_whole(held, self.module, attribute)
+        return stored(weight, [(self.module, attribute)])
 
     @property
     def is_read(self) -> bool:
