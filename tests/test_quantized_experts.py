@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from osf_torch import Confined, confine, load_subspaces, refresh, save_subspaces
-from osf_torch.free import dequantized
+from osf_torch.free import formed
 from tests.helpers import generator_for
 from tests.small_confine import adamw, columns, relative, train
 from tests.small_experts import WAYS, ids
@@ -159,8 +159,8 @@ def test_half_precision_multiplies_by_the_sum_rounded_once(way, autocast, monkey
         for name, p in model.named_parameters():
             if p.dtype == torch.float32 and "_free" not in name and "scale" not in name:
                 p.data = p.data.bfloat16()
-    dtypes, read = [], dequantized.read
-    monkeypatch.setattr(dequantized, "read", lambda place: dtypes.append(read(place)) or dtypes[-1])
+    dtypes, read = [], formed.read
+    monkeypatch.setattr(formed, "read", lambda place: dtypes.append(read(place)) or dtypes[-1])
     batch = ids("half", way)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = loss_of(model, batch)
@@ -179,7 +179,7 @@ def test_half_precision_multiplies_by_the_sum_rounded_once(way, autocast, monkey
 def test_no_weight_outlives_the_forward_pass_of_its_module(way, monkeypatch):
     model, _, _, _, _ = confined_experts(way)
     made, asked = [], []
-    matrices = dequantized._Source.matrices
+    matrices = formed._Source.matrices
 
     def counted(source, first, count):
         found = matrices(source, first, count)
@@ -187,7 +187,7 @@ def test_no_weight_outlives_the_forward_pass_of_its_module(way, monkeypatch):
         asked.append((source.name.split(".", 2)[2], first, count))
         return found
 
-    monkeypatch.setattr(dequantized._Source, "matrices", counted)
+    monkeypatch.setattr(formed._Source, "matrices", counted)
     loss = loss_of(model, ids("kept", way))
     gc.collect()
     ways = {f"{i}.mlp.experts.{p}_proj" for i in (0, 1) for p in ("gate_up", "down")}

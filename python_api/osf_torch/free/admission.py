@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, FreeBasis, free_block
 from osf_torch.bases import Held, columns_of, spans_of
-from osf_torch.free.dequantized import runs_plain
+from osf_torch.free.formed import runs_plain
 from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.guard import guarded

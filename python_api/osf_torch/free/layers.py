@@ -5,7 +5,8 @@ it. There the weight is a property: whoever reads ``module.weight`` gets the cur
 gradient goes to C, however it is used (attention's ``out_proj``, tied calls, experts). What
 iterates over parameters sees the frozen tensor itself. ``nn.Linear`` and transformers' ``Conv1D``
 also get a forward pass of their own, which never forms the dense gradient. Of quantized weights
-the layer's output is added to, or its module runs with plain ones: see ``dequantized``.
+the layer's output is added to, or its module runs with plain ones; of weights that C stands beside
+modules read the sum, made once a call: see ``formed``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osf_torch.free import dequantized
+from osf_torch.free import formed
 from osf_torch.free.current import block_of, current, is_substitute
 from osf_torch.free.linear import beside, linear
 from osf_torch.free.merging import (
@@ -49,14 +50,20 @@ _GET_PARAMETER = nn.Module.get_parameter.__code__
 
 @cache
 def _confined_class(
-    kind: type[nn.Module], attributes: frozenset[str], others: frozenset[str], runs: str
+    kind: type[nn.Module],
+    attributes: frozenset[str],
+    others: frozenset[str],
+    runs: str,
+    opaque: bool,
 ) -> type:
     """The subclass of ``kind`` whose ``attributes`` are current weights.
 
     Args:
         others: quantized weights that the module reads dequantized and that aren't confined.
-        runs: "added", a layer that the free block is added to; "dequantized", a module that runs
-            with plain weights in the place of quantized ones; else "".
+        runs: "added", a layer that the free block is added to; "formed", a module for whose calls
+            the sum of the weight and what stands beside it is made, quantized ones dequantized;
+            else "".
+        opaque: whether they are quantized.
     """
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -90,8 +97,8 @@ def _confined_class(
     else:
         members |= {attribute: _property(attribute) for attribute in attributes}
         members |= {attribute: _other(attribute) for attribute in others}
-        if runs == "dequantized":
-            members["forward"] = _forward_dequantized
+        if runs == "formed":
+            members["forward"] = _forward_dequantized if opaque else _forward_formed
         elif kind.forward is nn.Linear.forward:
             members["forward"] = _forward_linear
         elif _is_conv1d(kind):
@@ -124,7 +131,7 @@ def _property(attribute: str) -> property:
         require_frozen(spec, weight)
         require_writable(Place(self, spec))
         tell_frozen_block(Place(self, spec))
-        return (dequantized.read if spec.is_dequantized else current)(Place(self, spec))
+        return formed.read(Place(self, spec))
 
     return property(get, _setter(attribute))
 
@@ -140,7 +147,7 @@ def _reparametrized(spec: Spec, by: str) -> RuntimeError:
 
 def _other(attribute: str) -> property:
     def get(self: nn.Module) -> Any:
-        return dequantized.read_other(self, attribute)
+        return formed.read_other(self, attribute)
 
     return property(get, _setter(attribute))
 
@@ -200,7 +207,15 @@ def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _forward_dequantized(self: Any, *args: Any, **kwargs: Any) -> Any:
     """A module that runs with plain weights in the place of quantized ones. It isn't compiled:
     what autograd keeps of them isn't theirs."""
-    return dequantized.forward(self, getattr(type(self), ORIGINAL), *args, **kwargs)
+    return formed.forward(self, getattr(type(self), ORIGINAL), *args, **kwargs)
+
+
+def _forward_formed(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A module that reads the sum of a plain weight and what stands beside it."""
+    kind = getattr(type(self), ORIGINAL)
+    if torch.compiler.is_compiling():  # the graph says what is kept
+        return kind.forward(self, *args, **kwargs)
+    return formed.forward(self, kind, *args, **kwargs)
 
 
 def tell_frozen_block(place: Place) -> None:
@@ -286,11 +301,15 @@ def _reclass(module: nn.Module) -> None:
         module.__class__ = base
         return
     attributes, others, runs = frozenset(specs), frozenset[str](), ""
-    if any(spec.is_dequantized for spec in specs.values()):
-        others, runs = dequantized.others_of(module, attributes), "dequantized"
+    dequantized = any(spec.is_dequantized for spec in specs.values())
+    is_layer = base.forward is nn.Linear.forward or _is_conv1d(base)
+    if dequantized:
+        others, runs = formed.others_of(module, attributes), "formed"
     elif any(spec.is_opaque for spec in specs.values()):
         runs = "added"
-    module.__class__ = _confined_class(base, attributes, others, runs)
+    elif not is_layer and any(spec.update == "beside" for spec in specs.values()):
+        runs = "formed"
+    module.__class__ = _confined_class(base, attributes, others, runs, dequantized)
 
 
 # --- states of a model: its plain names, and weights that are up to date ---

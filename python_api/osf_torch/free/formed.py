@@ -1,16 +1,16 @@
-"""Quantized weights that no layer adds to: their module runs with plain ones in their place.
+"""Weights that a module reads as a sum with what stands beside them, made once a call.
 
 What a batch of experts computes is its module's: the product with an update has to stand before the
-activation. So the module's own forward pass runs, and where it reads a quantized weight it gets
+activation. So the module's own forward pass runs, and where it reads a weight it gets
 
-    W = round(dequantized + U_l C V_lᵀ)
+    W = round(W₀ + U_l C V_lᵀ)
 
-of the dtype that the module multiplies in, made once a call, whose gradient goes to C. The codes
-are read and never written to.
+whose gradient goes to C. W₀ is read and never written to. A quantized one is dequantized for it,
+and W is then of the dtype that the module multiplies in.
 
 What autograd would keep of W for the backward pass, which is all of it, for every layer of a model,
 is kept as what it was made of, and made again when the backward pass asks for it: of one expert
-where the module multiplies by one at a time, else of all. So a module's experts are whole for the
+where the module multiplies by one at a time, else of all. So a module's weights are whole for the
 time of its forward pass, and again of its backward pass, with the dense gradient of W there. Where
 something else already says what is kept (checkpoints, ``save_on_cpu``), that does.
 """
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, free_block, free_matrix
-from osf_torch.free.current import ambient, is_substitute, update_of
+from osf_torch.free.current import ambient, current, is_substitute, update_of
 from osf_torch.free.merging import without_autocast
 from osf_torch.free.operators import anchors_of, differentiable_once
 from osf_torch.free.spec import Place, Spec, specs_of
 from osf_torch.kinds import is_plain
 from osf_torch.quantized import Stored, stored
+from osf_torch.sharding import is_dtensor
 
 OPERATOR = "confine"
 # Of transformers' ways to run experts those that multiply by plain weights on every device.
@@ -193,6 +194,8 @@ def _plain_forward(module: Any, kind: type[nn.Module]) -> Callable[..., Any]:
 
 def read(place: Place) -> Tensor:
     """The current weight as its module reads it, within a call and elsewhere."""
+    if not place.spec.is_dequantized:
+        return _read_plain(place)
     spec, packed = place.spec, place.stored
     if packed is None:
         raise TypeError(
@@ -205,20 +208,41 @@ def read(place: Place) -> Tensor:
         return call.made[spec.attribute]
     dtype = packed.dtype if call is None or call.dtype is None else call.dtype
     if is_substitute(place):
-        values = packed.values(spec.name, OPERATOR, 0, _count(spec.shape))
+        values = packed.values(spec.name, OPERATOR, 0, _count(spec.shape, spec))
         W = (values + update_of(place)).to(dtype)
         if call is not None:
             call.made[spec.attribute] = W
         return W
-    held = tuple(place.trained())
-    with without_autocast(held[0]):
-        factors = held if spec.rank is None else ambient(place)
-    source = _Source(spec.name, spec.shape, packed, dtype, spec, factors, held)
+    source = _source(place, packed, dtype)
+    factors = source.factors
     if any(t.requires_grad for t in factors) and torch.is_grad_enabled():
         W = _Formed.apply(source, anchors_of(*factors), *factors)
     else:
         W = source.whole()
     return _noted(call, spec.attribute, source, W)
+
+
+def _read_plain(place: Place) -> Tensor:
+    """Of a weight that is no codes: a sum by torch's own operators, where C stands beside it."""
+    spec, weight = place.spec, place.weight
+    call = _calls.now.get(id(place.module)) if spec.update == "beside" else None
+    # What DeepSpeed or a mesh gathers of a weight isn't there any more in the backward pass.
+    if call is None or is_dtensor(weight) or hasattr(weight, "ds_id"):
+        return current(place)
+    if spec.attribute in call.made:
+        return call.made[spec.attribute]
+    W = current(place)
+    if is_substitute(place) or not W.is_contiguous():  # which lies as the weight does
+        call.made[spec.attribute] = W
+        return W
+    return _noted(call, spec.attribute, _source(place, weight.detach(), weight.dtype), W)
+
+
+def _source(place: Place, base: Stored | Tensor, dtype: torch.dtype) -> _Source:
+    spec, held = place.spec, tuple(place.trained())
+    with without_autocast(held[0]):
+        factors = held if spec.rank is None else ambient(place)
+    return _Source(spec.name, spec.shape, base, dtype, spec, factors, held)
 
 
 def read_other(module: nn.Module, attribute: str) -> Any:
@@ -243,9 +267,13 @@ def _noted(call: _Call | None, attribute: str, source: _Source, W: Tensor) -> Te
     return W
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    """Of the matrices."""
-    return shape[0] if len(shape) == 3 else 1
+def _is_batch(shape: tuple[int, ...], spec: Spec | None) -> bool:
+    """Whether its matrices are made one after the other; others are made as a whole."""
+    return len(shape) == 3 and not (spec is not None and spec.is_flat)
+
+
+def _count(shape: tuple[int, ...], spec: Spec | None) -> int:
+    return shape[0] if _is_batch(shape, spec) else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +282,7 @@ class _Source:
 
     Attributes:
         name, shape: of the weight.
-        packed: what it is stored in.
+        base: W₀, or what it is stored in.
         dtype: of the weight.
         spec: None of one that isn't confined.
         factors: C, or of rank s the factors in the weight's own space, U_l B and A V_lᵀ.
@@ -263,7 +291,7 @@ class _Source:
 
     name: str
     shape: tuple[int, ...]
-    packed: Stored
+    base: Stored | Tensor
     dtype: torch.dtype
     spec: Spec | None
     factors: Factors
@@ -278,7 +306,7 @@ class _Source:
         found: Tensor | None = None
         with without_autocast(self.factors[0] if self.factors else torch.empty(0)):
             for i in range(count):
-                W = self.packed.matrix(self.name, first + i, OPERATOR)
+                W = self._base(first + i)
                 if self.spec is not None:
                     W = W + _update(self.spec, self.factors, first + i)
                 if found is None:
@@ -287,8 +315,13 @@ class _Source:
         assert found is not None
         return found
 
+    def _base(self, index: int) -> Tensor:
+        if not isinstance(self.base, Tensor):
+            return self.base.matrix(self.name, index, OPERATOR)
+        return self.base[index] if _is_batch(self.shape, self.spec) else self.base
+
     def whole(self) -> Tensor:
-        return self.matrices(0, _count(self.shape)).view(self.shape)
+        return self.matrices(0, _count(self.shape, self.spec)).view(self.shape)
 
     def again(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         """A view of the weight, made anew of the matrices that it is of.
@@ -302,7 +335,7 @@ class _Source:
                 "the forward pass until the backward pass has ended, got one that was written to, "
                 "as by a step of an optimizer; run the forward pass again"
             )
-        size = math.prod(self.shape[-2:])
+        size = math.prod(self.shape) // _count(self.shape, self.spec)
         last = offset + sum((n - 1) * by for n, by in zip(shape, strides, strict=True))
         first = offset // size
         part = self.matrices(first, last // size - first + 1)
@@ -310,24 +343,26 @@ class _Source:
 
 
 def _sides(spec: Spec, index: int) -> tuple[FreeBasis, FreeBasis]:
-    """The bases of one matrix of a batch, as a batch of one."""
+    """The bases of one matrix of a batch, as a batch of one; of any other weight all."""
+    if not _is_batch(spec.shape, spec):
+        return spec.left, spec.right
     part = slice(index, index + 1)
     return spec.left.of_batch(-3, part), spec.right.of_batch(-3, part)
 
 
+def _one(spec: Spec, t: Tensor, index: int) -> Tensor:
+    return t[index : index + 1] if _is_batch(spec.shape, spec) else t
+
+
 def _update(spec: Spec, factors: Factors, index: int) -> Tensor:
-    """U_l C V_lᵀ of one matrix."""
+    """U_l C V_lᵀ of one matrix of a batch; of any other weight all."""
     spec.follow(factors[0].device)
     one = [_one(spec, t, index) for t in factors]
     if spec.rank is None:
         update: Tensor = free_matrix(one[0], *_sides(spec, index))
     else:
         update = one[0] @ one[1]
-    return update.view(spec.shape[-2:])
-
-
-def _one(spec: Spec, t: Tensor, index: int) -> Tensor:
-    return t[index : index + 1] if len(spec.shape) == 3 else t
+    return update[0] if _is_batch(spec.shape, spec) else update.view(spec.shape)
 
 
 class _Formed(torch.autograd.Function):
@@ -346,7 +381,7 @@ class _Formed(torch.autograd.Function):
         spec, factors = ctx.source.spec, ctx.saved_tensors
         found = [g.new_empty(shape, dtype=dtype) for shape, dtype in ctx.like]
         spec.follow(g.device)
-        for i in range(_count(spec.shape)):
+        for i in range(_count(spec.shape, spec)):
             one = _one(spec, g, i).to(found[0].dtype)
             for into, part in zip(found, _gradients(spec, factors, one, i), strict=True):
                 _one(spec, into, i).copy_(part)
