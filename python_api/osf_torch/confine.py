@@ -78,7 +78,8 @@ def confine(
             "beside": W is never written to, and a layer multiplies by the sum, which is formed
             anew each time, so that what is written to ``module.weight`` or to a tensor of
             ``model.state_dict()`` is lost (averages that write there take "merge"); one of half
-            precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to what it returns. For frozen
+            precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to what it returns; any other
+            module reads the sum, made once a call and again for its backward pass. For frozen
             weights that other models have too, that are quantized or to be left as they are.
             Quantized experts (E, m, n), transformers' FP8Experts and tensor subclasses, run by the
             forward pass of their module on the sum, dequantized and rounded once to the dtype of
