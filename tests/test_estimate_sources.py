@@ -147,6 +147,11 @@ def test_experts_of_float8_are_counted_as_they_are_held():
         bases = [t for p in places for side in (p.spec.left, p.spec.right) for t in side.tensors]
         assert beside.bases == bytes_of(bases)
     assert {w["quantized"] for w in found.weights} == {"float8 with scales"}
+    model, _, _ = float8_experts("eager")
+    empty = {"filter": "*experts*_proj", "tokens": TOKENS}
+    with pytest.raises(ValueError, match=r"gate_up_proj' of torch\.float8_e4m3fn on meta; pass"):
+        estimate(model.to("meta"), 0.5, **empty)
+    estimate(model, 0.5, weights=torch.bfloat16, **empty)
 
 
 def test_experts_of_mxfp4_are_held_packed_and_refused_with_the_remedy():

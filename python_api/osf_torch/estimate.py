@@ -20,7 +20,7 @@ from osf_torch.free.summary import MOMENTS
 from osf_torch.kinds import Owners, is_conv1d, owners
 from osf_torch.packing import Packed
 from osf_torch.rates import Rates, measured
-from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select
+from osf_torch.selection import DTYPES, Filter, Ranks, Selected, listed, named_weights, select
 from osf_torch.sharing import shares
 from osf_torch.subspaces import Decomposition, assemble, smaller
 
@@ -94,7 +94,7 @@ def estimate(
     wanted = _filter(filter, packed)
     taken = select(plan_of, ranks, wanted, **options)
     packed = {**packed, **{id(s.weight): Packed.of(s.stored) for s in taken if s.stored}}
-    _require_trainable(taken, packed)
+    _require_trainable(taken, packed, sizes)
     selected = [s for s in taken if s.rank]
     if not selected:
         raise ValueError(
@@ -176,9 +176,20 @@ def _filter(given: Filter, packed: Mapping[int, Packed]) -> Filter:
     return lambda _, parameter: id(parameter) in beside
 
 
-def _require_trainable(selected: Sequence[Selected], packed: Mapping[int, Packed]) -> None:
+def _require_trainable(
+    selected: Sequence[Selected],
+    packed: Mapping[int, Packed],
+    dtype_of: Callable[[torch.Tensor], torch.dtype],
+) -> None:
     for s in selected:
-        held = packed.get(id(s.weight))
+        held, dtype = packed.get(id(s.weight)), dtype_of(s.weight)
+        if held is None and dtype not in DTYPES:
+            raise ValueError(
+                f"osf_torch.estimate: expected weights of {listed(list(map(str, DTYPES)))}, or "
+                f"quantized ones that are there, got {s.name!r} of {dtype} on "
+                f"{s.weight.device.type}; pass the model's config or its checkpoint, or weights= "
+                "(--dtype) for the model loaded dequantized"
+            )
         if held is not None and held.refusal:
             raise ValueError(
                 f"osf_torch.estimate: expected weights that something can be trained beside, got "
