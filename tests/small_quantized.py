@@ -6,6 +6,7 @@ what it stands for in float64, not by the function that ``osf_torch.quantized`` 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.small_experts import experts_model
 from tests.small_refresh import linear
 
 Made = tuple[nn.Module, Tensor]
@@ -209,3 +211,42 @@ def quantized_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model, {"0.weight": W, "2.weight": X}
+
+
+# --- experts ---
+
+
+def float8_experts(way: str, size: int = 8) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+    """A model of transformers whose experts are its FP8Experts, the same with plain experts of
+    float64 that hold what these stand for, and that by name.
+
+    Args:
+        way: in which its experts run.
+        size: of a block, whose last isn't full here.
+    """
+    fp8 = peer("transformers.integrations.finegrained_fp8")
+    plain = experts_model("qwen3_moe", way, layers=2).requires_grad_(False)
+    model = copy.deepcopy(plain)
+    config = peer("transformers").FineGrainedFP8Config(weight_block_size=(size, size))
+    fp8.replace_with_fp8_linear(model, [".*self_attn", "lm_head"], config)
+    exact: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, fp8.FP8Experts):
+            module.to_empty(device="cpu").requires_grad_(False)
+            for attribute in ("gate_up_proj", "down_proj"):
+                weight = plain.get_parameter(f"{name}.{attribute}")
+                layers = [Float8Linear(W, size) for W in weight]
+                put(module, attribute, [layer.weight for layer in layers])
+                scales = [layer.weight_scale_inv for layer in layers]
+                put(module, f"{attribute}_scale_inv", scales)
+                exact[f"{name}.{attribute}"] = torch.stack([exact_float8(one) for one in layers])
+    plain.double().set_experts_implementation("eager")  # the others take no float64
+    for name, W in exact.items():
+        plain.get_parameter(name).data.copy_(W)
+    return model.train(), plain.train(), exact
+
+
+def put(module: nn.Module, attribute: str, parts: list[Tensor]) -> None:
+    """A batch of what a module's parameter has of each expert; float8 has no stack of its own."""
+    bytes_of = torch.stack([t.detach().view(torch.uint8) for t in parts])
+    module._parameters[attribute].data = bytes_of.view(parts[0].dtype)

@@ -8,8 +8,18 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from osf_torch import confine, input_subspaces, layer_importance, protect, ranks_by_energy, refresh
+from osf_torch import (
+    Confined,
+    confine,
+    input_subspaces,
+    layer_importance,
+    protect,
+    ranks_by_energy,
+    refresh,
+)
+from tests.helpers import generator_for
 from tests.small_confine import (
     adamw,
     bases,
@@ -18,6 +28,7 @@ from tests.small_confine import (
     filled,
     loss_of,
     net,
+    protected_part,
     relative,
     train,
     weights_of,
@@ -294,3 +305,112 @@ def test_the_confined_lives_as_long_as_its_model_does():
     model = optimizer = None
     gc.collect()
     assert alive() is None
+
+
+# --- what the next task lets go of ---
+
+
+@pytest.mark.parametrize("mode", ["merge", "zero"])
+def test_what_the_next_task_lets_go_of_is_told(mode):
+    model, confined, subspaces, _ = confined_net(mode)
+    with pytest.raises(RuntimeError, match=r"Confined\.released: expected next_task\(\) to have"):
+        confined.released()
+    with torch.no_grad():  # learned where it may, and more than what was protected
+        for t in confined.parameters():
+            t.add_(2 * torch.randn(t.shape, generator=generator_for("let go")))
+    confined.merge()
+    weights = weights_of(model)
+    state = confined.state_dict()
+    found = confined.next_task(progress=False)
+    for name, share in confined.released().items():
+        H = protected_part(weights[name], subspaces[name])
+        wanted = (H - protected_part(H, found[name])).norm() / H.norm()
+        assert share == pytest.approx(float(wanted), rel=1e-5)
+        assert share > 0.3
+    twin = Confined.of(copy.deepcopy(model))
+    assert twin.released() == confined.released()
+    confined.next_task(widen=0.3, progress=False)
+    assert max(confined.released().values()) < 0.3, "room for both"
+    confined.next_task(progress=False)
+    assert max(confined.released().values()) <= 1e-5, "nothing was learned meanwhile"
+    other = confine(net("life"), subspaces, **MODES[mode])
+    other.load_state_dict(state | {"confined": other.state_dict()["confined"]})
+    with pytest.raises(RuntimeError, match="got none so far"):
+        other.released()
+
+
+# --- who puts another weight in the place of a confined one ---
+
+REPARAMETRIZE = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrizations.spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "parametrizations.orthogonal": nn.utils.parametrizations.orthogonal,
+    "register_parametrization": lambda m: nn.utils.parametrize.register_parametrization(
+        m, "weight", nn.Tanh()
+    ),
+    "prune": lambda m: prune.random_unstructured(m, "weight", 0.5),
+    "prune.identity": lambda m: prune.identity(m, "weight"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", REPARAMETRIZE)
+@pytest.mark.parametrize("mode", MODES)
+def test_whoever_puts_another_weight_in_its_place_is_refused_first(mode, way):
+    model, confined, _, _ = confined_net(mode)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    hooks = len(model.first._forward_pre_hooks)
+    with pytest.raises(
+        RuntimeError,
+        match=r"^osf_torch\.confine: expected 'first\.weight' to stay as it is while .*, got .*"
+        r"torch\.nn\.utils\.\w+, which puts another .*release\(\) before it",
+    ):
+        REPARAMETRIZE[way](model.first)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert len(model.first._forward_pre_hooks) == hooks
+    (x,) = batches(1, "reparametrized")
+    loss_of(model, x).backward()
+    confined.verify()
+    if mode == "merge":
+        confined.release()
+        REPARAMETRIZE[way](model.first)
+        model(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_get_parameter_gives_what_named_parameters_has(mode):
+    model, _, _, _ = confined_net(mode)
+    for name, p in model.named_parameters():
+        assert model.get_parameter(name) is p
+    assert not isinstance(model.first.weight, nn.Parameter)
+    with pytest.raises(RuntimeError, match=r"'first\.weight' .*, got its deletion"):
+        del model.first.weight
+    del model.first.bias, model.first._parameters["weight"]
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        _ = model.first.weight
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_refuses_averages_of_another_free_block(mode, fused):
+    """Torch's fused AdamW ends the process of a larger one, and steps by rows of a smaller one."""
+    model, confined, _, _ = confined_net(mode)
+    optimizer = adamw(confined.parameters(), fused=fused)
+    train(model, batches(2, "averages"), optimizer)
+    moments = optimizer.state_dict()
+    # Of rank s one factor's shape follows its basis.
+    other, again, _, _ = confined_net(mode, ratio=0.2)
+    second = adamw(again.parameters(), fused=fused)
+    second.load_state_dict(moments)
+    before = [t.detach().clone() for t in again.parameters()]
+    (x,) = batches(1, "averages")
+    loss_of(other, x).backward()
+    with pytest.raises(
+        RuntimeError,
+        match=r"'exp_avg' of a free block of 'first\.weight' to have its .*confine\(model, state\)",
+    ):
+        second.step()
+    assert all(map(torch.equal, again.parameters(), before))

@@ -72,9 +72,8 @@ class FreePlan:
             "left" U_l, "both".
         flops: of the gradient of C.
         plain_flops: of the weight's own gradient, 2 T m n.
+        reduce_flops: of U_lᵀ g V_l for a dense g.
         merge_flops: of W += U_l C V_lᵀ, once a step.
-        kept: elements that the backward pass needs of each token: q where V_l is applied to x in
-            the forward pass, else n.
         why: in words.
     """
 
@@ -84,9 +83,21 @@ class FreePlan:
     order: Order
     flops: int
     plain_flops: int
+    reduce_flops: int
     merge_flops: int
-    kept: int
     why: str
+
+    def kept_of(self, *, transposed: bool = False) -> int:
+        """Elements that the backward pass needs of each token: q where V_l is applied to x in the
+        forward pass, else n. Of a weight held as (inputs, outputs) it is U_l, and p or m.
+        """
+        side, first = (self.left, "left") if transposed else (self.right, "right")
+        return side.width if self.order in (first, "both") else side.size
+
+    @property
+    def kept(self) -> int:
+        """``kept_of()``."""
+        return self.kept_of()
 
     @property
     def step_share(self) -> float:
@@ -149,7 +160,7 @@ def plan_free(tokens: int, left: Side, right: Side) -> FreePlan:
         order,
         costs[order],
         plain,
+        reduced,
         min(p * right.flops + n * left.flops, q * left.flops + m * right.flops),
-        q if order in ("right", "both") else n,
         f"its gradient {shares[order]} of the plain one's ({others})",
     )

@@ -16,6 +16,12 @@ from osf_torch.estimate import estimate
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+MODEL = (
+    "a folder with config.json or safetensors, a config.json, a .safetensors file or its index, or "
+    "a model type (llama)"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m osf_torch")
     parser.add_argument("--version", action="version", version=f"osf-kernels {__version__}")
@@ -49,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("model", help="a folder with config.json, a config.json, or a model type (llama)")
+    add("model", help=MODEL)
     add("--rho", type=float, default=None, help="share of each weight's directions, in (0, 1]")
     add(
         "--rank",
@@ -62,7 +68,12 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     add("--world", type=int, default=1, help="ranks of FSDP2 (1)")
     add("--filter", action="append", default=None, metavar="PATTERN", help="which weights")
     add("--confine-rank", type=int, default=None, help="also of confine(rank=)")
-    add("--dtype", choices=DTYPES, default=None, help="of the model, in place of the config's")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default=None,
+        help="of the model, in place of the config's; of a quantized one: dequantized",
+    )
     add("--basis-dtype", choices=DTYPES, default=None, help="of the bases (float32)")
     add("--arch", default=None, help="cpu, sm_80, sm_86, sm_90, sm_100 or gfx942 (sm_90)")
     add("--device", default=None, help="measure the rates of this device, such as cpu")

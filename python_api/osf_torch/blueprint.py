@@ -1,40 +1,89 @@
-"""A model whose weights aren't there: its modules on the meta device, made of a config."""
+"""A model whose weights aren't there: on the meta device, made of a config or of a checkpoint."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from osf_torch.headers import is_checkpoint, model_of
+from osf_torch.packing import Packed, packed_by
+
 REMEDY = (
-    "pass a folder with config.json, a config.json, a model type of transformers (such as "
-    '"llama"), or in Python a model on the meta device'
+    "pass a folder with config.json or with safetensors, a config.json, a .safetensors file or its "
+    'index, a model type of transformers (such as "llama"), or in Python a model on the meta device'
 )
 
 
-def blueprint(given: nn.Module | str | os.PathLike[str] | object, operator: str) -> nn.Module:
+OF_HEADERS = (
+    "what the parameters are is told by names and shapes in the checkpoint alone: a 2-D weight is "
+    "a linear layer's, unless its module is called after an embedding"
+)
+
+
+class Blueprint(NamedTuple):
+    """Attributes:
+    model: whose weights needn't be there.
+    packed: what will be quantized of it, by the parameters' ids; what is quantized in a model that
+        was given isn't among them.
+    notes: what is to be known of it, in sentences.
+    """
+
+    model: nn.Module
+    packed: dict[int, Packed]
+    notes: list[str]
+
+
+def blueprint(
+    given: nn.Module | str | os.PathLike[str] | object,
+    operator: str,
+    *,
+    dequantized: bool = False,
+) -> Blueprint:
     """The model itself, or one on the meta device: of a folder with a config.json, of such a file,
-    of a config of transformers, or of a model type that it knows.
+    of a config of transformers, of a model type that it knows, or of what the headers of a
+    checkpoint's safetensors say.
 
     Nothing is loaded from the network, and no weight from anywhere.
 
+    Args:
+        dequantized: whether the quantization that a config names is left out.
+
     Raises:
-        ValueError: nothing of these, a name of a hub among it.
+        ValueError: nothing of these, a name of a hub among it; a config that transformers can't
+            build a model of, or whose quantization isn't known.
         ImportError: of a config where transformers isn't installed.
     """
     if isinstance(given, nn.Module):
-        return given
+        return Blueprint(given, {}, [])
     if isinstance(given, str | os.PathLike):
-        return _of_config(_read(given, operator), operator)
+        path = Path(given)
+        if is_checkpoint(path):
+            model, packed = model_of(path, operator, dequantized=dequantized)
+            return Blueprint(model, _frozen(model, packed), [OF_HEADERS])
+        given = _read(given, operator)
     if hasattr(given, "model_type") and hasattr(given, "to_dict"):
-        return _of_config(given, operator)
+        model = _of_config(given, operator)
+        if dequantized:
+            return Blueprint(model, {}, [])
+        return Blueprint(model, _frozen(model, packed_by(given, model, operator)), [])
     raise ValueError(
         f"osf_torch.{operator}: expected a model or what says how one is built, got "
         f"{type(given).__name__}; {REMEDY}"
     )
+
+
+def _frozen(model: nn.Module, packed: dict[int, Packed]) -> dict[int, Packed]:
+    """Freezes what is quantized, and where C can train beside that, all of the model, as PEFT
+    prepares it."""
+    beside = any(not one.refusal for one in packed.values())
+    for parameter in model.parameters():
+        if beside or id(parameter) in packed:
+            parameter.requires_grad_(False)
+    return packed
 
 
 def _transformers(operator: str) -> Any:
@@ -70,8 +119,8 @@ def _read(given: str | os.PathLike[str], operator: str) -> Any:
     elif not path.exists() and name.count("/") == 1:
         got = "a name of a hub, of which nothing is here"
     raise ValueError(
-        f"osf_torch.{operator}: expected a folder with config.json, a config.json or a model type "
-        f"of transformers, got {name!r}, {got}; {REMEDY}"
+        f"osf_torch.{operator}: expected a folder with config.json or safetensors, a config.json, "
+        f"a file of safetensors or a model type of transformers, got {name!r}, {got}; {REMEDY}"
     )
 
 
@@ -84,8 +133,25 @@ def _is_type(name: str, operator: str) -> bool:
 
 def _of_config(config: Any, operator: str) -> nn.Module:
     """On the meta device, in the dtype of the config; the class that it names first, else a causal
-    language model where its type has one, else the bare model."""
+    language model where its type has one, else the bare model.
+
+    Raises:
+        ValueError: transformers can't.
+    """
     transformers = _transformers(operator)
+    try:
+        return _built(transformers, config)
+    except Exception as error:  # whatever the code of one of its models raises
+        raise ValueError(
+            f"osf_torch.{operator}: expected a config that transformers {transformers.__version__} "
+            f"builds a model of on the meta device, got a {type(config).__name__} of which it says "
+            f"{type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}; pass the "
+            "checkpoint instead (a folder with safetensors and without config.json, a .safetensors "
+            "file or its index), or in Python a model on the meta device"
+        ) from error
+
+
+def _built(transformers: Any, config: Any) -> nn.Module:
     named = getattr(transformers, (config.architectures or [""])[0], None)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -39,11 +39,12 @@ class Estimate:
         model: its class.
         tokens, world: a step and rank; how many ranks of FSDP2.
         architecture: that projections are planned for.
-        weights: a line for each kind of weight: how many, shape, dtype, rank, what is held of each
-            side, the free block, the method of the refresh, the order of products and the form of
-            the projection.
+        weights: a line for each kind of weight: how many, shape, dtype, how it is quantized, rank,
+            what is held of each side, the free block, the method of the refresh, the order of
+            products and the form of the projection.
         bases: bytes that ``Subspaces.nbytes`` will be.
-        methods: what each method takes of the selected weights, on a rank.
+        methods: what each method takes of the selected weights, on a rank; of quantized ones
+            "plain" is the model as it is, and C beside them the one way to train.
         others: weights, gradients and state of all other parameters, the same by every method.
         collectives: by method, collectives a step beside those that FSDP2 makes anyway.
         refresh: what the refresh takes.
@@ -115,7 +116,7 @@ def _text(found: Estimate) -> list[str]:
         (
             "x".join(map(str, one["shape"])),
             str(one["count"]),
-            one["dtype"],
+            one["quantized"] or one["dtype"],
             str(one["rank"]),
             one["held"],
             "x".join(map(str, one["free"])),
@@ -134,12 +135,13 @@ def _text(found: Estimate) -> list[str]:
 def _sums(found: Estimate) -> list[str]:
     methods = found.methods
     others = found.others.nbytes
+    others_are = "trained as ever" if "protect" in methods else "as it is"
     rows = [
         (words, *(amount(getattr(takes, key)) for takes in methods.values()))
         for key, words in ROWS.items()
         if any(getattr(takes, key) for takes in methods.values())
     ]
-    rows.append(("everything else, trained as ever", *(amount(others) for _ in methods)))
+    rows.append((f"everything else, {others_are}", *(amount(others) for _ in methods)))
     rows.append(("all of it", *(amount(t.nbytes + others) for t in methods.values())))
     rows.append(("inputs kept, at most", *(amount(t.inputs) for t in methods.values())))
     plain = max(1, methods["plain"].flops)
@@ -182,9 +184,8 @@ def _said(found: Estimate) -> list[str]:
     sizes = {name: takes.nbytes + others for name, takes in found.methods.items()}
     least = min((name for name in sizes if name != "plain"), key=lambda name: sizes[name])
     plain = max(1, sizes["plain"])
+    base = "plain fine-tuning's" if "protect" in sizes else "the frozen model's"
     told = ", ".join(
         f"{name} {size / plain:.2f}" for name, size in sizes.items() if name != "plain"
     )
-    return [
-        f"of plain fine-tuning's bytes: {told}; {least} takes the least, {amount(sizes[least])}"
-    ]
+    return [f"of {base} bytes: {told}; {least} takes the least, {amount(sizes[least])}"]

@@ -78,8 +78,14 @@ def confine(
             "beside": W is never written to, and a layer multiplies by the sum, which is formed
             anew each time, so that what is written to ``module.weight`` or to a tensor of
             ``model.state_dict()`` is lost (averages that write there take "merge"); one of half
-            precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to what it returns. For frozen
+            precision, or that can't be read, adds ((x V_l) Cᵀ) U_lᵀ to what it returns; any other
+            module reads the sum, made once a call and again for its backward pass. For frozen
             weights that other models have too, that are quantized or to be left as they are.
+            Quantized experts (E, m, n), transformers' FP8Experts and tensor subclasses, run by the
+            forward pass of their module on the sum, dequantized and rounded once to the dtype of
+            the inputs or of autocast: E m n numbers for the time of the module's forward pass,
+            and again for that of its backward pass, beside the dense gradient; of wider numbers
+            one expert at a time. Such a module isn't compiled, and inputs aren't quantized.
         rank: s trains C = B A with B (p, s) and A (s, q), as LoRA does, beside the weight.
         decay_to: what weight decay of C pulls towards: "start", the weight as it is now, for C = 0
             there; or "zero", a weight without its free part, for C = U_lᵀ W V_l now. "zero" is for
@@ -100,7 +106,8 @@ def confine(
             frozen, parametrized, guarded by ``protect`` or confined already, sharded by FSDP or
             ZeRO-3; mode="core", whose allowed updates are no block; nothing is changed.
         TypeError: subspaces isn't a mapping to Subspace; a weight whose values can't be read, with
-            update="merge"; a sparse embedding.
+            update="merge", or of experts whose module doesn't run with plain weights (MXFP4); a
+            sparse embedding.
 
     Computes the bases in float64 and synchronises for each. Draws random numbers for A alone.
 

@@ -45,6 +45,7 @@ class Confined:
         self.told: set[str] = set()  # what a log line has said, until the next step
         self.references: dict[str, drifting.Reference] = {}
         self.leave_out: frozenset[str] = frozenset()  # what else may train, by name
+        self._released: dict[str, float] = {}
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
@@ -77,7 +78,7 @@ class Confined:
             return found
         made = cls(model, owner._settings)
         made.held, made.references = places, dict(owner.references)
-        made.leave_out = owner.leave_out
+        made.leave_out, made._released = owner.leave_out, dict(owner._released)
         stepping.watch(made)
         return made
 
@@ -160,7 +161,8 @@ class Confined:
         """At the end of a task: decomposes the weights as they are now and protects that.
 
         What was learned goes into the weights, and C starts anew, of the new size. Make a new
-        optimizer afterwards; the old one refuses to step.
+        optimizer afterwards; the old one refuses to step. The new bases are no superset of the old
+        ones: ``widen`` leaves room for both, and ``released`` says what fell out all the same.
 
         Args:
             ranks, widen, options: as of ``Guard.next_task``, but for ``optimizer_state``: no state
@@ -204,9 +206,12 @@ class Confined:
         )
         fresh = admitted(self._model, found, self._settings, anew=True)
         tensors = [made(place, self._settings) for place in fresh]
+        pairs = zip(places, fresh, strict=True)
+        let_go = {old.name: drifting.released(old.spec, new.spec, old.weight) for old, new in pairs}
         self._end("next_task()")
         self.begin(fresh, tensors)
         self.leave_out |= named_by(found)
+        self._released = let_go
         return found
 
     def _require_changeable(self, places: Sequence[Place], method: str) -> None:
@@ -277,6 +282,23 @@ class Confined:
                     f"{explained(place)}"
                 )
 
+    def released(self) -> dict[str, float]:
+        """Per weight ‖P(H)‖ / ‖H‖ at the last ``next_task``: of the part H that was protected until
+        then, the share that may move since, for the new bases don't hold it.
+
+        0 to rounding where they hold all of it; 1 where none. Computed in float64 by ``next_task``,
+        of the weights as they are when it is called.
+
+        Raises:
+            RuntimeError: there was no next_task yet.
+        """
+        if not self._released:
+            raise RuntimeError(
+                "osf_torch.Confined.released: expected next_task() to have been called, got none "
+                "so far; the bases are those given to confine()"
+            )
+        return dict(self._released)
+
     def base_moved(self) -> dict[str, float]:
         """Per weight that C stands beside ‖W − W₀‖ / ‖W₀‖, how far the weight itself is from what
         it was at ``confine``: 0 to rounding, or something was loaded since."""
@@ -333,4 +355,5 @@ class Confined:
         state.load(places, saved, self._settings)
         self.reshard(places)
         self.references = state.references_of(saved, places)
+        self._released = {}
         self.leave_out |= set(saved.get("leave_out", ()))

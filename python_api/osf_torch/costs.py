@@ -21,6 +21,7 @@ from osf_torch.bases import Held, columns_of, is_high, spans_of
 from osf_torch.batching import BATCH
 from osf_torch.free.drifting import PROBES
 from osf_torch.free.summary import MOMENTS, factor_flops
+from osf_torch.packing import Packed
 from osf_torch.subspaces import Decomposition
 
 WIDE = 4  # bytes a number of float32
@@ -31,13 +32,15 @@ class Alike:
     """Weights of one kind.
 
     Attributes:
-        shape, dtype: of the matrix (m, n), or of each of a batch.
+        shape: of the matrix (m, n), or of each of a batch.
+        dtype: of the weights and of what is multiplied with them; of quantized ones of the latter.
         batch: the leading dimensions of a batch of matrices (experts); none of a matrix.
         rank: how many directions are protected.
         trained: whether it requires a gradient.
         shared: whether several modules have it, which ``confine`` refuses.
         linear: whether its layer has a forward pass of ``confine``'s own.
         transposed: whether it is held as (inputs, outputs).
+        packed: what it is held in, where it is quantized.
     """
 
     shape: tuple[int, int]
@@ -48,6 +51,12 @@ class Alike:
     shared: bool
     linear: bool
     transposed: bool
+    packed: Packed | None = None
+
+    @property
+    def values(self) -> torch.dtype:
+        """Of what ``refresh`` decomposes."""
+        return self.dtype if self.packed is None else self.packed.dtype
 
     @property
     def matrices(self) -> int:
@@ -131,7 +140,7 @@ class Costs:
             self._count = -(-alike.batch[0] // world) * math.prod(alike.batch[1:])
         self.sides = _side(subspace.U, m), _side(subspace.V, n)
         self._forward = 2 * tokens * m * n
-        W = torch.empty(*_lead(alike), m, n, dtype=alike.dtype, device="meta")
+        W = torch.empty(*_lead(alike), m, n, dtype=alike.values, device="meta")
         self.planned = plan(W, subspace.U, subspace.V, architecture=architecture)
 
     # --- methods ---
@@ -183,7 +192,8 @@ class Costs:
         item = self._item
         if not (left.width and right.width) or not (self.alike.trained or beside):
             return self._frozen()
-        half, held, whole = self._size < WIDE, self._held, self._whole
+        held, whole = self._held, self._whole
+        half = self._size < WIDE or self.alike.packed is not None
         here = self._here(left.width) * right.width * item
         block = left.width * right.width * item * self.alike.matrices
         copies = 0 if beside else here + half * held
@@ -234,17 +244,21 @@ class Costs:
         complement = not (is_high(s.U) and is_high(s.V))
         options: dict[str, Any] = {"device": device, "complement": complement}
         options["batch"] = min(BATCH, self.alike.matrices)
-        return plan_svd(m, n, s.rank, dtype=self.alike.dtype, **options)
+        return plan_svd(m, n, s.rank, dtype=self.alike.values, **options)
 
     # --- parts ---
 
     @property
     def _held(self) -> int:
         """Bytes of this rank's part of the weight."""
+        if self.alike.packed is not None:
+            return -(-self.alike.packed.nbytes // self.world)
         return self._count * self._rows * self.alike.shape[1] * self._size
 
     @property
     def _whole(self) -> int:
+        if self.alike.packed is not None:
+            return self.alike.packed.nbytes
         return self.alike.matrices * math.prod(self.alike.shape) * self._size
 
     def _here(self, rows: int) -> int:
@@ -270,13 +284,14 @@ class Costs:
     @property
     def _kept(self) -> int:
         """Numbers of each token that are kept for the gradient of C."""
-        inner, first = (0, "left") if self.alike.transposed else (1, "right")
-        return self.sides[inner].width if self.order in (first, "both") else self._read
+        if not self.alike.linear:
+            return self._read
+        return plan_free(self.tokens, *self.sides).kept_of(transposed=self.alike.transposed)
 
     @property
     def _item(self) -> int:
         """Bytes of a number of C."""
-        return 8 if self.alike.dtype == torch.float64 else WIDE
+        return 8 if self.alike.values == torch.float64 else WIDE
 
     def _base_bytes(self) -> int:
         bases = columns_of(self.subspace.U), columns_of(self.subspace.V)
@@ -306,7 +321,7 @@ class Costs:
         found = plan_free(self.tokens, left, right)
         gradient = found.flops
         if not self.alike.linear:
-            gradient = found.plain_flops + self.alike.matrices * reduce_flops(left, right)
+            gradient = found.plain_flops + self.alike.matrices * found.reduce_flops
         if beside and half and self.alike.linear:  # on the tokens, forward and back
             once = 2 * (left.flops + right.flops) + 6 * left.width * right.width
             return 2 * self._forward + self.tokens * once
@@ -326,12 +341,6 @@ class Costs:
 def _lead(alike: Alike) -> tuple[int, ...]:
     """Batch dimensions, taken as one."""
     return (alike.matrices,) if alike.batch else ()
-
-
-def reduce_flops(left: FreeSide, right: FreeSide) -> int:
-    """The fewest FLOPs of U_lᵀ g V_l of a dense g."""
-    right_first = left.size * right.flops + right.width * left.flops
-    return min(right_first, right.size * left.flops + left.width * right.flops)
 
 
 def _side(basis: Held, size: int) -> FreeSide:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from osf_torch.costs import Alike, Costs, Takes
 from osf_torch.free.merging import GATHERED
 from osf_torch.free.summary import MOMENTS
 from osf_torch.kinds import Owners, is_conv1d, owners
+from osf_torch.packing import Packed
 from osf_torch.rates import Rates, measured
-from osf_torch.selection import Filter, Ranks, Selected, listed, named_weights, select
+from osf_torch.selection import DTYPES, Filter, Ranks, Selected, listed, named_weights, select
 from osf_torch.sharing import shares
 from osf_torch.subspaces import Decomposition, assemble, smaller
 
@@ -42,14 +43,20 @@ def estimate(
 
     Args:
         model: a model, on the meta device or not; a config of transformers; a folder with a
-            config.json, such a file, or a model type that transformers knows ("llama"). Nothing is
-            loaded from the network.
-        ranks, filter: as of ``refresh``, whose selection it is.
+            config.json, such a file, or a model type that transformers knows ("llama"); or a
+            checkpoint alone, of which the headers are read: a .safetensors file, its index, or a
+            folder with them and without a config.json. Nothing is loaded from the network. Of a
+            config that names a quantization (bitsandbytes in 4 or 8 bits, fp8, mxfp4) the weights
+            that it quantizes are counted as they will be held, and frozen: C beside them is what
+            trains.
+        ranks, filter: as of ``refresh``, whose selection it is; of a config or checkpoint that is
+            quantized the default is the quantized weights.
         tokens: of a step, on each rank.
         world: ranks that ``fully_shard`` (FSDP2) shards over, every layer gathered again in the
             backward pass.
         rank: also of ``confine(rank=)``.
-        weights: dtype of the model, in the place of its own.
+        weights: dtype of the model, in the place of its own; of a quantized one that of a model
+            that is loaded dequantized.
         dtype: of the bases, as of ``refresh``.
         architecture: that projections are planned for: "cpu", "sm_80", "sm_86", "sm_90", "sm_100",
             "gfx942". None is that of ``device``; without a device "sm_90".
@@ -64,9 +71,10 @@ def estimate(
         isn't known before, and is taken as usual. Products are counted of the selected weights.
 
     Raises:
-        ValueError: no model (the message says what to pass), ranks or filter that ``refresh``
-            refuses, tokens, world, rank or tflops below 1, an unknown architecture, both a device
-            and tflops, a device that isn't there.
+        ValueError: no model, or a config that transformers can't build one of (the message says
+            what to pass), an unknown quantization, ranks or filter that ``refresh`` refuses,
+            quantized weights that nothing can be trained beside, tokens, world, rank or tflops
+            below 1, an unknown architecture, both a device and tflops, a device that isn't there.
         ImportError: a config, where transformers isn't installed.
 
     Mutates nothing; draws random numbers where rates are measured, from a generator of its own.
@@ -80,11 +88,14 @@ def estimate(
         raise ValueError(f"osf_torch.estimate: expected tflops above 0, got {tflops!r}")
     if device is not None:
         _require_device(device)
-    plan_of = blueprint(model, "estimate")
+    plan_of, packed, told = blueprint(model, "estimate", dequantized=weights is not None)
     sizes = _dtypes(weights)
-    selected = [
-        s for s in select(plan_of, ranks, filter, operator="estimate", values=False) if s.rank
-    ]
+    options: dict[str, Any] = {"operator": "estimate", "values": False, "quantized": True}
+    wanted = _filter(filter, packed)
+    taken = select(plan_of, ranks, wanted, **options)
+    packed = {**packed, **{id(s.weight): Packed.of(s.stored) for s in taken if s.stored}}
+    _require_trainable(taken, packed, sizes)
+    selected = [s for s in taken if s.rank]
     if not selected:
         raise ValueError(
             "osf_torch.estimate: expected a weight that ranks leaves something free of, got "
@@ -95,7 +106,7 @@ def estimate(
     having = owners(plan_of)
     kinds: dict[Alike, list[Selected]] = {}
     for s in selected:
-        kinds.setdefault(_alike(s, sizes(s.weight), having), []).append(s)
+        kinds.setdefault(_alike(s, packed, sizes, having), []).append(s)
     costs = {
         alike: Costs(alike, subspace_of(members[0], alike, dtype), tokens, world, named)
         for alike, members in kinds.items()
@@ -103,7 +114,7 @@ def estimate(
     _require_rank(rank, costs, kinds)
     methods = _methods(costs, kinds, rank)
     covered = {id(s.weight) for s in selected}
-    notes = _notes(costs, kinds)
+    notes = _notes(costs, kinds, packed) + told
     refreshes = {alike: cost.refresh(kind) for alike, cost in costs.items()}
     sums = sum(cost.subspace.nbytes * len(kinds[alike]) for alike, cost in costs.items())
     return Estimate(
@@ -114,7 +125,7 @@ def estimate(
         weights=[_line(cost, refreshes[a], len(kinds[a])) for a, cost in costs.items()],
         bases=sums,
         methods=methods,
-        others=_others(plan_of, covered, sizes, world),
+        others=_others(plan_of, covered, packed, sizes, world),
         collectives=_collectives(costs, kinds, methods, world),
         refresh=_refreshing(costs, kinds, refreshes, world, sums, device, tflops),
         notes=notes,
@@ -157,16 +168,54 @@ def _architecture(device: str | None) -> str:
     return architecture_of(torch.device(device))
 
 
-def _alike(s: Selected, dtype: torch.dtype, having: Owners) -> Alike:
+def _filter(given: Filter, packed: Mapping[int, Packed]) -> Filter:
+    """The quantized weights where nothing else is said and something can train beside them."""
+    beside = {key for key, one in packed.items() if not one.refusal}
+    if given is not None or not beside:
+        return given
+    return lambda _, parameter: id(parameter) in beside
+
+
+def _require_trainable(
+    selected: Sequence[Selected],
+    packed: Mapping[int, Packed],
+    dtype_of: Callable[[torch.Tensor], torch.dtype],
+) -> None:
+    for s in selected:
+        held, dtype = packed.get(id(s.weight)), dtype_of(s.weight)
+        if held is None and dtype not in DTYPES:
+            raise ValueError(
+                f"osf_torch.estimate: expected weights of {listed(list(map(str, DTYPES)))}, or "
+                f"quantized ones that are there, got {s.name!r} of {dtype} on "
+                f"{s.weight.device.type}; pass the model's config or its checkpoint, or weights= "
+                "(--dtype) for the model loaded dequantized"
+            )
+        if held is not None and held.refusal:
+            raise ValueError(
+                f"osf_torch.estimate: expected weights that something can be trained beside, got "
+                f"{s.name!r} of {held.kind}, which {held.refusal}; here by weights= (--dtype)"
+            )
+
+
+def _alike(
+    s: Selected,
+    packed: Mapping[int, Packed],
+    dtype_of: Callable[[torch.Tensor], torch.dtype],
+    having: Owners,
+) -> Alike:
     owned = having[id(s.weight)]
     module = owned[0][0]
-    conv = is_conv1d(module)
+    conv, held = is_conv1d(module), packed.get(id(s.weight))
+    dtype = dtype_of(s.weight)
+    if held is not None and (dtype.itemsize == 1 or not dtype.is_floating_point):
+        dtype = torch.bfloat16  # codes: what is multiplied with them isn't known
     return Alike(
         shape=s.shape,
         batch=s.batch,
         dtype=dtype,
+        packed=held,
         rank=s.rank,
-        trained=s.weight.requires_grad,
+        trained=s.weight.requires_grad and held is None,
         shared=len(owned) > 1,
         linear=conv or isinstance(module, nn.Linear),
         transposed=conv,
@@ -175,7 +224,7 @@ def _alike(s: Selected, dtype: torch.dtype, having: Owners) -> Alike:
 
 def subspace_of(s: Selected, alike: Alike, dtype: torch.dtype | None) -> Decomposition:
     """What ``refresh`` leaves of a weight, on the meta device."""
-    kind: Kind = kind_of(s, None, None, None)._replace(dtype=alike.dtype, computed=alike.dtype)
+    kind: Kind = kind_of(s, None, None, None)._replace(dtype=alike.values, computed=alike.values)
     held = dtype or kind.held_dtype
     factors = {
         part: factor if part == "S" else factor.to(held)
@@ -209,12 +258,11 @@ def _require_rank(
 def _methods(
     costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]], rank: int | None
 ) -> dict[str, Takes]:
-    found: dict[str, Callable[[Costs], Takes]] = {
-        "plain": lambda cost: cost.plain(),
-        "protect": lambda cost: cost.protect(),
-        "confine": lambda cost: cost.confine(),
-        "beside": lambda cost: cost.confine(beside=True),
-    }
+    found: dict[str, Callable[[Costs], Takes]] = {"plain": lambda cost: cost.plain()}
+    if not all(alike.packed for alike in costs):  # which nothing but C beside them trains
+        found["protect"] = lambda cost: cost.protect()
+        found["confine"] = lambda cost: cost.confine()
+    found["beside"] = lambda cost: cost.confine(beside=True)
     if rank is not None:
         found[f"rank {rank}"] = lambda cost: cost.limited(rank)
     return {
@@ -226,12 +274,16 @@ def _methods(
 def _others(
     model: nn.Module,
     covered: set[int],
+    packed: Mapping[int, Packed],
     dtype_of: Callable[[torch.Tensor], torch.dtype],
     world: int,
 ) -> Takes:
     total = Takes()
     for parameter in {id(p): p for p in named_weights(model).values()}.values():
         if id(parameter) in covered or not parameter.numel():
+            continue
+        if id(parameter) in packed:
+            total += Takes(weights=-(-packed[id(parameter)].nbytes // world))
             continue
         size = dtype_of(parameter).itemsize
         rows = parameter.shape[0] if parameter.dim() else 1
@@ -249,6 +301,8 @@ def _collectives(
 ) -> dict[str, int]:
     found = dict.fromkeys(methods, 0)
     if world == 1:
+        return found
+    if "protect" not in methods:
         return found
     found["protect"] = 2 if methods["protect"].reduced else 0
     portion = gathers = 0
@@ -304,8 +358,25 @@ def _refreshing(
     )
 
 
-def _notes(costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]]) -> list[str]:
+def _notes(
+    costs: Mapping[Alike, Costs],
+    kinds: Mapping[Alike, list[Selected]],
+    packed: Mapping[int, Packed],
+) -> list[str]:
     notes = []
+    quantized = list(dict.fromkeys(one.kind for one in packed.values()))
+    if all(alike.packed for alike in costs):
+        notes.append(
+            f"quantized ({', '.join(quantized)}): C beside the weights is what trains, plain is "
+            "the model as it is, and of a config all else is frozen, as PEFT prepares such models; "
+            "protect and merging write to the weights, which takes a model that is loaded "
+            "dequantized: weights= (--dtype)"
+        )
+    elif packed:
+        notes.append(
+            f"quantized weights ({', '.join(quantized)}) are counted as they are held, and frozen "
+            "but for C beside those that were selected"
+        )
     shared = [s.name for alike, members in kinds.items() if alike.shared for s in members]
     if shared:
         notes.append(
@@ -320,7 +391,12 @@ def _notes(costs: Mapping[Alike, Costs], kinds: Mapping[Alike, list[Selected]]) 
     ]
     if full:
         notes.append(f"nothing is free of {listed(full, 3)}: counted as frozen under confine")
-    frozen = [s.name for alike, members in kinds.items() if not alike.trained for s in members]
+    frozen = [
+        s.name
+        for alike, members in kinds.items()
+        if not (alike.trained or alike.packed)
+        for s in members
+    ]
     if frozen:
         notes.append(f"frozen, and left out by protect and by merging: {listed(frozen, 3)}")
     experts = [s.name for alike, members in kinds.items() if alike.batch for s in members]
@@ -343,6 +419,7 @@ def _line(cost: Costs, refreshed: SVDPlan, count: int) -> dict[str, Any]:
         "count": count,
         "shape": [*alike.batch, *alike.shape],
         "dtype": str(alike.dtype).removeprefix("torch."),
+        "quantized": None if alike.packed is None else alike.packed.kind,
         "rank": alike.rank,
         "bases": s.nbytes,
         "held": "/".join(basis.spans for basis in (s.U, s.V)),  # type: ignore[union-attr]

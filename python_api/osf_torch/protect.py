@@ -17,7 +17,14 @@ from osf_torch.guard import Guard
 from osf_torch.kinds import is_flat, owners
 from osf_torch.protected import Protected
 from osf_torch.quantized import stored
-from osf_torch.selection import Names, named_weights, require_matrices, require_values, unknown
+from osf_torch.selection import (
+    Names,
+    named_weights,
+    require_matrices,
+    require_values,
+    unheld_weights,
+    unknown,
+)
 from osf_torch.state import is_state, require_state, subspaces_of
 from osf_torch.steps import Restore, owned_by
 from osf_torch.subspaces import Subspace
@@ -222,7 +229,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
         _require_subspace(name, subspace)
         weight = parameters.get(name)
         if weight is None:
-            raise unknown("protect", name, parameters)
+            raise unknown("protect", name, parameters, unheld_weights(model))
         if id(weight) in confined:
             raise ValueError(
                 f"osf_torch.protect: expected parameter {name!r} to be trained itself, got one "

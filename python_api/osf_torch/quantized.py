@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ KNOWN = (
 )
 MX_BLOCK = 32  # values of MXFP4 that share a scale, two in a byte
 
+LOAD_MXFP4 = "load it dequantized, of transformers by Mxfp4Config(dequantize=True)"
+
 Owned = Sequence[tuple[nn.Module, str]]
 
 
@@ -34,6 +36,9 @@ class Stored:
         read: one matrix (m, n) by its index in the batch, by the function of its own library.
         tensors: all that it is stored in, which says whether two are the same.
         refusal: why it can't be read as it is now, and what to do; empty where it can.
+        is_tensor: whether the parameter is a tensor of these values to torch's operators, so that
+            what uses it runs with a plain one.
+        remedy: how to have plain weights instead, where that is known.
     """
 
     kind: str
@@ -42,6 +47,8 @@ class Stored:
     read: Callable[[int], Tensor]
     tensors: Callable[[], Iterable[Tensor]]
     refusal: str = ""
+    is_tensor: bool = False
+    remedy: str = ""
 
     def require(self, name: str, operator: str) -> None:
         """Refuses a parameter ``name`` that can't be read as it is now.
@@ -112,6 +119,55 @@ def stored(weight: Tensor, owned: Owned) -> Stored | None:
     return None
 
 
+def stored_whole(
+    parameters: Mapping[str, Tensor | None], module: nn.Module, attribute: str
+) -> Stored | None:
+    """What a sharded parameter of codes stands for, with its scales; a collective.
+
+    Args:
+        parameters: of the module, as they are sharded.
+    """
+    weight = parameters[attribute]
+    if weight is None or not _is_codes(weight):
+        return None if weight is None else stored(weight, [(module, attribute)])
+    gathered = nn.Module()
+    for setting in ("block_size", "n_groups"):
+        if hasattr(module, setting):
+            setattr(gathered, setting, getattr(module, setting))
+    for name in (attribute, f"{attribute}_scale_inv"):
+        held = parameters.get(name)
+        if held is not None:
+            gathered.register_parameter(name, nn.Parameter(_whole(held), requires_grad=False))
+    return stored(gathered.get_parameter(attribute), [(gathered, attribute)])
+
+
+def _whole(held: Any) -> Tensor:
+    """All of a parameter; of one byte a number by its bytes, since backends gather no float8."""
+    held = held.detach()
+    if not is_dtensor(held) or held.element_size() > 1:
+        found: Tensor = held.full_tensor() if is_dtensor(held) else held
+        return found
+    from torch.distributed.tensor import DTensor
+
+    bytes_of: Any = DTensor.from_local(
+        local(held).view(torch.uint8),
+        held.device_mesh,
+        held.placements,
+        run_check=False,
+        shape=held.shape,
+        stride=held.stride(),
+    )
+    whole: Tensor = bytes_of.full_tensor().view(held.dtype)
+    return whole
+
+
+def _is_codes(weight: Tensor) -> bool:
+    """Whether it is a DTensor of float8."""
+    if not (is_dtensor(weight) and is_plain(local(weight))):
+        return False
+    return weight.is_floating_point() and weight.element_size() == 1
+
+
 def is_scale(owned: Owned) -> bool:
     """Whether the parameter is the scale of a quantized weight beside it, and no weight itself."""
     return any(
@@ -120,6 +176,18 @@ def is_scale(owned: Owned) -> bool:
         for suffix, of in (("_scale_inv", ""), ("_scales", "_blocks"))
         if attribute.endswith(suffix)
     )
+
+
+def unheld(module: nn.Module) -> tuple[str, ...]:
+    """The weights that a module holds in no parameter, packed for kernels of its own: transformers'
+    experts of gpt-oss in MXFP4, once they are loaded."""
+    if not any(
+        kind.__name__ == "Mxfp4GptOssExperts" and kind.__module__.split(".")[0] == "transformers"
+        for kind in type(module).__mro__
+    ):
+        return ()
+    names = ("gate_up_proj", "down_proj")
+    return tuple(name for name in names if name in module.__dict__)
 
 
 def _is_of(weight: Tensor, package: str, name: str) -> bool:
@@ -131,13 +199,13 @@ def _is_of(weight: Tensor, package: str, name: str) -> bool:
 
 
 def _sharded(weight: Tensor, owned: Owned) -> Stored | None:
-    """A DTensor whose values torch's operators don't read, or that holds what was packed."""
+    """A DTensor whose values torch's operators don't read, or that holds codes."""
     packed = any(
         kind.__name__ == "Linear4bit" and kind.__module__.split(".")[0] == "bitsandbytes"
         for module, _ in owned
         for kind in type(module).__mro__
     )
-    if is_plain(local(weight)) and not packed:
+    if is_plain(local(weight)) and not (packed or _is_codes(weight)):
         return None
     refusal = "is sharded; refresh and confine the model before it is sharded"
     shape = tuple(weight.shape)
@@ -218,6 +286,7 @@ def _nf4(weight: Any, owned: Owned) -> Stored | None:
         weight.dtype,
         lambda _: weight.get_original_weight(),
         lambda: _inner(weight),
+        is_tensor=True,
     )
 
 
@@ -242,7 +311,7 @@ def _subclass(weight: Any, owned: Owned) -> Stored | None:
             yield from (read(i) for i in range(1 if len(shape) == 2 else shape[0]))
 
     named = f"{kind.__module__.split('.')[0]}'s {kind.__name__}"
-    return Stored(named, shape, dtype, read, tensors)
+    return Stored(named, shape, dtype, read, tensors, is_tensor=True)
 
 
 def _inner(weight: Any) -> Iterator[Tensor]:
@@ -308,6 +377,7 @@ def _float8(weight: Any, owned: Owned) -> Stored | None:
         read,
         lambda: (weight.detach(), scale.detach()),
         refusal,
+        remedy="load it dequantized, of transformers by FineGrainedFP8Config(dequantize=True)",
     )
 
 
@@ -340,4 +410,5 @@ def _mxfp4(weight: Any, owned: Owned) -> Stored | None:
         torch.bfloat16,  # exact: four bits times a power of two
         read,
         lambda: (weight.detach(), scales.detach()),
+        remedy=LOAD_MXFP4,
     )

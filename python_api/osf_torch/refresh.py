@@ -17,6 +17,7 @@ from osf_torch.coverage import coverage, named_in, tell
 from osf_torch.decomposing import Result, decomposed, joined
 from osf_torch.free.merging import require_current
 from osf_torch.progress import Show, progress_bar
+from osf_torch.quantized import LOAD_MXFP4
 from osf_torch.scalars import read
 from osf_torch.selection import (
     Filter,
@@ -26,6 +27,7 @@ from osf_torch.selection import (
     listed,
     require_seed,
     select,
+    unheld_weights,
 )
 from osf_torch.selection import Ranks as WantedRanks
 from osf_torch.sharding import Group, local, sharding_of, sum_over
@@ -259,6 +261,14 @@ def _log_quantized(model: nn.Module, covered: Collection[int]) -> None:
             "osf_torch.refresh: quantized weights are frozen and weren't taken: %s; filter= takes "
             'them, for confine(..., update="beside")',
             listed(others, 3),
+        )
+    apart = unheld_weights(model)
+    if apart:
+        log.warning(
+            "osf_torch.refresh: experts of Mxfp4GptOssExperts are frozen and weren't taken, since "
+            "they are packed for kernels that nothing can be added to: %s; %s",
+            listed(apart, 3),
+            LOAD_MXFP4,
         )
 
 

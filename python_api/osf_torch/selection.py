@@ -24,7 +24,7 @@ from osf_torch.kinds import (
     owners,
     shape_of,
 )
-from osf_torch.quantized import KNOWN, Stored, is_scale, stored
+from osf_torch.quantized import KNOWN, LOAD_MXFP4, Stored, is_scale, stored, unheld
 from osf_torch.sharding import is_dtensor, resharded, sharding_of
 
 Rank = int | float
@@ -120,11 +120,28 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def unknown(operator: str, name: str, known: Collection[str]) -> ValueError:
-    """Of subspaces that name a parameter which the model doesn't have."""
+def unheld_weights(model: nn.Module) -> list[str]:
+    """The names of quantized weights that the model holds in no parameter."""
+    return [
+        ".".join(part for part in f"{name}.{attribute}".split(".") if part not in {"", *WRAPPED})
+        for name, module in model.named_modules()
+        for attribute in unheld(module)
+    ]
+
+
+def unknown(
+    operator: str, name: str, known: Collection[str], held_apart: Collection[str] = ()
+) -> ValueError:
+    """Of subspaces that name a parameter which the model doesn't have.
+
+    Args:
+        held_apart: what the model holds in no parameter.
+    """
     held = f"it has {len(known)}, the first are {', '.join(list(known)[:5])}"
     if not known:
         held = "it has none: a quantized layer may hold its weight as something else"
+    if name in held_apart:
+        held = f"its module has packed it for kernels of its own; {LOAD_MXFP4}"
     return ValueError(
         f"osf_torch.{operator}: expected subspaces to name parameters of the model, got {name!r}; "
         + held

@@ -13,6 +13,7 @@ from tests.integrations.small_trainers import MOVED, copied, history, moved, sma
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl", reason="TRL isn't installed: .ci/requirements-peers.txt has it")
 osf = pytest.importorskip("osf_torch.integrations.transformers")
+create_reference_model = pytest.importorskip("trl.experimental.utils").create_reference_model
 
 pytestmark = [
     pytest.mark.slow,  # importing TRL takes seconds
@@ -143,14 +144,42 @@ def test_dpo_holds_where_the_reference_follows(tmp_path):
     assert unequal(copied(trainer.ref_model), start)
 
 
-def test_a_reference_is_made_of_the_model_before_it_is_confined(tmp_path):
+@pytest.mark.parametrize("first", ["reference", "confined"])
+def test_a_reference_is_made_of_the_model_before_it_is_confined_or_after(first, tmp_path):
     model = small_llama()
     start = copied(model)
-    reference = trl.create_reference_model(model)
+    if first == "reference":
+        reference = create_reference_model(model)
     callback = osf.SubspaceCallback(model, 0.5, progress=False)
-    with pytest.raises(AttributeError):  # torch's own, of a weight that is no parameter
-        trl.create_reference_model(model)
+    if first == "confined":
+        reference = create_reference_model(model)
     trainer = dpo(model, tmp_path, callback, reference)
     trainer.train()
     assert moved(copied(model), start) <= MOVED
     assert not unequal(copied(trainer.ref_model), start)
+
+
+@both
+@pytest.mark.parametrize("shared", [None, 1])
+def test_a_reference_model_is_a_frozen_copy_of_what_trains(method, shared):
+    """TRL asks for every parameter by its name, and shares the memory of the first layers."""
+    model = small_llama()
+    callback = osf.SubspaceCallback(model, 0.5, method=method, progress=False)
+    if method == "confine":
+        with torch.no_grad():
+            for t in callback.confined.parameters():
+                t.add_(0.1)
+    ids = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(0))
+    reference = create_reference_model(model, num_shared_layers=shared)
+    wanted = model.eval()(ids).logits.detach()
+    assert torch.equal(reference(ids).logits, wanted)
+    assert not any(p.requires_grad for p in reference.parameters())
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("layers.1." in name for name in trains)
+    assert any("layers.0." in name for name in trains) is (shared is None)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in trains:
+                p.add_(0.1)
+    assert not torch.equal(model(ids).logits, wanted)
+    assert torch.equal(reference(ids).logits, wanted)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, FreeBasis, free_block
 from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.free.formed import runs_plain
 from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.guard import guarded
@@ -18,7 +19,13 @@ from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.measures import TINY, TRIPLETS_LIMIT
 from osf_torch.protected import require_orthonormal
 from osf_torch.quantized import Stored, stored
-from osf_torch.selection import named_weights, require_matrices, require_values, unknown
+from osf_torch.selection import (
+    named_weights,
+    require_matrices,
+    require_values,
+    unheld_weights,
+    unknown,
+)
 from osf_torch.sharding import is_cut, is_dtensor
 from osf_torch.sharing import whole
 from osf_torch.subspaces import Subspace
@@ -86,7 +93,7 @@ def _named(model: nn.Module, subspaces: Mapping[str, Any]) -> dict[str, Subspace
                 f"{type(subspace).__name__}; of triplets that is Subspace(U, V, S)"
             )
         if name not in parameters:
-            raise unknown("confine", name, parameters)
+            raise unknown("confine", name, parameters, unheld_weights(model))
     return dict(subspaces)
 
 
@@ -148,7 +155,8 @@ def _checked(
             'it, or pass update="beside"'
         )
     cut_of(name, weight)  # a weight that is sharded otherwise is refused
-    shape, is_flat = _matrix(name, weight, module, subspace, opaque)
+    dequantized = packed is not None and opaque and not _is_layer(module)
+    shape, is_flat = _matrix(name, weight, module, subspace, opaque, packed)
     m, n = shape[-2:]
     device = weight.device
     left, right = (
@@ -174,6 +182,7 @@ def _checked(
         is_flat=is_flat,
         is_rounded=update == "merge" and weight.element_size() < 4,
         is_opaque=opaque,
+        is_dequantized=dequantized,
         trained=weight.requires_grad if before is None else before.trained,
         decays_to_zero=decay_to == "zero",
         dtype=_dtype_of(weight, subspace, settings.dtype),
@@ -199,7 +208,8 @@ def _dtype_of(weight: Tensor, subspace: Subspace | Sides, dtype: torch.dtype | N
 def _is_opaque(
     name: str, weight: nn.Parameter, module: nn.Module, update: Update, packed: Stored | None
 ) -> bool:
-    """Whether the layer runs as it is, and the free block is added to what it returns.
+    """Whether torch's operators can't read it: then its layer runs as it is, and the free block is
+    added to what it returns, or its module runs with a plain weight in its place.
 
     Args:
         packed: what the weight stands for, where it is quantized in a known way.
@@ -217,14 +227,17 @@ def _is_opaque(
     if update == "merge" or readable:
         require_values(name, weight, "confine")
         return False
-    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if None in features or is_conv1d(module):
+    if not _is_layer(module):
+        if packed is not None and runs_plain(module, packed):
+            return True
         kind = type(weight).__name__ if packed is None else packed.kind
+        remedy = "" if packed is None else packed.remedy
         raise TypeError(
             f"osf_torch.confine: parameter {name!r}: expected a linear layer around a weight of "
-            f"{kind}, got {type(module).__name__}; leave it out, which leaves it as it is, or load "
-            "it dequantized"
+            f"{kind}, or experts that run with a plain one, got {type(module).__name__}; leave it "
+            f"out, which leaves it as it is, or {remedy or 'load it dequantized'}"
         )
+    features = _features(module)
     if packed is not None and packed.shape != features:
         raise TypeError(
             f"osf_torch.confine: parameter {name!r}: expected a weight of shape {features}, as the "
@@ -233,13 +246,29 @@ def _is_opaque(
     return True
 
 
+def _features(module: nn.Module) -> tuple[Any, Any]:
+    """(m, n) as a linear layer says them; None where it doesn't."""
+    return getattr(module, "out_features", None), getattr(module, "in_features", None)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it multiplies its inputs by the transpose of a quantized weight, and does no more."""
+    return None not in _features(module) and not is_conv1d(module)
+
+
 def _matrix(
-    name: str, weight: Tensor, module: nn.Module, subspace: Subspace | Sides, opaque: bool
+    name: str,
+    weight: Tensor,
+    module: nn.Module,
+    subspace: Subspace | Sides,
+    opaque: bool,
+    packed: Stored | None,
 ) -> tuple[tuple[int, ...], bool]:
     """The shape (..., m, n) that the bases are of, and whether dimensions are taken together."""
     shape: tuple[int, ...] = tuple(weight.shape)
     if opaque:  # of what is packed in it
-        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        m, n = _features(module)
+        shape = (int(m), int(n)) if packed is None else packed.shape
     if len(shape) < 2:
         raise ValueError(
             f"osf_torch.confine: parameter {name!r}: expected a weight of at least two dimensions, "
@@ -252,7 +281,7 @@ def _matrix(
         return all(row in (None, size) for row, size in zip(rows, sizes, strict=True))
 
     convolution = isinstance(module, nn.modules.conv._ConvNd)
-    if len(shape) > 2 and fits(flat) and (convolution or not fits(shape[-2:])):
+    if len(shape) > 2 and not opaque and fits(flat) and (convolution or not fits(shape[-2:])):
         return flat, True
     if not fits(shape[-2:]):
         raise ValueError(

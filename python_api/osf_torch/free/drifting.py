@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from osf_kernels import free_block, free_matrix
 from osf_torch.free.current import current, update_of
 from osf_torch.free.merging import cut_of, part_of
-from osf_torch.free.spec import Place
+from osf_torch.free.spec import Place, Spec
+from osf_torch.quantized import Stored
 from osf_torch.sharding import is_dtensor, local, sum_over
 from osf_torch.sharing import whole as whole_of
 
@@ -70,6 +73,21 @@ def alone(place: Place) -> Tensor:
     Omega = _probes(place.spec.right.size).to(place.device)
     Omega = Omega.expand(*place.spec.matrix_shape[:-2], *Omega.shape)
     return _times(place, Omega, alone=True)
+
+
+@torch.no_grad()
+def released(before: Spec, after: Spec, weight: Tensor) -> float:
+    """‖P(H)‖ / ‖H‖ of the part H of a weight that ``before`` protects, where P is what ``after``
+    leaves free; in float64, of a sharded weight a collective."""
+    W = whole_of(weight.detach()).reshape(before.matrix_shape).double()
+    H = W - _free_part(before, W)
+    return float(_free_part(after, H).norm() / H.norm().clamp_min(TINY))
+
+
+def _free_part(spec: Spec, W: Tensor) -> Tensor:
+    """U_l U_lᵀ W V_l V_lᵀ."""
+    left, right = (side.to(W.device, torch.float64) for side in (spec.left, spec.right))
+    return free_matrix(free_block(W, left, right), left, right)
 
 
 class Drift(NamedTuple):
@@ -133,13 +151,14 @@ def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
     """The current weight's matrix times columns (..., n, c), whole on every rank; ``alone``
     without what stands beside it."""
     spec, packed = place.spec, place.stored
-    if packed is None:
-        W = local(place.weight.detach()).double()
-    else:
-        W = packed.values(spec.name, "Confined.drift").double()
+    adds = spec.update == "beside" and place.is_attached and not alone
+    if packed is not None:
+        found = _stored_times(packed, spec.name, columns)
+        return found + _update_times(place, columns) if adds else found
+    W = local(place.weight.detach()).double()
     cut = cut_of(spec.name, place.weight)
     if cut is None:
-        if spec.update == "beside" and place.is_attached and not alone:
+        if adds:
             W = W + local(update_of(place)).double()
         return W.reshape(spec.matrix_shape) @ columns
     # What this rank holds, in its place among zeros.
@@ -154,13 +173,23 @@ def _times(place: Place, columns: Tensor, *, alone: bool = False) -> Tensor:
                 factor = factor.narrow(part.dim, part.start, part.size)
     (mine if rows is None else mine[..., rows, :]).copy_(W @ factor)
     (found,) = sum_over(cut.groups, [found])
-    if spec.update == "beside" and place.is_attached and not alone:
+    if adds:
         found += _update_times(place, columns)
     return found
 
 
+def _stored_times(packed: Stored, name: str, columns: Tensor) -> Tensor:
+    """A quantized weight times columns; of a batch one matrix is dequantized at a time."""
+    *lead, _, _ = packed.shape
+    found = []
+    for i in range(math.prod(lead)):
+        W = packed.matrix(name, i, "Confined.drift").double()
+        found.append(W @ (columns[i] if columns.dim() == 3 else columns))
+    return torch.stack(found) if lead else found[0]
+
+
 def _update_times(place: Place, columns: Tensor) -> Tensor:
-    """U_l C V_lᵀ times columns, of a sharded weight."""
+    """U_l C V_lᵀ times columns, of a sharded weight or a quantized one."""
     spec = place.spec
     left, right = (side.to(dtype=torch.float64) for side in (spec.left, spec.right))
     inner = right.reduce(columns.mT).mT  # (..., q, c)

@@ -4,12 +4,15 @@ A confined module is of a subclass of its class, made here, as ``torch.nn.utils.
 it. There the weight is a property: whoever reads ``module.weight`` gets the current weight, whose
 gradient goes to C, however it is used (attention's ``out_proj``, tied calls, experts). What
 iterates over parameters sees the frozen tensor itself. ``nn.Linear`` and transformers' ``Conv1D``
-also get a forward pass of their own, which never forms the dense gradient.
+also get a forward pass of their own, which never forms the dense gradient. Of quantized weights
+the layer's output is added to, or its module runs with plain ones; of weights that C stands beside
+modules read the sum, made once a call: see ``formed``.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from osf_torch.free import formed
 from osf_torch.free.current import block_of, current, is_substitute
 from osf_torch.free.linear import beside, linear
 from osf_torch.free.merging import (
@@ -33,14 +37,34 @@ from osf_torch.sharding import is_dtensor, local
 
 ORIGINAL = "_osf_original"  # of a class made here: the one that it is a subclass of
 _HOOKS = "_osf_free_hooks"  # of a module, in its __dict__
+# Modules of torch that put another weight in the place of one that they read first.
+_REPARAMETRIZE = frozenset(
+    f"torch.nn.utils.{name}"
+    for name in ("parametrize", "parametrizations", "prune", "spectral_norm", "weight_norm")
+)
+_GET_PARAMETER = nn.Module.get_parameter.__code__
 
 
 # --- classes ---
 
 
 @cache
-def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: bool) -> type:
-    """The subclass of ``kind`` whose ``attributes`` are current weights."""
+def _confined_class(
+    kind: type[nn.Module],
+    attributes: frozenset[str],
+    others: frozenset[str],
+    runs: str,
+    opaque: bool,
+) -> type:
+    """The subclass of ``kind`` whose ``attributes`` are current weights.
+
+    Args:
+        others: quantized weights that the module reads dequantized and that aren't confined.
+        runs: "added", a layer that the free block is added to; "formed", a module for whose calls
+            the sum of the weight and what stands beside it is made, quantized ones dequantized;
+            else "".
+        opaque: whether they are quantized.
+    """
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         copied = object.__new__(type(self))
@@ -55,17 +79,27 @@ def _confined_class(kind: type[nn.Module], attributes: frozenset[str], opaque: b
             "release() first"
         )
 
+    def __delattr__(self: nn.Module, name: str) -> None:
+        spec = specs_of(self).get(name)
+        if spec is not None and name in self._parameters:
+            raise _reparametrized(spec, "its deletion, as by torch.nn.utils.parametrize")
+        kind.__delattr__(self, name)
+
     members: dict[str, Any] = {
         ORIGINAL: kind,
+        "__delattr__": __delattr__,
         "__deepcopy__": __deepcopy__,
         "__getstate__": __getstate__,
         "__module__": __name__,
     }
-    if opaque:
+    if runs == "added":
         members["forward"] = _forward_added
     else:
         members |= {attribute: _property(attribute) for attribute in attributes}
-        if kind.forward is nn.Linear.forward:
+        members |= {attribute: _other(attribute) for attribute in others}
+        if runs == "formed":
+            members["forward"] = _forward_dequantized if opaque else _forward_formed
+        elif kind.forward is nn.Linear.forward:
             members["forward"] = _forward_linear
         elif _is_conv1d(kind):
             members["forward"] = _forward_conv1d
@@ -79,9 +113,17 @@ def _is_conv1d(kind: type[nn.Module]) -> bool:
 def _property(attribute: str) -> property:
     def get(self: nn.Module) -> Any:
         spec = specs_of(self).get(attribute)
+        if attribute not in self._parameters:
+            raise AttributeError(attribute)  # deleted: torch's own message follows
         weight = self._parameters[attribute]
         if spec is None or weight is None:  # released
             return weight
+        if not torch.compiler.is_compiling():
+            asking = sys._getframe(1)
+            if asking.f_code is _GET_PARAMETER:  # which says what named_parameters() has
+                return weight
+            if asking.f_globals.get("__name__") in _REPARAMETRIZE:
+                raise _reparametrized(spec, asking.f_globals["__name__"])
         if resting(self).get(attribute) is weight:  # FSDP2 reads what it put there
             require_together(Place(self, spec))
             part_of(spec, cut_of(spec.name, weight))
@@ -89,8 +131,28 @@ def _property(attribute: str) -> property:
         require_frozen(spec, weight)
         require_writable(Place(self, spec))
         tell_frozen_block(Place(self, spec))
-        return current(Place(self, spec))
+        return formed.read(Place(self, spec))
 
+    return property(get, _setter(attribute))
+
+
+def _reparametrized(spec: Spec, by: str) -> RuntimeError:
+    """Of a weight that something puts another in the place of; nothing has been changed yet."""
+    return RuntimeError(
+        f"osf_torch.confine: expected {spec.name!r} to stay as it is while it is confined, got "
+        f"{by}, which puts another weight in its place, whose protected part that wouldn't hold; "
+        "Confined.release() before it, and leave the weight out of the subspaces"
+    )
+
+
+def _other(attribute: str) -> property:
+    def get(self: nn.Module) -> Any:
+        return formed.read_other(self, attribute)
+
+    return property(get, _setter(attribute))
+
+
+def _setter(attribute: str) -> Any:
     def put(self: nn.Module, value: Any) -> None:
         # nn.Module.__setattr__ takes parameters before a property sees them.
         raise TypeError(
@@ -98,7 +160,7 @@ def _property(attribute: str) -> property:
             f"parameter, got {type(value).__name__}"
         )
 
-    return property(get, put)
+    return put
 
 
 def _forward_linear(self: Any, input: Tensor) -> Tensor:
@@ -139,6 +201,21 @@ def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if spec is None:
         return y
     return y + beside(Place(self, spec), x, transposed=False).to(y.dtype)
+
+
+@torch.compiler.disable
+def _forward_dequantized(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A module that runs with plain weights in the place of quantized ones. It isn't compiled:
+    what autograd keeps of them isn't theirs."""
+    return formed.forward(self, getattr(type(self), ORIGINAL), *args, **kwargs)
+
+
+def _forward_formed(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A module that reads the sum of a plain weight and what stands beside it."""
+    kind = getattr(type(self), ORIGINAL)
+    if torch.compiler.is_compiling():  # the graph says what is kept
+        return kind.forward(self, *args, **kwargs)
+    return formed.forward(self, kind, *args, **kwargs)
 
 
 def tell_frozen_block(place: Place) -> None:
@@ -223,8 +300,16 @@ def _reclass(module: nn.Module) -> None:
     if not specs:
         module.__class__ = base
         return
-    opaque = any(spec.is_opaque for spec in specs.values())
-    module.__class__ = _confined_class(base, frozenset(specs), opaque)
+    attributes, others, runs = frozenset(specs), frozenset[str](), ""
+    dequantized = any(spec.is_dequantized for spec in specs.values())
+    is_layer = base.forward is nn.Linear.forward or _is_conv1d(base)
+    if dequantized:
+        others, runs = formed.others_of(module, attributes), "formed"
+    elif any(spec.is_opaque for spec in specs.values()):
+        runs = "added"
+    elif not is_layer and any(spec.update == "beside" for spec in specs.values()):
+        runs = "formed"
+    module.__class__ = _confined_class(base, attributes, others, runs, dequantized)
 
 
 # --- states of a model: its plain names, and weights that are up to date ---

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from osf_kernels import FreeBasis, FreePlan, plan_free
 from osf_torch.free.inputs import Inputs
-from osf_torch.quantized import Stored, stored
+from osf_torch.quantized import Stored, stored, stored_whole
 from osf_torch.sharding import is_dtensor, local
 
 Update = Literal["merge", "beside"]
@@ -60,6 +60,8 @@ class Spec:
         is_rounded: whether W is rounded from ``weight_base``.
         is_opaque: whether torch's operators can't read the weight's values (quantized), so that its
             module runs as it is and the free block is added to what it returns.
+        is_dequantized: whether an opaque weight's module runs with a plain one in its place, which
+            has the free block in it, since no layer adds to what it returns (experts).
         trained: whether the weight required a gradient before.
         dtype: of what is trained.
         decays_to_zero: whether C is the free part of the weight itself, and not what is added.
@@ -83,6 +85,7 @@ class Spec:
     is_flat: bool
     is_rounded: bool
     is_opaque: bool
+    is_dequantized: bool
     trained: bool
     dtype: torch.dtype
     decays_to_zero: bool = False
@@ -244,10 +247,15 @@ class Place:
 
     @property
     def stored(self) -> Stored | None:
-        """What an opaque weight stands for; None of any other, and where that isn't known."""
+        """What an opaque weight stands for; None of any other, and where that isn't known. Of one
+        that was sharded since a collective, which gathers its codes and scales."""
         if not self.spec.is_opaque:
             return None
-        return stored(self.weight, [(self.module, self.spec.attribute)])
+        attribute, weight = self.spec.attribute, self.weight
+        if is_dtensor(weight):
+            held = {name: self._held(name) for name in self.module._parameters}
+            return stored_whole(held, self.module, attribute)
+        return stored(weight, [(self.module, attribute)])
 
     @property
     def is_read(self) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _CONFINED: weakref.WeakSet[Confined] = weakref.WeakSet()
 _REGISTERED: list[Any] = []
 _ENDS: set[str] = set()  # what has ended free blocks in this process
+_AVERAGES = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of torch's optimizers, like what steps
 _ENDED = "_osf_ended"  # of a free block that no weight has any more: what ended it
 
 
@@ -72,6 +73,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     for confined in concerned:
         for place in confined.places:
             _require_steppable(place, owned)
+            _require_state(place, optimizer)
         if any(place.steps(owned) for place in confined.places):
             confined.told.clear()
             for place in confined.places:
@@ -144,6 +146,29 @@ def _require_steppable(place: Place, owned: set[int]) -> None:
                 f"precision that they were confined with, {least}, got {dtype}, which steps are "
                 "below the rounding of; convert the model first, then confine it"
             )
+
+
+def _require_state(place: Place, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses a step with averages that are of another free block's shape: torch's fused steps
+    read and write past their ends, and end the process or go on with another weight's.
+
+    Raises:
+        RuntimeError: so they are.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return  # others may keep averages of less, as GaLore's do
+    for t in place.trained():
+        state = optimizer.state.get(t, {})
+        for key in _AVERAGES:
+            average = state.get(key)
+            if isinstance(average, Tensor) and average.shape != t.shape:
+                raise RuntimeError(
+                    f"osf_torch.confine: expected the optimizer's {key!r} of a free block of "
+                    f"{place.name!r} to have its shape {tuple(t.shape)}, got "
+                    f"{tuple(average.shape)}: it was saved with other subspaces; confine the model "
+                    "by what Confined.state_dict() returned then, confine(model, state), before "
+                    "the optimizer loads its own"
+                )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

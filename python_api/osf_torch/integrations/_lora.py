@@ -70,7 +70,8 @@ def require_lora_layers(places: Sequence[Place], operator: str) -> None:
     """
     for place in places:
         module, spec = place.module, place.spec
-        linear = isinstance(module, nn.Linear) or is_conv1d(module) or spec.is_opaque
+        quantized = spec.is_opaque and not spec.is_dequantized
+        linear = isinstance(module, nn.Linear) or is_conv1d(module) or quantized
         # nn.MultiheadAttention reads its weight by itself, where a LoRA around it isn't seen.
         linear &= not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         if not (linear and module_of(place.name) and spec.attribute == "weight"):

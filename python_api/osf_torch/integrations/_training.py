@@ -8,7 +8,6 @@ a checkpoint in a run that is resumed.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from osf_torch.confine import confine
 from osf_torch.confined import Confined
-from osf_torch.coverage import NAMED, require_told
+from osf_torch.coverage import NAMED, require_told, tell
 from osf_torch.free.state import is_state as is_confined_state
 from osf_torch.guard import Guard
 from osf_torch.integrations._state_files import (
@@ -40,7 +39,6 @@ from osf_torch.subspaces import Subspace, Subspaces
 
 __all__ = ["Method", "Protection", "innermost", "is_model_of", "read_state", "write_state"]
 
-log = logging.getLogger("osf_torch")
 
 Method = Literal["confine", "protect"]
 
@@ -281,8 +279,8 @@ class Protection:
         return found
 
     def tell(self, *, aloud: bool = True) -> None:
-        """Before the first step: says in a log line what trains and is covered, at WARNING where a
-        matrix was left out by name.
+        """Before the first step: says in a log line what trains and is covered, at INFO, since
+        whatever isn't was left out by name.
 
         Args:
             aloud: whether this process logs.
@@ -292,9 +290,8 @@ class Protection:
         """
         found = (self.confined or self._of_guard).coverage()
         require_told(found, self._operator)
-        level = logging.WARNING if found.left_out else logging.INFO
         if aloud:
-            log.log(level, "osf_torch.%s: %s: %s", self._operator, self.method, found)
+            tell(found, f"{self._operator}: {self.method}")
 
 
 def _is_state(value: Mapping[str, Any]) -> bool:

@@ -57,8 +57,8 @@ class SubspaceCallback(_CALLBACK):
     one that was never stopped: to the bit, or to rounding where C stands beside the weight
     (update="beside", rank=), of which a checkpoint has the sum.
 
-    The reference model of DPO is a copy from before, or ``copy.deepcopy(model)``; TRL's
-    ``create_reference_model`` takes no confined model.
+    The reference model of DPO is a copy from before or after, by ``copy.deepcopy(model)`` or TRL's
+    ``create_reference_model``.
 
     A log line says at the beginning what is covered. At every save and evaluation, before it, the
     largest drift goes into ``trainer.state.log_history`` as "osf/drift".
