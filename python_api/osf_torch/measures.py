@@ -16,7 +16,6 @@ from osf_torch.bases import Held, columns_of, double, is_high
 from osf_torch.protected import (
     Pinned,
     Protected,
-    gradients_of,
     matrices_of,
     readable,
     zero3_shape,
@@ -180,7 +179,7 @@ def imprints(items: Sequence[Protected]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     unread: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for item, g in zip(items, matrices_of(items, gradients_of(items)), strict=True):
+    for item, g in zip(items, matrices_of(items), strict=True):
         if item.sharding is None and g.device.type == "cpu":
             found.append(g @ _random(g.shape[-1], g.dtype, g.device))
         else:

@@ -286,11 +286,19 @@ def gradients_of(items: Sequence[Protected]) -> list[Tensor]:
     return grads
 
 
-def matrices_of(items: Sequence[Protected], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank holds of weights, their gradients or what else has their shapes; see
-    ``Protected.view``. Without gradients recorded."""
+def matrices_of(
+    items: Sequence[Protected], tensors: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """What this rank holds of weights, or of what has their shapes; see ``Protected.view``. Without
+    gradients recorded.
+
+    Args:
+        tensors: None takes their gradients, all of which there are.
+    """
     matrices = []
-    for item, t in zip(items, tensors, strict=True):
+    for i, item in enumerate(items):
+        t = item.weight.grad if tensors is None else tensors[i]
+        assert t is not None
         matrices.append(t if item.is_itself else item.view(t))
     return matrices
 

@@ -203,11 +203,13 @@ def _forward_added(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return y + beside(Place(self, spec), x, transposed=False).to(y.dtype)
 
 
-@torch.compiler.disable
 def _forward_dequantized(self: Any, *args: Any, **kwargs: Any) -> Any:
     """A module that runs with plain weights in the place of quantized ones. It isn't compiled:
     what autograd keeps of them isn't theirs."""
-    return formed.forward(self, getattr(type(self), ORIGINAL), *args, **kwargs)
+    run: Any = formed.forward
+    if torch.compiler.is_compiling():  # disabling imports the compiler, which takes seconds
+        run = torch.compiler.disable(run)
+    return run(self, getattr(type(self), ORIGINAL), *args, **kwargs)
 
 
 def _forward_formed(self: Any, *args: Any, **kwargs: Any) -> Any:
