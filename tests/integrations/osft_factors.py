@@ -53,6 +53,16 @@ FUNCTIONS = {
 }
 
 
+class HeldShard:
+    """No tensor, but has one: what mini_trainer calls ``to_local()`` on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def to_local(self) -> Tensor:
+        return self.tensor
+
+
 class OSFTLinear(nn.Module):
     """A module laid out as mini_trainer lays out a decomposed linear layer."""
 

@@ -22,6 +22,7 @@ from tests.integrations.osft_factors import (
     FUNCTIONS,
     KEYS,
     SHAPES,
+    HeldShard,
     OSFTModel,
     by_formula,
     drawn,
@@ -104,6 +105,18 @@ def test_skip_u(what):
     function(d, skip_u=True)
     assert torch.equal(pick(d["U_low"]), before)
     assert torch.allclose(pick(d["V_low"]), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("what", FUNCTIONS)
+@pytest.mark.parametrize("held", [False, True])
+def test_high_factors_may_be_wrappers_that_are_no_tensors(what, held):
+    function, pick = FUNCTIONS[what]
+    d = drawn(20, 16, 10, torch.float64)
+    expected = by_formula(d, pick, torch.float64)
+    wrapped = d | {name: HeldShard(d[name]) for name in ("U_high", "S_high", "V_high")}
+    function(wrapped, cache_holder=nn.Module() if held else None)
+    for name, exact in zip(("U_low", "V_low"), expected, strict=True):
+        assert torch.allclose(pick(d[name]), exact, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("missing", ["U_low", "V_low", "both"])

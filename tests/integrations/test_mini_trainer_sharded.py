@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from tests.helpers import generator_for
 from tests.integrations.osft_factors import (
     FUNCTIONS,
     KEYS,
+    HeldShard,
     OSFTLinear,
     OSFTModel,
     by_formula,
@@ -123,9 +126,9 @@ def project_plain(rank: int) -> list[float]:
 
 
 def project_shards_of_no_mesh(rank: int) -> list[float]:
-    """Rows as torch.chunk cuts them, in plain tensors: V_high's missing rows tell."""
+    """Rows as torch.chunk cuts them, in plain tensors or wrappers: V_high's missing rows tell."""
     found = []
-    for shape in SHARDED_SHAPES:
+    for shape, wrapped in product(SHARDED_SHAPES, (False, True)):
         for what, (function, pick) in FUNCTIONS.items():
             whole = drawn(*shape, torch.float64, what)
             expected = by_formula(whole, pick, torch.float64)
@@ -135,6 +138,8 @@ def project_shards_of_no_mesh(rank: int) -> list[float]:
                 if name.endswith("low"):
                     d[name] = nn.Parameter(d[name])
                     d[name].grad = whole[name].grad.chunk(2)[rank].clone()
+            if wrapped:
+                d |= {name: HeldShard(d[name]) for name in ("U_high", "S_high", "V_high")}
             function(d)
             for name, value in zip(("U_low", "V_low"), expected, strict=True):
                 mine = value.chunk(2)[rank]

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from osf_torch.sharding import is_dtensor, local
+from osf_torch.sharding import is_dtensor
 
 SVDDict = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ def rank_of_shards(svd_dict: SVDDict) -> int | None:
     V_high, rank = svd_dict["V_high"], svd_dict.get("rank_high")
     if rank is None or is_dtensor(V_high):
         return None
-    rows = local(V_high).shape[0]
+    rows = held_here(V_high).shape[0]
     if rows >= int(rank):
         return None
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -30,6 +30,18 @@ def rank_of_shards(svd_dict: SVDDict) -> int | None:
             f"rows, got {rows} and no other ranks that hold the others"
         )
     return int(rank)
+
+
+def held_here(factor: Any) -> Tensor:
+    """A factor as it is, or what ``to_local()`` gives where a wrapper that is no DTensor has it.
+
+    mini_trainer asks every factor for ``to_local`` and so takes wrappers that are no tensors.
+    """
+    if is_dtensor(factor):
+        whole_or_sharded: Tensor = factor
+        return whole_or_sharded
+    shard: Tensor = getattr(factor, "to_local", lambda: factor)()
+    return shard
 
 
 def gathered(shard: Tensor, rows: int) -> Tensor:

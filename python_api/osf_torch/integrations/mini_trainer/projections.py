@@ -16,6 +16,7 @@ from osf_torch.integrations.mini_trainer.layout import (
     SVDDict,
     aligned,
     gathered,
+    held_here,
     rank_of_shards,
     whole,
 )
@@ -150,13 +151,11 @@ def _project(lows: Sequence[_Low], holder: nn.Module | None) -> None:
 
 def _lows(svd_dict: SVDDict, pick: Pick, letter: str, holder: nn.Module | None) -> list[_Low]:
     """That of one letter, none where there is no gradient. Gathers a sharded V_high."""
-    x, high = pick(svd_dict[f"{letter}_low"]), svd_dict[f"{letter}_high"]
+    x, high = pick(svd_dict[f"{letter}_low"]), held_here(svd_dict[f"{letter}_high"])
     if x is None:
         return []
     dim = 0 if letter == "U" else 1  # the one that is summed over
     rank = rank_of_shards(svd_dict)
-    if rank is not None:
-        high = local(high)
     spans: Spans = "high"
     if dim == 1 and holder is not None and _caches_v():
         source = _cached_v(high, rank, holder)
