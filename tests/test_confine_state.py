@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 
-from osf_torch import confine
+from osf_torch import confine, protect
 from tests.small_confine import (
     adamw,
     bases,
@@ -284,3 +284,35 @@ def test_states_of_others_are_refused_before_anything_is_changed(mode):
     assert all(torch.equal(t, values[n]) for n, t in model.state_dict().items())
     for t, block in zip(confined.parameters(), held, strict=True):
         assert torch.equal(t, block)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_a_state_of_the_other_precision_is_refused(saved, now):
+    """W₀ is kept beside a weight of half precision alone: what is missing or left is told of."""
+    model = net("precision").to(saved)
+    confined = confine(model, bases(model))
+    drive(model, "precision")
+    state = through_a_file(confined.state_dict())
+    other = net("precision").to(now)
+    other.load_state_dict(model.state_dict())
+    before = {n: id(p) for n, p in other.named_parameters()}, weights_of(other)
+    with pytest.raises(ValueError, match=rf"confine: .*{now}.* convert the model to what"):
+        confine(other, state)
+    untouched(other, before)
+
+
+def test_the_state_of_a_guard_is_sent_to_protect():
+    model, other = net("guard"), net("guard")
+    optimizer = torch.optim.AdamW(other.parameters())
+    state = protect(other, bases(other), optimizer=optimizer).state_dict()
+    before = {n: id(p) for n, p in model.named_parameters()}, weights_of(model)
+    with pytest.raises(ValueError, match=r"Guard\.state_dict\(\) .* protect\(model, state"):
+        confine(model, state)
+    untouched(model, before)

@@ -64,7 +64,8 @@ NAMED = {
     "image.weight": "4x3x2x2, 4-D, nn.Conv2d",
     "normed.parametrizations.weight.original0": "7x1, original0 of a parametrized weight",
     "normed.parametrizations.weight.original1": "7x6, original1 of a parametrized weight",
-    "score.weight": "1x6, rho leaves nothing free of one direction, nn.Linear",
+    "score.weight": "1x6, rho leaves nothing free of one direction, a rank of 1 by name protects "
+    "it, nn.Linear",
 }
 
 
@@ -451,6 +452,22 @@ class Scored(nn.Module):
 
     def forward(self, x):
         return self.score(torch.tanh(self.body(x)))
+
+
+def test_a_rank_of_one_by_name_protects_a_single_row():
+    """What is said of a row that rho leaves out, and what a wider filter= can't do."""
+    model = Scored()
+    before = model.score.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    guard = protect(model, refresh(model, {"score.weight": 1, "*": 0.5}), optimizer=optimizer)
+    body = model.body.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    guard.verify()
+    assert not torch.equal(model.body.weight, body)
+    assert torch.allclose(model.score.weight, before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [0.5, 0.999, {"score.*": 0.9, "*": 0.5}, {"*": 0.01}])

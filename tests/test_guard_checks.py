@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from osf_kernels import truncated_svd
-from osf_torch import Subspace, checks, protect, refresh
+from osf_torch import Subspace, checks, confine, protect, refresh
 from tests.helpers import generator_for
 from tests.small_guard import adamw, drawn, train
 
@@ -153,6 +153,39 @@ def test_verify_takes_a_weight_that_a_later_guard_has_taken_over():
         both.verify()
 
 
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("project_grads", ()),
+        ("restore", ()),
+        ("clip_grad_norm_", (1.0,)),
+        ("next_task", ()),
+        ("drift", ()),
+        ("state_dict", ()),
+        ("load_state_dict", ({},)),
+    ],
+)
+def test_a_guard_whose_weights_a_later_one_has_taken_over_does_nothing_in_silence(
+    operator, arguments
+):
+    model = mlp("taken over", operator)
+    optimizer = adamw(model)
+    earlier = protect(model, bases(model), optimizer=optimizer)
+    train(model, optimizer, 1)
+    later = protect(model, bases(model), optimizer=optimizer)
+    train(model, optimizer, 1)
+    before = copied(model), [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(
+        RuntimeError,
+        match=rf"Guard\.{operator}: .* later protect\(\) has all taken over",
+    ):
+        getattr(earlier, operator)(*arguments)
+    assert same(model, before[0])
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before[1], strict=True))
+    train(model, optimizer, 1)
+    later.verify()
+
+
 def test_verify_notices_another_optimizer_where_nothing_is_pinned():
     model = mlp("optimizer")
     optimizer = adamw(model)
@@ -248,6 +281,10 @@ def test_what_protect_refuses_by_type():
             protect(model, given, optimizer=optimizer)
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, got list; .* once for each"):
         protect(model, subspaces, optimizer=[optimizer, optimizer])
+    other = mlp("types")
+    state = confine(other, bases(other)).state_dict()
+    with pytest.raises(ValueError, match=r"Confined\.state_dict\(\) .* confine\(model, st"):
+        protect(model, state, optimizer=optimizer)
     assert not optimizer._optimizer_step_pre_hooks
     protect(model, {"0.weight": Subspace(svd.U, svd.V, svd.S)}, optimizer=optimizer)
 

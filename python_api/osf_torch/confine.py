@@ -20,6 +20,7 @@ from osf_torch.free.state import (
     sides_of,
 )
 from osf_torch.selection import Names, listed, unwrapped
+from osf_torch.state import is_state as is_guard_state
 from osf_torch.subspaces import Subspace
 
 
@@ -204,6 +205,11 @@ def _require_arguments(
     if not subspaces:
         raise ValueError(
             "osf_torch.confine: expected subspaces to name at least one parameter, got none"
+        )
+    if is_guard_state(subspaces):
+        raise ValueError(
+            "osf_torch.confine: expected subspaces or what Confined.state_dict() returned, got "
+            "what Guard.state_dict() returned; protect(model, state, optimizer=...) takes it"
         )
     if not is_state(subspaces):
         return None

@@ -35,6 +35,9 @@ class Guard:
             the next one ("deferred"), or never (False).
         mode: "complement" or "core".
         subspaces: what is protected, as it was given or made by ``next_task``.
+
+    Once a later ``protect`` has taken all its weights over, what reads or writes weights through it
+    raises RuntimeError, since it would be done to none.
     """
 
     def __init__(
@@ -93,6 +96,15 @@ class Guard:
             other._let_go(set(self._items))
         _ATTACHED.add(self)
 
+    def _require_held(self, operator: str) -> None:
+        """Refuses what would be done to, or said of, no weight at all, and in silence."""
+        if not self._items:
+            raise RuntimeError(
+                f"osf_torch.Guard.{operator}: expected a guard of at least one weight, got one "
+                f"whose weights a later protect() has all taken over; call {operator}() of the "
+                "guard that protect() returned last"
+            )
+
     def _let_go(self, keys: set[int]) -> None:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
         lost = keys & self._items.keys()
@@ -110,6 +122,7 @@ class Guard:
         """g ← P(g) now, for every protected gradient there is; the step doesn't do it again
         unless a gradient was written since, or is a DTensor, where that can't be told.
         """
+        self._require_held("project_grads")
         self._steps.require_moved_as_left()
         self._steps.project(with_gradients(self._items.values()), pin=True)
 
@@ -126,6 +139,7 @@ class Guard:
             RuntimeError: restore=False pinned nothing that could be restored; weights were replaced
                 by others (a loaded checkpoint), of which restoring would undo the protected part.
         """
+        self._require_held("restore")
         if not self.restores:
             raise RuntimeError(
                 "osf_torch.Guard.restore: expected protect(..., restore=True or 'deferred'), got "
@@ -147,6 +161,7 @@ class Guard:
         Returns:
             The norm before clipping, after projecting.
         """
+        self._require_held("clip_grad_norm_")
         self.project_grads()
         items = self._items.values()
         stale = {id(item) for item in weights.unprojected(list(items))}
@@ -201,6 +216,7 @@ class Guard:
                 isn't known (8 bits, schedule-free's). Protection and state are as they were.
             TypeError: widen is neither int nor float.
         """
+        self._require_held("next_task")
         protects = self.restores is not False and self.mode == "complement"
         items = list(self._items.values())
         operator = "Guard.next_task"
@@ -272,6 +288,7 @@ class Guard:
         Raises:
             RuntimeError: a weight was partitioned by DeepSpeed's ZeRO-3.
         """
+        self._require_held("drift")
         return {item.name: measures.drift(item, self.mode) for item in self._items.values()}
 
     def released(self) -> dict[str, float]:
@@ -374,6 +391,7 @@ class Guard:
         All are of the weights themselves, however these are sharded: it loads on any number of
         ranks and on other meshes, from DTensors or from whole tensors.
         """
+        self._require_held("state_dict")
         return state_of(
             list(self._items.values()),
             list(self._steps.moved.values()),
@@ -396,6 +414,7 @@ class Guard:
 
         Of tensors that are sharded otherwise than the weights a collective.
         """
+        self._require_held("load_state_dict")
         items = list(self._items.values())
         held, subspaces = read_state(state, items, self.when, self.restores, self.mode)
         before = [dict(vars(item)) for item in items]

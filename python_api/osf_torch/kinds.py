@@ -149,7 +149,7 @@ def _kind(name: str, shape: tuple[int, ...], owned: Sequence[tuple[nn.Module, st
     if len(shape) != 2:
         return f"{len(shape)}-D, {whose}"
     if min(shape) == 1:
-        return f"rho leaves nothing free of one direction, {whose}"
+        return f"rho leaves nothing free of one direction, a rank of 1 by name protects it, {whose}"
     return whose
 
 

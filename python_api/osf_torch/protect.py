@@ -13,6 +13,7 @@ from osf_torch import measures
 from osf_torch import protected as weights
 from osf_torch.coverage import named_in, tell
 from osf_torch.free.spec import places_of
+from osf_torch.free.state import is_state as is_confined_state
 from osf_torch.guard import Guard
 from osf_torch.kinds import is_flat, owners
 from osf_torch.protected import Protected
@@ -118,6 +119,11 @@ def protect(
     if not subspaces:
         raise ValueError(
             "osf_torch.protect: expected subspaces to name at least one parameter, got none"
+        )
+    if is_confined_state(subspaces):
+        raise ValueError(
+            "osf_torch.protect: expected subspaces or what Guard.state_dict() returned, got what "
+            "Confined.state_dict() returned; confine(model, state) takes it"
         )
     if when not in ("auto", "step", "backward"):
         raise ValueError(

@@ -420,6 +420,32 @@ def test_a_mixture_of_experts_is_resumed_or_refused(method, tmp_path):
     assert _nearly(again, model)
 
 
+@both
+def test_what_was_left_out_and_is_not_loaded_is_refused(method, tmp_path):
+    """A router and experts that train freely are in no state but the model's own checkpoint."""
+
+    def made_anew() -> Any:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+        config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=4)
+        return transformers.MixtralForCausalLM(config)
+
+    def given(model: Any, subspaces: Any = 0.5) -> Any:
+        free = ["*experts*", "*gate.weight", "*embed_tokens*"]
+        return SubspaceCallback(model, subspaces, method=method, leave_out=free)
+
+    model = made_anew()
+    trained(model, tmp_path, [given(model)])
+    folder = tmp_path / "checkpoint-2"
+    other = made_anew()
+    with pytest.raises(ValueError, match=r"experts.*by from_pretrained, and resume then"):
+        trained(other, tmp_path, [given(other)], resume=folder)
+    again = type(model).from_pretrained(folder)
+    trained(again, tmp_path, [given(again, folder)], resume=folder)
+    assert _nearly(again, model)
+
+
 def _nearly(one: Any, other: Any) -> bool:
     expected = copied(other)
     return all(torch.allclose(t, expected[n], rtol=1e-4, atol=1e-6) for n, t in copied(one).items())

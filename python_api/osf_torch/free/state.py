@@ -117,7 +117,8 @@ def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dic
     """Whether each weight is the one that was saved (True), or the one that it started from.
 
     Raises:
-        ValueError: neither; another set of weights.
+        ValueError: neither; another set of weights; of the other precision, where that decides
+            whether W₀ is kept.
     """
     saved = state["confined"]
     names = {place.name for place in places}
@@ -136,6 +137,14 @@ def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dic
             raise ValueError(
                 f"osf_torch.confine: expected a state of {place.name!r} with shape "
                 f"{tuple(place.spec.shape)}, got {tuple(entry['shape'])}; it is another model's"
+            )
+        if place.spec.update == "merge" and place.spec.is_rounded != ("base" in entry):
+            full, half = "float32 or float64", "half precision, with W₀ beside it"
+            wanted, given = (half, full) if place.spec.is_rounded else (full, half)
+            raise ValueError(
+                f"osf_torch.confine: expected a state of {place.name!r} in {wanted}, as the model "
+                f"has it ({place.weight.dtype}), got one in {given}; convert the model to what it "
+                "was saved in before confine, or release() there, convert and confine anew"
             )
         if place.spec.is_opaque and not (place.is_read and "start" in entry):
             found[place.name] = False

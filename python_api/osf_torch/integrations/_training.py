@@ -9,7 +9,7 @@ a checkpoint in a run that is resumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -151,6 +151,7 @@ class Protection:
             self._require_owner(optimizer)
             if state is not None:
                 self._load_confined(self.confined, state)
+                self._require_loaded(state)
             return
         if state is None and self.guard is not None:
             if optimizer is self._optimizer:
@@ -224,28 +225,26 @@ class Protection:
 
     def state(self) -> dict[str, Any]:
         """For :func:`write_state`. Of sharded weights a collective."""
-        found = (self.confined or self._of_guard).state_dict()
-        if self.guard is not None:
-            found["sums"] = self._sums()
-        return found
-
-    def _sums(self) -> dict[str, Tensor]:
-        """Of each protected weight, whole, by which another one is told, its free part too."""
         weights = named_weights(self.model)
-        names = sorted(self._of_guard.subspaces)
-        return {name: sums_of([whole(weights[name].detach())])[0] for name in names}
+        trained = {id(p): name for name, p in weights.items() if p.requires_grad}  # tied ones once
+        names = set(trained.values()) | set(self.guard.subspaces if self.guard else ())
+        found = (self.confined or self._of_guard).state_dict()
+        return found | {"sums": _sums(weights, names)}
 
     def _require_loaded(self, state: Mapping[str, Any]) -> None:
-        """Refuses weights that aren't those of the checkpoint. Where they lie in the protected part
-        the guard's own state tells; the rest it can't know."""
+        """Refuses weights that aren't those of the checkpoint. The state of what is confined, and
+        of the protected part elsewhere, tells of these; of all else that trains it knows nothing.
+        """
         saved = state.get("sums")
         if saved is None:
             return
-        now = self._sums()
+        weights = named_weights(self.model)
+        now = _sums(weights, saved.keys() & weights.keys())
         off = [
             name
             for name, sums in saved.items()
-            if not torch.allclose(now[name], sums, rtol=1e-6, atol=1e-12)
+            if name not in now
+            or not torch.allclose(now[name], sums, rtol=1e-6, atol=1e-12, equal_nan=True)
         ]
         if off:
             raise ValueError(
@@ -258,8 +257,7 @@ class Protection:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from another checkpoint of the run, whose weights the model has been given."""
         (self.confined or self._of_guard).load_state_dict(state)
-        if self.guard is not None:
-            self._require_loaded(state)
+        self._require_loaded(state)
 
     def verify(self) -> None:
         """Of ``Confined`` or ``Guard``."""
@@ -301,6 +299,11 @@ def _is_state(value: Mapping[str, Any]) -> bool:
 def is_model_of(protection: Protection, model: nn.Module) -> bool:
     """Whether ``model`` is the protected one, bare, compiled or wrapped."""
     return unwrapped(model) is unwrapped(protection.model)
+
+
+def _sums(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Of each weight, whole, by which another one is told. Of sharded ones a collective."""
+    return {name: sums_of([whole(weights[name].detach())])[0] for name in sorted(names)}
 
 
 def _imprint(confined: Confined | None, subspaces: Mapping[str, Any]) -> Tensor:
