@@ -54,6 +54,23 @@ def test_a_run_holds_what_is_protected_and_resumes_to_the_bit(method, tmp_path):
 
 
 @both
+@pytest.mark.parametrize("asked", [0.25, {"*.mlp.*": 0.5}])
+def test_a_run_isnt_resumed_with_other_ranks_or_weights(method, asked, tmp_path):
+    model = small_llama()
+    trained(model, tmp_path, [callback(model, method)])
+    folder = tmp_path / "checkpoint-2"
+    again = small_llama(1)
+    if isinstance(asked, dict):
+        asked = refresh(again, 0.5, filter=list(asked), progress=False)
+    with pytest.raises(ValueError, match=r"expected .*q_proj.*folder"):
+        trained(again, tmp_path, [callback(again, method, asked)], resume=folder)
+    made = transformers.LlamaForCausalLM.from_pretrained(folder)
+    made.get_input_embeddings().requires_grad_(False)
+    trained(made, tmp_path, [callback(made, method, folder)], resume=folder)
+    assert not unequal(copied(made), copied(model))
+
+
+@both
 def test_a_checkpoint_is_the_plain_models_and_what_is_beside_it_is_read_safely(method, tmp_path):
     model = small_llama()
     trainer = trained(model, tmp_path, [callback(model, method)])

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from osf_torch.bases import columns_of, spans_of
 from osf_torch.confine import confine
 from osf_torch.confined import Confined
 from osf_torch.coverage import NAMED, require_told, tell
@@ -34,6 +35,7 @@ from osf_torch.selection import Ranks, listed, named_weights, unwrapped
 from osf_torch.sharing import Ranks as Processes
 from osf_torch.sharing import whole
 from osf_torch.state import is_state as is_guard_state
+from osf_torch.state import subspaces_of
 from osf_torch.steps import owned_by
 from osf_torch.subspaces import Subspace, Subspaces
 
@@ -147,6 +149,7 @@ class Protection:
         )
         if state is not None:
             self._require_method(state)
+            self._require_asked(state)
         if self.confined is not None:
             self._require_owner(optimizer)
             if state is not None:
@@ -162,6 +165,31 @@ class Protection:
         self.guard = protect(self.model, source, optimizer, **options)
         self._optimizer = optimizer
         self._require_loaded(source)
+
+    def _require_asked(self, state: Mapping[str, Any]) -> None:
+        """Refuses a guard's state of other weights or ranks than this was made with: a guard is
+        made of the state, whatever was asked for. ``Confined`` compares them by itself."""
+        if self.method == "confine" or _is_state(self.subspaces):
+            return
+        weights, saved = named_weights(self.model), subspaces_of(state)
+        asked = {
+            id(weights[name]): (name, _widths(s))
+            for name, s in self.subspaces.items()
+            if name in weights and weights[name].requires_grad
+        }
+        held = {id(weights.get(name)): (name, _widths(s)) for name, s in saved.items()}
+        off = [
+            (asked.get(key) or held[key])[0]
+            for key in {**asked, **held}
+            if key not in asked or key not in held or asked[key][1] != held[key][1]
+        ]
+        if off:
+            raise ValueError(
+                f"osf_torch.{self._operator}: expected the checkpoint to protect what this was "
+                f"asked for, got other weights or ranks, of {listed(off, NAMED)}; pass the ranks "
+                "of the run that is resumed, or the checkpoint's folder as subspaces, which goes "
+                "on with what it holds"
+            )
 
     def _load_confined(self, confined: Confined, state: Mapping[str, Any]) -> None:
         try:
@@ -299,6 +327,14 @@ def _is_state(value: Mapping[str, Any]) -> bool:
 def is_model_of(protection: Protection, model: nn.Module) -> bool:
     """Whether ``model`` is the protected one, bare, compiled or wrapped."""
     return unwrapped(model) is unwrapped(protection.model)
+
+
+def _widths(s: Subspace) -> list[tuple[str, int] | None]:
+    """How many columns each side has, and what they span."""
+    return [
+        None if side is None else (spans_of(side), columns_of(side).shape[-1])
+        for side in (s.U, s.V)
+    ]
 
 
 def _sums(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
