@@ -300,7 +300,7 @@ class SubspaceCallback(_CALLBACK):
     ) -> dict[int, Protection]:
         """Of each optimizer that owns a weight to protect, by its index, its own protection."""
         if states:
-            return {int(i): self._part(i, protection) for i in states}
+            return {int(i): self._part(i, protection, state) for i, state in states.items()}
         weights = named_weights(protection.model)
         foreign = [name for name in protection.subspaces if name not in weights]
         if foreign:
@@ -327,7 +327,8 @@ class SubspaceCallback(_CALLBACK):
                 found[i] = self._parts.get(i) or self._made(protection, own)
         return found
 
-    def _part(self, index: str, protection: Protection) -> Protection:
+    def _part(self, index: str, protection: Protection, state: Mapping[str, Any]) -> Protection:
+        """Of an optimizer's weights, those that its state is of."""
         if int(index) >= len(self._optimizers):
             raise ValueError(
                 f"osf_torch.{NAME}: expected the optimizers of the run that was saved, got "
@@ -335,7 +336,9 @@ class SubspaceCallback(_CALLBACK):
             )
         if len(self._optimizers) == 1:
             return protection
-        return self._parts.get(int(index)) or self._made(protection, protection.subspaces)
+        asked = protection.subspaces
+        own = {name: asked[name] for name in state["weights"] if name in asked}
+        return self._parts.get(int(index)) or self._made(protection, own or asked)
 
     def _made(self, protection: Protection, own: Mapping[str, Any]) -> Protection:
         named = named_in(
