@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import osf_torch
 from bench import report
 from bench.optimizers import (
-    BATCH,
     CPU,
     HELD_OUT,
     OPTIMIZERS,
@@ -39,6 +38,7 @@ from bench.optimizers import (
     missing,
     network,
     subspaces_of,
+    take_steps,
 )
 
 Choice = Literal["keep", "project", "clear"]
@@ -85,14 +85,14 @@ def run_twice(named: Named, choice: Choice, restore: bool, steps: int, seed: int
     held_out = torch.randn(HELD_OUT, WIDTH, generator=generator)
     optimizer = named.make(list(model.parameters()))
     guard = osf_torch.protect(model, subspaces_of(model), optimizer, restore=restore)
-    train(model, first, optimizer, steps, generator)
+    take_steps(model, first, optimizer, steps, generator)
     found = guard.next_task(compute_dtype=torch.float64, progress=False, optimizer_state=choice)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = [measured(model, teacher, held_out) for teacher in (first, second)]
     soon = max(1, steps // SOON)
-    train(model, second, optimizer, soon, generator)
+    take_steps(model, second, optimizer, soon, generator)
     after_few = measured(model, second, held_out)
-    train(model, second, optimizer, steps - soon, generator)
+    take_steps(model, second, optimizer, steps - soon, generator)
     end = [measured(model, teacher, held_out) for teacher in (first, second)]
     return Figures(
         1 - after_few / start[1],
@@ -100,20 +100,6 @@ def run_twice(named: Named, choice: Choice, restore: bool, steps: int, seed: int
         end[0] / start[0] - 1,
         Outcome(model, before, found, optimizer, guard).share(),
     )
-
-
-def train(
-    model: nn.Module,
-    teacher: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    generator: torch.Generator,
-) -> None:
-    for _ in range(steps):
-        x = torch.randn(BATCH, WIDTH, generator=generator)
-        optimizer.zero_grad()
-        loss_of(model, teacher, x).backward()
-        optimizer.step()
 
 
 @torch.no_grad()

@@ -230,11 +230,7 @@ def train(named: Named, how: How, steps: int = STEPS, device: torch.device = CPU
         guard = osf_torch.protect(model, subspaces, optimizer=optimizer, restore=how == "restored")
     exchange(optimizer, "train", guard)
     with eagerly():
-        for _ in range(steps):
-            x = torch.randn(BATCH, WIDTH, generator=generator).to(device)
-            optimizer.zero_grad()
-            loss_of(model, teacher, x).backward()
-            optimizer.step()
+        take_steps(model, teacher, optimizer, steps, generator)
     outcome = Outcome(model, before, subspaces, optimizer, guard)
     if exchange(optimizer, "eval", None):
         outcome.moved_by_exchange = outcome.drift()
@@ -243,6 +239,22 @@ def train(named: Named, how: How, steps: int = STEPS, device: torch.device = CPU
     with torch.no_grad():
         outcome.learned = 1 - float(loss_of(model, teacher, held_out)) / first
     return outcome
+
+
+def take_steps(
+    model: nn.Module,
+    teacher: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    generator: torch.Generator,
+) -> None:
+    """On inputs that are drawn on the host and taken where the model is."""
+    device = next(model.parameters()).device
+    for _ in range(steps):
+        x = torch.randn(BATCH, WIDTH, generator=generator).to(device)
+        optimizer.zero_grad()
+        loss_of(model, teacher, x).backward()
+        optimizer.step()
 
 
 def exchange(optimizer: Any, to: str, guard: osf_torch.Guard | None) -> bool:

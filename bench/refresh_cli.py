@@ -97,7 +97,7 @@ def jobs(arguments: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         if value < 8:
             raise ValueError(f"bench: expected {name} to be at least 8, got {value}")
     default = list(SPECTRA if arguments.quick else SOURCES)
-    known = list(SOURCES) + [FIGURES_ALONE] * (arguments.suite != "sweep")
+    known = SOURCES if arguments.suite == "sweep" else (*SOURCES, FIGURES_ALONE)
     sources = [name for name in _sources(arguments.source or default, known) if name in SOURCES]
     ranks = _ranks(arguments.rho, QUICK_RHOS if arguments.quick else refresh_suite.RHOS)
     sweep = refresh_suite.sweep(

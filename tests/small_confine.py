@@ -152,6 +152,15 @@ def columns(basis: FreeBasis) -> Tensor:
     return basis.to(dtype=torch.float64).expand(one).mT
 
 
+def gradients_by(place: Place, g: Tensor) -> list[Tensor]:
+    """Of what a place trains, by the dense gradient g of its weight, in float64."""
+    G = columns(place.spec.left).mT @ g.double() @ columns(place.spec.right)
+    if place.spec.rank is None:
+        return [G]
+    B, A = (t.detach().double() for t in place.trained())
+    return [G @ A.mT, B.mT @ G]
+
+
 def block_of(place: Place) -> Tensor:
     return place.block.detach()
 

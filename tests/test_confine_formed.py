@@ -14,7 +14,7 @@ from torch import nn
 from osf_torch import confine, refresh
 from osf_torch.free import formed
 from tests.helpers import generator_for
-from tests.small_confine import adamw, columns, drawn, relative, train
+from tests.small_confine import adamw, columns, drawn, gradients_by, relative, train
 from tests.small_experts import KINDS, WAYS, experts_model, ids
 
 KERNEL = 5e-6  # of products of float32 through two layers and back
@@ -74,13 +74,7 @@ def test_plain_experts_are_formed_once_a_call_and_kept_by_no_graph(kind, way, ra
     assert relative(loss, wanted) <= KERNEL
     wanted.backward()
     for place in confined.places:
-        U, V = columns(place.spec.left), columns(place.spec.right)
-        G = U.mT @ weights[place.name].grad @ V
-        if rank is None:
-            gradients = [G]
-        else:
-            B, A = (t.detach().double() for t in place.trained())
-            gradients = [G @ A.mT, B.mT @ G]
+        gradients = gradients_by(place, weights[place.name].grad)
         for t, g in zip(place.trained(), gradients, strict=True):
             assert relative(t.grad, g) <= 4 * KERNEL
     losses = train(model, [batch] * 4, adamw(confined.parameters()), loss_of)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from osf_torch import Confined, confine, load_subspaces, refresh, save_subspaces
 from osf_torch.free import formed
 from tests.helpers import generator_for
-from tests.small_confine import adamw, columns, relative, train
+from tests.small_confine import adamw, columns, gradients_by, relative, train
 from tests.small_experts import WAYS, ids
 from tests.small_quantized import Scaled, exact_int8, float8_experts, peer
 from tests.small_refresh import linear
@@ -114,13 +114,7 @@ def test_the_gradient_is_that_of_the_weight_in_the_free_block(way, rank):
         p.requires_grad_(True)
     loss_of(plain, batch).backward()
     for place in confined.places:
-        U, V = columns(place.spec.left), columns(place.spec.right)
-        G = U.mT @ weights[place.name].grad @ V
-        if rank is None:
-            wanted = [G]
-        else:
-            B, A = (t.detach().double() for t in place.trained())
-            wanted = [G @ A.mT, B.mT @ G]
+        wanted = gradients_by(place, weights[place.name].grad)
         for t, g in zip(place.trained(), wanted, strict=True):
             assert relative(t.grad, g) <= 2e-5, place.name
     assert all(p.grad is None for n, p in model.named_parameters() if "_free" not in n)

@@ -300,9 +300,7 @@ def _collectives(
     world: int,
 ) -> dict[str, int]:
     found = dict.fromkeys(methods, 0)
-    if world == 1:
-        return found
-    if "protect" not in methods:
+    if world == 1 or "protect" not in methods:
         return found
     found["protect"] = 2 if methods["protect"].reduced else 0
     portion = gathers = 0

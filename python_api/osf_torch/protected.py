@@ -142,8 +142,7 @@ class Protected:
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """(..., m, n) of the whole weight."""
-        shape = zero3_shape(self.weight) or tuple(self.weight.shape)
-        return matrix_of(shape, True) if self.is_flat else shape
+        return _matrix_shape(self.weight, self.is_flat)
 
     @property
     def view_shape(self) -> tuple[int, ...]:
@@ -457,10 +456,13 @@ def zero3_shape(weight: Tensor) -> tuple[int, ...] | None:
     return tuple(getattr(weight, "ds_shape", ())) or None
 
 
+def _matrix_shape(weight: Tensor, is_flat: bool) -> tuple[int, ...]:
+    shape = zero3_shape(weight) or tuple(weight.shape)
+    return matrix_of(shape, True) if is_flat else shape
+
+
 def shapes_of(weight: Tensor, s: Subspace, *, is_flat: bool) -> tuple[Tensor, Held, Held]:
     """The whole weight, of a convolution its matrix, and its bases as meta tensors, for ``plan`` to
     judge."""
-    shape = zero3_shape(weight) or tuple(weight.shape)
-    shape = matrix_of(shape, True) if is_flat else shape
-    W = torch.empty(shape, dtype=weight.dtype, device="meta")
+    W = torch.empty(_matrix_shape(weight, is_flat), dtype=weight.dtype, device="meta")
     return W, moved(s.U, W.device), moved(s.V, W.device)
