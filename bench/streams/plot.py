@@ -1,0 +1,136 @@
+"""A stream in a picture: what is known over its course, what is lost, what is left to learn by."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.streams.methods import DEFAULT, METHODS
+from bench.streams.rows import Run
+from bench.streams.show import over
+from bench.streams.training import After, forgetting
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+COLOURS = {
+    "plain": "#555555",
+    "matched": "#999999",
+    "lora": "#CC79A7",
+    "olora": "#E69F00",
+    "peft-osf": "#D55E00",
+    "replay": "#009E73",
+    DEFAULT: "#0072B2",
+}
+OTHERS = ("#56B4E9", "#000000", "#F0E442", "#882255", "#44AA99")
+DASHED = {"replay", "matched"}
+ACROSS = 7
+
+
+def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
+    """Above: mean accuracy of the tasks so far, what is forgotten, and the share of the matrices
+    that can't move. Below: a panel a task, its accuracy over the stream.
+
+    Raises ValueError where there are no runs.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = {name: found for name, found in runs.items() if found}
+    if not runs:
+        raise ValueError("bench streams: nothing to plot: no finished run")
+    names = next(iter(runs.values()))[0].names
+    different = list(dict.fromkeys(names))
+    rows = -(-len(different) // ACROSS)
+    figure = plt.figure(figsize=(15, 4.2 + 2.3 * rows), layout="constrained")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(3.6, 2.3 * rows))
+    course, lost, used = halves[0].subplots(1, 3, width_ratios=(2, 1.3, 1.3))
+    spare = iter(OTHERS * len(runs))
+    styles = {
+        name: {
+            "color": COLOURS.get(name) or next(spare),
+            "linestyle": "--" if name in DASHED else "-",
+            "linewidth": 2.2 if name == DEFAULT else 1.2,
+        }
+        for name in runs
+    }
+    for name, found in runs.items():
+        after, known = so_far(found)
+        course.plot(after, known, label=METHODS[name].title, **styles[name])
+        free = [statistics.fmean(values) for values in zip(*map(_free, found), strict=True)]
+        used.plot(range(1, len(free) + 1), [100 * (1 - share) for share in free], **styles[name])
+    course.set_title("mean accuracy of the tasks so far, %", fontsize=9)
+    used.set_title("share of the matrices that can't move, %", fontsize=9)
+    for axes in (course, used):
+        axes.set_xlabel("after task", fontsize=8)
+    for place, (name, found) in enumerate(runs.items()):
+        spread = over(found, forgetting)
+        lost.barh(
+            place,
+            100 * spread.mean,
+            xerr=100 * spread.deviation,
+            color=styles[name]["color"],
+            height=0.7,
+            error_kw={"linewidth": 1.0, "capsize": 2},
+        )
+    lost.set_yticks(range(len(runs)), [METHODS[name].title for name in runs], fontsize=7)
+    lost.invert_yaxis()
+    lost.axvline(0, color="#333333", linewidth=0.8)
+    lost.set_title("forgotten at the end, points", fontsize=9)
+    panels = list(halves[1].subplots(rows, ACROSS, squeeze=False, sharex=True).flat)
+    for axes, task in zip(panels, different, strict=False):
+        for name, found in runs.items():
+            after, values = of_task(found, names.index(task))
+            axes.plot(after, values, **styles[name])
+        axes.set_title(f"{names.index(task) + 1}: {task}", fontsize=9)
+    for axes in panels[len(different) :]:
+        axes.set_visible(False)
+    for axes in (course, lost, used, *panels):
+        axes.tick_params(labelsize=7)
+        axes.grid(True, color="#dddddd", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    course.legend(fontsize=7, frameon=False, ncols=2)
+    seeds = max(map(len, runs.values()))
+    over_seeds = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    figure.suptitle(
+        f"stream {stream}: {len(names)} tasks one after the other, {over_seeds}; below, the "
+        "accuracy of each task from when it was learned on, %",
+        fontsize=10,
+    )
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def _free(run: Run) -> list[float]:
+    return [line.free for line in run.outcome.after]
+
+
+def so_far(runs: Sequence[Run]) -> tuple[list[int], list[float]]:
+    """Where all tasks so far were looked at: after which task, and their mean accuracy in %."""
+    lines = [run.outcome.after for run in runs]
+    after = [i for i, line in enumerate(lines[0]) if line.course or i == len(lines[0]) - 1]
+    means = [
+        statistics.fmean(statistics.fmean(run[i].course or run[i].test) for run in lines)
+        for i in after
+    ]
+    return [i + 1 for i in after], [100 * mean for mean in means]
+
+
+def of_task(runs: Sequence[Run], task: int) -> tuple[list[int], list[float]]:
+    """A task's accuracy in % right after it, where it was looked at later, and at the end."""
+    lines = [run.outcome.after for run in runs]
+    last = len(lines[0]) - 1
+    after = [
+        i for i in range(task, last + 1) if i in (task, last) or len(lines[0][i].course) > task
+    ]
+
+    def value(run: Sequence[After], i: int) -> float:
+        if i == last:
+            return run[i].test[task]
+        return run[i].test[-1] if i == task else run[i].course[task]
+
+    means = [statistics.fmean(value(run, i) for run in lines) for i in after]
+    return [i + 1 for i in after], [100 * mean for mean in means]

@@ -1,0 +1,225 @@
+"""The rows of a stream's runs: a file that runs are taken from, by what they are made of."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import fcntl
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from bench import report
+from bench.streams.training import After, Outcome, Setting
+
+# What a run's figures depend on, of this repository; docstrings and comments don't count.
+CODE = (
+    "bench/streams",
+    "bench/minilm.py",
+    "bench/training.py",
+    "bench/continual_run.py",
+    "osf_kernels",
+    "python_api/osf_torch",
+)
+
+
+@dataclass
+class Row:
+    """What was measured after one task of a run. Lists are accuracies in ten-thousandths."""
+
+    model: str = ""
+    stream: str = ""
+    method: str = ""
+    seed: int = 0
+    learning_rate: float = 0.0
+    steps: int = 0
+    batch: int = 0
+    precision: str = ""
+    data: str = ""  # fingerprint of the tasks
+    code: str = ""  # fingerprint of what the run was trained by
+    tasks: int = 0
+    after: int = 0
+    task: str = ""
+    test: str = ""
+    validation: str = ""
+    course: str = ""
+    moved: float | None = None
+    free: float = 0.0
+    general: float | None = None
+    seconds: float = 0.0
+    run_s: float = 0.0
+
+
+KEY = (
+    "model",
+    "stream",
+    "method",
+    "seed",
+    "learning_rate",
+    "steps",
+    "batch",
+    "precision",
+    "data",
+)
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, stream, seed and learning rate, with what came out."""
+
+    model: str
+    stream: str
+    method: str
+    seed: int
+    learning_rate: float
+    names: tuple[str, ...]
+    outcome: Outcome
+    code: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def key(row: Row) -> Key:
+    """As it reads back from the file."""
+    return tuple(report.cell(getattr(row, name)) for name in KEY)
+
+
+def asked(
+    model: str, stream: str, method: str, seed: int, rate: float, setting: Setting, data: str
+) -> Row:
+    return Row(
+        model=model,
+        stream=stream,
+        method=method,
+        seed=seed,
+        learning_rate=rate,
+        steps=setting.steps,
+        batch=setting.batch,
+        precision=setting.precision,
+        data=data,
+        code=code(),
+    )
+
+
+@cache
+def code() -> str:
+    """Twelve hex digits of the syntax trees of the files in ``CODE``."""
+    digest = hashlib.sha256()
+    for place in CODE:
+        path = report.ROOT / place
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
+                    node.body = node.body[1:]  # type: ignore[attr-defined]
+            digest.update(f"{file.relative_to(report.ROOT)} {ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def write(path: Path, run: Row, names: Sequence[str], outcome: Outcome) -> None:
+    """Appends a finished run. Several processes may write to one file.
+
+    Raises:
+        ValueError: the file was written with other columns.
+    """
+    common = {f.name: getattr(run, f.name) for f in fields(Row)}
+    rows = [
+        Row(
+            **common
+            | {
+                "tasks": len(names),
+                "after": number,
+                "task": names[number],
+                "test": _packed(line.test),
+                "validation": _packed(line.validation),
+                "course": _packed(line.course),
+                "moved": line.moved,
+                "free": line.free,
+                "general": line.general,
+                "seconds": line.seconds,
+                "run_s": outcome.seconds,
+            }
+        )
+        for number, line in enumerate(outcome.after)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        report.append_csv(path, rows, report.environment(torch.device("cpu")), Row)
+
+
+def read(path: Path) -> dict[Key, Run]:
+    """The runs of a file that are there as a whole; one that is there twice counts as last.
+
+    Raises:
+        ValueError: the file was written with other columns.
+    """
+    if report.is_new(path, Row):
+        return {}
+    found: dict[Key, dict[int, Mapping[str, str]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if None not in row.values():
+                found.setdefault(tuple(row[name] for name in KEY), {})[int(row["after"])] = row
+    runs = {}
+    for run_key, lines in found.items():
+        first = lines.get(0)
+        if first is None or len(lines) != int(first["tasks"]):
+            continue
+        ordered = [lines[number] for number in range(len(lines))]
+        runs[run_key] = Run(
+            first["model"],
+            first["stream"],
+            first["method"],
+            int(first["seed"]),
+            float(first["learning_rate"]),
+            tuple(line["task"] for line in ordered),
+            Outcome([_after(line) for line in ordered], float(first["run_s"])),
+            first["code"],
+            first["commit"],
+            first["date"],
+        )
+    return runs
+
+
+def _after(row: Mapping[str, str]) -> After:
+    return After(
+        _unpacked(row["test"]),
+        _unpacked(row["validation"]),
+        _unpacked(row["course"]),
+        float(row["moved"]) if row["moved"] else None,
+        float(row["free"]),
+        float(row["general"]) if row["general"] else None,
+        float(row["seconds"]),
+    )
+
+
+def _packed(values: Iterable[float]) -> str:
+    return " ".join(str(round(10_000 * value)) for value in values)
+
+
+def _unpacked(text: str) -> list[float]:
+    return [int(part) / 10_000 for part in text.split()]
+
+
+def provenance(taken: Sequence[Run], count: int, path: Path) -> str:
+    """What of the runs asked for is read from a file instead of trained, and by which code."""
+    if not taken:
+        return ""
+    now = code()
+    origins = Counter((run.code, run.commit or "no commit", run.date) for run in taken)
+    where = ", ".join(
+        f"{found} by {'this code' if by == now else f'OTHER CODE {by}'} at {commit} ({date})"
+        for (by, commit, date), found in sorted(origins.items())
+    )
+    return (
+        f"NOT TRAINED NOW: {len(taken)} of {count} runs are taken from {path}: {where}. --anew "
+        "trains them on this machine; their rows then count in the place of the older ones."
+    )

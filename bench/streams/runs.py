@@ -1,0 +1,224 @@
+"""Which runs there are, which are still to be trained, and by which learning rate."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.continual_tasks import Task
+from bench.streams import data, rows
+from bench.streams.methods import METHODS
+from bench.streams.rows import Key, Row, Run
+from bench.streams.subject import Subject
+from bench.streams.training import Diverged, Setting, average, run
+
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+FIRST_TRIED = (1, 2)  # of the rates; then on in the better direction until it gets no better
+TUNED_ON = ("4", 0)  # stream and seed
+
+Open = Callable[[data.Stream], Subject]
+Say = Callable[[str], object]
+
+
+class Wanted(NamedTuple):
+    """A run that is asked for."""
+
+    stream: str
+    method: str
+    seed: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.method}, stream {self.stream}, seed {self.seed}, lr {self.rate:g}"
+
+
+class Missing(ValueError):
+    """A run or a learning rate that is needed first."""
+
+
+class Runs:
+    """Runs of one model on one file: a finished one is read from there, others are trained.
+
+    Args:
+        open: makes the model that learns a stream.
+        anew: trains what the file has too, once.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        setting: Setting,
+        csv: Path,
+        open: Open,
+        *,
+        model: str,
+        anew: bool = False,
+        say: Say = lambda _: None,
+    ) -> None:
+        self.tasks, self.setting, self.csv, self.open = tasks, setting, csv, open
+        self.model, self.anew, self.say = model, anew, say
+        self.data = data.fingerprint(tasks.values())
+        self._trained: set[Key] = set()
+
+    def known(self) -> list[Run]:
+        """The file's runs of this model, setting and data."""
+        alike = rows.key(self._row(Wanted("", "", 0, 0.0)))
+        free = {"stream", "method", "seed", "learning_rate"}
+        fixed = [place for place, name in enumerate(rows.KEY) if name not in free]
+        return [
+            found
+            for key, found in rows.read(self.csv).items()
+            if all(key[place] == alike[place] for place in fixed)
+        ]
+
+    def found(self, wanted: Wanted) -> Run | None:
+        """From the file."""
+        key = rows.key(self._row(wanted))
+        if self.anew and key not in self._trained:
+            return None
+        return rows.read(self.csv).get(key)
+
+    def steps(self, wanted: Wanted) -> int:
+        """How many steps a run takes."""
+        return self.setting.steps * len(data.stream(self.tasks, wanted.stream).tasks)
+
+    def train(self, wanted: Wanted) -> bool:
+        """Trains a run that isn't there. False where another process is at it.
+
+        Raises:
+            Missing: another run is needed first.
+            Diverged: a loss that isn't finite.
+        """
+        if self.found(wanted) is not None:
+            return True
+        row = self._row(wanted)
+        partial = self._partial(row)
+        with _claimed(partial.with_suffix(".lock")) as is_ours:
+            if not is_ours:
+                return False
+            if self.found(wanted) is not None:
+                return True
+            stream = data.stream(self.tasks, wanted.stream)
+            names = [task.name for task in stream.tasks]
+
+            def on_step(number: int, loss: float) -> None:
+                self.say(f"{wanted}: task {number + 1} of {len(names)}, {names[number]}")
+
+            outcome = run(
+                lambda subject: METHODS[wanted.method].make(
+                    subject, lambda other: self._radii(wanted, other)
+                ),
+                self.open(stream),
+                len(names),
+                self.setting,
+                learning_rate=wanted.rate,
+                seed=wanted.seed,
+                partial=partial,
+                on_step=on_step,
+            )
+            rows.write(self.csv, row, names, outcome)
+            self._trained.add(rows.key(row))
+        return True
+
+    def tune(self, method: str) -> dict[float, float] | None:
+        """Learning rate -> mean validation accuracy of all tasks at the end, of those tried.
+
+        From two neighbours in the middle of the grid on in the direction of the better one, for
+        as long as that goes up. A run whose loss overflows counts as 0. None where another process
+        is at it.
+        """
+        found: dict[float, float] = {}
+
+        def score(place: int) -> float:
+            rate = RATES[place]
+            if rate not in found:
+                wanted = Wanted(TUNED_ON[0], method, TUNED_ON[1], rate)
+                try:
+                    if not self.train(wanted):
+                        raise _Elsewhere
+                except Diverged:
+                    found[rate] = 0.0
+                    return 0.0
+                there = self.found(wanted)
+                assert there is not None
+                found[rate] = average(there.outcome, "validation")
+            return found[rate]
+
+        try:
+            low, high = FIRST_TRIED
+            ahead = score(high) > score(low)
+            place, stride = (high, 1) if ahead else (low, -1)
+            while 0 <= place + stride < len(RATES) and score(place + stride) > score(place):
+                place += stride
+        except _Elsewhere:
+            return None
+        return found
+
+    def rates(self, methods: Sequence[str]) -> dict[str, float]:
+        """The learning rate of each method: the best of those tried, of equals the smaller one.
+
+        Raises:
+            Missing: one that wasn't tuned.
+        """
+        tried: dict[str, list[tuple[float, float]]] = {}
+        for one in self.known():
+            if (one.stream, one.seed) == TUNED_ON:
+                score = average(one.outcome, "validation")
+                tried.setdefault(one.method, []).append((score, -one.learning_rate))
+        asked = {name: METHODS[name].tuned_as or name for name in methods}
+        missing = sorted({name for name in asked.values() if name not in tried})
+        if missing:
+            raise Missing(
+                f"bench streams: {self.csv} has no learning rate of {', '.join(missing)} for "
+                f"{self.model}, {self.setting.steps} steps of {self.setting.batch}; run with "
+                "--tune first, or give --lr"
+            )
+        return {name: -max(tried[other])[1] for name, other in asked.items()}
+
+    def _radii(self, wanted: Wanted, other: str) -> list[float]:
+        rate = self.rates([other])[other]
+        there = self.found(wanted._replace(method=other, rate=rate))
+        if there is None:
+            raise Missing(
+                f"bench streams: {wanted.method} moves as far as {other} does, of which {self.csv} "
+                f"has no run on stream {wanted.stream} with seed {wanted.seed}; run {other} first"
+            )
+        return [line.moved or 0.0 for line in there.outcome.after]
+
+    def _row(self, wanted: Wanted) -> Row:
+        return rows.asked(
+            self.model,
+            wanted.stream,
+            wanted.method,
+            wanted.seed,
+            wanted.rate,
+            self.setting,
+            self.data,
+        )
+
+    def _partial(self, row: Row) -> Path:
+        """Where a run keeps its state between two tasks: by all that it is made of, its code too,
+        so that no run goes on from what other code has left."""
+        name = hashlib.sha256(repr((rows.key(row), row.code)).encode()).hexdigest()[:16]
+        return self.csv.with_name(f"{self.csv.stem}.partial") / f"{name}.pt"
+
+
+class _Elsewhere(Exception):
+    """Another process trains what this one needs."""
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether this process alone holds the lock, which ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,236 @@
+"""One method over one stream: the training loop, what it is judged by, and how it is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.continual_run import HEAD_LEARNING_RATE, order_of, slope
+from bench.streams.peers import Plain, norm_of
+from bench.streams.subject import Subject
+
+JUDGED = 250  # test examples a task, as many of each label as there are; where it has more
+COURSE = 64  # of them after other tasks, for the picture alone
+COURSE_EVERY = 3  # tasks
+SHOWN = 5  # of the last tasks, and of the first
+
+Step = Callable[[int, float], object]
+Build = Callable[[Subject], Plain]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods have in common."""
+
+    steps: int = 40
+    batch: int = 16
+    precision: str = "bf16"
+
+
+@dataclass
+class After:
+    """What was measured after a task.
+
+    Attributes:
+        test, validation: accuracies of the tasks so far after the last one; of the task itself
+            after any other.
+        course: of all tasks so far on fewer examples, where they were looked at.
+        moved: ‖ΔW‖_F over the trained matrices; None of adapters that aren't merged.
+        free: as of ``Plain``.
+        general: the loss on text of no task.
+        seconds: of the task's training, with what the method does before and after it.
+    """
+
+    test: list[float]
+    validation: list[float]
+    course: list[float]
+    moved: float | None
+    free: float
+    general: float | None
+    seconds: float
+
+
+@dataclass
+class Outcome:
+    """A run, finished or cut short: a line a task."""
+
+    after: list[After] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def own(self, split: str = "test") -> list[float]:
+        """The accuracy of each task right after it."""
+        found: list[list[float]] = [getattr(line, split) for line in self.after]
+        return [values[-1] for values in found]
+
+    def last(self, split: str = "test") -> list[float]:
+        """The accuracy of each task after the last."""
+        found: list[float] = getattr(self.after[-1], split)
+        return found
+
+
+class Diverged(FloatingPointError):
+    """A loss that isn't finite."""
+
+
+def run(
+    build: Build,
+    subject: Subject,
+    tasks: int,
+    setting: Setting,
+    *,
+    learning_rate: float,
+    seed: int,
+    partial: Path | None = None,
+    on_step: Step = lambda _, __: None,
+) -> Outcome:
+    """Trains ``subject`` on one task after the other.
+
+    Args:
+        partial: where the state between two tasks is kept: a run that was cut short goes on from
+            there, and trains no finished task again. It is removed at the end.
+        on_step: called with the task's number and the loss after each step.
+
+    Raises:
+        Diverged: a loss that isn't finite.
+
+    Draws heads, the order of examples and what a method draws from ``seed`` and the task's number,
+    the same for every method and whether or not the run was cut short.
+    """
+    torch.manual_seed(seed)
+    method = build(subject)
+    outcome = Outcome()
+    if partial is not None and partial.exists():
+        saved: dict[str, Any] = torch.load(partial, weights_only=False)
+        outcome = saved["outcome"]
+        subject.load(saved["subject"])
+        method.load(saved["method"])
+    for number in range(len(outcome.after), tasks):
+        started = time.perf_counter()
+        torch.manual_seed(1_000_000 + 1000 * seed + number)
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        place = number / max(1, tasks - 1)
+        moved = _train(method, number, place, setting, learning_rate, generator, on_step)
+        seconds = time.perf_counter() - started
+        outcome.after.append(judged(method, number, tasks, moved, seconds))
+        outcome.seconds += time.perf_counter() - started
+        if partial is not None:
+            _save(partial, outcome, subject, method)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return outcome
+
+
+def _train(
+    method: Plain,
+    number: int,
+    place: float,
+    setting: Setting,
+    learning_rate: float,
+    generator: torch.Generator,
+    on_step: Step,
+) -> float | None:
+    """One task. Returns ‖ΔW‖_F where the model has the weights themselves before and after it."""
+    subject = method.subject
+    before = {name: w.detach().clone() for name, w in subject.weights(method.model).items()}
+    count = subject.count(number)
+    todo = order_of(count, setting.steps * setting.batch, generator).split(setting.batch)
+    head = subject.open(number, generator)
+    method.begin(number, place)
+    trained = [p for p in method.model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": trained, "lr": learning_rate, "weight_decay": method.decay}
+    ]
+    if head:
+        groups.append({"params": head, "lr": HEAD_LEARNING_RATE, "weight_decay": 0.01})
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: slope(done, setting.steps))
+    method.attach(optimizer)
+    for index in todo:
+        optimizer.zero_grad()
+        loss = subject.loss(method.model, number, index)
+        extra = method.extra(number, generator)
+        whole = loss if extra is None else loss + extra
+        whole.backward()
+        value = float(whole.detach())
+        if not math.isfinite(value):
+            raise Diverged(
+                f"bench streams: the loss of task {number + 1} is {value} at learning rate "
+                f"{learning_rate:g}; take a smaller one"
+            )
+        optimizer.step()
+        method.stepped()
+        schedule.step()
+        on_step(number, value)
+    method.end(number, todo)
+    method.model.requires_grad_(False)
+    weights = subject.weights(method.model)
+    return norm_of(weights, before) if weights.keys() == before.keys() else None
+
+
+def judged(method: Plain, number: int, tasks: int, moved: float | None, seconds: float) -> After:
+    subject, is_last = method.subject, number == tasks - 1
+    asked: Sequence[int] = range(tasks) if is_last else [number]
+    course: list[float] = []
+    if not is_last and (number + 1) % COURSE_EVERY == 0:
+        course = subject.accuracies(method.model, range(number + 1), "test", COURSE)
+    return After(
+        subject.accuracies(method.model, asked, "test", JUDGED),
+        subject.accuracies(method.model, asked, "validation"),
+        course,
+        moved,
+        method.free,
+        subject.general(method.model),
+        seconds,
+    )
+
+
+def _save(partial: Path, outcome: Outcome, subject: Subject, method: Plain) -> None:
+    """Replaces the file at once, so that a run cut short here leaves the one before."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    fresh = partial.with_suffix(f".{os.getpid()}")
+    try:
+        state = {"outcome": outcome, "subject": subject.state(), "method": method.state()}
+        torch.save(state, fresh)
+        fresh.replace(partial)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            fresh.unlink()
+
+
+# Figures of a run.
+
+
+def average(outcome: Outcome, split: str = "test") -> float:
+    """Mean accuracy of all tasks after the last."""
+    found = outcome.last(split)
+    return sum(found) / len(found)
+
+
+def learned(outcome: Outcome, split: str = "test") -> float:
+    """Mean accuracy of each task right after it."""
+    found = outcome.own(split)
+    return sum(found) / len(found)
+
+
+def forgetting(outcome: Outcome, split: str = "test") -> float:
+    """What is gone of that after the last task, mean over all tasks but the last: −BWT."""
+    own, last = outcome.own(split)[:-1], outcome.last(split)[:-1]
+    return sum(a - b for a, b in zip(own, last, strict=True)) / max(1, len(own))
+
+
+def kept(outcome: Outcome, split: str = "test") -> float:
+    """What the first tasks have after the last one, of what they had right after themselves."""
+    return sum(outcome.last(split)[:SHOWN]) / sum(outcome.own(split)[:SHOWN])
+
+
+def latest(outcome: Outcome, split: str = "test") -> float:
+    """Mean accuracy of the last tasks at the end."""
+    return sum(outcome.last(split)[-SHOWN:]) / SHOWN
