@@ -150,8 +150,11 @@ def write(path: Path, run: Row, names: Sequence[str], outcome: Outcome) -> None:
         for number, line in enumerate(outcome.after)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # A write that was cut short has left a part of a line, which the next would be added to.
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         report.append_csv(path, rows, report.environment(torch.device("cpu")), Row)
 
 

@@ -1,0 +1,241 @@
+"""The runs of a file: what is taken from it, tuned, told, drawn, and trained by whom."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench.streams import cli, data, plot, rows, show
+from bench.streams.encoder import Encoded, Encoder
+from bench.streams.methods import DEFAULT, METHODS
+from bench.streams.runs import FIRST_TRIED, RATES, TUNED_ON, Missing, Runs, Wanted
+from bench.streams.training import After, Outcome, Setting
+from tests.small_continual import SMALL, small_encoder
+from tests.small_streams import write_folder
+
+SETTING = Setting(steps=1, batch=2, precision="fp32")
+PLAIN = Wanted("4", "plain", 0, 1e-3)
+
+
+def open_small(stream: data.Stream) -> Encoder:
+    """A small encoder for a stream's counts and classes, on tokens of no text."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for task in stream.tasks:
+        found = {}
+        for split, examples in task.examples.items():
+            ids = torch.randint(SMALL.vocab_size, (len(examples), 4), generator=generator)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            labels = [example.label for example in examples]
+            found[split] = Encoded(list(zip(ids, mask, strict=True)), labels)
+        tasks.append(found)
+    return Encoder(small_encoder(), tasks, [len(task.classes) for task in stream.tasks])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return write_folder(tmp_path / "data", per_label=2)
+
+
+def runs_of(folder: Path, csv: Path, **options: object) -> Runs:
+    return Runs(data.read(folder), SETTING, csv, open_small, model="small", **options)  # type: ignore[arg-type]
+
+
+def test_a_finished_run_is_read_and_not_trained_again(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv, say=said.append)
+    assert runs.found(PLAIN) is None
+    assert runs.train(PLAIN)
+    assert len(said) == SETTING.steps * 14 == runs.steps(PLAIN)
+    first = runs.found(PLAIN)
+    assert first is not None
+    assert first.names == data.ORDERS["4"]
+    assert [len(line.test) for line in first.outcome.after] == [1] * 13 + [14]
+    assert [len(line.course) for line in first.outcome.after][:6] == [0, 0, 3, 0, 0, 6]
+    assert runs.train(PLAIN)
+    assert len(said) == SETTING.steps * 14
+    assert runs_of(folder, csv).found(PLAIN) == first
+    # Others are trained: another seed, learning rate, or data.
+    assert runs.found(PLAIN._replace(seed=1)) is None
+    assert runs.found(PLAIN._replace(rate=2e-3)) is None
+    (folder / "cb.jsonl").write_text((folder / "cb.jsonl").read_text().replace("cb", "bc"))
+    assert runs_of(folder, csv).found(PLAIN) is None
+
+
+def test_anew_trains_once_and_its_rows_count(folder: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    runs_of(folder, csv).train(PLAIN)
+    said: list[str] = []
+    anew = runs_of(folder, csv, anew=True, say=said.append)
+    assert anew.found(PLAIN) is None
+    anew.train(PLAIN)
+    anew.train(PLAIN)
+    assert len(said) == SETTING.steps * 14
+    assert len(rows.read(csv)) == 1
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(folder: Path, tmp_path: Path) -> None:
+    runs = runs_of(folder, tmp_path / "rows.csv")
+    partial = runs._partial(runs._row(PLAIN))
+    partial.parent.mkdir()
+    with partial.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert runs.train(PLAIN) is False
+        assert runs.found(PLAIN) is None
+    assert runs.train(PLAIN) is True
+
+
+def known(csv: Path, runs: Runs, wanted: Wanted, score: float, moved: float = 1.0) -> None:
+    """Puts a run into the file whose accuracies are all ``score``."""
+    names = data.ORDERS["4"]
+    last = len(names) - 1
+    after = [
+        After([score] * (14 if i == last else 1), [score] * (14 if i == last else 1), [], moved,
+              1.0, None, 2.0)
+        for i in range(14)
+    ]  # fmt: skip
+    rows.write(csv, runs._row(wanted), names, Outcome(after, 30.0))
+
+
+def test_the_learning_rate_is_the_best_on_validation_of_equals_the_smaller(
+    folder: Path, tmp_path: Path
+) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    scores = {1e-4: 0.5, 3e-4: 0.6, 1e-3: 0.6, 3e-5: 0.4, 3e-3: 0.9}
+    for rate, score in scores.items():
+        known(csv, runs, Wanted(*TUNED_ON[:1], "plain", TUNED_ON[1], rate), score)
+    tried = runs.tune("plain")
+    # From the first two upwards for as long as it gets better: 3e-3 isn't reached.
+    assert tried == pytest.approx({RATES[i]: scores[RATES[i]] for i in (*FIRST_TRIED, 3)})
+    del scores[3e-3]
+    assert runs.rates(["plain", "matched"])["matched"] == runs.rates(["plain"])["plain"]
+    with pytest.raises(Missing, match=r"has no learning rate of lora for small, 1 steps of 2; run"):
+        runs.rates(["plain", "lora"])
+
+
+def test_a_matched_run_needs_the_other_one(folder: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    known(csv, runs, Wanted("4", DEFAULT, 0, 1e-3), 0.5, moved=0.02)
+    matched = Wanted("4", "matched", 1, 1e-3)
+    with pytest.raises(Missing, match=rf"as far as {DEFAULT} does, .* stream 4 with seed 1; run"):
+        runs.train(matched)
+    runs.train(matched._replace(seed=0))
+    found = runs.found(matched._replace(seed=0))
+    assert found is not None
+    assert all(line.moved is not None and line.moved < 0.0201 for line in found.outcome.after)
+
+
+def test_what_is_taken_is_told_with_the_code_that_trained_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    known(csv, runs, PLAIN, 0.5)
+    told = rows.provenance(runs.known(), 3, csv)
+    assert re.match(r"NOT TRAINED NOW: 1 of 3 runs are taken from .*: 1 by this code at", told)
+    monkeypatch.setattr(rows, "code", lambda: "another")
+    assert f"1 by OTHER CODE {runs.known()[0].code}" in rows.provenance(runs.known(), 3, csv)
+    assert rows.provenance([], 3, csv) == ""
+
+
+def test_a_run_whose_rows_were_cut_off_is_none(folder: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    known(csv, runs, PLAIN, 0.5)
+    lines = csv.read_text().splitlines(keepends=True)
+    csv.write_text("".join(lines[:-1]) + lines[-1][:40])
+    assert runs.found(PLAIN) is None
+    known(csv, runs, PLAIN, 0.25)
+    found = runs.found(PLAIN)
+    assert found is not None
+    assert found.outcome.last() == [0.25] * 14
+
+
+def test_rows_of_other_columns_are_refused(folder: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    csv.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        runs_of(folder, csv).found(PLAIN)
+
+
+def test_the_code_is_told_apart_by_what_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows.report, "ROOT", tmp_path)
+    monkeypatch.setattr(rows, "CODE", ("one.py",))
+    found = []
+    for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # why\n', "x = 2\n"):
+        (tmp_path / "one.py").write_text(text)
+        rows.code.cache_clear()
+        found.append(rows.code())
+    rows.code.cache_clear()
+    assert found[0] == found[1] != found[2]
+
+
+def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    scores = {"plain": 0.5, "lora": 0.52, "peft-osf": 0.55, "replay": 0.63, DEFAULT: 0.62}
+    for name, score in scores.items():
+        for seed in range(2):
+            known(csv, runs, Wanted("4", name, seed, 1e-3), score)
+    found: dict[str, list[rows.Run]] = {}
+    for one in runs.known():
+        found.setdefault(one.method, []).append(one)
+    said = show.verdict(found, "4")
+    assert "2 seeds" in said
+    assert (
+        "Its average accuracy is 62.0, the best other one 55.0 (OSF (peft)): above it, yes" in said
+    )
+    assert "replay reaches 63.0: within 1.5 points, yes" in said
+    assert "less, NO" in said  # all forget nothing
+    assert "lora did not run" in show.verdict({n: r for n, r in found.items() if n != "lora"}, "4")
+    assert show.figures_table(found, "4").row_count == len(scores)
+    pytest.importorskip("matplotlib")
+    plot.draw(found, "4", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], r"expected --methods to be some of plain, .* got magic"),
+        (["--stream", "6"], r"expected --stream to be some of 4, 5, 4x3, got 6"),
+        (["--seeds", "0"], r"expected --seeds to be at least 1, got 0"),
+        (["--data", "/nowhere"], r"expected a folder of tasks, got /nowhere"),
+    ],
+)
+def test_a_bad_argument_is_named(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["streams", "--data", str(folder), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_trains_shows_and_draws(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "opener", lambda precision: open_small)
+    csv = tmp_path / "rows.csv"
+    given = ["streams", "--data", str(folder), "--csv", str(csv), "--steps", "1", "--batch", "2"]
+    tuned = [*given, "--methods", "plain", "--precision", "fp32"]
+    assert command.main([*tuned, "--tune"]) == 0
+    assert "accuracy on validation" in capsys.readouterr().out
+    assert command.main([*tuned, "--seeds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "NOT TRAINED NOW: 1 of 2 runs" in out  # the tuning's own
+    assert METHODS["plain"].title in out
+    assert "No verdict on stream 4" in out
+    assert csv.with_name("rows_4.png").exists()
