@@ -18,7 +18,7 @@ CUDA_FILES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -
 CXX_FILES = $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test quick lint format bench continual static gpu-session clean
+.PHONY: help venv build demo test quick lint format bench continual streams static gpu-session clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,11 @@ bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CS
 
 continual: $(INSTALLED)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too
 	@$(BIN)/python -m bench continual $(if $(ANEW),--anew)
+
+streams: $(INSTALLED)  ## 14 and 42 tasks in a row from DATA=folder: accuracy, forgetting, capacity
+	@test -n "$(DATA)" || { echo "error: make streams DATA=folder, with one JSON-lines file a task: see bench/README.md" >&2; exit 2; }
+	@$(BIN)/python -m bench streams --data "$(DATA)" --tune
+	@$(BIN)/python -m bench streams --data "$(DATA)" --stream 4,5,4x3 $(if $(ANEW),--anew)
 
 static: $(BUILT)  ## Inspect every kernel's machine code and model what its launches move, no GPU, 10 min
 	@$(BIN)/python -m bench static --csv bench/results/static.csv

@@ -2,16 +2,14 @@
 
 Every candidate sees the same batches at the end of a task and keeps, of each weight, one sum of
 outer products a side, in which each task counts alike. Its leading eigenvectors are the basis, as
-many as the free share asks for: a side of share s of a matrix whose sides are both taken leaves
-√(free) of it free.
+many as the free share asks for: where both sides are taken, each leaves √(free) of it free.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,17 +17,9 @@ from torch import Tensor, nn
 
 import osf_torch
 from bench.streams.subject import Subject
+from osf_kernels import Basis
 
 Kind = Literal["weights", "inputs", "outputs", "gradients", "both", "moment", "whitened"]
-SIDES: dict[str, str] = {
-    "weights": "UV",
-    "inputs": "V",
-    "outputs": "U",
-    "gradients": "U",
-    "both": "UV",
-    "moment": "UV",
-    "whitened": "UV",
-}
 
 
 @dataclass
@@ -40,41 +30,50 @@ class Seen:
     gradients: Tensor  # (m, m) of the loss with respect to its outputs
 
 
-@dataclass
-class Memory:
-    """What a run has kept of the tasks so far, by parameter name and side."""
-
-    kind: Kind
-    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, weight: Tensor, seen: Seen, moment: Tensor | None) -> None:
-        """Of a weight as it is at the end of a task; ``moment`` is Adam's first of it."""
-        for side, matrix in _matrices(self.kind, weight.detach(), seen, moment).items():
-            scaled = matrix / matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
-            held = self.sums.setdefault(name, {})
-            held[side] = held[side] + scaled if side in held else scaled
-
-    def subspaces(self, free: float) -> dict[str, osf_torch.Subspace]:
-        """Bases that leave a share ``free`` of each weight's numbers, to rounding."""
-        left = free if len(SIDES[self.kind]) == 1 else math.sqrt(free)
-        found = {}
-        for name, sums in self.sums.items():
-            bases = {side: _leading(matrix, left) for side, matrix in sums.items()}
-            found[name] = osf_torch.Subspace(bases.get("U"), bases.get("V"))
-        return found
-
-    def strongest(self, name: str, count: int) -> Tensor:
-        """V diag(√e) of the ``count`` leading directions of a weight's inputs, Σe = 1."""
-        values, vectors = torch.linalg.eigh(self.sums[name]["V"])
-        scaled: Tensor = vectors * (values / values.sum()).clamp_min(0).sqrt()
-        return scaled[:, -count:].contiguous()
+Sums = dict[str, dict[str, Tensor]]  # by parameter name and side
 
 
-def _leading(matrix: Tensor, left: float) -> Tensor:
-    size = len(matrix)
+def add(sums: Sums, kind: Kind, name: str, W: Tensor, seen: Seen, moment: Tensor | None) -> None:
+    """Adds a task to the sums of a weight as it is at its end; ``moment`` is Adam's first of it."""
+    for side, matrix in _matrices(kind, W.detach(), seen, moment).items():
+        scaled = matrix / matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
+        held = sums.setdefault(name, {})
+        held[side] = held[side] + scaled if side in held else scaled
+
+
+Spectra = dict[str, dict[str, tuple[Tensor, Tensor]]]  # energies, descending, and directions
+
+
+def spectra(sums: Sums) -> Spectra:
+    """The eigenvectors of the sums, by parameter name and side."""
+
+    def descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values.flip(0).clamp_min(0), vectors.flip(1)
+
+    return {
+        name: {side: descending(matrix) for side, matrix in sides.items()}
+        for name, sides in sums.items()
+    }
+
+
+def subspaces_of(found: Spectra, free: float) -> dict[str, osf_torch.Subspace]:
+    """Bases that leave a share ``free`` of each weight's numbers, to rounding."""
+    subspaces = {}
+    for name, sides in found.items():
+        left = free ** (1 / len(sides))
+        bases = {side: _leading(vectors, left) for side, (_, vectors) in sides.items()}
+        subspaces[name] = osf_torch.Subspace(bases.get("U"), bases.get("V"))
+    return subspaces
+
+
+def _leading(vectors: Tensor, left: float) -> Basis:
+    """The smaller of the leading directions and of the others, at least one of either."""
+    size = len(vectors)
     kept = min(size - 1, max(1, round((1 - left) * size)))
-    vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors  # ascending
-    return vectors[:, size - kept :].flip(1).contiguous()
+    if kept <= size // 2:
+        return Basis(vectors[:, :kept].contiguous(), "high")
+    return Basis(vectors[:, kept:].contiguous(), "low")
 
 
 def _matrices(kind: Kind, W: Tensor, seen: Seen, moment: Tensor | None) -> dict[str, Tensor]:

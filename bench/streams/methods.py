@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.streams import peers
-from bench.streams.bases import Kind
-from bench.streams.ours import Ours, Recipe, Update
+from bench.streams.ours import Layers, Ours, Update
 from bench.streams.peers import Plain
+from bench.streams.sources import Library, Memories, Probed, Source, Weights
 from bench.streams.subject import Subject
 
 # ‖ΔW‖ of each task of a method's run on the same stream with the same seed.
 Radii = Callable[[str], Sequence[float]]
 Make = Callable[[Subject, Radii], Plain]
-DEFAULT = "inputs"  # what the matched baseline is held to
+DEFAULT = "inputs"  # what osf_torch does without arguments; the matched baseline is held to it
+BASES = "bases-inputs"  # whose learning rate the variants of ours take
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,18 @@ def _peer(kind: Callable[[Subject], Plain]) -> Make:
     return lambda subject, _: kind(subject)
 
 
-def _ours(recipe: Recipe) -> Make:
-    return lambda subject, _: Ours(subject, recipe)
-
-
 def _matched(subject: Subject, radii: Radii) -> Plain:
     return peers.Matched(subject, radii(DEFAULT))
+
+
+def _ours(
+    source: Callable[[], Source],
+    update: Update = "protect",
+    *,
+    layers: Layers = "all",
+    strength: float = 0.0,
+) -> Make:
+    return lambda subject, _: Ours(subject, source(), update, layers=layers, strength=strength)
 
 
 METHODS: dict[str, Method] = {
@@ -53,44 +60,63 @@ METHODS: dict[str, Method] = {
     "olora": Method(f"O-LoRA, r = {peers.OLORA_RANK}", _peer(peers.OLora), compared=True),
     "peft-osf": Method("OSF (peft)", _peer(peers.PeftOsf), compared=True),
     "replay": Method("replay of 1 %", _peer(peers.Replay), compared=True),
-    "inputs": Method("ours, inputs, confined", _ours(Recipe(energy=0.95)), compared=True),
-    "inputs-protect": Method("ours, inputs", _ours(Recipe(energy=0.95, update="protect"))),
-}
-BASES: tuple[Kind, ...] = (
-    "weights",
-    "inputs",
-    "outputs",
-    "gradients",
-    "both",
-    "moment",
-    "whitened",
-)
-UPDATES: tuple[Update, ...] = ("protect", "projected", "confine")
-METHODS |= {
-    f"bases-{kind}": Method(f"bases of {kind}", _ours(Recipe(kind, "protect")), "bases-inputs")
-    for kind in BASES
-}
-METHODS |= {
-    f"update-{update}": Method(f"inputs, {update}", _ours(Recipe("inputs", update)), "bases-inputs")
-    for update in UPDATES[1:]
-}
-METHODS |= {
-    f"energy-{energy:g}": Method(
-        f"inputs, energy {energy:g}", _ours(Recipe(energy=energy, update="protect")), "bases-inputs"
-    )
-    for energy in (0.9, 0.97, 0.99)
-}
-METHODS |= {
-    f"layers-{layers}": Method(
-        f"inputs, {layers} alone", _ours(Recipe("inputs", "protect", layers=layers)), "bases-inputs"
-    )
-    for layers in ("attention", "mlp")
+    DEFAULT: Method("ours", _ours(Library, "confine"), compared=True),
+    # Which bases, at the same free share.
+    BASES: Method("bases: inputs", _ours(lambda: Memories("inputs"))),
+    "bases-outputs": Method("bases: outputs", _ours(lambda: Memories("outputs")), BASES),
+    "bases-gradients": Method("bases: gradients", _ours(lambda: Memories("gradients")), BASES),
+    "bases-both": Method("bases: inputs and gradients", _ours(lambda: Memories("both")), BASES),
+    "bases-moment": Method("bases: Adam's moment", _ours(lambda: Memories("moment")), BASES),
+    "bases-whitened": Method("bases: whitened weights", _ours(lambda: Memories("whitened")), BASES),
+    "bases-weights": Method(
+        "bases: weights", _ours(lambda: Weights(shares=(1 - 0.75**0.5, 1 - 0.25**0.5))), BASES
+    ),
+    # Which update.
+    "update-projected": Method(
+        "inputs, projected alone", _ours(lambda: Memories("inputs"), "projected"), BASES
+    ),
+    "update-confine": Method(
+        "inputs, confined", _ours(lambda: Memories("inputs"), "confine"), BASES
+    ),
+    # Which layers are trained.
+    "layers-attention": Method(
+        "inputs, attention alone", _ours(lambda: Memories("inputs"), layers="attention"), BASES
+    ),
+    "layers-mlp": Method(
+        "inputs, MLP alone", _ours(lambda: Memories("inputs"), layers="mlp"), BASES
+    ),
+    # How many directions: fixed shares, the energy, a probe's loss, the layers' importance.
+    "rank-half": Method(
+        "inputs, half of the fixed share", _ours(lambda: Memories("inputs", (0.875, 0.625))), BASES
+    ),
+    "rank-probed": Method("inputs, by a probe's loss", _ours(Probed), BASES),
+    "weights": Method("weights, fixed share", _ours(Weights)),
+    "weights-half": Method(
+        "weights, half of it", _ours(lambda: Weights(shares=(0.25, 0.45))), "weights"
+    ),
+    "weights-mrr": Method("weights, mrr and trr", _ours(lambda: Weights(mrr=0.1)), "weights"),
+    "weights-mrr-half": Method(
+        "weights, half of mrr and trr",
+        _ours(lambda: Weights(shares=(0.25, 0.45), mrr=0.05)),
+        "weights",
+    ),
+    # How right the decomposition is.
+    "weights-exact": Method("weights, exact SVD", _ours(lambda: Weights("exact")), "weights"),
+    "weights-lowrank": Method("weights, svd_lowrank", _ours(lambda: Weights("lowrank")), "weights"),
 }
 METHODS |= {
     f"soft-{strength:g}": Method(
-        f"soft, strength {strength:g}",
-        _ours(Recipe("inputs", "soft", strength=strength)),
-        "bases-inputs",
+        f"inputs, soft, λ = {strength:g}",
+        _ours(lambda: Memories("inputs"), "soft", strength=strength),
+        BASES,
     )
     for strength in (0.1, 1.0, 10.0)
+}
+METHODS |= {
+    f"energy-{energy:g}": Method(
+        f"inputs, energy {energy:g}",
+        _ours(lambda energy=energy: Library(energy=energy), "confine"),  # type: ignore[misc]
+        DEFAULT,
+    )
+    for energy in (0.8, 0.9, 0.95, 0.97, 0.99)
 }
