@@ -14,13 +14,14 @@ from osf_kernels import Mode
 from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
 from osf_torch.coverage import Coverage, coverage, named_by, require_told
+from osf_torch.grown import covering
 from osf_torch.hooks import Hooks
 from osf_torch.optimizer_state import OptimizerState, renew_state, require_renewable
 from osf_torch.protected import Protected
 from osf_torch.selection import Rank, Ranks
 from osf_torch.state import read_state, state_of
 from osf_torch.steps import Leak, Restore, Steps, owned_by, with_gradients
-from osf_torch.subspaces import Subspace, Subspaces, covering
+from osf_torch.subspaces import Subspace, Subspaces
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
