@@ -128,6 +128,37 @@ def test_other_subspaces_than_a_refresh_come_back_as_a_dict(tmp_path, rho):
         load_subspaces(path, model)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        (
+            "V_energies",
+            lambda t: t[:-1],
+            r"V_energies of '0\.weight' in .* to be \(8,\).*got \(7,\)",
+        ),
+        ("V_low", lambda t: t[:, :-1], r"V_low of '0\.weight' in .* to be \(9, 1\).*got \(9, 0\)"),
+        ("V_energies", lambda t: t / 0, "expected V_energies of '0.weight' .* to be finite"),
+        ("V_energies", lambda t: 2 * t, r"to hold V_energies of '0\.weight' as it was saved"),
+        ("V", None, "directions with their energies, got energies alone"),
+    ],
+)
+def test_damaged_energies_are_refused(tmp_path, part, change, match):
+    model = model_of([(9, 9)])
+    x = torch.randn(20, 9, generator=torch.Generator().manual_seed(3))
+    grown = input_subspaces(model, [x], energy=0.999, forward=lambda m, x: m[0](x), progress=False)
+    path = tmp_path / "s.safetensors"
+    save_subspaces(path, grown, model)
+    key = f"0.weight:{part}"
+    if change is None:
+        restate(path, "0.weight", parts=["V_low", "V_energies"])
+        rewrite(path, drop=[key])
+    else:
+        factors = grown["0.weight"].factors()
+        rewrite(path, {key: change(factors[part]).contiguous()})
+    with pytest.raises(ValueError, match=match):
+        load_subspaces(path, model)
+
+
 @pytest.mark.parametrize("keep", ["smaller", "all"])
 def test_some_items_of_a_refresh_come_back_as_they_were_but_for_the_seed(tmp_path, keep):
     model = model_of([(16, 12), (12, 12), (9, 9)])

@@ -78,6 +78,13 @@ def sides_of(s: Subspace) -> dict[str, Tensor]:
     return {name: t for name, t in s.factors().items() if name not in ("S", "protected")}
 
 
+def spectra_on_host(s: object) -> dict[str, Spectrum]:
+    """The spectra of a Subspace that inputs made; of any other none."""
+    if not isinstance(s, InputSubspace):
+        return {}
+    return {side: Spectrum(*(t.cpu() for t in spectrum)) for side, spectrum in s.spectra.items()}
+
+
 def is_of_inputs(names: Mapping[str, object]) -> bool:
     """Whether factors by these names are those of an InputSubspace with a spectrum."""
     return any(name.endswith(ENERGIES) for name in names)

@@ -199,6 +199,7 @@ def _require_products(model: nn.Module, selected: Sequence[Selected]) -> None:
             raise ValueError(
                 f"{OP}: expected {s.name!r} to be multiplied with activations, as the weight of "
                 f"an nn.Linear is, got one of {type(modules[0]).__name__}; leave it out by filter="
+                ", or protect the model without it"
             )
 
 

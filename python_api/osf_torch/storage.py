@@ -409,8 +409,11 @@ def _require_fit(
         "V_low": (*lead, n, n_low),
         "protected": (*lead, m, n),
     }
-    for side in factors.keys() & set("UV"):
-        expected[side + ENERGIES] = (*lead, factors[side].shape[-1])
+    for side, size in (("U", m), ("V", n)):
+        if side in factors:
+            width = factors[side].shape[-1]
+            expected[side + ENERGIES] = (*lead, width)
+            expected[f"{side}_low"] = (*lead, size, size - width)
     for part, factor in factors.items():
         wanted, got = expected[part], tuple(factor.shape)
         if len(wanted) != len(got) or any(
