@@ -40,8 +40,8 @@ def input_subspaces(
     group: Group | None = None,
     masks: Masks = "auto",
 ) -> Grown:
-    """V' ⊇ [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of each weight,
-    as long as ``min_free`` directions stay free.
+    """V' of the span of [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of
+    each weight, as long as ``min_free`` directions stay free.
 
     X (n, tokens) are the rows that W (m, n) is multiplied with on the batches, W x. An update ΔW
     that is projected with V' in mode "complement" then moves the outputs for them by
@@ -60,7 +60,8 @@ def input_subspaces(
     Of a batch W (..., m, n) of experts each grows by the tokens routed to it alone. Its bases are
     one tensor (..., n, r') as wide as the expert needs that needs most. The others hold more than
     the energy: further directions of their own inputs, then arbitrary ones, as many as an expert
-    that no token reached holds beside those of ``previous``, which is logged.
+    that no token reached holds beside those of ``previous``, which is logged. Arbitrary ones have
+    no energy, and are the first to be released.
 
     The ranks follow from the energy, as far as ``min_free`` leaves room. A grown side carries,
     beside V (n, r), the energies e (r,) of its directions: within its span V diag(e) Vᵀ is the sum
