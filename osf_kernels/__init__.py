@@ -20,6 +20,7 @@ from osf_kernels.free.block import add_free_many_, free_block, free_gradient, fr
 from osf_kernels.free.orders import FreePlan, plan_free
 from osf_kernels.free.orders import Side as FreeSide
 from osf_kernels.linalg.extend_basis import extend_basis
+from osf_kernels.linalg.merge_basis import MergedBasis, merge_basis
 from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
 from osf_kernels.linalg.orthonormal.polar import polar
 from osf_kernels.linalg.svd.cost import SVDPlan, plan_svd
@@ -40,6 +41,7 @@ __all__ = [
     "FreeBasis",
     "FreePlan",
     "FreeSide",
+    "MergedBasis",
     "Mode",
     "Plan",
     "Prepared",
@@ -55,6 +57,7 @@ __all__ = [
     "free_block",
     "free_gradient",
     "free_matrix",
+    "merge_basis",
     "orthonormalize",
     "padded",
     "plan",

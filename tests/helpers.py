@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -134,3 +134,9 @@ def launches(chosen: Iterable[Name]) -> int:
         wanting = [rest[1:] if rest[0] == ran else rest for rest in wanting]
         count += 1
     return count
+
+
+def grown(subspace: Any, side: str = "V") -> Tensor:
+    """The directions (..., n, r) of a side that ``input_subspaces`` made, however it is held."""
+    directions: Tensor = subspace.spectra[side].directions
+    return directions

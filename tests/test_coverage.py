@@ -21,8 +21,9 @@ from osf_torch import (
     save_subspaces,
 )
 from osf_torch.coverage import coverage
+from osf_torch.grown import Grown
 from osf_torch.selection import named_weights, require_values
-from osf_torch.subspaces import Grown
+from tests.helpers import grown
 from tests.small_refresh import linear, small_model
 
 
@@ -127,7 +128,7 @@ def test_inputs_name_what_they_leave_out(caplog):
     assert "input_subspaces: 47 % of the elements that train" in caplog.messages[0]
     lines = found.summary().splitlines()
     width = found["1.weight"].V.columns.shape[1]
-    assert lines[2].split() == ["1.weight", "none", str(width), "of", "6", "high"]
+    assert lines[2].split() == ["1.weight", "none", str(width), "of", "6", "high", "0.0%"]
     assert lines[-1].split() == ["0.weight", "9x6,", "nn.Embedding"]
     assert "1 weights; left out: 0.weight" in repr(found)
 
@@ -356,12 +357,10 @@ def test_the_weights_of_attention_are_weights(kdim):
     assert list(found) == [*parts, "out_proj.weight"]
     assert found.left_out == {}
     x, y = torch.randn(3, 1, 6), torch.randn(4, 1, kdim or 6)
-    read = input_subspaces(
-        model, [(x, y, y)], energy=1.0, filter=parts, progress=False, previous=None
-    )
+    read = input_subspaces(model, [(x, y, y)], energy=1.0, filter=parts, progress=False, min_free=0)
     tokens = {"in_proj_weight": (x, y), "q_proj_weight": (x,)}
     for part in parts:
-        V = read[part].V.columns
+        V = grown(read[part])
         for seen in tokens.get(part, (y,)):
             rest = seen.flatten(0, -2) - seen.flatten(0, -2) @ V @ V.mT
             assert float(rest.norm()) < 1e-5

@@ -225,7 +225,7 @@ def test_the_next_task_refuses_bases_that_triplets_would_replace():
     )
     guard = protect(model, found, optimizer=optimizer)
     train(model, optimizer, 2)
-    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight; .* previous=guard\.subspaces"):
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight; .* Pass batches="):
         guard.next_task(widen=0.1, progress=False)
     assert guard.subspaces is found
     again = input_subspaces(model, [x], previous=guard.subspaces, progress=False)

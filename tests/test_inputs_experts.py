@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from osf_kernels import Basis
 from osf_torch import Subspace, confine, input_subspaces, layer_importance, protect, refresh
-from tests.helpers import generator_for
+from tests.helpers import generator_for, grown
 from tests.small_experts import EXPERTS, KINDS, WAYS, experts_model, experts_read, ids
 
 EXPERT_WEIGHTS = "*.experts.*_proj"
@@ -22,10 +21,10 @@ def share(V: torch.Tensor, rows: torch.Tensor) -> float:
     return float((rows @ V.double()).square().sum() / rows.square().sum())
 
 
-def grown(subspace) -> Basis:
-    """The one side that inputs made."""
+def only(subspace) -> torch.Tensor:
+    """The directions of the one side that inputs made."""
     assert (subspace.U is None) != (subspace.V is None)
-    return subspace.V if subspace.U is None else subspace.U
+    return grown(subspace, "V" if subspace.U is None else "U")
 
 
 def needed(rows: torch.Tensor, energy: float) -> int:
@@ -47,7 +46,7 @@ def test_each_expert_holds_what_it_read(kind, way, padded):
     transposed = kind == "gpt_oss"
     for name, read in experts_read(model, batch).items():
         assert (found[name].V is None) is transposed
-        columns = grown(found[name]).columns
+        columns = only(found[name])
         weight = model.get_parameter(name)
         assert columns.shape[:2] == (EXPERTS, weight.shape[-2 if transposed else -1])
         # as wide as the expert needs that needs most, by the real tokens alone
@@ -70,7 +69,7 @@ def test_the_ways_to_run_experts_give_the_same_bases(kind):
     for other in others:
         assert list(other) == list(one)
         for name, subspace in one.items():
-            a, b = grown(subspace).columns, grown(other[name]).columns
+            a, b = only(subspace), only(other[name])
             assert a.shape == b.shape
             if a.dim() > 2:
                 continue  # what fills up an expert's columns may be of equal energy
@@ -143,8 +142,8 @@ def test_unreached_experts(way, caplog):
     )
     (line,) = [text for text in caplog.messages if "no token reached" in text]
     assert f"2 of 4 of {name} (2, 3)" in line
-    V = found[name].V.columns
-    assert torch.equal(V[..., :2], before)
+    V = grown(found[name])
+    assert (before - V @ (V.mT @ before)).abs().max() <= 1e-5
     assert V.shape[-1] > 2
     assert (V.mT @ V - torch.eye(V.shape[-1])).abs().max() <= 1e-5
 
@@ -222,24 +221,33 @@ def test_what_was_protected_of_each_expert_is_kept_and_grown(kind, share_of_all)
     before = refresh(model, share_of_all, filter=EXPERT_WEIGHTS, progress=False)
     batch = {"input_ids": ids("grown")}
     found = input_subspaces(
-        model, [batch], energy=0.95, previous=before, filter=EXPERT_WEIGHTS, progress=False
+        model,
+        [batch],
+        energy=0.95,
+        previous=before,
+        min_free=0,
+        filter=EXPERT_WEIGHTS,
+        progress=False,
     )
     side, other = ("U", "V") if kind == "gpt_oss" else ("V", "U")
     spans = set()
     for name, read in experts_read(model, batch).items():
         had, basis = getattr(before[name], side), getattr(found[name], side)
-        assert had.spans == basis.spans
         spans.add(had.spans)
         assert torch.equal(
             getattr(found[name], other).columns, getattr(before[name], other).columns
         )
-        assert basis.columns.shape[-1] != had.columns.shape[-1]
+        V = grown(found[name], side)
+        size, width = V.shape[-2:]
+        assert basis.spans == ("high" if 2 * width <= size else "low")
         for e, rows in enumerate(read):
-            B, A = basis.columns[e], had.columns[e]
-            if basis.spans == "high":
-                assert torch.equal(B[:, : A.shape[1]], A)
-                assert share(B, rows) >= 0.95 - 1e-5
+            B, A = V[e], had.columns[e]
+            assert share(B, rows) >= 0.95 - 1e-5
+            if had.spans == "high":
+                assert float((A - B @ (B.mT @ A)).norm()) <= 1e-5
+                assert width > A.shape[1]
             else:
-                assert float((B - A @ (A.mT @ B)).norm()) <= 1e-5
-                assert share(B, rows) <= 0.05 + 1e-5
+                assert float((A.mT @ B).norm() ** 2) == pytest.approx(width - size + A.shape[1])
+            if basis.spans == "low":
+                assert share(basis.columns[e], rows) <= 0.05 + 1e-5
     assert "low" in spans or share_of_all < 0.5

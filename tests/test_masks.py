@@ -8,7 +8,7 @@ from torch import nn
 
 from osf_torch import input_subspaces, layer_importance
 from osf_torch.masks import Padding
-from tests.helpers import generator_for, randn
+from tests.helpers import generator_for, grown, randn
 from tests.small_stack import inputs, stack
 
 LENGTH = 6
@@ -122,9 +122,9 @@ def test_the_layout_is_the_modules_own(transposes, length, monkeypatch):
     batch = {"input_ids": ids(length=length), "attention_mask": mask}
     counted = rows_read(model, batch, monkeypatch)
     assert counted == {f"attention.{p}": int(mask.sum()) for p in "qkv"} | {"pool": 4}
-    found = input_subspaces(model, [batch], energy=1.0, progress=False)
+    found = input_subspaces(model, [batch], energy=1.0, min_free=0, progress=False)
     read = model.attention.q.read.transpose(0, 1) if transposes else model.attention.q.read
-    V = found["attention.q.weight"].V.columns
+    V = grown(found["attention.q.weight"])
     assert held(V, read[mask != 0]) > 1 - 1e-6
 
 
@@ -145,15 +145,17 @@ def test_real_tokens_of_another_sequence_are_never_dropped():
     for x in (text, image):
         x[:, :2, 4:], x[:, 2:, :4] = 0, 0  # what is padding of text points elsewhere
     batch = {"text": text, "image": image, "attention_mask": mask}
-    found = input_subspaces(Two(), [batch], energy=0.95, progress=False)
-    assert held(found["image.weight"].V.columns, image) >= 0.95 - 1e-6
-    assert held(found["text.weight"].V.columns, text[:, :2]) >= 0.9
+    found = input_subspaces(Two(), [batch], energy=0.95, min_free=0, progress=False)
+    assert held(grown(found["image.weight"]), image) >= 0.95 - 1e-6
+    assert held(grown(found["text.weight"]), text[:, :2]) >= 0.9
     for masks, whole in (({"attention_mask": "text"}, image), ({"attention_mask": "image"}, text)):
-        found = input_subspaces(Two(), [batch], energy=0.95, progress=False, masks=masks)
+        found = input_subspaces(
+            Two(), [batch], energy=0.95, min_free=0, progress=False, masks=masks
+        )
         name = "image.weight" if whole is image else "text.weight"
         other = "text.weight" if whole is image else "image.weight"
-        assert held(found[name].V.columns, whole) >= 0.95 - 1e-6
-        assert found[other].V.columns.shape[1] <= 4
+        assert held(grown(found[name]), whole) >= 0.95 - 1e-6
+        assert grown(found[other]).shape[1] <= 4
 
 
 def test_what_can_not_be_told_is_counted_and_logged_once(caplog):

@@ -27,7 +27,7 @@ from osf_torch import (
     save_subspaces,
     storage,
 )
-from osf_torch.subspaces import Grown
+from osf_torch.grown import Grown
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="the files are safetensors")
 
@@ -112,14 +112,50 @@ def test_other_subspaces_than_a_refresh_come_back_as_a_dict(tmp_path, rho):
             for mine, other in ((entry.U, loaded[name].U), (entry.V, loaded[name].V)):
                 assert (mine is None) == (other is None)
                 if mine is not None:
-                    assert mine.spans == other.spans == ("high" if rho < 0.5 else "low")
+                    assert mine.spans == other.spans
                     assert torch.equal(mine.columns, other.columns)
             assert (entry.protected is None) == (loaded[name].protected is None)
+            wanted = getattr(entry, "spectra", {})
+            assert getattr(loaded[name], "spectra", {}).keys() == wanted.keys()
+            for side, spectrum in wanted.items():
+                assert all(map(torch.equal, loaded[name].spectra[side], spectrum))
+                assert loaded[name].spectra[side].energies.dtype == torch.float64
         protect(model, loaded, restore=False)
     assert torch.equal(loaded["1.weight"].U.columns, grown["1.weight"].U.columns)
     with torch.no_grad():
         model[1].weight[0, 0] += 1
     with pytest.raises(ValueError, match=r"'1\.weight' to hold the values"):
+        load_subspaces(path, model)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        (
+            "V_energies",
+            lambda t: t[:-1],
+            r"V_energies of '0\.weight' in .* to be \(8,\).*got \(7,\)",
+        ),
+        ("V_low", lambda t: t[:, :-1], r"V_low of '0\.weight' in .* to be \(9, 1\).*got \(9, 0\)"),
+        ("V_energies", lambda t: t / 0, "expected V_energies of '0.weight' .* to be finite"),
+        ("V_energies", lambda t: 2 * t, r"to hold V_energies of '0\.weight' as it was saved"),
+        ("V", None, "directions with their energies, got energies alone"),
+    ],
+)
+def test_damaged_energies_are_refused(tmp_path, part, change, match):
+    model = model_of([(9, 9)])
+    x = torch.randn(20, 9, generator=torch.Generator().manual_seed(3))
+    grown = input_subspaces(model, [x], energy=0.999, forward=lambda m, x: m[0](x), progress=False)
+    path = tmp_path / "s.safetensors"
+    save_subspaces(path, grown, model)
+    key = f"0.weight:{part}"
+    if change is None:
+        restate(path, "0.weight", parts=["V_low", "V_energies"])
+        rewrite(path, drop=[key])
+    else:
+        factors = grown["0.weight"].factors()
+        rewrite(path, {key: change(factors[part]).contiguous()})
+    with pytest.raises(ValueError, match=match):
         load_subspaces(path, model)
 
 

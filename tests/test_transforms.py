@@ -15,6 +15,7 @@ from osf_kernels import (
     apply_,
     coefficients,
     extend_basis,
+    merge_basis,
     orthonormalize,
     polar,
     project,
@@ -164,6 +165,7 @@ REFUSING = {
     "orthonormalize": lambda g, U, V: orthonormalize(g),
     "polar": lambda g, U, V: polar(g),
     "extend_basis": lambda g, U, V: extend_basis(U, g, energy=0.9),
+    "merge_basis": lambda g, U, V: merge_basis(U, None, g, energy=0.9).columns,
 }
 
 

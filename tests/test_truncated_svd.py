@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osf_kernels import TruncatedSVD, extend_basis, orthonormalize, polar, truncated_svd
+from osf_kernels import (
+    TruncatedSVD,
+    extend_basis,
+    merge_basis,
+    orthonormalize,
+    polar,
+    truncated_svd,
+)
 from osf_kernels.linalg.svd import auto, methods
 from osf_kernels.linalg.svd.group import Group
 from osf_kernels.testing import hard_matrices, orthonormality_ratio, svd_ratio
@@ -335,6 +342,7 @@ def test_a_lowered_matmul_precision_is_not_used(precision: str) -> None:
             orthonormalize(A[:, :30]),
             polar(A[:, :30]),
             extend_basis(orthonormalize(A[:, :9]), samples, energy=0.9),
+            merge_basis(orthonormalize(A[:, :9]), None, samples, energy=0.9).columns,
         ):
             assert orthonormality_ratio(Q) < 30
         assert torch.get_float32_matmul_precision() == precision

@@ -68,8 +68,7 @@ def extend_basis(
 
     Source: Saha et al. 2021, Gradient Projection Memory (arXiv 2103.09762), equations 8 and 9.
     """
-    if not isinstance(energy, (int, float)) or not 0 < energy <= 1:
-        raise ValueRefusal.of(_OP, "energy", "in (0, 1]", energy, "0.97 is usual")
+    require_energy(_OP, energy)
     if isinstance(basis, (list, tuple)) and isinstance(samples, Tensor):
         got = "one tensor beside a list of bases"
         raise TypeRefusal.of(_OP, "samples", "a list", got, "pass samples.unbind()")
@@ -82,12 +81,12 @@ def extend_basis(
 
 @primitives.full_precision()
 def _extend(basis: BasisLike, samples: Tensor, energy: float) -> Tensor | Basis:
-    held, spans = _admit(basis, samples, None)
+    held, spans = admit(_OP, basis, samples, None)
     count = samples.shape[:-2].numel()
     B = held.reshape(count, *held.shape[-2:])
     X = samples.reshape(count, *samples.shape[-2:])
     indices = [None] if samples.dim() == 2 else range(count)
-    found = _directions(B, X, spans, energy, indices)
+    found = directions(_OP, B, X, spans, energy, indices)
     most = max(found.counts, default=0)
     if most == 0:
         return held if basis is None else basis
@@ -101,7 +100,8 @@ def _extend_list(
     bases: Sequence[BasisLike], samples: Sequence[Tensor], energy: float
 ) -> list[Tensor | Basis]:
     require_lengths(_OP, basis=bases, samples=samples)
-    admitted = [_admit(b, x, i) for i, (b, x) in enumerate(zip(bases, samples, strict=True))]
+    pairs = zip(bases, samples, strict=True)
+    admitted = [admit(_OP, b, x, i) for i, (b, x) in enumerate(pairs)]
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, ((held, spans), x) in enumerate(zip(admitted, samples, strict=True)):
         if x.dim() != 2:
@@ -114,7 +114,7 @@ def _extend_list(
     for members in groups.values():
         B = torch.stack([admitted[i][0] for i in members])
         X = torch.stack([samples[i] for i in members])
-        found = _directions(B, X, admitted[members[0]][1], energy, members)
+        found = directions(_OP, B, X, admitted[members[0]][1], energy, members)
         for k in set(found.counts) - {0}:
             alike = [at for at, count in enumerate(found.counts) if count == k]
             for at, grown in zip(alike, padded(found.grown(alike, k)), strict=True):
@@ -124,46 +124,54 @@ def _extend_list(
     return result
 
 
-def _admit(basis: BasisLike, samples: Tensor, index: int | None) -> tuple[Tensor, Spans]:
+def require_energy(op: str, energy: object) -> None:
+    """Refuses a share that no samples hold."""
+    if not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+        raise ValueRefusal.of(op, "energy", "in (0, 1]", energy, "0.97 is usual")
+
+
+def admit(op: str, basis: BasisLike, samples: Tensor, index: int | None) -> tuple[Tensor, Spans]:
     """(columns, spans) of the basis, empty for None; refuses all that doesn't fit."""
     at = "" if index is None else f"[{index}]"
     name = f"basis{at}"
-    require_tensor(_OP, f"samples{at}", samples)
-    require_dtype(_OP, "samples", samples, index)
+    require_tensor(op, f"samples{at}", samples)
+    require_dtype(op, "samples", samples, index)
     if samples.dim() < 2:
-        raise ValueRefusal.of(_OP, "samples", "(..., m, s)", tuple(samples.shape), index=index)
+        raise ValueRefusal.of(op, "samples", "(..., m, s)", tuple(samples.shape), index=index)
     *batch, m, _ = samples.shape
-    held, _ = columns(_OP, name, basis)
+    held, _ = columns(op, name, basis)
     spans: Spans = basis.spans if isinstance(basis, Basis) else "high"
     if held is None:
         dtype = primitives.working_dtype(samples.dtype)
         held = samples.new_empty(*batch, m, 0, dtype=dtype)
-    require_dtype(_OP, "basis", held, index)
+    require_dtype(op, "basis", held, index)
     if (held.dtype == torch.float64) != (samples.dtype == torch.float64):
         expected = "float64 together with its samples or not at all"
         got = f"{held.dtype} beside {samples.dtype}"
-        raise TypeRefusal.of(_OP, "basis", expected, got, "convert one of them", index=index)
+        raise TypeRefusal.of(op, "basis", expected, got, "convert one of them", index=index)
     if held.shape[:-1] != samples.shape[:-1]:
         expected = f"{(*batch, m)} and its columns, as samples"
         remedy = "both hold vectors of length m as columns; transpose what holds rows"
-        raise ValueRefusal.of(_OP, "basis", expected, tuple(held.shape), remedy, index=index)
+        raise ValueRefusal.of(op, "basis", expected, tuple(held.shape), remedy, index=index)
     if held.shape[-1] > m:
         expected = f"no wider than its side, (..., m, r) with m={m}"
         remedy = "orthonormal columns can't outnumber their rows"
-        raise ValueRefusal.of(_OP, "basis", expected, tuple(held.shape), remedy, index=index)
+        raise ValueRefusal.of(op, "basis", expected, tuple(held.shape), remedy, index=index)
     if held.device != samples.device:
         expected = f"on {samples.device} like its samples"
-        raise ValueRefusal.of(_OP, "basis", expected, f"on {held.device}", index=index)
-    require_constant(_OP, (f"samples{at}", name), samples, held)
+        raise ValueRefusal.of(op, "basis", expected, f"on {held.device}", index=index)
+    require_constant(op, (f"samples{at}", name), samples, held)
     return held, spans
 
 
-class _Directions(NamedTuple):
+class Directions(NamedTuple):
     """The directions that the samples of a batch add to their bases, leading first."""
 
     held: Tensor  # (b, m, r) as given
     spans: Spans
     Q: Tensor  # (b, m, r) float64: held, orthonormal to its rounding
+    X: Tensor  # (b, m, s) float64: the samples, each matrix of them scaled by a number
+    total: Tensor  # (b,) float64: ‖X‖²_F
     U: Tensor  # (b, a, q) float64: a = m, or the r coordinates in a low basis
     counts: list[int]  # how many reach the energy
     real: list[int]  # how many there are over rounding
@@ -171,6 +179,15 @@ class _Directions(NamedTuple):
     def grown(self, which: Sequence[int], k: int) -> Tensor:
         """The bases of ``which``, grown by k directions each, of the working dtype."""
         dtype = primitives.working_dtype(self.held.dtype)
+        at = torch.tensor(list(which), device=self.held.device)
+        N = self.added(which, k)
+        if self.spans == "low":
+            return (self.Q[at] @ complement(N)).to(dtype)
+        return torch.cat([self.held[at].to(dtype), N.to(dtype)], -1)
+
+    def added(self, which: Sequence[int], k: int) -> Tensor:
+        """N (b, m, k) of ``which`` in float64, orthonormal beside Q; in a low basis (b, r, k), the
+        coordinates of what is taken away."""
         at = torch.tensor(list(which), device=self.held.device)
         Q, low = self.Q[at], self.spans == "low"
         N = self.U[at, :, :k]
@@ -181,23 +198,31 @@ class _Directions(NamedTuple):
                 taken = found if low else torch.cat([Q[j : j + 1], found], -1)
                 N[j, :, own:] = complement(taken, k - own)[0]
         if low:
-            return (Q @ complement(orthonormalize(N))).to(dtype)
-        N = orthonormalize(N - Q @ (Q.mT @ N))
-        largest = N.gather(-2, N.abs().argmax(-2, keepdim=True))
-        N = torch.where(largest < 0, -N, N)
-        return torch.cat([self.held[at].to(dtype), N.to(dtype)], -1)
+            return orthonormalize(N)
+        return signed(orthonormalize(N - Q @ (Q.mT @ N)))
 
 
-def _directions(
-    held: Tensor, samples: Tensor, spans: Spans, energy: float, indices: Sequence[Index]
-) -> _Directions:
+def signed(N: Tensor) -> Tensor:
+    """The columns, each with the sign that its largest entry is positive by."""
+    largest = N.gather(-2, N.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -N, N)
+
+
+def directions(
+    op: str,
+    held: Tensor,
+    samples: Tensor,
+    spans: Spans,
+    energy: float,
+    indices: Sequence[Index],
+) -> Directions:
     """The residual's left singular vectors of (b, m, r) bases and (b, m, s) samples."""
     for name, t in (("basis", held), ("samples", samples)):
         bad = (~t.isfinite()).sum((-2, -1)).tolist()
         for i, count in enumerate(bad):
             if count:
                 got = f"{count} of {t[i].numel()} entries NaN or Inf"
-                raise ValueRefusal.of(_OP, name, "finite", got, index=indices[i])
+                raise ValueRefusal.of(op, name, "finite", got, index=indices[i])
     m, r = held.shape[-2:]
     Q = orthonormalize(held.double())
     X = samples.double()
@@ -215,9 +240,8 @@ def _directions(
     needed = real & (before < energy * total[:, None])
     counts, available = torch.stack([needed.sum(-1), real.sum(-1)]).tolist()
     room = r if spans == "low" else m - r
-    return _Directions(
-        held, spans, Q, U, [min(c, room) for c in counts], [min(c, room) for c in available]
-    )
+    counts, available = ([min(c, room) for c in found] for found in (counts, available))
+    return Directions(held, spans, Q, X, total, U, counts, available)
 
 
 def _left_singular(R: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:

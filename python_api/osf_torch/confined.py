@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+from osf_kernels import Basis, FreeBasis
 from osf_torch.coverage import Coverage, coverage, named_by, require_told
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
@@ -18,8 +20,9 @@ from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
 from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
+from osf_torch.grown import Grown, InputSubspace, Spectrum
 from osf_torch.guard import guarded
-from osf_torch.renewal import ranks_of, renewed
+from osf_torch.renewal import grown, ranks_of, renewed, require_by_inputs
 from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
 from osf_torch.subspaces import Subspaces
@@ -154,27 +157,55 @@ class Confined:
         self.held = []
         stepping.unwatch(self)
 
+    @overload
+    def next_task(
+        self,
+        ranks: Ranks | None = None,
+        *,
+        batches: None = None,
+        widen: Rank | None = None,
+        **options: Any,
+    ) -> Subspaces: ...
+    @overload
+    def next_task(
+        self,
+        ranks: None = None,
+        *,
+        batches: Iterable[Any],
+        widen: None = None,
+        **options: Any,
+    ) -> Grown: ...
     @torch.inference_mode(False)
     def next_task(
-        self, ranks: Ranks | None = None, *, widen: Rank | None = None, **options: Any
-    ) -> Subspaces:
-        """At the end of a task: decomposes the weights as they are now and protects that.
+        self,
+        ranks: Ranks | None = None,
+        *,
+        batches: Iterable[Any] | None = None,
+        widen: Rank | None = None,
+        **options: Any,
+    ) -> Subspaces | Grown:
+        """At the end of a task: protects what was learned in it too.
 
         What was learned goes into the weights, and C starts anew, of the new size. Make a new
-        optimizer afterwards; the old one refuses to step. The new bases are no superset of the old
-        ones: ``widen`` leaves room for both, and ``released`` says what fell out all the same.
+        optimizer afterwards; the old one refuses to step.
+
+        With ``batches`` of the task the bases grow by what the weights read on them, as of
+        ``Guard.next_task``. Without, the weights are decomposed as they are now: the new bases are
+        no superset of the old ones, and ``widen`` leaves room for both. Either way ``released``
+        says what fell out all the same.
 
         Args:
-            ranks, widen, options: as of ``Guard.next_task``, but for ``optimizer_state``: no state
-                of C outlives it.
+            ranks, batches, widen, options: as of ``Guard.next_task``, but for ``optimizer_state``:
+                no state of C outlives it.
 
         Returns:
             The new subspaces.
 
         Raises:
-            ValueError: as ``Guard.next_task``, of which options take ``previous``; bases that
-                protect other counts of rows and of columns, such as those of ``input_subspaces``;
-                new ones that leave nothing free; everything is as it was.
+            ValueError, TypeError: as ``Guard.next_task``, of which options take ``previous``;
+                without batches bases that protect other counts of rows and of columns, such as
+                those of ``input_subspaces``; new ones that leave nothing free; everything is as it
+                was.
             RuntimeError: as ``release``; update="beside", where W is left as it is.
         """
         places, operator = self.places, "Confined.next_task"
@@ -185,24 +216,25 @@ class Confined:
                 f'osf_torch.{operator}: expected update="merge", got {got}, where W is left as it '
                 "is; release(), refresh() and confine() anew"
             )
-        uneven = [place.name for place in places if not place.spec.is_even]
-        if uneven:
-            raise ValueError(
-                f"osf_torch.{operator}: expected matrices with bases of triplets, as many of "
-                f"rows as of columns, got others for {listed(uneven)}; release(), make new bases "
-                "and confine() anew"
-            )
-        present = {place.name: place.spec.right.size - place.spec.right.width for place in places}
+        make: Callable[..., Subspaces | Grown]
+        if batches is None:
+            uneven = [place.name for place in places if not place.spec.is_even]
+            if uneven:
+                raise ValueError(
+                    f"osf_torch.{operator}: expected matrices with bases of triplets, as many of "
+                    f"rows as of columns, got others for {listed(uneven)}; pass batches=, which "
+                    "extends them by what the weights read, or release(), make new bases and "
+                    "confine() anew"
+                )
+            present = {p.name: p.spec.right.size - p.spec.right.width for p in places}
+            chosen = ranks_of(places, present, ranks, widen, operator)
+            make = partial(renewed, ranks=chosen, previous=None)
+        else:
+            require_by_inputs(ranks, widen, operator)
+            make = partial(grown, batches=batches, previous=_protected(places))
         self.merge()
-        chosen = ranks_of(places, present, ranks, widen, operator)
-        found = renewed(
-            self._model,
-            places,
-            chosen,
-            previous=None,
-            leave_out=self.leave_out,
-            options=options,
-            operator=operator,
+        found = make(
+            self._model, places, leave_out=self.leave_out, options=options, operator=operator
         )
         fresh = admitted(self._model, found, self._settings, anew=True)
         tensors = [made(place, self._settings) for place in fresh]
@@ -357,3 +389,29 @@ class Confined:
         self.references = state.references_of(saved, places)
         self._released = {}
         self.leave_out |= set(saved.get("leave_out", ()))
+
+
+def _protected(places: Sequence[Place]) -> dict[str, InputSubspace]:
+    """What the weights' bases leave no room for, with the spectra of what inputs made."""
+    found = {}
+    for place in places:
+        spec = place.spec
+        U, V = (
+            _protected_side(free, spec.spectra.get(side))
+            for side, free in (("U", spec.left), ("V", spec.right))
+        )
+        found[place.name] = InputSubspace(U=U, V=V, spectra=spec.spectra)
+    return found
+
+
+def _protected_side(free: FreeBasis, spectrum: Spectrum | None) -> Basis | None:
+    """What is protected beside the free directions of a side, by the narrower basis; None where
+    that is nothing."""
+    protected = free.size - free.width
+    if not protected:
+        return None
+    if free.width < protected:
+        return Basis(free.columns(), "low")
+    if spectrum is not None:
+        return Basis(spectrum.directions)
+    return Basis(FreeBasis.of(free.columns(), free.size).columns())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,14 @@ from osf_kernels import Mode
 from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
 from osf_torch.coverage import Coverage, coverage, named_by, require_told
+from osf_torch.grown import Grown, covering
 from osf_torch.hooks import Hooks
 from osf_torch.optimizer_state import OptimizerState, renew_state, require_renewable
 from osf_torch.protected import Protected
 from osf_torch.selection import Rank, Ranks
 from osf_torch.state import read_state, state_of
 from osf_torch.steps import Leak, Restore, Steps, owned_by, with_gradients
-from osf_torch.subspaces import Subspace, Subspaces, covering
+from osf_torch.subspaces import Subspace, Subspaces
 
 # Guards whose hooks are on, so that protecting a parameter again replaces what was there.
 _ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -170,20 +172,47 @@ class Guard:
         weights.mark_projected(known)  # scaling commutes with P
         return norm
 
+    @overload
     def next_task(
         self,
         ranks: Ranks | None = None,
         *,
+        batches: None = None,
         widen: Rank | None = None,
         optimizer_state: OptimizerState = "keep",
         **options: Any,
-    ) -> Subspaces:
-        """At the end of a task: decomposes the weights as they are now and protects that.
+    ) -> Subspaces: ...
+    @overload
+    def next_task(
+        self,
+        ranks: None = None,
+        *,
+        batches: Iterable[Any],
+        widen: None = None,
+        optimizer_state: OptimizerState = "keep",
+        **options: Any,
+    ) -> Grown: ...
+    def next_task(
+        self,
+        ranks: Ranks | None = None,
+        *,
+        batches: Iterable[Any] | None = None,
+        widen: Rank | None = None,
+        optimizer_state: OptimizerState = "keep",
+        **options: Any,
+    ) -> Subspaces | Grown:
+        """At the end of a task: protects what was learned in it too.
 
-        The new bases hold the leading directions of W as it now is, which is the method's own step
-        (arXiv 2504.07097) and no superset of the old ones: where what was learned since outgrows
-        a direction that was protected, that direction may fall out, and the next task may move
-        it. ``widen`` leaves room for both; ``released`` says what fell out all the same.
+        With ``batches`` of the task the bases grow by what the weights read on them, as
+        ``input_subspaces(model, batches, previous=guard.subspaces, **options)`` has it: the side
+        that a weight reads by is extended, merged and kept to its floor, the other one stays as it
+        is. The model runs as it is now, in eval mode.
+
+        Without ``batches`` the weights are decomposed as they are now. The new bases then hold the
+        leading directions of W as it now is, which is the method's own step (arXiv 2504.07097) and
+        no superset of the old ones: where what was learned since outgrows a direction that was
+        protected, that direction may fall out, and the next task may move it. ``widen`` leaves
+        room for both. Either way ``released`` says what fell out all the same.
 
         Where the protected part was restored in mode "complement", the triplets of the last
         refresh are triplets still, and those of the low block alone are computed (method
@@ -197,6 +226,8 @@ class Guard:
         Args:
             ranks: of the new bases, as in ``refresh``: another allocation, by hand or by
                 ``allocate_ranks``. None keeps the ranks, or widens them:
+            batches: inputs of the task that ends, as of ``input_subspaces``; in the place of ranks
+                and widen.
             widen: how much every rank grows by, in directions (int, at least 0) or as a share of
                 min(m, n) (float in [0, 1]); as far as min(m, n).
             optimizer_state: what becomes of the optimizer's state of the guarded weights. "keep":
@@ -204,38 +235,40 @@ class Guard:
                 ("exp_avg", "momentum_buffer"); second moments and counts of steps stay, since
                 steps divide by them. "clear": their states are emptied, and begin anew with the
                 next step. Those of other parameters stay as they are.
-            options: of ``refresh``, such as tol, seed, keep or progress.
+            options: of ``refresh``, such as tol, seed, keep or progress; with batches of
+                ``input_subspaces``, such as energy, min_free, max_tokens, forward or masks.
 
         Returns:
             The new subspaces, also in ``Guard.subspaces``; hooks stay where they are.
 
         Raises:
-            ValueError: both ranks and widen, or as ``refresh``; subspaces that
-                aren't triplets, such as those of ``input_subspaces``; another optimizer_state,
+            ValueError: two of ranks, widen and batches; as ``refresh`` or ``input_subspaces``;
+                without batches, subspaces that aren't triplets; another optimizer_state,
                 one other than "keep" without an optimizer or of LBFGS, "project" of a state that
                 isn't known (8 bits, schedule-free's). Protection and state are as they were.
-            TypeError: widen is neither int nor float.
+            TypeError: widen is neither int nor float; an option of neither.
         """
         self._require_held("next_task")
-        protects = self.restores is not False and self.mode == "complement"
         items = list(self._items.values())
         operator = "Guard.next_task"
-        present = {
-            item.name: measures.rank_of(self.subspaces[item.name], item.matrix_shape)
-            for item in items
-        }
-        chosen = renewal.ranks_of(items, present, ranks, widen, operator)
-        renewal.require_triplets(items, self.subspaces)
+        make: Callable[..., Subspaces | Grown]
+        if batches is None:
+            present = {
+                item.name: measures.rank_of(self.subspaces[item.name], item.matrix_shape)
+                for item in items
+            }
+            chosen = renewal.ranks_of(items, present, ranks, widen, operator)
+            renewal.require_triplets(items, self.subspaces)
+            protects = self.restores is not False and self.mode == "complement"
+            previous = self.subspaces if protects else None
+            make = partial(renewal.renewed, ranks=chosen, previous=previous)
+        else:
+            renewal.require_by_inputs(ranks, widen, operator)
+            make = partial(renewal.grown, batches=batches, previous=self.subspaces)
         require_renewable(self._optimizer, items, optimizer_state)
         self._steps.settle()
-        found = renewal.renewed(
-            self._model,
-            items,
-            chosen,
-            previous=self.subspaces if protects else None,
-            leave_out=self._leave_out,
-            options=options,
-            operator=operator,
+        found = make(
+            self._model, items, leave_out=self._leave_out, options=options, operator=operator
         )
         renewed = [
             Protected(item.name, item.weight, found[item.name], is_flat=item.is_flat)

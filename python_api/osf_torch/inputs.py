@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from osf_kernels import Basis, extend_basis, padded
 from osf_torch.activations import Forward, require_reached, watch
-from osf_torch.bases import Held, columns_of, moved, spans_of
-from osf_torch.coverage import coverage, log, named_in, tell
+from osf_torch.coverage import coverage, named_in, tell
+from osf_torch.growing import OP, Kept, grow
+from osf_torch.grown import Grown
 from osf_torch.kinds import owners
 from osf_torch.masks import Masks
-from osf_torch.progress import Show, progress_bar
-from osf_torch.reads import SEEN, SIDES, Reads, Rows, Side
+from osf_torch.progress import Show
+from osf_torch.reads import SEEN, Reads
 from osf_torch.scalars import read
 from osf_torch.selection import Filter, Names, Selected, listed, require_seed, select
-from osf_torch.sharding import Group, local
+from osf_torch.sharding import Group
 from osf_torch.sharing import Ranks
-from osf_torch.subspaces import Grown, Subspace
-
-OP = "osf_torch.input_subspaces"
+from osf_torch.subspaces import Subspace
 
 
 def input_subspaces(
@@ -33,6 +29,7 @@ def input_subspaces(
     *,
     energy: float = 0.95,
     previous: Mapping[str, Subspace] | None = None,
+    min_free: int | float = 0.1,
     filter: Filter = None,
     leave_out: Names = None,
     max_tokens: int = 4096,
@@ -43,7 +40,8 @@ def input_subspaces(
     group: Group | None = None,
     masks: Masks = "auto",
 ) -> Grown:
-    """V' = [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of each weight.
+    """V' of the span of [V, N], the narrowest with ‖V'V'ᵀX‖²_F ≥ energy·‖X‖²_F of the inputs X of
+    each weight, as long as ``min_free`` directions stay free.
 
     X (n, tokens) are the rows that W (m, n) is multiplied with on the batches, W x. An update ΔW
     that is projected with V' in mode "complement" then moves the outputs for them by
@@ -62,10 +60,22 @@ def input_subspaces(
     Of a batch W (..., m, n) of experts each grows by the tokens routed to it alone. Its bases are
     one tensor (..., n, r') as wide as the expert needs that needs most. The others hold more than
     the energy: further directions of their own inputs, then arbitrary ones, as many as an expert
-    that no token reached holds beside those of ``previous``, which is logged.
+    that no token reached holds beside those of ``previous``, which is logged. Arbitrary ones have
+    no energy, and are the first to be released.
 
-    The ranks follow from the energy. Where V' reaches n columns the weight can't move any more:
-    ``energy`` is what trades room for later tasks against what earlier ones forget.
+    The ranks follow from the energy, as far as ``min_free`` leaves room. A grown side carries,
+    beside V (n, r), the energies e (r,) of its directions: within its span V diag(e) Vᵀ is the sum
+    over tasks of XXᵀ/‖X‖²_F, in which each task counts alike, whatever the size of its activations.
+    A task adds N to V by the energy, then its own share is merged,
+
+        M = diag(e) ⊕ 0 + [V, N]ᵀ (XXᵀ/‖X‖²_F) [V, N] = R diag(e') Rᵀ,    V' = [V, N] R,
+
+    whose columns are principal directions of all tasks so far in order of their energies e'. Where
+    these are more than n − min_free, those with the least energy are released. Until then V' holds
+    ``energy`` of the inputs of each earlier task too, as it held it at its own time; from then on
+    ``released`` says how much was let go of, and a log line does.
+
+    So ``energy`` and ``min_free`` trade room for later tasks against what earlier ones forget.
 
     Args:
         model: run in eval mode without gradients; a compiled one runs uncompiled.
@@ -73,7 +83,13 @@ def input_subspaces(
             the same way.
         energy: in (0, 1].
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
-            stays as it is. A weight that it lacks starts from no V and has no U.
+            stays as it is. A weight that it lacks starts from no V and has no U. A side without
+            energies, as of ``refresh``, counts as one task that read its r directions alike, 1/r
+            each: a direction gives way where later tasks read more than that along others.
+        min_free: how many directions of a grown side stay free: a count (int), or a share of its n
+            (float in [0, 1), rounded up to whole directions, of which one at least is protected).
+            With 0 nothing is released, and where V' reaches n columns the weight can't move any
+            more.
         filter: which weights, as in ``refresh``. What they read is seen where torch's operators
             multiply matrices (products, grouped products, einsum, convolutions), whatever module
             does it, with the weight, parts of its rows, its experts, or a cast or scaled copy. A
@@ -93,28 +109,33 @@ def input_subspaces(
 
     Returns:
         A dict of Subspaces by parameter name, in the model's order, on the weights' devices: U of
-        ``previous``, and V (..., n, r') with the columns of ``previous`` first (a low Basis stays
-        low and loses directions). No S: they are no triplets of the weight. ``protect`` takes them;
-        ``print(_.summary())`` shows them, and what trains without them.
+        ``previous``, and V (..., n, r') as a high Basis of the directions, or beyond n/2 as the low
+        one beside them, with their energies, which files and states keep. No S: they are no
+        triplets of the weight. ``protect`` and ``confine`` take them; ``released`` is the share of
+        the energy of the tasks so far that each weight let go of; ``print(_.summary())`` shows
+        them, and what trains without them.
 
     Raises:
-        ValueError: energy outside (0, 1]; nothing matches; a name in ``previous`` that ``filter``
-            doesn't select, or whose V doesn't fit; no batches; a weight of which no product was
-            seen; a product with a part of its columns, as of a layer that tensor parallelism
-            shards, or a convolution with a part of a kernel; NaN or Inf in inputs; the weight of an
-            nn.Embedding.
-        TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
+        ValueError: energy outside (0, 1]; min_free below 0, or no less than a side's directions;
+            nothing matches; a name in ``previous`` that ``filter`` doesn't select, or whose V
+            doesn't fit; no batches; a weight of which no product was seen; a product with a part of
+            its columns, as of a layer that tensor parallelism shards, or a convolution with a part
+            of a kernel; NaN or Inf in inputs; the weight of an nn.Embedding.
+        TypeError: min_free is neither int nor float; a batch of another type; a weight that
+            ``refresh`` doesn't take.
         RuntimeError: another rank of the group failed.
 
     Changes neither the model nor torch's random generators. Synchronises for each weight.
 
     Source: Saha et al. 2021, "Gradient Projection Memory for Continual Learning" (arXiv
-    2103.09762), equations 5 to 9, where V' is the memory of a layer.
+    2103.09762), equations 5 to 9, where V' is the memory of a layer; the merge is
+    ``osf_kernels.merge_basis``'s.
     """
     if not 0 < energy <= 1:
         raise ValueError(f"{OP}: expected energy in (0, 1], got {energy}; 0.95 is usual")
     if max_tokens < 1:
         raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
+    _require_min_free(min_free)
     require_seed(seed, "input_subspaces")
     names = named_in(model, leave_out, previous, "input_subspaces")
     selected = select(
@@ -129,7 +150,7 @@ def input_subspaces(
     _require_selected(previous, selected)
     _require_products(model, selected)
     sharers = Ranks.of((s.weight for s in selected), group)
-    meters = {s.name: _Inputs(s, max_tokens, seed + sharers.rank) for s in selected}
+    meters = {s.name: Kept(s, max_tokens, seed + sharers.rank) for s in selected}
     weights = {s.name: s.weight for s in selected}
     device = selected[0].weight.device
     error: Exception | None = None
@@ -150,147 +171,24 @@ def input_subspaces(
     except Exception as caught:
         error = caught
     sharers.agree(error, device, "input_subspaces")
-    found = _extended(selected, meters, previous, energy, sharers, progress)
+    turn = grow(selected, meters, previous, energy, min_free, sharers, progress)
     told = coverage(model, {id(s.weight) for s in selected}, names)
     if sharers.rank == 0:
         tell(told, "input_subspaces")
-    return Grown(found, coverage=told)
+    return Grown(turn.found, coverage=told, released=turn.released)
 
 
-def _extended(
-    selected: Sequence[Selected],
-    meters: Mapping[str, _Inputs],
-    previous: Mapping[str, Subspace],
-    energy: float,
-    sharers: Ranks,
-    progress: Show,
-) -> dict[str, Subspace]:
-    costs = [float(meters[s.name].cost) for s in selected]
-    owner = {i: rank for rank, share in enumerate(sharers.split(costs)) for i in share}
-    found = {}
-    unread: dict[str, list[int]] = {}
-    shown = progress if sharers.rank == 0 else False
-    with progress_bar(shown, "bases", len(selected), sum(costs)) as bar:
-        for i, s in enumerate(selected):
-            bar.begin(s.name)
-            device = local(s.weight).device
-            before = previous.get(s.name, Subspace(None, None))
-            sides: dict[Side, Held] = {"U": moved(before.U, device), "V": moved(before.V, device)}
-            for side in _sides_read(meters[s.name], device, sharers):
-                rows = meters[s.name].taken(side, device, sharers)
-                if rows.dim() > 2:
-                    missed = (rows == 0).flatten(0, -3).all(-1).all(-1).nonzero().flatten()
-                    unread.update({s.name: missed.tolist()} if len(missed) else {})
-                start = _start(sides[side], rows)
-                grown: Tensor | None = None
-                error: Exception | None = None
-                if owner[i] == sharers.rank:
-                    try:
-                        rows = rows.to(start.columns.dtype)
-                        grown = extend_basis(start, rows.mT, energy=energy).columns.flatten(0, -2)
-                    except (TypeError, ValueError) as caught:
-                        error = type(caught)(f"{OP}: parameter {s.name!r}: {caught}")
-                sharers.agree(error, device, "input_subspaces")
-                height = start.columns.shape[:-1]
-                columns = sharers.columns(owner[i], grown, math.prod(height), start.columns)
-                sides[side] = Basis(padded(columns.unflatten(0, height)), start.spans)
-            found[s.name] = Subspace(sides["U"], sides["V"])
-            bar.advance(1, costs[i])
-    if unread and sharers.rank == 0:
-        _log_unread(unread, meters)
-    return found
-
-
-def _sides_read(meter: _Inputs, device: torch.device, sharers: Ranks) -> list[Side]:
-    """The sides by which a rank's batches read the weight."""
-    flags = torch.tensor([[float(side in meter.sides()) for side in SIDES]], device=device)
-    read_by = sharers.gather(flags).sum(0).tolist()
-    return [side for side, count in zip(SIDES, read_by, strict=True) if count]
-
-
-def _log_unread(unread: Mapping[str, Sequence[int]], meters: Mapping[str, _Inputs]) -> None:
-    told = [
-        f"{len(which)} of {meters[name].count} of {name} ({listed([str(i) for i in which], 4)})"
-        for name, which in unread.items()
-    ]
-    log.warning(
-        "%s: no token reached some experts, of which the directions of before are protected and "
-        "arbitrary ones, as many as of the other experts: %s; pass more batches to hold what "
-        "these experts do",
-        OP,
-        listed(told, 4),
-    )
-
-
-def _start(held: Held, rows: Tensor) -> Basis:
-    """The basis in the dtype that it will have, (..., n, 0) where there is none."""
-    if held is None:
-        held = rows.new_empty(*rows.shape[:-2], rows.shape[-1], 0)
-    columns = columns_of(held)
-    dtype = torch.promote_types(columns.dtype, torch.float32)
-    return Basis(padded(columns, dtype=dtype), spans_of(held))
-
-
-class _Inputs:
-    """Keeps rows that each matrix of a weight reads by each side: all, or as many drawn at random.
-
-    Attributes:
-        count: of matrices.
-        cost: of extending their bases, in arbitrary units.
-        first: which of all weights read first, second and so on.
-    """
-
-    order = itertools.count()  # of first calls, over all weights: who saw a NaN first
-
-    def __init__(self, s: Selected, limit: int, seed: int) -> None:
-        self.limit, self.dtype, self.batch = limit, s.weight.dtype, s.batch
-        m, n = s.shape
-        self.sizes: dict[Side, int] = {"U": m, "V": n}
-        self.count = math.prod(self.batch)
-        self.cost = self.count * max(self.sizes.values()) ** 2
-        self.generator = torch.Generator("cpu").manual_seed(seed)
-        # Of a matrix by a side the rows (tokens, n), and a random number each: the smallest stay.
-        self.kept: dict[tuple[Side, int], tuple[Tensor, Tensor]] = {}
-        self.first = 0
-
-    def sides(self) -> list[Side]:
-        """Those by which a matrix was read, U first."""
-        return sorted({side for side, _ in self.kept})
-
-    def add(self, side: Side, matrix: int, rows: Rows) -> None:
-        if not len(rows):
-            return
-        if not self.kept:
-            self.first = next(self.order)
-        keys = torch.rand(len(rows), generator=self.generator, device="cpu")
-        none = torch.zeros(0, dtype=torch.int64, device=rows.device)
-        before, drawn = self.kept.get((side, matrix), (rows[none], keys[:0]))
-        keys = torch.cat([drawn, keys])
-        which = torch.arange(len(keys), device="cpu")
-        if len(keys) > self.limit:
-            keys, which = keys.topk(self.limit, largest=False)
-        stay, come = which < len(drawn), which >= len(drawn)
-        old = before[which[stay].to(before.device)]
-        new = rows[(which[come] - len(drawn)).to(rows.device)].to(before)
-        self.kept[side, matrix] = torch.cat([old, new]), torch.cat([keys[stay], keys[come]])
-
-    def taken(self, side: Side, device: torch.device, sharers: Ranks) -> Tensor:
-        """The rows (..., tokens, n) of all ranks, which are let go of here.
-
-        Zeros fill up where a matrix read fewer tokens than another.
-        """
-        read = {
-            matrix: self.kept.pop((side, matrix))[0]
-            for matrix in range(self.count)
-            if (side, matrix) in self.kept
-        }
-        dtype = next((rows.dtype for rows in read.values()), self.dtype)
-        most = max(map(len, read.values()), default=0)
-        laid = torch.zeros(most, self.count, self.sizes[side], dtype=dtype, device=device)
-        for matrix, rows in read.items():
-            laid[: len(rows), matrix] = rows
-        gathered = sharers.gather(laid.flatten(1)).view(-1, self.count, self.sizes[side])
-        return gathered.transpose(0, 1).reshape(*self.batch, -1, self.sizes[side])
+def _require_min_free(min_free: object) -> None:
+    """Refuses what is no count of directions and no share of them."""
+    if isinstance(min_free, bool) or not isinstance(min_free, int | float):
+        raise TypeError(
+            f"{OP}: expected min_free to be an int or a float in [0, 1), got {min_free!r}"
+        )
+    if not 0 <= min_free < (math.inf if isinstance(min_free, int) else 1):
+        raise ValueError(
+            f"{OP}: expected min_free to be an int of at least 0 or a float in [0, 1), got "
+            f"{min_free!r}; 0.1 is usual"
+        )
 
 
 def _require_products(model: nn.Module, selected: Sequence[Selected]) -> None:
@@ -302,6 +200,7 @@ def _require_products(model: nn.Module, selected: Sequence[Selected]) -> None:
             raise ValueError(
                 f"{OP}: expected {s.name!r} to be multiplied with activations, as the weight of "
                 f"an nn.Linear is, got one of {type(modules[0]).__name__}; leave it out by filter="
+                ", or protect the model without it"
             )
 
 
@@ -315,7 +214,7 @@ def _require_selected(previous: Mapping[str, Subspace], selected: Sequence[Selec
         )
 
 
-def _require_finite(meters: Mapping[str, _Inputs]) -> None:
+def _require_finite(meters: Mapping[str, Kept]) -> None:
     seen = [(meter, rows) for meter in meters.values() for rows, _ in meter.kept.values()]
     finite = read([rows.isfinite().all() for _, rows in seen])
     bad = {id(meter): meter for (meter, _), fine in zip(seen, finite, strict=True) if not fine}

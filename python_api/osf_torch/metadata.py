@@ -22,7 +22,7 @@ FORMAT = "osf_torch.subspaces"
 FORMAT_VERSION = "3"
 # Files of format 2 hold no hashes of their factors.
 UNHASHED_VERSION = "2"
-PARTS = ("U", "U_low", "S", "V", "V_low", "protected")
+PARTS = ("U", "U_low", "U_energies", "S", "V", "V_low", "V_energies", "protected")
 
 
 def _is_count(value: object) -> bool:

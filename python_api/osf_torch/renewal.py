@@ -1,16 +1,19 @@
-"""What is protected in the next task: the leading directions of the weights as they are now."""
+"""What is protected in the next task: the leading directions of the weights as they are now, or
+what was protected and what the weights read beside it."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from osf_torch.coverage import named_in
+from osf_torch.grown import Grown
+from osf_torch.inputs import input_subspaces
 from osf_torch.refresh import refresh
 from osf_torch.selection import Rank, Ranks, is_named, listed, named_weights
 from osf_torch.subspaces import Subspace, Subspaces
@@ -54,8 +57,8 @@ def ranks_of(
 def renewed(
     model: nn.Module,
     items: Sequence[Named],
-    ranks: Ranks,
     *,
+    ranks: Ranks,
     previous: Mapping[str, Subspace] | None,
     leave_out: Collection[str],
     options: Mapping[str, Any],
@@ -73,13 +76,7 @@ def renewed(
         ValueError: as ``refresh``; ranks that leave a weight out.
         TypeError: an option that ``refresh`` doesn't have, or that is decided here.
     """
-    known = set(inspect.signature(refresh).parameters) - {"model", "ranks", "filter"}
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise TypeError(
-            f"osf_torch.{operator}: expected options of refresh, {', '.join(sorted(known))}, got "
-            f"{listed(unknown)}"
-        )
+    _require_options(refresh, {"model", "ranks", "filter"}, options, operator)
     if isinstance(previous, Subspaces):
         # Not a warm start from the triplets alone: pinned as they are, W maps their span to
         # itself, and iterating from it never finds what outgrew it.
@@ -87,13 +84,7 @@ def renewed(
         if all(svd is not None and svd.U_low is not None for svd in kept):
             options = {"previous": previous, "keep": "all", "complement": True, **options}
     keys = {id(item.weight) for item in items}
-    patterns = [*leave_out, *named_in(model, options.get("leave_out"), None, operator)]
-    names = [
-        name
-        for name, parameter in named_weights(model).items()
-        if id(parameter) not in keys and is_named([name], patterns)
-    ]
-    options = {**options, "leave_out": names}
+    options = {**options, "leave_out": _left_out(model, keys, leave_out, options, operator)}
     found = refresh(model, ranks, filter=lambda _, parameter: id(parameter) in keys, **options)
     lost = [item.name for item in items if item.name not in found]
     if lost:
@@ -104,6 +95,79 @@ def renewed(
     return found
 
 
+def grown(
+    model: nn.Module,
+    items: Sequence[Named],
+    *,
+    batches: Iterable[Any],
+    previous: Mapping[str, Subspace],
+    leave_out: Collection[str],
+    options: Mapping[str, Any],
+    operator: str,
+) -> Grown:
+    """``previous`` of the items' weights, grown by what these read on batches, in the same order.
+
+    Args:
+        leave_out: as of ``renewed``.
+        options: of ``input_subspaces``.
+
+    Raises:
+        ValueError: as ``input_subspaces``.
+        TypeError: an option that ``input_subspaces`` doesn't have, or that is decided here.
+    """
+    decided = {"model", "batches", "previous", "filter"}
+    _require_options(input_subspaces, decided, options, operator)
+    keys = {id(item.weight) for item in items}
+    options = {**options, "leave_out": _left_out(model, keys, leave_out, options, operator)}
+    found = input_subspaces(
+        model,
+        batches,
+        previous={item.name: previous[item.name] for item in items},
+        filter=lambda _, parameter: id(parameter) in keys,
+        **options,
+    )
+    order = {item.name: found[item.name] for item in items}
+    return Grown(order, coverage=found.coverage, released=found.released)
+
+
+def require_by_inputs(ranks: Ranks | None, widen: Rank | None, operator: str) -> None:
+    """Refuses ranks of a turn whose inputs decide them."""
+    given = [name for name, value in (("ranks", ranks), ("widen", widen)) if value is not None]
+    if given:
+        raise ValueError(
+            f"osf_torch.{operator}: expected ranks and widen to be left out with batches, got "
+            f"{listed(given)}; energy and min_free say how far bases grow by inputs"
+        )
+
+
+def _require_options(
+    make: Callable[..., object], decided: set[str], options: Mapping[str, Any], operator: str
+) -> None:
+    known = set(inspect.signature(make).parameters) - decided
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"osf_torch.{operator}: expected options of {make.__name__}, "
+            f"{', '.join(sorted(known))}, got {listed(unknown)}"
+        )
+
+
+def _left_out(
+    model: nn.Module,
+    keys: Collection[int],
+    leave_out: Collection[str],
+    options: Mapping[str, Any],
+    operator: str,
+) -> list[str]:
+    """The names of what is left out, so far and by ``options``, beside the weights themselves."""
+    patterns = [*leave_out, *named_in(model, options.get("leave_out"), None, operator)]
+    return [
+        name
+        for name, parameter in named_weights(model).items()
+        if id(parameter) not in keys and is_named([name], patterns)
+    ]
+
+
 def require_triplets(items: Sequence[Named], subspaces: Mapping[str, Subspace]) -> None:
     """Refuses subspaces that ``refresh`` would put something else in the place of."""
     other = [item.name for item in items if subspaces[item.name].S is None]
@@ -111,8 +175,8 @@ def require_triplets(items: Sequence[Named], subspaces: Mapping[str, Subspace]) 
         raise ValueError(
             "osf_torch.Guard.next_task: expected subspaces with S, triplets of the weights, got "
             f"others for {listed(other)}; triplets of as many directions would take their place. "
-            "Extend them by input_subspaces(..., previous=guard.subspaces), or call refresh, and "
-            "protect the model with what you choose"
+            "Pass batches=, which extends them by what the weights read, or call refresh and "
+            "protect the model with what it returns"
         )
 
 

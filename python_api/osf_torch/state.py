@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osf_kernels import Basis, padded
 from osf_torch.bases import Held, columns_of, mapped, spans_of
+from osf_torch.grown import InputSubspace
 from osf_torch.protected import Pinned, Protected
 from osf_torch.selection import listed
 from osf_torch.sharding import as_dtensor, local
@@ -186,6 +187,8 @@ def _subspace_state(s: Subspace) -> dict[str, Any]:
 def _entry_state(s: Subspace) -> dict[str, Any]:
     if isinstance(s, Decomposition):
         return {"factors": s.factors(), "facts": facts_of(s)}
+    if isinstance(s, InputSubspace):
+        return {"factors": s.factors()}
     return _subspace_state(s)
 
 
@@ -223,15 +226,16 @@ def _read_subspace(
     return Subspace(basis("U"), basis("V"), copied("S"), copied("protected"))
 
 
+def _read_entry(saved: Mapping[str, Any], copies: _Copies) -> Subspace:
+    """The other way round of ``_entry_state``."""
+    if "factors" not in saved:
+        return _read_subspace(saved, copies)
+    factors = {key: copies.of(t, t.device) for key, t in saved["factors"].items()}
+    return assemble(factors, **saved["facts"]) if "facts" in saved else InputSubspace.of(factors)
+
+
 def _read_subspaces(saved: Mapping[str, Any], copies: _Copies) -> Mapping[str, Subspace]:
-    entries = {
-        name: assemble(
-            {key: copies.of(t, t.device) for key, t in entry["factors"].items()}, **entry["facts"]
-        )
-        if "factors" in entry
-        else _read_subspace(entry, copies)
-        for name, entry in saved["weights"].items()
-    }
+    entries = {name: _read_entry(entry, copies) for name, entry in saved["weights"].items()}
     whole = {name: s for name, s in entries.items() if isinstance(s, Decomposition)}
     if saved["seed"] is None or len(whole) < len(entries):
         return entries

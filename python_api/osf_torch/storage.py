@@ -19,6 +19,7 @@ import osf_kernels
 from osf_kernels import Basis, padded
 from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.coverage import coverage
+from osf_torch.grown import ENERGIES, Grown, InputSubspace, is_of_inputs
 from osf_torch.kinds import owners
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.quantized import Stored, stored
@@ -36,7 +37,6 @@ from osf_torch.sharing import Ranks, whole
 from osf_torch.subspaces import (
     FACTS,
     Decomposition,
-    Grown,
     Subspace,
     Subspaces,
     assemble,
@@ -52,8 +52,9 @@ def save_subspaces(
     """Writes what is protected to a safetensors file, with what it takes to trust it later.
 
     Every factor kept is a tensor ``NAME:U``, ``NAME:U_low``, ``NAME:S``, ``NAME:V``,
-    ``NAME:V_low`` or ``NAME:protected`` of its own dtype. The metadata holds the format's version,
-    the library's and, as JSON, for every weight its shape, dtype, which factors are kept, and the
+    ``NAME:V_low`` or ``NAME:protected`` of its own dtype, and beside the directions that inputs
+    made ``NAME:U_energies`` or ``NAME:V_energies``. The metadata holds the format's version, the
+    library's and, as JSON, for every weight its shape, dtype, which factors are kept, and the
     SHA-256 of its values and of each factor's; of one that a refresh decomposed also the rank,
     method, iterations, residual, captured, converged and seconds; of a whole refresh, its
     Subspaces, also the seed; and the names that were left out on purpose. The SHA-256 of a
@@ -214,6 +215,8 @@ def _contents(entry: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of an entry by the names that a file gives them, and what a refresh said."""
     if isinstance(entry, Decomposition):
         return entry.factors(), facts_of(entry)
+    if isinstance(entry, InputSubspace):
+        return entry.factors(), {}
     found = {"S": entry.S, "protected": entry.protected}
     for side, basis in (("U", entry.U), ("V", entry.V)):
         low = spans_of(basis) == "low"
@@ -225,6 +228,8 @@ def _subspace(factors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Subspa
     """The other way round."""
     if "rank" in facts:
         return _decomposition(factors, facts)
+    if is_of_inputs(factors):
+        return InputSubspace.of(factors)
 
     def basis(side: str) -> Held:
         if f"{side}_low" in factors:
@@ -386,7 +391,13 @@ def _require_fit(
         )
     if rank is None and {"U", "S", "V"} <= factors.keys():
         rank = factors["S"].shape[-1]  # of triplets
-    dims = [factor.dim() for part, factor in factors.items() if part != "S"]
+    alone = [side + ENERGIES for side in "UV" if side not in factors]
+    if factors.keys() & set(alone):
+        raise ValueError(
+            f"osf_torch.{operator}: expected factors of {of} to be directions with their energies, "
+            f"got energies alone; {remedy}"
+        )
+    dims = [factors[part].dim() for part in factors.keys() - {"S", "U_energies", "V_energies"}]
     is_flat = len(shape) > 2 and max(dims, default=0) == 2  # a convolution's
     *lead, m, n = matrix_of(shape, True) if is_flat else shape
     m_low, n_low = (None if rank is None else side - rank for side in (m, n))
@@ -398,6 +409,11 @@ def _require_fit(
         "V_low": (*lead, n, n_low),
         "protected": (*lead, m, n),
     }
+    for side, size in (("U", m), ("V", n)):
+        if side in factors:
+            width = factors[side].shape[-1]
+            expected[side + ENERGIES] = (*lead, width)
+            expected[f"{side}_low"] = (*lead, size, size - width)
     for part, factor in factors.items():
         wanted, got = expected[part], tuple(factor.shape)
         if len(wanted) != len(got) or any(

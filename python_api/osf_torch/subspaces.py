@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from osf_kernels import Basis, TruncatedSVD, padded
-from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.bases import Held, spans_of
 from osf_torch.coverage import Coverage
 from osf_torch.selection import listed
 
@@ -119,21 +119,19 @@ def assemble(factors: Mapping[str, Tensor], **facts: Any) -> Decomposition:
             factors.get("U_low"),
             factors.get("V_low"),
         )
-    return Decomposition(
-        U=_smallest(factors, "U"), V=_smallest(factors, "V"), S=S, svd=svd, **facts
-    )
+    return Decomposition(U=smallest(factors, "U"), V=smallest(factors, "V"), S=S, svd=svd, **facts)
 
 
 def smaller(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The factors without the larger basis of each side that has both."""
     kept = {"S": factors["S"]}
     for side in "UV":
-        basis = _smallest(factors, side)
+        basis = smallest(factors, side)
         kept[side if basis.spans == "high" else f"{side}_low"] = basis.columns
     return kept
 
 
-def _smallest(factors: Mapping[str, Tensor], side: str) -> Basis:
+def smallest(factors: Mapping[str, Tensor], side: str) -> Basis:
     high, low = factors.get(side), factors.get(f"{side}_low")
     if high is None or (low is not None and low.shape[-1] < high.shape[-1]):
         assert low is not None
@@ -282,51 +280,7 @@ class Subspaces(Mapping[str, Decomposition]):
                 f"{self.nbytes / 2**20:.1f}",
             )
         )
-        return "\n".join([*table(header, lines), *_lines(self.coverage)])
-
-
-class Grown(dict[str, Subspace]):
-    """Subspaces by parameter name that inputs made; of ``input_subspaces``.
-
-    Attributes:
-        coverage: as of ``Subspaces``.
-    """
-
-    def __init__(
-        self, subspaces: Mapping[str, Subspace], *, coverage: Coverage | None = None
-    ) -> None:
-        super().__init__(subspaces)
-        self.coverage = coverage
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """As of ``Subspaces``."""
-        return {} if self.coverage is None else dict(self.coverage.left_out)
-
-    def __repr__(self) -> str:
-        omitted = listed(list(self.left_out), 3)
-        return f"Grown({len(self)} weights{omitted and f'; left out: {omitted}'})"
-
-    def summary(self) -> str:
-        """A table of what is protected of each side, then what is covered and what isn't."""
-        lines = [(name, _side(entry.U), _side(entry.V)) for name, entry in self.items()]
-        return "\n".join([*table(("parameter", "U", "V"), lines), *_lines(self.coverage)])
-
-
-def covering(subspaces: Mapping[str, Subspace], found: Coverage) -> Subspaces | Grown:
-    """The same with what is known of what they cover."""
-    if isinstance(subspaces, Subspaces):
-        return Subspaces(dict(subspaces), seed=subspaces.seed, coverage=found)
-    return Grown(subspaces, coverage=found)
-
-
-def _side(basis: Held) -> str:
-    """How many directions of how many are protected, and whether they or the others are held."""
-    if basis is None:
-        return "none"
-    spans = spans_of(basis)
-    size, width = columns_of(basis).shape[-2:]
-    return f"{width if spans == 'high' else size - width} of {size} {spans}"
+        return "\n".join([*table(header, lines), *coverage_lines(self.coverage)])
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -341,7 +295,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _lines(found: Coverage | None) -> list[str]:
+def coverage_lines(found: Coverage | None) -> list[str]:
     return [] if found is None else [found.table()]
 
 

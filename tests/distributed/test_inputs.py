@@ -103,6 +103,39 @@ def padding_on_one_rank(rank):
     return columns(found)
 
 
+def stream(model, given):
+    """Three tasks that reach their floor, of which a later one starts from what the last made."""
+    found = None
+    for number in range(3):
+        x = [batch.roll(number, -1) for batch in given]
+        found = input_subspaces(model, x, energy=0.99, previous=found, min_free=4, progress=False)
+    spectra = {name: tuple(s.spectra["V"]) for name, s in found.items()}
+    return spectra, columns(found), found.released
+
+
+def stream_on_shards(rank):
+    return stream(sharded(), batches(rank))
+
+
+def turn(model, given):
+    """What a guard's turn makes of it, and how far it has drifted after steps since."""
+    before = refresh(model, 0.25, progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    guard = protect(model, before, optimizer=optimizer)
+    found = guard.next_task(batches=given, energy=ENERGY, progress=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 12, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    guard.verify()
+    spectra = {name: tuple(s.spectra["V"]) for name, s in found.items()}
+    return spectra, max(guard.released().values()), max(guard.drift().values())
+
+
+def turn_on_shards(rank):
+    return turn(sharded(), batches(rank))
+
+
 def one_bad_rank(rank):
     given = batches(rank)
     if rank == 1:
@@ -117,6 +150,8 @@ def one_bad_rank(rank):
 RUNS = {
     "whole": whole,
     "shards": on_shards,
+    "stream": stream_on_shards,
+    "turn": turn_on_shards,
     "one-sided": one_sided_steps,
     "padded": padding_on_one_rank,
     "bad": one_bad_rank,
@@ -146,6 +181,39 @@ def test_bases_are_those_of_all_inputs_together(ranks, kind):
     for name, V in columns(wanted).items():
         assert first[name].shape == V.shape
         assert overlap(first[name], V) >= 1 - 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_stream_of_tasks_is_merged_and_let_go_of_alike(ranks):
+    spectra, held, released = stream(mlp(), [b for rank in range(ranks) for b in batches(rank)])
+    assert min(released.values()) > 0
+    first = results(ranks)[0]["stream"]
+    for run in results(ranks):
+        theirs, columns_there, lost = run["stream"]
+        assert lost == pytest.approx(released, rel=1e-9)
+        for name, (V, energies) in spectra.items():
+            assert V.shape[1] == (5 if name == "2.weight" else 8)
+            W, others = theirs[name]
+            assert torch.equal(W, first[0][name][0])
+            assert torch.equal(columns_there[name], first[1][name])
+            assert columns_there[name].shape == held[name].shape
+            there = W * others @ W.mT
+            assert float((there - V * energies @ V.mT).norm()) <= 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_turn_by_inputs_of_all_ranks(ranks):
+    wanted, _, _ = turn(mlp(), [b for rank in range(ranks) for b in batches(rank)])
+    first = results(ranks)[0]["turn"][0]
+    for run in results(ranks):
+        spectra, released, drift = run["turn"]
+        assert max(released, drift) <= 1e-7
+        for name, (V, energies) in wanted.items():
+            W, others = spectra[name]
+            assert torch.equal(W, first[name][0])
+            assert float((W * others @ W.mT - V * energies @ V.mT).norm()) <= 1e-7
 
 
 @pytest.mark.slow

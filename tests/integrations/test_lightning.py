@@ -148,6 +148,10 @@ def test_a_second_fit_goes_on_and_next_task_protects_what_was_learned(method):
     middle.load_state_dict(module.net.state_dict())
     fitted(module, one)
     assert max(shares(module, middle)) <= MOVED
+    forward = {"forward": lambda module, x: module.net(x)}
+    (found,) = one.next_task(batches=data(), energy=0.6, progress=False, **forward)
+    assert {name for name, s in found.items() if "V" in s.spectra} == found.keys()
+    fitted(module, one)
 
 
 @pytest.mark.parametrize(

@@ -329,13 +329,40 @@ def test_subspaces_of_inputs_are_taken_as_they_are(method, tmp_path):
     inputs = [{"input_ids": torch.stack([t["input_ids"] for t in tokens(4)])}]
     subspaces = input_subspaces(model, inputs, energy=0.9)
     trained(model, tmp_path, [callback(model, method, subspaces)])
+    require_held(subspaces, start, copied(model))
+
+
+def require_held(subspaces, start, now):
+    """What V holds of each weight hasn't moved."""
     for name, entry in subspaces.items():
         V = entry.V if isinstance(entry.V, torch.Tensor) else entry.V.columns
         low = not isinstance(entry.V, torch.Tensor) and entry.V.spans == "low"
-        change = (copied(model)[name] - start[name]).double()
+        change = (now[name] - start[name]).double()
         kept = change @ V.double()
         gone = change - kept @ V.double().mT if low else kept
         assert float(gone.norm() / start[name].double().norm()) <= MOVED
+
+
+@both
+def test_a_turn_by_inputs_and_a_resumed_run_that_takes_the_next_one(method, tmp_path):
+    model = small_llama()
+    given = callback(model, method)
+    trained(model, tmp_path / "a", [given])
+    inputs = [{"input_ids": torch.stack([t["input_ids"] for t in tokens(4)])}]
+    options = {"batches": inputs, "energy": 0.9, "progress": False}
+    found, start = given.next_task(**options), copied(model)
+    trained(model, tmp_path / "b", [given])
+    require_held(found, start, copied(model))
+    folder = tmp_path / "b" / "checkpoint-2"
+    again = transformers.LlamaForCausalLM.from_pretrained(folder)
+    again.get_input_embeddings().requires_grad_(False)
+    resumed = callback(again, method, folder)
+    trained(again, tmp_path / "c", [resumed], resume=folder)
+    one, other = (held.next_task(**options) for held in (given, resumed))
+    assert one.keys() == other.keys()
+    for name, entry in one.items():
+        pairs = zip(entry.spectra["V"], other[name].spectra["V"], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 class Convolving(torch.nn.Module):

@@ -14,6 +14,7 @@ from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.free.formed import runs_plain
 from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
+from osf_torch.grown import spectra_on_host
 from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.measures import TINY, TRIPLETS_LIMIT
@@ -186,6 +187,7 @@ def _checked(
         trained=weight.requires_grad if before is None else before.trained,
         decays_to_zero=decay_to == "zero",
         dtype=_dtype_of(weight, subspace, settings.dtype),
+        spectra=spectra_on_host(subspace),
     )
     return AtRest(module, spec)
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from osf_kernels import FreeBasis, FreePlan, plan_free
 from osf_torch.free.inputs import Inputs
 from osf_torch.quantized import Stored, stored, stored_whole
 from osf_torch.sharding import is_dtensor, local
+
+if TYPE_CHECKING:
+    from osf_torch.grown import Spectrum
 
 Update = Literal["merge", "beside"]
 MANY_TOKENS = 1 << 20
@@ -65,6 +68,8 @@ class Spec:
         trained: whether the weight required a gradient before.
         dtype: of what is trained.
         decays_to_zero: whether C is the free part of the weight itself, and not what is added.
+        spectra: of the sides that inputs made, by "U" or "V"; on the host, since the turn to the
+            next task alone reads them.
         inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         shared: what layers that use the weight give their gradients to, see ``linear._shared``.
@@ -89,6 +94,7 @@ class Spec:
     trained: bool
     dtype: torch.dtype
     decays_to_zero: bool = False
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
     shared: tuple[Any, ...] | None = None

@@ -15,6 +15,7 @@ from osf_torch.free.current import current, update_of
 from osf_torch.free.drifting import Reference
 from osf_torch.free.merging import merge
 from osf_torch.free.spec import Place
+from osf_torch.grown import Spectrum
 from osf_torch.selection import listed
 from osf_torch.sharding import is_dtensor, local
 
@@ -45,6 +46,10 @@ def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
         "left": _saved_basis(spec.left),
         "right": _saved_basis(spec.right),
         "trained": {name: _copied(place.get(name)) for name in spec.trainable},
+        "spectra": {
+            side: {part: _copied(t) for part, t in spectrum._asdict().items()}
+            for side, spectrum in spec.spectra.items()
+        },
     }
     if spec.is_rounded:
         found["base"] = _copied(place.get(spec.base))
@@ -205,6 +210,10 @@ def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
     """
     spec = place.spec
     spec.left, spec.right = (_read_basis(saved[side]) for side in ("left", "right"))
+    spec.spectra = {  # which older states have none of
+        side: Spectrum(**{part: _copied(t).cpu() for part, t in held.items()})
+        for side, held in saved.get("spectra", {}).items()
+    }
     spec.follow(place.device)
     whole = current(place).detach().clone() if spec.update == "beside" and has_block else None
     started = place.get(spec.merged).clone() if spec.update == "merge" else None

@@ -20,6 +20,7 @@ from osf_torch.confine import confine
 from osf_torch.confined import Confined
 from osf_torch.coverage import NAMED, require_told, tell
 from osf_torch.free.state import is_state as is_confined_state
+from osf_torch.grown import Grown
 from osf_torch.guard import Guard
 from osf_torch.integrations._state_files import (
     read_state,
@@ -296,10 +297,11 @@ class Protection:
         found = (self.confined or self._of_guard).drift().values()
         return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
-    def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces:
+    def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces | Grown:
         """Of ``Confined`` or ``Guard``; the next optimizer is made afterwards."""
         options.setdefault("group", world())  # ranks share it out, and have the same bases
-        found = (self.confined or self._of_guard).next_task(ranks, **options)
+        holder: Any = self.confined or self._of_guard
+        found: Subspaces | Grown = holder.next_task(ranks, **options)
         self.subspaces = found
         self._imprint = _imprint(self.confined, found)
         return found

@@ -28,6 +28,7 @@ from torch import nn
 
 from osf_torch.confined import Confined
 from osf_torch.coverage import NAMED, named_in
+from osf_torch.grown import Grown
 from osf_torch.guard import Guard
 from osf_torch.integrations import _state_files
 from osf_torch.integrations._peer import require_peer
@@ -134,11 +135,13 @@ class SubspaceCallback(_CALLBACK):
     def guards(self) -> dict[int, Guard]:
         return {i: part.guard for i, part in self._parts.items() if part.guard is not None}
 
-    def next_task(self, ranks: Ranks | None = None, **options: Any) -> list[Subspaces]:
+    def next_task(self, ranks: Ranks | None = None, **options: Any) -> list[Subspaces | Grown]:
         """Between two calls of ``fit``: protects what the module has learned too.
 
         Args:
-            ranks, options: as of ``Confined.next_task`` and ``Guard.next_task``.
+            ranks, options: as of ``Confined.next_task`` and ``Guard.next_task``, such as
+                ``batches`` of the task that ends, on which the bases grow; of several optimizers
+                they are run for each, and are to be such as can be iterated again.
 
         Returns:
             The new subspaces, of each optimizer's weights.

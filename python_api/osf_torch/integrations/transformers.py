@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from osf_torch.confined import Confined
+from osf_torch.grown import Grown
 from osf_torch.guard import Guard
 from osf_torch.integrations import _training
 from osf_torch.integrations._peer import require_peer
@@ -139,13 +140,14 @@ class SubspaceCallback(_CALLBACK):
     def guard(self) -> Guard | None:
         return self._protection.guard
 
-    def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces:
+    def next_task(self, ranks: Ranks | None = None, **options: Any) -> Subspaces | Grown:
         """Between two Trainers: protects what the model has learned too.
 
         Give this callback to the next Trainer, which makes an optimizer of its own.
 
         Args:
-            ranks, options: as of ``Confined.next_task`` and ``Guard.next_task``.
+            ranks, options: as of ``Confined.next_task`` and ``Guard.next_task``, such as
+                ``batches`` of the task that ends, on which the bases grow.
 
         Raises:
             ValueError, RuntimeError: as these.
