@@ -95,7 +95,7 @@ class Stream:
     data: str
 
     @property
-    def short(self) -> int:
+    def parts(self) -> int:
         """How many disjoint parts the training data of a task come in."""
         return THIRDS if self.name == LONG else 1
 

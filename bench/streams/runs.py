@@ -84,7 +84,8 @@ class Runs:
 
     def steps(self, wanted: Wanted) -> int:
         """How many steps a run takes."""
-        return self.setting.steps * len(data.stream(self.tasks, wanted.stream).tasks)
+        stream = data.stream(self.tasks, wanted.stream)
+        return self.setting.of(stream.parts).steps * len(stream.tasks)
 
     def train(self, wanted: Wanted) -> bool:
         """Trains a run that isn't there. False where another process is at it.
@@ -114,7 +115,7 @@ class Runs:
                 ),
                 self.open(stream),
                 len(names),
-                self.setting,
+                self.setting.of(stream.parts),
                 learning_rate=wanted.rate,
                 seed=wanted.seed,
                 partial=partial,

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,19 @@ Build = Callable[[Subject], Plain]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods have in common."""
+    """What all methods have in common.
 
-    steps: int = 40
+    Attributes:
+        steps: of a task; where it comes in parts, as many in all.
+    """
+
+    steps: int = 80
     batch: int = 16
     precision: str = "bf16"
+
+    def of(self, parts: int) -> Setting:
+        """The setting of a task's part."""
+        return replace(self, steps=max(1, self.steps // parts))
 
 
 @dataclass
@@ -150,7 +158,7 @@ def _train(
     ]
     if head:
         groups.append({"params": head, "lr": HEAD_LEARNING_RATE, "weight_decay": 0.01})
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: slope(done, setting.steps))
     method.attach(optimizer)
     for index in todo:
