@@ -12,10 +12,11 @@ from osf_kernels._padding import padded
 from osf_kernels.basis import Basis, Spans
 from osf_kernels.errors import Index, TypeRefusal, ValueRefusal
 from osf_kernels.linalg import primitives
-from osf_kernels.linalg.orthonormal.cholesky_qr import rank_tolerance, scale_columns
+from osf_kernels.linalg.orthonormal.cholesky_qr import rank_tolerance
 from osf_kernels.linalg.orthonormal.complement import complement
 from osf_kernels.linalg.orthonormal.operator import require_dtype
 from osf_kernels.linalg.orthonormal.orthonormalize import orthonormalize
+from osf_kernels.linalg.samples import Samples
 from osf_kernels.ops._validation import columns, require_constant, require_lengths, require_tensor
 
 _OP = "extend_basis"
@@ -170,8 +171,7 @@ class Directions(NamedTuple):
     held: Tensor  # (b, m, r) as given
     spans: Spans
     Q: Tensor  # (b, m, r) float64: held, orthonormal to its rounding
-    X: Tensor  # (b, m, s) float64: the samples, each matrix of them scaled by a number
-    total: Tensor  # (b,) float64: ‖X‖²_F
+    X: Samples
     U: Tensor  # (b, a, q) float64: a = m, or the r coordinates in a low basis
     counts: list[int]  # how many reach the energy
     real: list[int]  # how many there are over rounding
@@ -225,12 +225,9 @@ def directions(
                 raise ValueRefusal.of(op, name, "finite", got, index=indices[i])
     m, r = held.shape[-2:]
     Q = orthonormalize(held.double())
-    X = samples.double()
-    X = scale_columns(X, (-2, -1)) if X.numel() else X
-    total = X.square().sum((-2, -1))
-    coordinates = Q.mT @ X
-    residual = coordinates if spans == "low" else X - Q @ coordinates
-    U, energies = _left_singular(residual, exact=held.dtype == torch.float64)
+    X = Samples(samples)
+    total = X.total
+    U, energies = X.within(Q) if spans == "low" else X.beyond(Q)
     rounding = rank_tolerance(m, primitives.working_dtype(held.dtype)) ** 2 * total
     # Samples of zeros have no directions, whatever the smallest number is that is divided by.
     rounding = rounding.clamp_min(torch.finfo(energies.dtype).tiny)
@@ -241,21 +238,4 @@ def directions(
     counts, available = torch.stack([needed.sum(-1), real.sum(-1)]).tolist()
     room = r if spans == "low" else m - r
     counts, available = ([min(c, room) for c in found] for found in (counts, available))
-    return Directions(held, spans, Q, X, total, U, counts, available)
-
-
-def _left_singular(R: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-    """(U, σ²) of R (b, a, s), σ descending.
-
-    By a float64 Gram matrix of the shorter side, which loses nothing of float32 samples that is
-    above their rounding; or by the SVD if ``exact``.
-    """
-    if exact:
-        U, S, _ = torch.linalg.svd(R, full_matrices=False)
-        return U, S.square()
-    if R.shape[-2] <= R.shape[-1]:
-        squares, U = torch.linalg.eigh(R @ R.mT)
-        return U.flip(-1), squares.flip(-1).clamp_min(0)
-    squares, V = torch.linalg.eigh(R.mT @ R)
-    squares = squares.flip(-1).clamp_min(torch.finfo(R.dtype).tiny)
-    return R @ V.flip(-1) / squares.sqrt()[:, None, :], squares
+    return Directions(held, spans, Q, X, U, counts, available)

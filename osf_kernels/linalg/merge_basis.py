@@ -110,9 +110,8 @@ def merge_basis(
     found = directions(_OP, B, X, "high", energy, indices)
     k = max(found.counts, default=0)
     P = torch.cat([found.Q, found.added(range(count), k)], -1) if k else found.Q
-    C = P.mT @ found.X
-    smallest = torch.finfo(C.dtype).tiny
-    M = C @ C.mT / found.total.clamp_min(smallest)[:, None, None]
+    smallest = torch.finfo(P.dtype).tiny
+    M = found.X.on(P) / found.X.total.clamp_min(smallest)[:, None, None]
     before = M.new_full((count, r), 1 / max(r, 1))
     if energies is not None:
         before = energies.to(M).reshape(count, r)
