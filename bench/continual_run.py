@@ -96,6 +96,15 @@ def accuracy(encoder: nn.Module, head: nn.Linear, examples: Encoded) -> float:
     return right / len(order)
 
 
+def leading(labels: Tensor, classes: int, limit: int | None) -> Tensor:
+    """The first examples of a split, as many of each label as there are; all where no limit is."""
+    if limit is None or limit >= len(labels):
+        return torch.arange(len(labels))
+    ranked = torch.cat([(labels == i).nonzero().flatten() for i in range(classes)])
+    within = torch.cat([torch.arange(int((labels == i).sum())) for i in range(classes)])
+    return ranked[within.argsort(stable=True)][:limit].sort().values
+
+
 def order_of(count: int, wanted: int, generator: torch.Generator) -> Tensor:
     """Indices below ``count``, reshuffled whenever they run out, ``wanted`` in all."""
     rounds = -(-wanted // count)

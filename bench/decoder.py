@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from bench import corpus
 from bench.continual_methods import linear_weights
+from bench.continual_run import leading
 from bench.continual_tasks import SPLITS, Split, Task, split_of
 
 MAX_TOKENS = 96  # of a prompt; what a text has more is cut out of its middle
@@ -48,15 +49,6 @@ class Encoded:
     labels: tuple[tuple[int, ...], ...]  # the tokens of each
     prompts: dict[Split, tuple[tuple[int, ...], ...]]
     gold: dict[Split, Tensor]  # (examples,)
-
-
-def leading(labels: Tensor, classes: int, limit: int | None) -> Tensor:
-    """The first examples of a split, as many of each label as there are; all where no limit is."""
-    if limit is None or limit >= len(labels):
-        return torch.arange(len(labels))
-    ranked = torch.cat([(labels == i).nonzero().flatten() for i in range(classes)])
-    within = torch.cat([torch.arange(int((labels == i).sum())) for i in range(classes)])
-    return ranked[within.argsort(stable=True)][:limit].sort().values
 
 
 class Decoder:

@@ -17,8 +17,12 @@ import transformers
 
 import osf_torch
 from bench import decoder, minilm, smollm
+from bench.continual_run import leading
 from bench.continual_tasks import SPLITS, Example, Task
-from bench.decoder import Decoder, cut, leading
+from bench.decoder import Decoder, cut
+from bench.streams import training
+from bench.streams.decoder import Reader
+from bench.streams.methods import METHODS
 from osf_kernels import Basis
 
 LABELS = ("good", "utterly bad", "neither of the two")  # of one, two and four tokens
@@ -139,6 +143,27 @@ def test_a_cut_keeps_both_ends() -> None:
     assert cut(range(9), 9) == tuple(range(9))
     assert cut(range(9), 5) == (0, 1, 2, 7, 8)
     assert cut(range(9), 1) == (0,)
+
+
+@pytest.mark.parametrize("method", ["plain", "inputs", "bases-both"])
+def test_a_decoder_learns_a_stream(tokenizer: Any, model: nn.Module, method: str) -> None:
+    judge = Decoder(tokenizer)
+    tasks = [judge.encode(task(name)) for name in ("first", "second", "third")]
+    reader = Reader(model, judge, tasks)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    outcome = training.run(
+        lambda subject: METHODS[method].make(subject, lambda other: []),
+        reader,
+        len(tasks),
+        training.Setting(2, 4, "fp32"),
+        learning_rate=1e-3,
+        seed=0,
+    )
+    assert [len(line.test) for line in outcome.after] == [1, 1, 3]
+    assert all(line.general is not None and line.general > 0 for line in outcome.after)
+    moved = [n for n, p in reader.model.named_parameters() if not torch.equal(p, before[n])]
+    assert set(moved) == set(judge.weights(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_leading_takes_labels_in_turn() -> None:

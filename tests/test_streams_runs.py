@@ -13,13 +13,14 @@ from bench import __main__ as command
 from bench.streams import cli, data, plot, rows, show
 from bench.streams.encoder import Encoded, Encoder
 from bench.streams.methods import DEFAULT, METHODS
-from bench.streams.runs import FIRST_TRIED, RATES, TUNED_ON, Missing, Runs, Wanted
+from bench.streams.runs import FIRST_TRIED, TUNED_ON, Missing, Runs, Wanted
 from bench.streams.training import After, Outcome, Setting
 from tests.small_continual import SMALL, small_encoder
 from tests.small_streams import write_folder
 
 SETTING = Setting(steps=1, batch=2, precision="fp32")
 PLAIN = Wanted("4", "plain", 0, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 def open_small(stream: data.Stream) -> Encoder:
@@ -44,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def runs_of(folder: Path, csv: Path, **options: object) -> Runs:
-    return Runs(data.read(folder), SETTING, csv, open_small, model="small", **options)  # type: ignore[arg-type]
+    return Runs(data.read(folder), SETTING, csv, open_small, model="small", rates=RATES, **options)  # type: ignore[arg-type]
 
 
 def test_a_finished_run_is_read_and_not_trained_again(folder: Path, tmp_path: Path) -> None:
@@ -227,7 +228,8 @@ def test_the_command_trains_shows_and_draws(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "opener", lambda precision: open_small)
+    model = cli.Model(lambda precision: open_small, 80, 16, RATES)
+    monkeypatch.setitem(cli.MODELS, "minilm", model)
     csv = tmp_path / "rows.csv"
     given = ["streams", "--data", str(folder), "--csv", str(csv), "--steps", "1", "--batch", "2"]
     tuned = [*given, "--methods", "plain", "--precision", "fp32"]
@@ -238,4 +240,4 @@ def test_the_command_trains_shows_and_draws(
     assert "NOT TRAINED NOW: 1 of 2 runs" in out  # the tuning's own
     assert METHODS["plain"].title in out
     assert "No verdict on stream 4" in out
-    assert csv.with_name("rows_4.png").exists()
+    assert csv.with_name("rows_minilm_4.png").exists()

@@ -6,17 +6,20 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench import minilm, report
+from bench import minilm, report, smollm
 from bench.arguments import listed
-from bench.streams import data, rows, show
-from bench.streams.encoder import Encoder, encoded
+from bench.decoder import Decoder
+from bench.streams import data, decoder, encoder, rows, show
+from bench.streams.decoder import Reader
+from bench.streams.encoder import Encoder
 from bench.streams.methods import METHODS
 from bench.streams.plot import draw
-from bench.streams.runs import FIRST_TRIED, RATES, TUNED_ON, Runs, Wanted
+from bench.streams.runs import FIRST_TRIED, TUNED_ON, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
 
@@ -33,27 +36,58 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     streams.add_argument("--seeds", type=int, default=3, help="0, 1, ...: how many")
     streams.add_argument("--lr", type=float, help="instead of the tuned ones")
     streams.add_argument("--tune", action="store_true", help="find the learning rates")
-    streams.add_argument("--steps", type=int, default=Setting().steps, help="of each task")
-    streams.add_argument("--batch", type=int, default=Setting().batch)
-    streams.add_argument("--precision", choices=tuple(PRECISIONS), default=Setting().precision)
+    streams.add_argument("--model", choices=tuple(MODELS), default="minilm")
+    streams.add_argument("--steps", type=int, help="of each task")
+    streams.add_argument("--batch", type=int)
+    streams.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16")
     streams.add_argument("--csv", type=Path, default=RESULTS / "streams.csv")
     streams.add_argument("--picture", type=Path, help="default: beside the CSV")
     streams.add_argument("--anew", action="store_true", help="train what has rows too")
 
 
-def opener(precision: torch.dtype) -> Callable[[data.Stream], Subject]:
-    """MiniLM for a stream; a stream's text is made tokens once."""
+@dataclass(frozen=True)
+class Model:
+    """A model that learns streams.
+
+    Attributes:
+        opener: of a precision, what makes a subject of a stream.
+        steps, batch: of a task, by default.
+        rates: the learning rates that are tried.
+    """
+
+    opener: Callable[[torch.dtype], Open]
+    steps: int
+    batch: int
+    rates: tuple[float, ...]
+
+
+def minilm_opener(precision: torch.dtype) -> Open:
+    """Raises FileNotFoundError where the model's package isn't installed."""
     directory = minilm.model_directory()
     pretrained = minilm.load(directory)
-    known: dict[str, list] = {}  # type: ignore[type-arg]
 
     def open_stream(stream: data.Stream) -> Subject:
-        if stream.name not in known:
-            known[stream.name] = encoded(stream, directory)
         classes = [len(task.classes) for task in stream.tasks]
-        return Encoder(pretrained, known[stream.name], classes, precision)
+        return Encoder(pretrained, encoder.encoded(stream, directory), classes, precision)
 
     return open_stream
+
+
+def smollm_opener(precision: torch.dtype) -> Open:
+    """Raises FileNotFoundError where the model's package, or one that reads it, isn't installed."""
+    pretrained, tokenizer = smollm.load()
+    judge = Decoder(tokenizer, precision=precision)
+
+    def open_stream(stream: data.Stream) -> Subject:
+        return Reader(pretrained, judge, decoder.encoded(stream.tasks, judge))
+
+    return open_stream
+
+
+MODELS: dict[str, Model] = {
+    "minilm": Model(minilm_opener, 80, 16, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    "smollm2": Model(smollm_opener, 30, 8, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)),
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,7 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     methods = arguments.methods or [name for name, m in METHODS.items() if m.compared]
     _require(arguments, methods)
-    setting = Setting(arguments.steps, arguments.batch, arguments.precision)
+    model = MODELS[arguments.model]
+    setting = Setting(
+        arguments.steps or model.steps, arguments.batch or model.batch, arguments.precision
+    )
     console = show.console_of()
     with bar_on(console) as progress:
         bar = progress.add_task("reading", total=None)
@@ -71,15 +108,16 @@ def run(arguments: argparse.Namespace) -> int:
             data.read(arguments.data),
             setting,
             arguments.csv,
-            opener(PRECISIONS[arguments.precision]),
-            model="minilm",
+            model.opener(PRECISIONS[arguments.precision]),
+            model=arguments.model,
+            rates=model.rates,
             anew=arguments.anew,
             say=lambda text: progress.update(bar, description=text, advance=1),
         )
         if arguments.tune:
             tuned = tune(runs, methods, lambda total: progress.update(bar, total=total))
             console.print(f"accuracy on validation at the end of stream {TUNED_ON[0]}, in %:")
-            console.print(show.tuning_table(tuned, RATES), markup=False, highlight=False)
+            console.print(show.tuning_table(tuned, model.rates), markup=False, highlight=False)
             return 0
         rates = (
             runs.rates(methods) if arguments.lr is None else dict.fromkeys(methods, arguments.lr)
@@ -107,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(show.figures_table(finished, stream))
         show.say(console, notice)
         show.say(console, show.verdict(finished, stream))
-        picture = arguments.picture or arguments.csv.with_name(f"{arguments.csv.stem}_{stream}.png")
+        name = f"{arguments.csv.stem}_{arguments.model}_{stream}.png"
+        picture = arguments.picture or arguments.csv.with_name(name)
         try:
             draw(finished, stream, picture)
         except ImportError as error:
@@ -131,10 +170,9 @@ def _require(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
                 f"{', '.join(unknown) or 'none'}"
             )
     for name in ("seeds", "steps", "batch"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(
-                f"bench streams: expected --{name} to be at least 1, got {getattr(arguments, name)}"
-            )
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise ValueError(f"bench streams: expected --{name} to be at least 1, got {given}")
 
 
 def train(runs: Runs, asked: Sequence[Wanted]) -> list[str]:

@@ -16,10 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import minilm
 from bench.continual_methods import linear_weights
-from bench.continual_run import logits, new_head
+from bench.continual_run import leading, logits, new_head
 from bench.continual_tasks import SPLITS, Split
 from bench.streams.data import Stream
-from bench.streams.subject import Inputs, leading
+from bench.streams.subject import Inputs
 from bench.training import trimmed
 
 MAX_TOKENS = 64

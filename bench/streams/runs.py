@@ -16,7 +16,6 @@ from bench.streams.rows import Key, Row, Run
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting, average, run
 
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 FIRST_TRIED = (1, 2)  # of the rates; then on in the better direction until it gets no better
 TUNED_ON = ("4", 0)  # stream and seed
 
@@ -45,6 +44,7 @@ class Runs:
 
     Args:
         open: makes the model that learns a stream.
+        rates: the learning rates that are tried, ascending.
         anew: trains what the file has too, once.
     """
 
@@ -56,11 +56,12 @@ class Runs:
         open: Open,
         *,
         model: str,
+        rates: Sequence[float],
         anew: bool = False,
         say: Say = lambda _: None,
     ) -> None:
         self.tasks, self.setting, self.csv, self.open = tasks, setting, csv, open
-        self.model, self.anew, self.say = model, anew, say
+        self.model, self.grid, self.anew, self.say = model, rates, anew, say
         self.data = data.fingerprint(tasks.values())
         self._trained: set[Key] = set()
 
@@ -135,7 +136,7 @@ class Runs:
         found: dict[float, float] = {}
 
         def score(place: int) -> float:
-            rate = RATES[place]
+            rate = self.grid[place]
             if rate not in found:
                 wanted = Wanted(TUNED_ON[0], method, TUNED_ON[1], rate)
                 try:
@@ -153,7 +154,7 @@ class Runs:
             low, high = FIRST_TRIED
             ahead = score(high) > score(low)
             place, stride = (high, 1) if ahead else (low, -1)
-            while 0 <= place + stride < len(RATES) and score(place + stride) > score(place):
+            while 0 <= place + stride < len(self.grid) and score(place + stride) > score(place):
                 place += stride
         except _Elsewhere:
             return None

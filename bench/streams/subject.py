@@ -55,12 +55,3 @@ class Subject(Protocol):
         """What tasks have left behind, beside the model."""
 
     def load(self, state: dict[str, Any]) -> None: ...
-
-
-def leading(labels: Tensor, classes: int, limit: int | None) -> Tensor:
-    """The first examples of a split, as many of each label as there are; all where no limit is."""
-    if limit is None or limit >= len(labels):
-        return torch.arange(len(labels))
-    ranked = torch.cat([(labels == i).nonzero().flatten() for i in range(classes)])
-    within = torch.cat([torch.arange(int((labels == i).sum())) for i in range(classes)])
-    return ranked[within.argsort(stable=True)][:limit].sort().values

@@ -34,8 +34,8 @@ class Setting:
         steps: of a task; where it comes in parts, as many in all.
     """
 
-    steps: int = 80
-    batch: int = 16
+    steps: int
+    batch: int
     precision: str = "bf16"
 
     def of(self, parts: int) -> Setting:
