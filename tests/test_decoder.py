@@ -160,7 +160,8 @@ def test_a_decoder_learns_a_stream(tokenizer: Any, model: nn.Module, method: str
         seed=0,
     )
     assert [len(line.test) for line in outcome.after] == [1, 1, 3]
-    assert all(line.general is not None and line.general > 0 for line in outcome.after)
+    assert outcome.general == pytest.approx(judge.general_loss(model))
+    assert all(line.general != outcome.general for line in outcome.after)
     moved = [n for n, p in reader.model.named_parameters() if not torch.equal(p, before[n])]
     assert set(moved) == set(judge.weights(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -93,16 +93,17 @@ def test_a_run_that_another_process_trains_is_left_to_it(folder: Path, tmp_path:
     assert runs.train(PLAIN) is True
 
 
-def known(csv: Path, runs: Runs, wanted: Wanted, score: float, moved: float = 1.0) -> None:
+def known(
+    csv: Path, runs: Runs, wanted: Wanted, score: float, *, moved: float = 1.0, general: float = 3.0
+) -> None:
     """Puts a run into the file whose accuracies are all ``score``."""
     names = data.ORDERS["4"]
-    last = len(names) - 1
-    after = [
-        After([score] * (14 if i == last else 1), [score] * (14 if i == last else 1), [], moved,
-              1.0, None, 2.0)
-        for i in range(14)
-    ]  # fmt: skip
-    rows.write(csv, runs._row(wanted), names, Outcome(after, 30.0))
+    after = []
+    for number in range(14):
+        accuracies = [score] * (14 if number == 13 else 1)
+        course = [score] * (number + 1) if number % 3 == 2 else []
+        after.append(After(accuracies, accuracies, course, moved, 1.0, general + number, 2.0))
+    rows.write(csv, runs._row(wanted), names, Outcome(after, 30.0, general))
 
 
 def test_the_learning_rate_is_the_best_on_validation_of_equals_the_smaller(
@@ -200,7 +201,10 @@ def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:
     assert "replay reaches 63.0: within 1.5 points, yes" in said
     assert "less, NO" in said  # all forget nothing
     assert "lora did not run" in show.verdict({n: r for n, r in found.items() if n != "lora"}, "4")
-    assert show.figures_table(found, "4").row_count == len(scores)
+    table = show.figures_table(found, "4")
+    assert table.row_count == len(scores)
+    assert list(table.columns[-1].cells) == ["1300.0 ± 0.0"] * len(scores)  # from 3 to 16 nats
+    assert plot.general(found["plain"]) == (list(range(15)), [3.0, *range(3, 17)])
     pytest.importorskip("matplotlib")
     plot.draw(found, "4", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -46,7 +46,9 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     rows = -(-len(different) // ACROSS)
     figure = plt.figure(figsize=(15, 4.2 + 2.3 * rows), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(3.6, 2.3 * rows))
-    course, lost, used = halves[0].subplots(1, 3, width_ratios=(2, 1.3, 1.3))
+    has_general = any(found[0].outcome.general is not None for found in runs.values())
+    widths = (2, 1.3, 1.3, 1.3) if has_general else (2, 1.3, 1.3)
+    course, lost, used, *others = halves[0].subplots(1, len(widths), width_ratios=widths)
     spare = iter(OTHERS * len(runs))
     styles = {
         name: {
@@ -61,9 +63,13 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         course.plot(after, known, label=METHODS[name].title, **styles[name])
         free = [statistics.fmean(values) for values in zip(*map(_free, found), strict=True)]
         used.plot(range(1, len(free) + 1), [100 * (1 - share) for share in free], **styles[name])
+    for axes in others:  # of a model that has a loss on text of no task
+        for name, found in runs.items():
+            axes.plot(*general(found), **styles[name])
+        axes.set_title("loss on text of no task, nats", fontsize=9)
     course.set_title("mean accuracy of the tasks so far, %", fontsize=9)
     used.set_title("share of the matrices that can't move, %", fontsize=9)
-    for axes in (course, used):
+    for axes in (course, used, *others):
         axes.set_xlabel("after task", fontsize=8)
     for place, (name, found) in enumerate(runs.items()):
         spread = over(found, forgetting)
@@ -87,7 +93,7 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         axes.set_title(f"{names.index(task) + 1}: {task}", fontsize=9)
     for axes in panels[len(different) :]:
         axes.set_visible(False)
-    for axes in (course, lost, used, *panels):
+    for axes in (course, lost, used, *others, *panels):
         axes.tick_params(labelsize=7)
         axes.grid(True, color="#dddddd", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
@@ -106,6 +112,20 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
 
 def _free(run: Run) -> list[float]:
     return [line.free for line in run.outcome.after]
+
+
+def general(runs: Sequence[Run]) -> tuple[list[int], list[float]]:
+    """The mean loss on text of no task before the first task and after each."""
+    losses = [[run.outcome.general, *_general(run)] for run in runs]
+    found = [
+        statistics.fmean(loss for loss in seeds if loss is not None)
+        for seeds in zip(*losses, strict=True)
+    ]
+    return list(range(len(found))), found
+
+
+def _general(run: Run) -> list[float | None]:
+    return [line.general for line in run.outcome.after]
 
 
 def so_far(runs: Sequence[Run]) -> tuple[list[int], list[float]]:

@@ -51,6 +51,7 @@ class Row:
     moved: float | None = None
     free: float = 0.0
     general: float | None = None
+    general_before: float | None = None  # the first task
     seconds: float = 0.0
     run_s: float = 0.0
 
@@ -143,6 +144,7 @@ def write(path: Path, run: Row, names: Sequence[str], outcome: Outcome) -> None:
                 "moved": line.moved,
                 "free": line.free,
                 "general": line.general,
+                "general_before": outcome.general,
                 "seconds": line.seconds,
                 "run_s": outcome.seconds,
             }
@@ -184,7 +186,11 @@ def read(path: Path) -> dict[Key, Run]:
             int(first["seed"]),
             float(first["learning_rate"]),
             tuple(line["task"] for line in ordered),
-            Outcome([_after(line) for line in ordered], float(first["run_s"])),
+            Outcome(
+                [_after(line) for line in ordered],
+                float(first["run_s"]),
+                _number(first["general_before"]),
+            ),
             first["code"],
             first["commit"],
             first["date"],
@@ -197,11 +203,15 @@ def _after(row: Mapping[str, str]) -> After:
         _unpacked(row["test"]),
         _unpacked(row["validation"]),
         _unpacked(row["course"]),
-        float(row["moved"]) if row["moved"] else None,
+        _number(row["moved"]),
         float(row["free"]),
-        float(row["general"]) if row["general"] else None,
+        _number(row["general"]),
         float(row["seconds"]),
     )
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
 
 
 def _packed(values: Iterable[float]) -> str:

@@ -17,6 +17,7 @@ from bench.streams.training import (
     Outcome,
     average,
     forgetting,
+    general_rise,
     kept,
     latest,
     learned,
@@ -62,11 +63,13 @@ def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
         f"first {SHOWN} tasks have at the end, of what they had. last: the last {SHOWN} tasks at "
         "the end. free: share of the matrices' numbers that an update can take, in the second "
         "task and in the last. s: seconds of training of a run, with what the method does before "
-        "and after a task.",
+        "and after a task. general: how much the loss on text of no task has grown over the "
+        "stream, in hundredths of nats.",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("method", no_wrap=True)
+    has_general = any(found[0].outcome.general is not None for found in runs.values())
     for header in (
         "seeds",
         "lr",
@@ -77,6 +80,7 @@ def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
         "last",
         "free",
         "s",
+        *["general"] * has_general,
     ):
         table.add_column(header, justify="right", no_wrap=True)
     for name, found in runs.items():
@@ -88,6 +92,7 @@ def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
             *(str(over(found, figure)) for figure in (average, learned, forgetting, kept, latest)),
             f"{lines[min(1, len(lines) - 1)].free:.2f} to {lines[-1].free:.2f}",
             f"{over(found, _seconds).mean:.0f}",
+            *([str(over(found, general_rise))] if has_general else []),
         )
     return table
 

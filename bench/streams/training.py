@@ -68,10 +68,17 @@ class After:
 
 @dataclass
 class Outcome:
-    """A run, finished or cut short: a line a task."""
+    """A run, finished or cut short: a line a task.
+
+    Attributes:
+        after: in the order of the tasks.
+        seconds: of the whole run, with what it was judged by.
+        general: the loss on text of no task before the first one; None where the model has none.
+    """
 
     after: list[After] = field(default_factory=list)
     seconds: float = 0.0
+    general: float | None = None
 
     def own(self, split: str = "test") -> list[float]:
         """The accuracy of each task right after it."""
@@ -120,6 +127,8 @@ def run(
         outcome = saved["outcome"]
         subject.load(saved["subject"])
         method.load(saved["method"])
+    if not outcome.after:
+        outcome.general = subject.general(method.model)
     for number in range(len(outcome.after), tasks):
         started = time.perf_counter()
         torch.manual_seed(1_000_000 + 1000 * seed + number)
@@ -237,6 +246,12 @@ def forgetting(outcome: Outcome, split: str = "test") -> float:
 def kept(outcome: Outcome, split: str = "test") -> float:
     """What the first tasks have after the last one, of what they had right after themselves."""
     return sum(outcome.last(split)[:SHOWN]) / sum(outcome.own(split)[:SHOWN])
+
+
+def general_rise(outcome: Outcome) -> float:
+    """How much the loss on text of no task has grown over the stream, in nats; NaN without one."""
+    before, after = outcome.general, outcome.after[-1].general
+    return math.nan if before is None or after is None else after - before
 
 
 def latest(outcome: Outcome, split: str = "test") -> float:
