@@ -14,11 +14,10 @@ import torch
 from bench import minilm, report, smollm
 from bench.arguments import listed
 from bench.decoder import Decoder
-from bench.streams import data, decoder, encoder, rows, show
+from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
 from bench.streams.encoder import Encoder
 from bench.streams.methods import METHODS
-from bench.streams.plot import draw
 from bench.streams.runs import FIRST_TRIED, TUNED_ON, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
@@ -93,7 +92,9 @@ MODELS: dict[str, Model] = {
 def run(arguments: argparse.Namespace) -> int:
     """Raises ValueError for a bad argument, data that isn't as it should be, and where a run needs
     another first."""
-    from bench.bar import bar_on
+    from bench.bar import bar_on  # rich: only where something is drawn
+    from bench.streams import show
+    from bench.streams.plot import draw
 
     methods = arguments.methods or [name for name, m in METHODS.items() if m.compared]
     _require(arguments, methods)
