@@ -71,11 +71,16 @@ class InputSubspace(Subspace):
         return {name: factor for name, factor in found.items() if factor is not None}
 
 
-def sides_of(s: Subspace) -> dict[str, Tensor]:
-    """The factors of both sides of any Subspace, as of an InputSubspace."""
+def factors_of(s: Subspace) -> dict[str, Tensor]:
+    """The tensors that any Subspace protects by, named as those of an InputSubspace."""
     if not isinstance(s, InputSubspace):
-        s = InputSubspace(U=s.U, V=s.V)
-    return {name: t for name, t in s.factors().items() if name not in ("S", "protected")}
+        s = InputSubspace(U=s.U, V=s.V, S=s.S, protected=s.protected)
+    return s.factors()
+
+
+def sides_of(s: Subspace) -> dict[str, Tensor]:
+    """Those of both sides alone."""
+    return {name: t for name, t in factors_of(s).items() if name not in ("S", "protected")}
 
 
 def spectra_on_host(s: object) -> dict[str, Spectrum]:

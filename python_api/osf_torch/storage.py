@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import osf_kernels
 from osf_kernels import Basis, padded
-from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.bases import Held
 from osf_torch.coverage import coverage
-from osf_torch.grown import ENERGIES, Grown, InputSubspace, is_of_inputs
+from osf_torch.grown import ENERGIES, Grown, InputSubspace, factors_of, is_of_inputs
 from osf_torch.kinds import owners
 from osf_torch.metadata import FORMAT, FORMAT_VERSION, damaged, described_by
 from osf_torch.quantized import Stored, stored
@@ -215,13 +215,7 @@ def _contents(entry: Subspace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of an entry by the names that a file gives them, and what a refresh said."""
     if isinstance(entry, Decomposition):
         return entry.factors(), facts_of(entry)
-    if isinstance(entry, InputSubspace):
-        return entry.factors(), {}
-    found = {"S": entry.S, "protected": entry.protected}
-    for side, basis in (("U", entry.U), ("V", entry.V)):
-        low = spans_of(basis) == "low"
-        found[f"{side}_low" if low else side] = None if basis is None else columns_of(basis)
-    return {part: factor for part, factor in found.items() if factor is not None}, {}
+    return factors_of(entry), {}
 
 
 def _subspace(factors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Subspace:
