@@ -14,7 +14,7 @@ from bench import host, overhead, refresh_cli, report, static, suite, traffic_cl
 from bench.arguments import device_named, listed, require
 from bench.models import MODELS, Rank, shapes_of
 from bench.projection import DTYPES, Case, measure
-from bench.streams import cli as streams_cli
+from bench.streams import arguments as streams_arguments
 
 RESULTS = report.ROOT / "bench" / "results"
 
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     training_cli.add(commands)
     static.add(commands)
     traffic_cli.add(commands)
-    streams_cli.add(commands)
+    streams_arguments.add(commands)
 
     show = commands.add_parser("show", help="a results file as a short table")
     show.add_argument("csv", type=Path)
@@ -206,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "traffic":
             return traffic_cli.run_cases(arguments)
         if arguments.command == "streams":
-            return streams_cli.run(arguments)
+            from bench.streams import cli
+
+            return cli.run(arguments)
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.continual_methods import METHODS
-from bench.continual_rows import Run, summarise
+from bench.continual_rows import Run, Spread, summarise
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 STYLES: dict[str, tuple[str, str, str]] = {  # method -> colour, marker, line
@@ -31,6 +32,22 @@ def course(runs: Sequence[Run], task: int) -> list[float]:
     return [
         statistics.fmean(run.matrix[after][task] for run in runs) for after in range(task, count)
     ]
+
+
+def forgotten_bars(axes: Any, lost: Mapping[str, Spread], colours: Sequence[str]) -> None:
+    """A bar a method, by its title: what is forgotten in points, with its spread over seeds."""
+    for place, (spread, colour) in enumerate(zip(lost.values(), colours, strict=True)):
+        axes.barh(
+            place,
+            100 * spread.mean,
+            xerr=100 * spread.deviation,
+            color=colour,
+            height=0.7,
+            error_kw={"linewidth": 1.0, "capsize": 2},
+        )
+    axes.set_yticks(range(len(lost)), list(lost), fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(0, color="#333333", linewidth=0.8)
 
 
 def draw(runs: Mapping[str, Sequence[Run]], picture: Path) -> None:
@@ -73,20 +90,11 @@ def draw(runs: Mapping[str, Sequence[Run]], picture: Path) -> None:
         axes.set_ylabel("test accuracy, %", fontsize=8)
         axes.grid(True, color="#dddddd", linewidth=0.5)
     bars = panels[len(names)]
-    for place, (method, found) in enumerate(runs.items()):
-        lost = summarise(found).forgotten
-        colour = STYLES.get(method, ("#888888",))[0]
-        bars.barh(
-            place,
-            100 * lost.mean,
-            xerr=100 * lost.deviation,
-            color=colour,
-            height=0.7,
-            error_kw={"linewidth": 1.0, "capsize": 2},
-        )
-    bars.set_yticks(range(len(runs)), [METHODS[name].title for name in runs], fontsize=7)
-    bars.invert_yaxis()
-    bars.axvline(0, color="#333333", linewidth=0.8)
+    forgotten_bars(
+        bars,
+        {METHODS[name].title: summarise(found).forgotten for name, found in runs.items()},
+        [STYLES.get(name, ("#888888",))[0] for name in runs],
+    )
     bars.set_title("forgetting: mean loss of accuracy, points", fontsize=9)
     for axes in panels:
         axes.tick_params(labelsize=7)

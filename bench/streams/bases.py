@@ -19,7 +19,7 @@ import osf_torch
 from bench.streams.subject import Subject
 from osf_kernels import Basis
 
-Kind = Literal["weights", "inputs", "outputs", "gradients", "both", "moment", "whitened"]
+Kind = Literal["inputs", "outputs", "gradients", "both", "moment", "whitened"]
 
 
 @dataclass

@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from bench import minilm, report, smollm
-from bench.arguments import listed
+from bench import minilm, smollm
 from bench.decoder import Decoder
 from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
@@ -22,26 +21,9 @@ from bench.streams.runs import FIRST_TRIED, TUNED_ON, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
 
-RESULTS = report.ROOT / "bench" / "results"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAIT_S = 20.0
-
-
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    streams = commands.add_parser("streams", help="14 and 42 tasks in a row, and what is forgotten")
-    streams.add_argument("--data", type=Path, required=True, help="folder of the tasks' files")
-    streams.add_argument("--stream", type=listed, default=["4"], help=", ".join(data.STREAMS))
-    streams.add_argument("--methods", type=listed, help=f"of {', '.join(METHODS)}")
-    streams.add_argument("--seeds", type=int, default=3, help="0, 1, ...: how many")
-    streams.add_argument("--lr", type=float, help="instead of the tuned ones")
-    streams.add_argument("--tune", action="store_true", help="find the learning rates")
-    streams.add_argument("--model", choices=tuple(MODELS), default="minilm")
-    streams.add_argument("--steps", type=int, help="of each task")
-    streams.add_argument("--batch", type=int)
-    streams.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16")
-    streams.add_argument("--csv", type=Path, default=RESULTS / "streams.csv")
-    streams.add_argument("--picture", type=Path, help="default: beside the CSV")
-    streams.add_argument("--anew", action="store_true", help="train what has rows too")
+Tokens = TypeVar("Tokens")
 
 
 @dataclass(frozen=True)
@@ -60,14 +42,27 @@ class Model:
     rates: tuple[float, ...]
 
 
+def once(prepare: Callable[[data.Stream], Tokens]) -> Callable[[data.Stream], Tokens]:
+    """The same, of each stream by its name once: several runs learn one stream."""
+    known: dict[str, Tokens] = {}
+
+    def prepared(stream: data.Stream) -> Tokens:
+        if stream.name not in known:
+            known[stream.name] = prepare(stream)
+        return known[stream.name]
+
+    return prepared
+
+
 def minilm_opener(precision: torch.dtype) -> Open:
     """Raises FileNotFoundError where the model's package isn't installed."""
     directory = minilm.model_directory()
     pretrained = minilm.load(directory)
+    tokens = once(lambda stream: encoder.encoded(stream, directory))
 
     def open_stream(stream: data.Stream) -> Subject:
         classes = [len(task.classes) for task in stream.tasks]
-        return Encoder(pretrained, encoder.encoded(stream, directory), classes, precision)
+        return Encoder(pretrained, tokens(stream), classes, precision)
 
     return open_stream
 
@@ -76,9 +71,10 @@ def smollm_opener(precision: torch.dtype) -> Open:
     """Raises FileNotFoundError where the model's package, or one that reads it, isn't installed."""
     pretrained, tokenizer = smollm.load()
     judge = Decoder(tokenizer, precision=precision)
+    tokens = once(lambda stream: decoder.encoded(stream.tasks, judge))
 
     def open_stream(stream: data.Stream) -> Subject:
-        return Reader(pretrained, judge, decoder.encoded(stream.tasks, judge))
+        return Reader(pretrained, judge, tokens(stream))
 
     return open_stream
 
@@ -129,27 +125,27 @@ def run(arguments: argparse.Namespace) -> int:
             for stream in arguments.stream
             for name in methods
         ]
-        found = [one for wanted in asked if (one := runs.found(wanted)) is not None]
-        notice = rows.provenance(found, len(asked), arguments.csv)
+        taken = runs.finished(asked)
+        notice = rows.provenance(list(taken.values()), len(asked), arguments.csv)
         show.say(console, notice)
-        missing = [wanted for wanted in asked if runs.found(wanted) is None]
-        progress.update(bar, total=sum(runs.steps(wanted) for wanted in missing))
+        missing = [wanted for wanted in asked if wanted not in taken]
+        progress.update(bar, total=sum(map(runs.steps, missing)))
         failed = train(runs, missing)
+    finished = runs.finished(asked)
     for stream in arguments.stream:
-        finished: dict[str, list[rows.Run]] = {}
-        for wanted in asked:
-            one = runs.found(wanted) if wanted.stream == stream else None
-            if one is not None:
-                finished.setdefault(wanted.method, []).append(one)
-        if not finished:
+        by_method: dict[str, list[rows.Run]] = {}
+        for wanted, one in finished.items():
+            if wanted.stream == stream:
+                by_method.setdefault(wanted.method, []).append(one)
+        if not by_method:
             continue
-        console.print(show.figures_table(finished, stream))
+        console.print(show.figures_table(by_method, stream))
         show.say(console, notice)
-        show.say(console, show.verdict(finished, stream))
+        show.say(console, show.verdict(by_method, stream))
         name = f"{arguments.csv.stem}_{arguments.model}_{stream}.png"
         picture = arguments.picture or arguments.csv.with_name(name)
         try:
-            draw(finished, stream, picture)
+            draw(by_method, stream, picture)
         except ImportError as error:
             print(f"no picture: {error}", file=sys.stderr)
         else:

@@ -87,12 +87,10 @@ class Stream:
     Attributes:
         name: of ``STREAMS``.
         tasks: each time a task comes it is one of these, with the training examples of that time.
-        data: twelve hex digits of all that was read.
     """
 
     name: str
     tasks: tuple[Task, ...]
-    data: str
 
     @property
     def parts(self) -> int:
@@ -174,7 +172,7 @@ def stream(tasks: Mapping[str, Task], name: str) -> Stream:
     else:
         parts = {task: _thirds(tasks[task]) for task in ORDERS["4"]}
         found = tuple(parts[task][part] for part in range(THIRDS) for task in ORDERS["4"])
-    return Stream(name, found, fingerprint(tasks.values()))
+    return Stream(name, found)
 
 
 def _thirds(task: Task) -> list[Task]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.streams.sources import SHARES, evenly
 from bench.streams.subject import Subject
 
 LORA_RANK = 16
@@ -161,9 +162,8 @@ class OLora(Plain):
         self.earlier: dict[str, Tensor] = {}  # by module, the rows of all earlier A
 
     def begin(self, number: int, place: float) -> None:
-        self._wrapped = adapted(self.subject, OLORA_RANK)
-        self.free = trained_share(self._wrapped)
-        self.model = self._wrapped
+        self.model = adapted(self.subject, OLORA_RANK)
+        self.free = trained_share(self.model)
 
     def extra(self, number: int, generator: torch.Generator) -> Tensor | None:
         if not self.earlier:
@@ -176,14 +176,12 @@ class OLora(Plain):
         for name, A in self._factors().items():
             before = self.earlier.get(name, A[:0])
             self.earlier[name] = torch.cat([before, A]).detach().clone()
-        self.model = merged(self._wrapped)
-        self.subject.model = self.model
-        del self._wrapped
+        self.model = self.subject.model = merged(self.model)
 
     def _factors(self) -> dict[str, Tensor]:
         return {
             name: parameter
-            for name, parameter in self._wrapped.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if ".lora_A." in name
         }
 
@@ -199,21 +197,17 @@ class PeftOsf(Plain):
     """peft's OSF: a new decomposition a task, merged into the weights after it. What it protects
     grows evenly over the stream."""
 
-    shares = (0.5, 0.9)
-
     def begin(self, number: int, place: float) -> None:
         from peft import OSFConfig, get_peft_model
 
-        first, last = self.shares
-        share = first + (last - first) * place
+        share = evenly(SHARES, place)
         self.free = (1 - share) ** 2
         config = OSFConfig(target_modules=modules_of(self.subject), effective_rank=share)
-        self.model = self._wrapped = get_peft_model(self.subject.model, config)
+        self.model = get_peft_model(self.subject.model, config)
 
     def end(self, number: int, seen: Sequence[Tensor]) -> None:
         # Its example calls unload(), which in 0.21 returns the weights from before the task.
-        self.model = self.subject.model = merged(self._wrapped)
-        del self._wrapped
+        self.model = self.subject.model = merged(self.model)
 
 
 def modules_of(subject: Subject) -> list[str]:

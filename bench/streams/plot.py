@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.continual_plot import forgotten_bars
 from bench.streams.methods import DEFAULT, METHODS
 from bench.streams.rows import Run
 from bench.streams.show import over
@@ -50,7 +51,7 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     widths = (2, 1.3, 1.3, 1.3) if has_general else (2, 1.3, 1.3)
     course, lost, used, *others = halves[0].subplots(1, len(widths), width_ratios=widths)
     spare = iter(OTHERS * len(runs))
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         name: {
             "color": COLOURS.get(name) or next(spare),
             "linestyle": "--" if name in DASHED else "-",
@@ -61,7 +62,8 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     for name, found in runs.items():
         after, known = so_far(found)
         course.plot(after, known, label=METHODS[name].title, **styles[name])
-        free = [statistics.fmean(values) for values in zip(*map(_free, found), strict=True)]
+        lines = zip(*(run.outcome.after for run in found), strict=True)
+        free = [statistics.fmean(line.free for line in seeds) for seeds in lines]
         used.plot(range(1, len(free) + 1), [100 * (1 - share) for share in free], **styles[name])
     for axes in others:  # of a model that has a loss on text of no task
         for name, found in runs.items():
@@ -71,19 +73,11 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     used.set_title("share of the matrices that can't move, %", fontsize=9)
     for axes in (course, used, *others):
         axes.set_xlabel("after task", fontsize=8)
-    for place, (name, found) in enumerate(runs.items()):
-        spread = over(found, forgetting)
-        lost.barh(
-            place,
-            100 * spread.mean,
-            xerr=100 * spread.deviation,
-            color=styles[name]["color"],
-            height=0.7,
-            error_kw={"linewidth": 1.0, "capsize": 2},
-        )
-    lost.set_yticks(range(len(runs)), [METHODS[name].title for name in runs], fontsize=7)
-    lost.invert_yaxis()
-    lost.axvline(0, color="#333333", linewidth=0.8)
+    forgotten_bars(
+        lost,
+        {METHODS[name].title: over(found, forgetting) for name, found in runs.items()},
+        [styles[name]["color"] for name in runs],
+    )
     lost.set_title("forgotten at the end, points", fontsize=9)
     panels = list(halves[1].subplots(rows, ACROSS, squeeze=False, sharex=True).flat)
     for axes, task in zip(panels, different, strict=False):
@@ -98,8 +92,8 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         axes.grid(True, color="#dddddd", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     course.legend(fontsize=7, frameon=False, ncols=2)
-    seeds = max(map(len, runs.values()))
-    over_seeds = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    count = max(map(len, runs.values()))
+    over_seeds = f"mean of {count} seeds" if count > 1 else "one seed"
     figure.suptitle(
         f"stream {stream}: {len(names)} tasks one after the other, {over_seeds}; below, the "
         "accuracy of each task from when it was learned on, %",
@@ -110,22 +104,14 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     plt.close(figure)
 
 
-def _free(run: Run) -> list[float]:
-    return [line.free for line in run.outcome.after]
-
-
 def general(runs: Sequence[Run]) -> tuple[list[int], list[float]]:
     """The mean loss on text of no task before the first task and after each."""
-    losses = [[run.outcome.general, *_general(run)] for run in runs]
+    losses = [[run.outcome.general, *(line.general for line in run.outcome.after)] for run in runs]
     found = [
         statistics.fmean(loss for loss in seeds if loss is not None)
         for seeds in zip(*losses, strict=True)
     ]
     return list(range(len(found))), found
-
-
-def _general(run: Run) -> list[float | None]:
-    return [line.general for line in run.outcome.after]
 
 
 def so_far(runs: Sequence[Run]) -> tuple[list[int], list[float]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import report
-from bench.streams.training import After, Outcome, Setting
+from bench.streams.training import After, Outcome
 
 # What a run's figures depend on, of this repository; docstrings and comments don't count.
 CODE = (
@@ -89,23 +89,6 @@ class Run:
 def key(row: Row) -> Key:
     """As it reads back from the file."""
     return tuple(report.cell(getattr(row, name)) for name in KEY)
-
-
-def asked(
-    model: str, stream: str, method: str, seed: int, rate: float, setting: Setting, data: str
-) -> Row:
-    return Row(
-        model=model,
-        stream=stream,
-        method=method,
-        seed=seed,
-        learning_rate=rate,
-        steps=setting.steps,
-        batch=setting.batch,
-        precision=setting.precision,
-        data=data,
-        code=code(),
-    )
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,12 +76,19 @@ class Runs:
             if all(key[place] == alike[place] for place in fixed)
         ]
 
+    def finished(self, asked: Iterable[Wanted]) -> dict[Wanted, Run]:
+        """Those that the file has, in the order in which they are asked for."""
+        there = rows.read(self.csv)
+        keys = {wanted: rows.key(self._row(wanted)) for wanted in asked}
+        return {
+            wanted: there[key]
+            for wanted, key in keys.items()
+            if key in there and not (self.anew and key not in self._trained)
+        }
+
     def found(self, wanted: Wanted) -> Run | None:
         """From the file."""
-        key = rows.key(self._row(wanted))
-        if self.anew and key not in self._trained:
-            return None
-        return rows.read(self.csv).get(key)
+        return self.finished([wanted]).get(wanted)
 
     def steps(self, wanted: Wanted) -> int:
         """How many steps a run takes."""
@@ -192,14 +199,17 @@ class Runs:
         return [line.moved or 0.0 for line in there.outcome.after]
 
     def _row(self, wanted: Wanted) -> Row:
-        return rows.asked(
-            self.model,
-            wanted.stream,
-            wanted.method,
-            wanted.seed,
-            wanted.rate,
-            self.setting,
-            self.data,
+        return Row(
+            model=self.model,
+            stream=wanted.stream,
+            method=wanted.method,
+            seed=wanted.seed,
+            learning_rate=wanted.rate,
+            steps=self.setting.steps,
+            batch=self.setting.batch,
+            precision=self.setting.precision,
+            data=self.data,
+            code=rows.code(),
         )
 
     def _partial(self, row: Row) -> Path:

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from bench import report
 from bench.continual_rows import Spread
-from bench.continual_show import console_of, say
+from bench.continual_show import console_of, say, tuning_table
 from bench.streams import data
 from bench.streams.methods import DEFAULT, METHODS
 from bench.streams.rows import Run
@@ -36,20 +35,6 @@ Figure = Callable[[Outcome], float]
 def over(runs: Sequence[Run], figure: Figure) -> Spread:
     """A figure over the seeds."""
     return Spread.over(figure(run.outcome) for run in runs)
-
-
-def tuning_table(found: Mapping[str, Mapping[float, float]], grid: Sequence[float]) -> str:
-    """The score of each learning rate in %; - where the search didn't go."""
-    header = ("method", *(f"{rate:g}" for rate in grid), "best")
-    lines = [
-        (
-            name,
-            *(f"{100 * scores[rate]:.1f}" if rate in scores else "-" for rate in grid),
-            f"{max(scores, key=lambda rate: (scores[rate], -rate)):g}",
-        )
-        for name, scores in found.items()
-    ]
-    return report.table(header, lines)
 
 
 def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:

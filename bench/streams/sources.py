@@ -14,10 +14,17 @@ import osf_torch
 from bench.streams.bases import Kind, Sums, add, look, spectra, subspaces_of
 from bench.streams.subject import Subject
 
+Ends = tuple[float, float]  # of a stream: what a share is at its beginning and at its end
 # Share of a weight's numbers left to the second task and to the last; evenly in between.
 FREE = (0.75, 0.25)
 SHARES = (0.5, 0.9)  # of the directions of a weight kept in the first task and in the last
 Decompose = Literal["ours", "exact", "lowrank"]
+
+
+def evenly(ends: Ends, place: float) -> float:
+    """What a share is at a place in the stream, from 0 to 1."""
+    first, last = ends
+    return first + (last - first) * place
 
 
 @dataclass(frozen=True)
@@ -58,18 +65,14 @@ class Memories:
     """A candidate of ``bench.streams.bases``, at a free share that shrinks over the stream. The
     first task is free."""
 
-    def __init__(self, kind: Kind, free: tuple[float, float] = FREE) -> None:
+    def __init__(self, kind: Kind, free: Ends = FREE) -> None:
         self.kind, self.free = kind, free
         self.sums: Sums = {}
 
     def subspaces(
         self, subject: Subject, model: nn.Module, task: Task
     ) -> Mapping[str, osf_torch.Subspace]:
-        return subspaces_of(spectra(self.sums), self.share(task))
-
-    def share(self, task: Task) -> float:
-        first, last = self.free
-        return first + (last - first) * task.place
+        return subspaces_of(spectra(self.sums), evenly(self.free, task.place))
 
     def learn(self, subject: Subject, model: nn.Module, task: Task) -> None:
         for name, seen in look(subject, model, task.number, task.batches).items():
@@ -92,8 +95,9 @@ class Memories:
 
 class Probed(Memories):
     """The free share is the largest at which a probe of the new task doesn't raise the loss of the
-    earlier ones: steps along the projected gradient of the task's first batch, on a few examples
-    that were kept of each earlier task, one for each share. Nothing is trained for it."""
+    earlier ones, judged on a few examples that were kept of each. A probe is one step for each
+    share: the signs of the gradient of the task's first examples, as AdamW's first step has them,
+    projected. Nothing is trained for it."""
 
     shares = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
     kept = 8  # examples of each earlier task
@@ -143,7 +147,7 @@ class Probed(Memories):
         gradients: Mapping[str, Tensor],
         held: Mapping[str, osf_torch.Subspace],
     ) -> float:
-        """The earlier tasks' loss after a step of AdamW's kind: signs, projected."""
+        """The earlier tasks' loss after a probe."""
         kept = {name: weight.detach().clone() for name, weight in task.weights.items()}
         for name, weight in task.weights.items():
             sides = held[name]
@@ -179,7 +183,7 @@ class Weights:
     def __init__(
         self,
         decompose: Decompose = "ours",
-        shares: tuple[float, float] = SHARES,
+        shares: Ends = SHARES,
         mrr: float | None = None,
     ) -> None:
         self.decompose, self.shares, self.mrr = decompose, shares, mrr
@@ -187,8 +191,7 @@ class Weights:
     def subspaces(
         self, subject: Subject, model: nn.Module, task: Task
     ) -> Mapping[str, osf_torch.Subspace]:
-        first, last = self.shares
-        share = first + (last - first) * task.place
+        share = evenly(self.shares, task.place)
         names = list(task.weights)
         if self.decompose == "lowrank":
             return {name: _lowrank(weight, share) for name, weight in task.weights.items()}
