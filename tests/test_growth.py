@@ -52,10 +52,11 @@ def test_energies_are_those_of_all_tasks_whatever_the_size_of_their_activations(
         wanted = wanted + spread(x.double().mT)
     found = bases["0.weight"]
     assert grown(found).shape == (14, 12)
-    assert found.V.spans == "low"
+    assert found.V.spans == "high"
+    assert found.low["V"].spans == "low"
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert (dense(found) - wanted).norm() <= tolerance
-    low = found.V.columns.double()
+    low = found.low["V"].columns.double()
     assert (grown(found).double().mT @ low).norm() <= tolerance
     assert bases.released == {"0.weight": 0.0}
 
@@ -173,8 +174,8 @@ def test_a_side_that_sums_over_rows_grows_its_u():
         wanted = R[:, 2:] * squares[2:] @ R[:, 2:].mT
     found = bases["0.weight"]
     assert found.V is None
-    assert found.U.spans == "low"
-    assert found.U.columns.shape == (20, 2)
+    assert found.low["U"].spans == "low"
+    assert found.low["U"].columns.shape == (20, 2)
     assert (dense(found, "U") - wanted).norm() <= 1e-10
 
 
@@ -223,8 +224,10 @@ def test_a_file_goes_on_to_the_next_task_to_the_bit(tmp_path):
     )
     assert one.released == other.released
     for name in one:
-        assert one[name].V.spans == other[name].V.spans
+        assert one[name].V.spans == other[name].V.spans == "high"
         assert torch.equal(one[name].V.columns, other[name].V.columns)
+        assert one[name].low.keys() == other[name].low.keys() == {"V"}
+        assert torch.equal(one[name].low["V"].columns, other[name].low["V"].columns)
         for a, b in zip(one[name].spectra["V"], other[name].spectra["V"], strict=True):
             assert torch.equal(a, b)
 
@@ -236,7 +239,7 @@ def test_what_is_held_either_way_holds_still(method, energy):
     model = mlp(20, 16, 20)
     x = task(0, 20)
     bases = input_subspaces(model, [x], energy=energy, min_free=1, progress=False)
-    assert {s.V.spans for s in bases.values()} == {"high" if energy < 0.9 else "low"}
+    assert all(bool(s.low) == (energy > 0.9) for s in bases.values())
     X = inputs_of(model, [x])
     old = {name: p.detach().clone() for name, p in model.state_dict().items()}
     if method == "confine":
@@ -262,7 +265,8 @@ def test_what_is_held_either_way_holds_still(method, energy):
 def test_without_a_floor_all_of_a_side_may_be_protected():
     model = mlp(8, 6)
     bases = input_subspaces(model, [task(0, 8)], energy=1.0, min_free=0, progress=False)
-    assert bases["0.weight"].V.columns.shape == (8, 0)
+    assert bases["0.weight"].V.columns.shape == (8, 8)
+    assert bases["0.weight"].low["V"].columns.shape == (8, 0)
     started = model[0].weight.detach().clone()
     optimizer = torch.optim.SGD([model[0].weight], lr=1.0)
     protect(model, bases, optimizer=optimizer)

@@ -410,8 +410,8 @@ def _protected_side(free: FreeBasis, spectrum: Spectrum | None) -> Basis | None:
     protected = free.size - free.width
     if not protected:
         return None
-    if free.width < protected:
-        return Basis(free.columns(), "low")
     if spectrum is not None:
         return Basis(spectrum.directions)
+    if free.width < protected:
+        return Basis(free.columns(), "low")
     return Basis(FreeBasis.of(free.columns(), free.size).columns())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from osf_kernels import Basis
 from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.coverage import Coverage
 from osf_torch.selection import listed
@@ -35,14 +36,16 @@ class Spectrum(NamedTuple):
 class InputSubspace(Subspace):
     """What inputs made of one weight: a Subspace whose grown sides know their spectrum.
 
-    A grown side is held by its directions, or where that is narrower by a low basis beside them,
-    which makes projecting cheaper: at 0.9 n directions a ninth of the FLOPs, for n/10 columns more.
+    A grown side is its directions. Where a low basis is narrower it is held beside them, which
+    makes projecting cheaper: at 0.9 n directions a ninth of the FLOPs, for n/10 columns more.
 
     Attributes:
         spectra: of the sides that inputs made, by "U" or "V".
+        low: of those of them that have one, the low basis.
     """
 
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    low: Mapping[str, Basis] = field(default_factory=dict)
 
     @classmethod
     def of(cls, factors: Mapping[str, Tensor]) -> InputSubspace:
@@ -52,12 +55,19 @@ class InputSubspace(Subspace):
             for side in "UV"
             if side + ENERGIES in factors
         }
-        U, V = (
-            smallest(factors, side) if factors.keys() & {side, f"{side}_low"} else None
-            for side in "UV"
-        )
+        low = {
+            side: Basis(factors[f"{side}_low"], "low")
+            for side in spectra
+            if f"{side}_low" in factors
+        }
+
+        def basis(side: str) -> Held:
+            if side in spectra:
+                return Basis(factors[side])
+            return smallest(factors, side) if factors.keys() & {side, f"{side}_low"} else None
+
         beside = {name: factors.get(name) for name in ("S", "protected")}
-        return cls(U=U, V=V, spectra=spectra, **beside)
+        return cls(U=basis("U"), V=basis("V"), spectra=spectra, low=low, **beside)
 
     def factors(self) -> dict[str, Tensor]:
         """The tensors that it consists of, each once: of U, U_low, U_energies and the same of V
@@ -68,7 +78,17 @@ class InputSubspace(Subspace):
                 found[side if spans_of(basis) == "high" else f"{side}_low"] = columns_of(basis)
             if side in self.spectra:
                 found[side], found[side + ENERGIES] = self.spectra[side]
+            if side in self.low:
+                found[f"{side}_low"] = self.low[side].columns
         return {name: factor for name, factor in found.items() if factor is not None}
+
+
+def narrowest(s: Any) -> tuple[Any, Any]:
+    """U and V of a Subspace, each by the basis that projecting takes the fewest FLOPs by; of
+    anything else that has sides these."""
+    if not isinstance(s, InputSubspace):
+        return s.U, s.V
+    return s.low.get("U", s.U), s.low.get("V", s.V)
 
 
 def factors_of(s: Subspace) -> dict[str, Tensor]:

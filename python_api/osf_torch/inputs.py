@@ -109,8 +109,8 @@ def input_subspaces(
 
     Returns:
         A dict of Subspaces by parameter name, in the model's order, on the weights' devices: U of
-        ``previous``, and V (..., n, r') as a high Basis of the directions, or beyond n/2 as the low
-        one beside them, with their energies, which files and states keep. No S: they are no
+        ``previous``, and V (..., n, r'), a high Basis of the directions, with their energies, and
+        beyond n/2 the low basis beside them; files and states keep them all. No S: they are no
         triplets of the weight. ``protect`` and ``confine`` take them; ``released`` is the share of
         the energy of the tasks so far that each weight let go of; ``print(_.summary())`` shows
         them, and what trains without them.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from osf_kernels import Mode
 from osf_torch.bases import Held, columns_of, constant, fitting, mapped, moved, of_shard
+from osf_torch.grown import narrowest
 from osf_torch.lists import Entry
 from osf_torch.selection import matrix_of
 from osf_torch.sharding import Group, Sharding, is_dtensor, local, part_like, sharding_of
@@ -178,7 +179,7 @@ class Protected:
 
     def _held(self, s: Subspace) -> Pinned:
         device = local(self.weight).device
-        U, V = (moved(constant(basis), device) for basis in (s.U, s.V))
+        U, V = (moved(constant(basis), device) for basis in narrowest(s))
         for side, basis in (("U", U), ("V", V)):
             require_orthonormal(side, basis)
             _require_apart(side, basis, self.weight)

@@ -14,7 +14,7 @@ from osf_torch.bases import Held, columns_of, spans_of
 from osf_torch.free.formed import runs_plain
 from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
-from osf_torch.grown import spectra_on_host
+from osf_torch.grown import narrowest, spectra_on_host
 from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
 from osf_torch.measures import TINY, TRIPLETS_LIMIT
@@ -162,7 +162,7 @@ def _checked(
     device = weight.device
     left, right = (
         _free(told, side, basis, size, device)
-        for side, basis, size in (("U", subspace.U, m), ("V", subspace.V, n))
+        for side, basis, size in zip("UV", narrowest(subspace), (m, n), strict=True)
     )
     _require_some(told, left, right, rank)
     if not opaque and getattr(subspace, "S", None) is not None:
