@@ -44,9 +44,10 @@ $(BUILT): $(INSTALLED) $(CUDA_FILES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: $(INSTALLED)  ## Protect a real sentence encoder and train it: leaks, drift and times in one table
-	@echo "== demo: one to four minutes on two cores"
+demo: $(INSTALLED)  ## Protect and train a real sentence encoder and a real decoder: leaks, times, what is forgotten
+	@echo "== demo: two to six minutes on two cores"
 	@$(BIN)/python -m bench.demo
+	@$(BIN)/python -m bench.demo_decoder
 
 # Two workers of one thread each: two-thread torch in both takes ten times as long. A file's tests
 # share processes and builds, so that they stay together.

@@ -203,8 +203,13 @@ QUESTIONS = {
 }
 
 
-def build(facts: Sequence[Fact], per_class: Mapping[Split, int] = PER_CLASS) -> list[Task]:
-    """The tasks, their classes balanced; a text that two documents share is left out of both.
+def build(
+    facts: Sequence[Fact],
+    per_class: Mapping[Split, int] = PER_CLASS,
+    names: Sequence[str] = tuple(TASKS),
+) -> list[Task]:
+    """The tasks of these names, their classes balanced. A text that two documents share is left out
+    of both.
 
     Raises ValueError where a class of a task has too few examples in a split.
     """
@@ -212,7 +217,8 @@ def build(facts: Sequence[Fact], per_class: Mapping[Split, int] = PER_CLASS) -> 
     for fact in facts:
         documents.setdefault(fact.text.lower(), set()).add(fact.document)
     tasks = []
-    for name, (classes, label_of) in TASKS.items():
+    for name in names:
+        classes, label_of = TASKS[name]
         pools: dict[tuple[Split, int], dict[str, Example]] = {}
         for fact in facts:
             label = label_of(fact)
@@ -238,13 +244,25 @@ def build(facts: Sequence[Fact], per_class: Mapping[Split, int] = PER_CLASS) -> 
     return tasks
 
 
-def load(say: Callable[[str], object] = lambda _: None) -> list[Task]:
-    """The five tasks from the packages installed. Raises FileNotFoundError where one is missing."""
+def load(
+    say: Callable[[str], object] = lambda _: None,
+    *,
+    names: Sequence[str] = tuple(TASKS),
+    packages: Sequence[str] = tuple(PACKAGES),
+) -> list[Task]:
+    """The tasks of these names from installed packages.
+
+    Raises:
+        FileNotFoundError: one of the packages is missing.
+        ValueError: as of ``build``.
+    """
     facts: list[Fact] = []
-    for package, folders in PACKAGES.items():
+    for package in packages:
         say(f"reading {package}")
-        facts += read_package(package, folders)
-    return build([*facts, *read_characters()])
+        facts += read_package(package, PACKAGES[package])
+    if "character" in names:
+        facts += read_characters()
+    return build(facts, names=names)
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

@@ -157,14 +157,14 @@ class Decoder:
         return torch.stack(found, 1)
 
     @torch.no_grad()
-    def general_loss(self, model: nn.Module) -> float:
+    def general_loss(self, model: nn.Module, windows: int = WINDOWS) -> float:
         """The mean next-token loss, in nats, on prose that is of no task and not trained on.
 
         It is the text of ``corpus``: as many windows of 256 tokens as the topics of its test split
-        have, 16 at most.
+        have, ``windows`` at most.
         """
         losses = []
-        for ids in self.prose("test", WINDOWS).split(2):  # logits of a window take 50 MB
+        for ids in self.prose("test", windows).split(2):  # logits of a window take 50 MB
             logits = self._logits(model, {"input_ids": ids}, WINDOW)[:, :-1]
             targets = ids[:, 1:].flatten()
             losses.append(F.cross_entropy(logits.flatten(0, 1), targets, reduction="none"))

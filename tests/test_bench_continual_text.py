@@ -85,6 +85,15 @@ def test_no_document_is_in_two_splits_and_classes_are_balanced() -> None:
     assert continual_tasks.fingerprint(tasks[:4]) != continual_tasks.fingerprint(tasks)
 
 
+def test_tasks_are_built_by_name() -> None:
+    facts = made_facts(600)
+    every = {task.name: task for task in continual_tasks.build(facts)}
+    some = continual_tasks.build(facts, names=("library", "mathematics"))
+    assert some == [every["library"], every["mathematics"]]
+    with pytest.raises(ValueError, match="of task 'library'"):
+        continual_tasks.load(names=("library",), packages=("networkx",))
+
+
 def test_splits_are_about_as_large_as_they_say() -> None:
     found = [continual_tasks.split_of(f"package/file{i}.py") for i in range(4000)]
     for split, share in (("train", 0.6), ("validation", 0.2), ("test", 0.2)):

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the decoder is one of transformers")
 import transformers
 
 import osf_torch
-from bench import decoder, minilm, smollm
+from bench import decoder, smollm
 from bench.continual_run import leading
 from bench.continual_tasks import SPLITS, Example, Task
 from bench.decoder import Decoder, cut
@@ -24,40 +24,17 @@ from bench.streams import training
 from bench.streams.decoder import Reader
 from bench.streams.methods import METHODS
 from osf_kernels import Basis
-
-LABELS = ("good", "utterly bad", "neither of the two")  # of one, two and four tokens
-TEXTS = ("A fine day.", "It rained on the tents all night long.", "Nobody came.", "What a feast!")
+from tests.small_decoder import LABELS, TEXTS, small_decoder, small_tokenizer, task
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    try:
-        directory = minilm.model_directory()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    return small_tokenizer()
 
 
 @pytest.fixture
 def model() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=30522,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.3,  # far from uniform: a wrong place shows
-    )
-    made: nn.Module = transformers.LlamaForCausalLM(config).eval()
-    return made
-
-
-def task(name: str = "mood", per_split: int = 8) -> Task:
-    examples = [Example(TEXTS[i % len(TEXTS)], i % len(LABELS), "") for i in range(per_split)]
-    return Task(name, LABELS, {split: tuple(examples) for split in SPLITS})
+    return small_decoder()
 
 
 def by_hand(model: nn.Module, prompt: tuple[int, ...], label: tuple[int, ...]) -> float:
