@@ -76,7 +76,8 @@ def test_it_is_the_sum_of_all_tasks_restricted_to_what_is_held(
     dtype: torch.dtype, most: int
 ) -> None:
     reference = Reference(24)
-    held = MergedBasis(torch.zeros(24, 0, dtype=dtype), torch.zeros(0), torch.zeros(()))
+    nothing = torch.zeros(24, 0, dtype=dtype)
+    held = MergedBasis(nothing, torch.zeros(0), torch.eye(24, dtype=dtype), torch.zeros(()))
     released = 0.0
     for task in range(8):
         X = drawn(24, 15, task, dtype=dtype)
@@ -129,6 +130,9 @@ def test_it_spans_what_extend_basis_does_as_far_as_it_may(
     assert float(found.released) == 0
     bounded = merge_basis(B, e, X, energy=energy, max_rank=most)
     assert bounded.columns.shape == (m, min(most, extended.shape[1]))
+    assert bounded.free.shape == (m, m - min(most, extended.shape[1]))
+    both = bounded.columns @ bounded.columns.mT + bounded.free @ bounded.free.mT
+    assert float((both - torch.eye(m, dtype=both.dtype)).norm()) <= 1e-12 * m
     assert torch.equal(bounded.energies, found.energies[:most])
     off = (bounded.columns.mT @ found.columns).abs() - torch.eye(m, dtype=X.dtype)[
         : min(most, extended.shape[1]), : extended.shape[1]
@@ -193,9 +197,12 @@ def test_a_hundred_tasks(dtype: torch.dtype, most: int) -> None:
     tasks = [drawn(40, 12, "stream", task, dtype=dtype) for task in range(100)]
     full, seen = 0, []
     for X in tasks:
-        columns, energies, released = merge_basis(columns, energies, X, energy=0.95, max_rank=most)
+        columns, energies, free, released = merge_basis(
+            columns, energies, X, energy=0.95, max_rank=most
+        )
         assert columns.shape[-1] <= most
         assert orthonormality_ratio(columns) < 3
+        assert orthonormality_ratio(torch.cat([columns, free], -1)) < 3
         full += columns.shape[-1] == most
         seen.append(X)
         if not released and most == 40:
@@ -214,7 +221,7 @@ def test_all_tasks_keep_their_energy_while_nothing_is_released(dtype: torch.dtyp
     for task in range(100):
         own = Q[:, 3 * task : 3 * task + 3] * torch.tensor([1.0, 0.5, 0.1])
         X = (own @ randn(3, 9, dtype=torch.float64, generator=generator)).to(dtype)
-        columns, energies, released = merge_basis(columns, energies, X, energy=0.9, max_rank=310)
+        columns, energies, _, released = merge_basis(columns, energies, X, energy=0.9, max_rank=310)
         tasks.append(X)
         assert released == 0
     assert columns is not None
@@ -235,13 +242,14 @@ def test_hard_samples(size: tuple[int, int], dtype: torch.dtype) -> None:
     for name, X in hard_matrices(m, s, dtype=dtype, generator=generator_for(size)):
         extended = extend_basis(B, X, energy=0.95)
         found = merge_basis(B, e, X, energy=0.95)
-        assert orthonormality_ratio(found.columns) < 3, name
+        assert orthonormality_ratio(torch.cat([found.columns, found.free], -1)) < 3, name
         assert found.columns.shape == extended.shape, name
         V = extended.double()
         wanted = V @ (V.mT @ (B.double() * e @ B.double().mT + spread(X)) @ V) @ V.mT
         assert float((dense(found) - wanted).norm()) <= 1e-5, name
         bounded = merge_basis(B, e, X, energy=0.95, max_rank=m // 2)
         assert bounded.columns.shape[-1] == min(m // 2, extended.shape[-1]), name
+        assert orthonormality_ratio(torch.cat([bounded.columns, bounded.free], -1)) < 3, name
         assert 0 <= float(bounded.released) <= 1, name
 
 
@@ -282,7 +290,7 @@ def test_a_batch_is_its_matrices_beside_what_fills_them_up() -> None:
     assert found.columns.shape == (3, 20, width)
     assert width > 3
     for i, one in enumerate(alone):
-        matrix = MergedBasis(found.columns[i], found.energies[i], found.released[i])
+        matrix = MergedBasis(*(part[i] for part in found))
         assert orthonormality_ratio(matrix.columns) < 3
         # What fills a matrix up is of its own residual while there is some.
         V = torch.linalg.qr(one.columns.double())[0]

@@ -166,40 +166,42 @@ def admit(op: str, basis: BasisLike, samples: Tensor, index: int | None) -> tupl
 
 
 class Directions(NamedTuple):
-    """The directions that the samples of a batch add to their bases, leading first."""
+    """The directions that the samples of a batch add to their bases, leading first.
 
-    held: Tensor  # (b, m, r) as given
+    They are known by their coordinates in F, orthonormal columns of what isn't held: all work is
+    on matrices of m − r rows, and what remains free is at hand beside them.
+    """
+
+    held: Tensor  # (b, m, ·) as given
     spans: Spans
-    Q: Tensor  # (b, m, r) float64: held, orthonormal to its rounding
+    Q: Tensor  # held, orthonormal to the rounding of float64: the r directions, or F
+    F: Tensor | None  # (b, m, m − r) float64; None where nothing is held: F = I
     X: Samples
-    U: Tensor  # (b, a, q) float64: a = m, or the r coordinates in a low basis
+    U: Tensor  # (b, m − r, q) float64
     counts: list[int]  # how many reach the energy
     real: list[int]  # how many there are over rounding
 
     def grown(self, which: Sequence[int], k: int) -> Tensor:
         """The bases of ``which``, grown by k directions each, of the working dtype."""
         dtype = primitives.working_dtype(self.held.dtype)
-        at = torch.tensor(list(which), device=self.held.device)
-        N = self.added(which, k)
+        coordinates = self.coordinates(which, k)
         if self.spans == "low":
-            return (self.Q[at] @ complement(N)).to(dtype)
-        return torch.cat([self.held[at].to(dtype), N.to(dtype)], -1)
+            return self.at(which, complement(coordinates)).to(dtype)
+        added = signed(self.at(which, coordinates)).to(dtype)
+        return torch.cat([self.held[list(which)].to(dtype), added], -1)
 
-    def added(self, which: Sequence[int], k: int) -> Tensor:
-        """N (b, m, k) of ``which`` in float64, orthonormal beside Q; in a low basis (b, r, k), the
-        coordinates of what is taken away."""
-        at = torch.tensor(list(which), device=self.held.device)
-        Q, low = self.Q[at], self.spans == "low"
-        N = self.U[at, :, :k]
+    def coordinates(self, which: Sequence[int], k: int) -> Tensor:
+        """Z (b, m − r, k) of ``which``, orthonormal: what is added to each is F Z."""
+        Z = self.U[list(which), :, :k]
         for j, i in enumerate(which):
             own = min(self.real[i], k)
             if own < k:  # another matrix of the batch has more to add
-                found = N[j : j + 1, :, :own]
-                taken = found if low else torch.cat([Q[j : j + 1], found], -1)
-                N[j, :, own:] = complement(taken, k - own)[0]
-        if low:
-            return orthonormalize(N)
-        return signed(orthonormalize(N - Q @ (Q.mT @ N)))
+                Z[j, :, own:] = complement(Z[j : j + 1, :, :own], k - own)[0]
+        return orthonormalize(Z)
+
+    def at(self, which: Sequence[int], Z: Tensor) -> Tensor:
+        """F Z of ``which``."""
+        return Z if self.F is None else self.F[list(which)] @ Z
 
 
 def signed(N: Tensor) -> Tensor:
@@ -225,9 +227,10 @@ def directions(
                 raise ValueRefusal.of(op, name, "finite", got, index=indices[i])
     m, r = held.shape[-2:]
     Q = orthonormalize(held.double())
+    F = Q if spans == "low" else complement(Q) if r else None
     X = Samples(samples)
     total = X.total
-    U, energies = X.within(Q) if spans == "low" else X.beyond(Q)
+    U, energies = X.within(F)
     rounding = rank_tolerance(m, primitives.working_dtype(held.dtype)) ** 2 * total
     # Samples of zeros have no directions, whatever the smallest number is that is divided by.
     rounding = rounding.clamp_min(torch.finfo(energies.dtype).tiny)
@@ -238,4 +241,4 @@ def directions(
     counts, available = torch.stack([needed.sum(-1), real.sum(-1)]).tolist()
     room = r if spans == "low" else m - r
     counts, available = ([min(c, room) for c in found] for found in (counts, available))
-    return Directions(held, spans, Q, X, U, counts, available)
+    return Directions(held, spans, Q, F, X, U, counts, available)

@@ -33,11 +33,14 @@ class MergedBasis(NamedTuple):
     Attributes:
         columns: (..., m, r') orthonormal, of the working dtype.
         energies: (..., r') float64, descending.
+        free: (..., m, m − r') orthonormal, of the same dtype: what the columns don't span. It is at
+            hand when they are made, and as a low ``Basis`` protects the same.
         released: (...) float64, of the sum of all energies the share that was let go of.
     """
 
     columns: Tensor
     energies: Tensor
+    free: Tensor
     released: Tensor
 
 
@@ -103,13 +106,12 @@ def merge_basis(
         _require_energies(energies, (*batch, r), samples)
     count = samples.shape[:-2].numel()
     B = held.reshape(count, m, width)
-    if spans == "low":
-        B = complement(B.double()).to(primitives.working_dtype(held.dtype))
     X = samples.reshape(count, *samples.shape[-2:])
     indices = [None] if samples.dim() == 2 else range(count)
-    found = directions(_OP, B, X, "high", energy, indices)
-    k = max(found.counts, default=0)
-    P = torch.cat([found.Q, found.added(range(count), k)], -1) if k else found.Q
+    found = directions(_OP, B, X, spans, energy, indices)
+    Q = found.Q if spans == "high" else complement(found.Q)
+    Z = found.coordinates(range(count), max(found.counts, default=0))
+    P = torch.cat([Q, found.at(range(count), Z)], -1)
     smallest = torch.finfo(P.dtype).tiny
     M = found.X.on(P) / found.X.total.clamp_min(smallest)[:, None, None]
     before = M.new_full((count, r), 1 / max(r, 1))
@@ -117,14 +119,22 @@ def merge_basis(
         before = energies.to(M).reshape(count, r)
     M.diagonal(dim1=-2, dim2=-1)[:, :r] += before
     squares, R = torch.linalg.eigh(M)
-    squares = squares.flip(-1).clamp_min(0)
+    squares, R = squares.flip(-1).clamp_min(0), R.flip(-1)
     kept = squares.shape[-1] if max_rank is None else min(squares.shape[-1], max_rank)
-    merged = P @ R.flip(-1)[..., :kept]
-    merged = signed(merged) if merged.numel() else merged
-    columns = padded(merged.to(primitives.working_dtype(held.dtype)).reshape(*batch, m, kept))
     released = squares[:, kept:].sum(-1) / squares.sum(-1).clamp_min(smallest)
+    never = found.at(range(count), complement(Z))
+    free = torch.cat([never, P @ R[..., kept:]], -1)
+
+    def laid(t: Tensor) -> Tensor:
+        columns = signed(t) if t.numel() else t
+        dtype = primitives.working_dtype(held.dtype)
+        return padded(columns.to(dtype).reshape(*batch, m, t.shape[-1]))
+
     return MergedBasis(
-        columns, squares[:, :kept].reshape(*batch, kept), released.reshape(tuple(batch))
+        laid(P @ R[..., :kept]),
+        squares[:, :kept].reshape(*batch, kept),
+        laid(free),
+        released.reshape(tuple(batch)),
     )
 
 

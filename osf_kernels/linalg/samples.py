@@ -40,22 +40,14 @@ class Samples:
         C = P.mT @ self._X
         return C @ C.mT
 
-    def within(self, Q: Tensor) -> tuple[Tensor, Tensor]:
-        """Left singular vectors (b, r, ·) and squared singular values, descending, of QᵀX: the
-        samples in the coordinates of orthonormal columns Q (b, m, r)."""
+    def within(self, F: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Left singular vectors (b, r, ·) and squared singular values, descending, of FᵀX: the
+        samples in the coordinates of orthonormal columns F (b, m, r), or all of them where F is
+        None."""
         if self._gram is not None:
-            return _eigen(self.on(Q))
+            return _eigen(self._gram if F is None else self.on(F))
         assert self._X is not None
-        return self._singular(Q.mT @ self._X)
-
-    def beyond(self, Q: Tensor) -> tuple[Tensor, Tensor]:
-        """The same (b, m, ·) of X − QQᵀX: what the columns of Q don't hold."""
-        if self._gram is not None:
-            held = Q.mT @ self._gram
-            crossed = Q @ held
-            return _eigen(self._gram - crossed - crossed.mT + Q @ (held @ Q) @ Q.mT)
-        assert self._X is not None
-        return self._singular(self._X - Q @ (Q.mT @ self._X))
+        return self._singular(self._X if F is None else F.mT @ self._X)
 
     def _singular(self, R: Tensor) -> tuple[Tensor, Tensor]:
         """By the SVD of float64 samples, or by a Gram matrix of the shorter side."""

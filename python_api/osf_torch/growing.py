@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osf_kernels import Basis, FreeBasis, MergedBasis, merge_basis, padded
+from osf_kernels import Basis, MergedBasis, merge_basis, padded
 from osf_torch.bases import Held, columns_of, mapped, moved
 from osf_torch.coverage import log
 from osf_torch.grown import ENERGIES, InputSubspace, sides_of
@@ -135,8 +135,7 @@ def _grow_side(
     factors = {"": directions, ENERGIES: figures[:, :-1].reshape(*batch, width)}
     if 2 * width > size:
         # Protecting takes fewer FLOPs by the narrower basis.
-        low = None if merged is None else FreeBasis.of(merged.columns, size).columns()
-        factors["_low"] = sent(low)
+        factors["_low"] = sent(None if merged is None else merged.free)
     return _Side(factors, figures[:, -1], free > 0 and width == size - free)
 
 
