@@ -219,7 +219,7 @@ def prepared(precision: torch.dtype, steps: int, say: Say) -> tuple[nn.Module, B
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench.demo_decoder", description=__doc__)
-    top.add_argument("--steps", type=int, default=12, help="AdamW steps of each task")
+    top.add_argument("--steps", type=int, default=16, help="AdamW steps of each task")
     top.add_argument("--fp32", action="store_true", help="multiply in float32, not in bfloat16")
     top.add_argument("--picture", type=Path, default=Path("demo_decoder.png"))
     return top

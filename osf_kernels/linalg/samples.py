@@ -13,7 +13,7 @@ class Samples:
 
     Where X has at least as many columns as rows and isn't float64 itself, all is computed from
     XXᵀ: what that rounds is far below the rounding of float32 samples, and a merge of 4,096 samples
-    took .65, .85 and .93 of the time at m = 384, 768 and 1,536 (one CPU core; the rest is eigh).
+    with m/2 directions took .56, .82 and .99 of the time at m = 384, 768 and 1,536 (one CPU core).
 
     Args:
         samples: (b, m, s), finite.
