@@ -96,5 +96,7 @@ def test_links_and_paths_exist(root):
     text = (root / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     tests = re.findall(r"`(tests/[\w/.]+)", text)
-    missing = [path for path in {*links, *tests} if not (root / path).exists()]
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    missing = [path for path in {*links, *tests} - anchors if not (root / path).exists()]
     assert not missing
