@@ -37,6 +37,7 @@ from bench import (
     suite,
     traffic_cli,
 )
+from bench.streams import rows as streams_rows
 
 CPU = torch.device("cpu")
 
@@ -211,6 +212,7 @@ def test_committed_results_have_todays_columns(root: Path) -> None:
         "continual.csv": continual_rows.Row,
         "continual_lr.csv": continual_rows.Row,
         "continual_mrr.csv": continual_rows.Row,
+        "streams.csv": streams_rows.Row,
         "continual_cost.csv": continual_cost.Cost,
         "redundancy.csv": redundancy.Row,
         "integrations_galore_cpu.csv": integrations_galore.Row,

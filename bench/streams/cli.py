@@ -80,7 +80,7 @@ def smollm_opener(precision: torch.dtype) -> Open:
 
 
 MODELS: dict[str, Model] = {
-    "minilm": Model(minilm_opener, 80, 16, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     "smollm2": Model(smollm_opener, 30, 8, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)),
 }
 
