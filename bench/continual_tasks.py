@@ -248,18 +248,18 @@ def load(
     say: Callable[[str], object] = lambda _: None,
     *,
     names: Sequence[str] = tuple(TASKS),
-    packages: Sequence[str] = tuple(PACKAGES),
+    packages: Mapping[str, Sequence[str]] = PACKAGES,
 ) -> list[Task]:
-    """The tasks of these names from installed packages.
+    """The tasks of these names from installed packages, of which the given folders are read.
 
     Raises:
         FileNotFoundError: one of the packages is missing.
         ValueError: as of ``build``.
     """
     facts: list[Fact] = []
-    for package in packages:
+    for package, folders in packages.items():
         say(f"reading {package}")
-        facts += read_package(package, PACKAGES[package])
+        facts += read_package(package, folders)
     if "character" in names:
         facts += read_characters()
     return build(facts, names=names)

@@ -26,11 +26,14 @@ import osf_torch
 from bench import continual_tasks, smollm
 from bench.bar import bar_on
 from bench.continual_run import order_of, slope
+from bench.continual_tasks import PACKAGES as ALL_PACKAGES
 from bench.decoder import WINDOW, Decoder, Encoded
 
 FIRST, SECOND = "returns", "mathematics"  # of bench.continual_tasks; taught in this order
-PACKAGES = ("torch", "sympy")  # whose text they are made of
+# Whose text they are made of, with the folders read.
+PACKAGES = {"torch": ("_inductor", "distributed", "utils"), "sympy": ALL_PACKAGES["sympy"]}
 FIRST_RATE, RATE = 1e-4, 3e-4
+FIRST_STEPS = 16
 BATCH = 8
 LOOKS = 2  # at the second task's course, after the one at its start
 JUDGED = 80  # examples of a task
@@ -65,7 +68,11 @@ class Course:
 
 
 class Bench:
-    """Two tasks as tokens, and how a model is trained on them and judged by them."""
+    """Two tasks as tokens, and how a model is trained on them and judged by them.
+
+    Args:
+        steps: of the second task.
+    """
 
     def __init__(self, decoder: Decoder, tasks: Mapping[str, Encoded], steps: int) -> None:
         self.decoder, self.tasks, self.steps = decoder, tasks, steps
@@ -77,20 +84,23 @@ class Bench:
         )
         return Look(step, first, second, self.decoder.general_loss(model, PROSE))
 
+    def steps_of(self, name: str) -> int:
+        return FIRST_STEPS if name == FIRST else self.steps
+
     def order(self, name: str) -> tuple[Tensor, ...]:
         """The examples of each step, the same for every method."""
         count = len(self.tasks[name].gold["train"])
         generator = torch.Generator().manual_seed(0)
-        chosen: tuple[Tensor, ...] = order_of(count, self.steps * BATCH, generator).split(BATCH)
-        return chosen
+        chosen = order_of(count, self.steps_of(name) * BATCH, generator)
+        batches: tuple[Tensor, ...] = chosen.split(BATCH)
+        return batches
 
     def train(self, model: nn.Module, name: str, rate: float) -> Iterator[int]:
         """One task by AdamW; yields the number of steps after each."""
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: slope(done, self.steps)
-        )
+        steps = self.steps_of(name)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: slope(done, steps))
         for done, index in enumerate(self.order(name), 1):
             optimizer.zero_grad()
             self.decoder.loss(model, self.tasks[name], index).backward()
@@ -132,7 +142,7 @@ def compare(model: nn.Module, bench: Bench, say: Say) -> tuple[Look, dict[str, C
     for weight in decoder.weights(model).values():
         weight.requires_grad_(True)
     for done in bench.train(model, FIRST, FIRST_RATE):
-        say(f"task 1, {FIRST}: step {done} of {bench.steps}")
+        say(f"task 1, {FIRST}: step {done} of {FIRST_STEPS}")
     start = bench.look(model, 0)
     courses = {}
     plain = copy.deepcopy(model)
@@ -156,7 +166,7 @@ def verdict(fresh: Look, courses: Mapping[str, Course]) -> tuple[bool, str]:
     text = (
         f"{steps} steps on {SECOND!r} took its accuracy from {start.second:.0%} to "
         f"{plain.second:.0%} by plain fine-tuning and to {ours.second:.0%} by confine; that of "
-        f"{FIRST!r}, which {steps} steps before had brought from {fresh.first:.0%} to "
+        f"{FIRST!r}, which {FIRST_STEPS} steps before had brought from {fresh.first:.0%} to "
         f"{start.first:.0%}, went to {plain.first:.0%} and to {ours.first:.0%}, and the loss on "
         f"prose of neither task, {start.general:.3f} nats a token, rose by "
         f"{plain.general - start.general:+.3f} and by {ours.general - start.general:+.3f} "
@@ -219,7 +229,7 @@ def prepared(precision: torch.dtype, steps: int, say: Say) -> tuple[nn.Module, B
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench.demo_decoder", description=__doc__)
-    top.add_argument("--steps", type=int, default=16, help="AdamW steps of each task")
+    top.add_argument("--steps", type=int, default=12, help="AdamW steps of the second task")
     top.add_argument("--fp32", action="store_true", help="multiply in float32, not in bfloat16")
     top.add_argument("--picture", type=Path, default=Path("demo_decoder.png"))
     return top
@@ -237,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     console = Console(soft_wrap=True)
     with bar_on(console) as progress:
-        bar = progress.add_task("", total=3 * arguments.steps + 6)
+        bar = progress.add_task("", total=FIRST_STEPS + 2 * arguments.steps + 6)
 
         def say(text: str) -> None:
             progress.update(bar, description=text, advance=1)

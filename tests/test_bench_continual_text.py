@@ -91,7 +91,7 @@ def test_tasks_are_built_by_name() -> None:
     some = continual_tasks.build(facts, names=("library", "mathematics"))
     assert some == [every["library"], every["mathematics"]]
     with pytest.raises(ValueError, match="of task 'library'"):
-        continual_tasks.load(names=("library",), packages=("networkx",))
+        continual_tasks.load(names=("library",), packages={"networkx": ()})
 
 
 def test_splits_are_about_as_large_as_they_say() -> None:
