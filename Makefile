@@ -45,7 +45,7 @@ $(BUILT): $(INSTALLED) $(CUDA_FILES)
 	@touch $@
 
 demo: $(INSTALLED)  ## Protect and train a real sentence encoder and a real decoder: leaks, times, what is forgotten
-	@echo "== demo: two to six minutes on two cores"
+	@echo "== demo: two to five minutes on two cores"
 	@$(BIN)/python -m bench.demo
 	@$(BIN)/python -m bench.demo_decoder
 
