@@ -26,12 +26,14 @@ import osf_torch
 from bench import continual_tasks, smollm
 from bench.bar import bar_on
 from bench.continual_run import order_of, slope
-from bench.continual_tasks import PACKAGES as ALL_PACKAGES
 from bench.decoder import WINDOW, Decoder, Encoded
 
 FIRST, SECOND = "returns", "mathematics"  # of bench.continual_tasks; taught in this order
 # Whose text they are made of, with the folders read.
-PACKAGES = {"torch": ("_inductor", "distributed", "utils"), "sympy": ALL_PACKAGES["sympy"]}
+PACKAGES = {
+    "torch": ("_inductor", "distributed", "utils"),
+    "sympy": continual_tasks.PACKAGES["sympy"],
+}
 FIRST_RATE, RATE = 1e-4, 3e-4
 FIRST_STEPS = 16
 BATCH = 8
@@ -60,7 +62,7 @@ class Course:
 
     Attributes:
         looks: from its start on.
-        seconds: of its steps.
+        seconds: of its steps, without the looks.
     """
 
     looks: list[Look]
@@ -218,7 +220,7 @@ def draw(courses: Mapping[str, Course], picture: Path) -> None:
 
 
 def prepared(precision: torch.dtype, steps: int, say: Say) -> tuple[nn.Module, Bench]:
-    """Raises FileNotFoundError, ImportError or OSError where model or text can't be had."""
+    """Raises ImportError or OSError where model or text can't be had."""
     say(f"loading {smollm.NAME}; the first time it is unpacked, which takes half a minute")
     model, tokenizer = smollm.load()
     say("reading text for the tasks")
@@ -255,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             precision = torch.float32 if arguments.fp32 else torch.bfloat16
             model, bench = prepared(precision, arguments.steps, say)
-        except (FileNotFoundError, ImportError, OSError) as error:
+        except (ImportError, OSError) as error:
             print(error, file=sys.stderr)
             return 2
         fresh, courses = compare(model, bench, say)
@@ -266,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no picture: {error}", file=sys.stderr)
     else:
         console.print(f"picture: {arguments.picture}", markup=False, highlight=False)
-    console.print(f"{time.perf_counter() - began:.0f} s in all.", highlight=False)
+    steps = " and ".join(f"{course.seconds:.0f} s by {name}" for name, course in courses.items())
+    whole = time.perf_counter() - began
+    console.print(f"{whole:.0f} s in all; the steps of task 2 took {steps}.", highlight=False)
     console.print(sentence, markup=False, highlight=False)
     return 0 if held else 1
 
