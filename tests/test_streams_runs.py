@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench.streams import cli, data, plot, rows, show
+from bench.streams import arguments, cli, data, plot, rows, show
 from bench.streams.encoder import Encoded, Encoder
 from bench.streams.methods import DEFAULT, METHODS
-from bench.streams.runs import FIRST_TRIED, TUNED_ON, Missing, Runs, Wanted
+from bench.streams.runs import FIRST_TRIED, TUNED_BY, TUNED_ON, Missing, Runs, Wanted
 from bench.streams.training import After, Outcome, Setting
 from tests.small_continual import SMALL, small_encoder
 from tests.small_streams import write_folder
@@ -94,13 +94,20 @@ def test_a_run_that_another_process_trains_is_left_to_it(folder: Path, tmp_path:
 
 
 def known(
-    csv: Path, runs: Runs, wanted: Wanted, score: float, *, moved: float = 1.0, general: float = 3.0
+    csv: Path,
+    runs: Runs,
+    wanted: Wanted,
+    score: float,
+    *,
+    own: float | None = None,
+    moved: float = 1.0,
+    general: float = 3.0,
 ) -> None:
-    """Puts a run into the file whose accuracies are all ``score``."""
+    """Puts a run into the file whose accuracies are all ``score``; before the last task ``own``."""
     names = data.ORDERS["4"]
     after = []
     for number in range(14):
-        accuracies = [score] * (14 if number == 13 else 1)
+        accuracies = [score] * 14 if number == 13 else [score if own is None else own]
         course = [score] * (number + 1) if number % 3 == 2 else []
         after.append(After(accuracies, accuracies, course, moved, 1.0, general + number, 2.0))
     rows.write(csv, runs._row(wanted), names, Outcome(after, 30.0, general))
@@ -123,6 +130,18 @@ def test_the_learning_rate_is_the_best_on_validation_of_equals_the_smaller(
     assert runs.rates(["plain", "matched"])["matched"] == runs.rates(["plain"])["plain"]
     with pytest.raises(Missing, match=r"has no learning rate of lora for small, 1 steps of 2; run"):
         runs.rates(["plain", "lora"])
+
+
+def test_tuned_by_what_is_learned_or_by_what_is_left(folder: Path, tmp_path: Path) -> None:
+    csv = tmp_path / "rows.csv"
+    learned, left = (runs_of(folder, csv, tuned_by=by) for by in ("learned", "average"))
+    for rate, own, score in ((3e-5, 0.4, 0.3), (1e-4, 0.5, 0.45), (3e-4, 0.6, 0.4), (1e-3, 0.5, 0)):
+        known(csv, learned, Wanted(TUNED_ON[0], "plain", TUNED_ON[1], rate), score, own=own)
+    assert set(learned.tune("plain") or ()) == {1e-4, 3e-4, 1e-3}
+    assert learned.rates(["plain"]) == {"plain": 3e-4}
+    assert left.tune("plain") == pytest.approx({3e-5: 0.3, 1e-4: 0.45, 3e-4: 0.4})
+    assert left.rates(["plain"]) == {"plain": 1e-4}
+    assert tuple(TUNED_BY) == arguments.CRITERIA
 
 
 def test_a_matched_run_needs_the_other_one(folder: Path, tmp_path: Path) -> None:
@@ -213,18 +232,22 @@ def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (["--methods", "magic"], r"expected --methods to be some of plain, .* got magic"),
+        (
+            ["--methods", "magic"],
+            r"expected --methods of minilm to be some of heads, plain, .* got magic",
+        ),
+        (["--methods", "heads", "--model", "smollm2"], r"of smollm2 to be .* got heads"),
         (["--stream", "6"], r"expected --stream to be some of 4, 5, 4x3, got 6"),
         (["--seeds", "0"], r"expected --seeds to be at least 1, got 0"),
         (["--data", "/nowhere"], r"expected a folder of tasks, got /nowhere"),
     ],
 )
 def test_a_bad_argument_is_named(
-    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["streams", "--data", str(folder), *arguments]) == 2
+    assert command.main(["streams", "--data", str(folder), *given]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 

@@ -75,6 +75,12 @@ def test_a_run_cut_short_goes_on_where_it_was(name: str, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_heads_alone_leave_the_model_as_it_was_and_forget_nothing() -> None:
+    outcome = trained("heads")
+    assert [line.moved for line in outcome.after] == [0.0] * TASKS
+    assert training.forgetting(outcome) == 0.0
+
+
 def test_what_is_measured_after_each_task() -> None:
     outcome = trained("plain")
     assert [len(line.test) for line in outcome.after] == [1, 1, 3]

@@ -11,6 +11,7 @@ from bench.streams.data import STREAMS
 
 CSV = report.ROOT / "bench" / "results" / "streams.csv"
 MODELS = ("minilm", "smollm2")
+CRITERIA = ("learned", "average")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -22,6 +23,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     streams.add_argument("--seeds", type=int, default=3, help="0, 1, ...: how many")
     streams.add_argument("--lr", type=float, help="instead of the tuned ones")
     streams.add_argument("--tune", action="store_true", help="find the learning rates")
+    streams.add_argument(
+        "--tuned-by",
+        choices=CRITERIA,
+        default=CRITERIA[0],
+        help="accuracy of each task right after it, or of all at the end",
+    )
     streams.add_argument("--model", choices=MODELS, default="minilm")
     streams.add_argument("--steps", type=int, help="of each task")
     streams.add_argument("--batch", type=int)

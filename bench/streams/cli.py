@@ -16,7 +16,7 @@ from bench.decoder import Decoder
 from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
 from bench.streams.encoder import Encoder
-from bench.streams.methods import METHODS
+from bench.streams.methods import HEADS, METHODS
 from bench.streams.runs import FIRST_TRIED, TUNED_ON, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
@@ -34,12 +34,14 @@ class Model:
         opener: of a precision, what makes a subject of a stream.
         steps, batch: of a task, by default.
         rates: the learning rates that are tried.
+        left_out: methods that it can't be trained by.
     """
 
     opener: Callable[[torch.dtype], Open]
     steps: int
     batch: int
     rates: tuple[float, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def once(prepare: Callable[[data.Stream], Tokens]) -> Callable[[data.Stream], Tokens]:
@@ -81,7 +83,7 @@ def smollm_opener(precision: torch.dtype) -> Open:
 
 MODELS: dict[str, Model] = {
     "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
-    "smollm2": Model(smollm_opener, 30, 8, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)),
+    "smollm2": Model(smollm_opener, 30, 8, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (HEADS,)),
 }
 
 
@@ -92,9 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
     from bench.streams import show
     from bench.streams.plot import draw
 
-    methods = arguments.methods or [name for name, m in METHODS.items() if m.compared]
-    _require(arguments, methods)
     model = MODELS[arguments.model]
+    fitting = [name for name in METHODS if name not in model.left_out]
+    methods = arguments.methods or [name for name in fitting if METHODS[name].compared]
+    _require(arguments, methods, fitting)
     setting = Setting(
         arguments.steps or model.steps, arguments.batch or model.batch, arguments.precision
     )
@@ -108,12 +111,16 @@ def run(arguments: argparse.Namespace) -> int:
             model.opener(PRECISIONS[arguments.precision]),
             model=arguments.model,
             rates=model.rates,
+            tuned_by=arguments.tuned_by,
             anew=arguments.anew,
             say=lambda text: progress.update(bar, description=text, advance=1),
         )
         if arguments.tune:
             tuned = tune(runs, methods, lambda total: progress.update(bar, total=total))
-            console.print(f"accuracy on validation at the end of stream {TUNED_ON[0]}, in %:")
+            when = (
+                "of each task right after it" if arguments.tuned_by == "learned" else "at the end"
+            )
+            console.print(f"accuracy on validation {when}, stream {TUNED_ON[0]}, in %:")
             console.print(show.tuning_table(tuned, model.rates), markup=False, highlight=False)
             return 0
         rates = (
@@ -155,9 +162,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _require(arguments: argparse.Namespace, methods: Sequence[str]) -> None:
+def _require(arguments: argparse.Namespace, methods: Sequence[str], fitting: Sequence[str]) -> None:
     for what, given, known in (
-        ("--methods", methods, tuple(METHODS)),
+        (f"--methods of {arguments.model}", methods, fitting),
         ("--stream", arguments.stream, data.STREAMS),
     ):
         unknown = [name for name in given if name not in known]

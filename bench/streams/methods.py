@@ -15,6 +15,7 @@ from bench.streams.subject import Subject
 Radii = Callable[[str], Sequence[float]]
 Make = Callable[[Subject, Radii], Plain]
 DEFAULT = "inputs"  # what osf_torch does without arguments; the matched baseline is held to it
+HEADS = "heads"  # of models that have them
 BASES = "bases-inputs"  # whose learning rate the variants of ours take
 
 
@@ -54,6 +55,8 @@ def _ours(
 
 
 METHODS: dict[str, Method] = {
+    # Its learning rate is of nothing that it trains: heads have one of their own.
+    HEADS: Method("heads alone", _peer(peers.Heads), DEFAULT, compared=True),
     "plain": Method("plain fine-tuning", _peer(peers.Plain), compared=True),
     "matched": Method("plain, as far as ours moves", _matched, "plain", compared=True),
     "lora": Method(f"LoRA, r = {peers.LORA_RANK}", _peer(peers.Lora), compared=True),

@@ -78,6 +78,18 @@ class Plain:
         self.model.load_state_dict(state["model"])
 
 
+class Heads(Plain):
+    """Trains the heads alone: what there is to gain over it is all that training the model brings,
+    and it forgets nothing."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.free = 0.0
+
+    def begin(self, number: int, place: float) -> None:
+        pass
+
+
 class Matched(Plain):
     """Plain fine-tuning whose weights stay as close to those at the task's start as another
     method's: after each step the whole update is scaled back onto a ball of that radius."""

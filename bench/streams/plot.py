@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.continual_plot import forgotten_bars
-from bench.streams.methods import DEFAULT, METHODS
+from bench.streams.methods import DEFAULT, HEADS, METHODS
 from bench.streams.rows import Run
 from bench.streams.show import over
 from bench.streams.training import After, forgetting
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 COLOURS = {
+    HEADS: "#BBBBBB",
     "plain": "#555555",
     "matched": "#999999",
     "lora": "#CC79A7",
@@ -24,7 +25,7 @@ COLOURS = {
     DEFAULT: "#0072B2",
 }
 OTHERS = ("#56B4E9", "#000000", "#F0E442", "#882255", "#44AA99")
-DASHED = {"replay", "matched"}
+DASHED = {"replay", "matched", HEADS}
 ACROSS = 7
 
 

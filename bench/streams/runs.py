@@ -14,8 +14,11 @@ from bench.streams import data, rows
 from bench.streams.methods import METHODS
 from bench.streams.rows import Key, Row, Run
 from bench.streams.subject import Subject
-from bench.streams.training import Diverged, Setting, average, run
+from bench.streams.training import Diverged, Outcome, Setting, average, learned, run
 
+# A learning rate is the one of which this is highest on validation examples. "learned" is what
+# someone sees who trains one task after the other; "average" needs the later tasks.
+TUNED_BY: dict[str, Callable[[Outcome, str], float]] = {"learned": learned, "average": average}
 FIRST_TRIED = (2, 3)  # of the rates; then on in the better direction until it gets no better
 TUNED_ON = ("4", 0)  # stream and seed
 
@@ -45,6 +48,7 @@ class Runs:
     Args:
         open: makes the model that learns a stream.
         rates: the learning rates that are tried, ascending.
+        tuned_by: one of ``TUNED_BY``.
         anew: trains what the file has too, once.
     """
 
@@ -57,11 +61,13 @@ class Runs:
         *,
         model: str,
         rates: Sequence[float],
+        tuned_by: str = "learned",
         anew: bool = False,
         say: Say = lambda _: None,
     ) -> None:
         self.tasks, self.setting, self.csv, self.open = tasks, setting, csv, open
         self.model, self.grid, self.anew, self.say = model, rates, anew, say
+        self.criterion = TUNED_BY[tuned_by]
         self.data = data.fingerprint(tasks.values())
         self._trained: set[Key] = set()
 
@@ -134,7 +140,7 @@ class Runs:
         return True
 
     def tune(self, method: str) -> dict[float, float] | None:
-        """Learning rate -> mean validation accuracy of all tasks at the end, of those tried.
+        """Learning rate -> what is tuned by, on validation examples, of those tried.
 
         From two neighbours in the middle of the grid on in the direction of the better one, for
         as long as that goes up. A run whose loss overflows counts as 0. None where another process
@@ -154,7 +160,7 @@ class Runs:
                     return 0.0
                 there = self.found(wanted)
                 assert there is not None
-                found[rate] = average(there.outcome, "validation")
+                found[rate] = self.criterion(there.outcome, "validation")
             return found[rate]
 
         try:
@@ -176,7 +182,7 @@ class Runs:
         tried: dict[str, list[tuple[float, float]]] = {}
         for one in self.known():
             if (one.stream, one.seed) == TUNED_ON:
-                score = average(one.outcome, "validation")
+                score = self.criterion(one.outcome, "validation")
                 tried.setdefault(one.method, []).append((score, -one.learning_rate))
         asked = {name: METHODS[name].tuned_as or name for name in methods}
         missing = sorted({name for name in asked.values() if name not in tried})
