@@ -22,7 +22,7 @@ from bench.continual_tasks import SPLITS, Example, Task
 from bench.decoder import Decoder, cut
 from bench.streams import training
 from bench.streams.decoder import Reader
-from bench.streams.methods import METHODS
+from bench.streams.methods import DEFAULT, METHODS
 from osf_kernels import Basis
 from tests.small_decoder import LABELS, TEXTS, small_decoder, small_tokenizer, task
 
@@ -122,7 +122,7 @@ def test_a_cut_keeps_both_ends() -> None:
     assert cut(range(9), 1) == (0,)
 
 
-@pytest.mark.parametrize("method", ["plain", "inputs", "bases-both"])
+@pytest.mark.parametrize("method", ["plain", DEFAULT, "bases-both"])
 def test_a_decoder_learns_a_stream(tokenizer: Any, model: nn.Module, method: str) -> None:
     judge = Decoder(tokenizer)
     tasks = [judge.encode(task(name)) for name in ("first", "second", "third")]

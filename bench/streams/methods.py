@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import osf_torch
 from bench.streams import peers
 from bench.streams.ours import Layers, Ours, Update
 from bench.streams.peers import Plain
@@ -14,7 +16,9 @@ from bench.streams.subject import Subject
 # ‖ΔW‖ of each task of a method's run on the same stream with the same seed.
 Radii = Callable[[str], Sequence[float]]
 Make = Callable[[Subject, Radii], Plain]
-DEFAULT = "inputs"  # what osf_torch does without arguments; the matched baseline is held to it
+ENERGIES = (0.8, 0.9, 0.95, 0.97, 0.99)  # of ``osf_torch.input_subspaces``; its default among them
+# What osf_torch does without arguments; the matched baseline is held to it.
+DEFAULT = f"energy-{inspect.signature(osf_torch.input_subspaces).parameters['energy'].default:g}"
 HEADS = "heads"  # of models that have them
 BASES = "bases-inputs"  # whose learning rate the variants of ours take
 
@@ -116,10 +120,11 @@ METHODS |= {
     for strength in (0.1, 1.0, 10.0)
 }
 METHODS |= {
-    f"energy-{energy:g}": Method(
+    name: Method(
         f"inputs, energy {energy:g}",
         _ours(lambda energy=energy: Library(energy=energy), "confine"),  # type: ignore[misc]
         DEFAULT,
     )
-    for energy in (0.8, 0.9, 0.95, 0.97, 0.99)
+    for energy in ENERGIES
+    if (name := f"energy-{energy:g}") != DEFAULT
 }
