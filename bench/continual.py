@@ -48,9 +48,9 @@ from bench.continual_run import (
 )
 from bench.continual_tasks import Split
 from bench.training_cli import RESULTS
+from bench.tuning import climb
 
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-FIRST_TRIED = (1, 2)  # of the grid; then on in the better direction until it gets no better
 TUNING_SEED = 0
 JUDGED = ("complement", "inputs")
 COUNTERPARTS = {"confine": "complement", "confine-inputs": "inputs"}  # with the same bases
@@ -171,27 +171,17 @@ class Sequences:
     def tune(self, csv: Path, method: str) -> dict[float, float]:
         """Learning rate -> mean validation accuracy right after each task, of those tried.
 
-        From two neighbours in the middle of the grid on in the direction of the better one, for
-        as long as that goes up. A run whose loss overflows counts as 0.
+        A run whose loss overflows counts as 0.
         """
-        found: dict[float, float] = {}
 
-        def score(place: int) -> float:
-            rate = GRID[place]
-            if rate not in found:
-                try:
-                    run = self.run(csv, method, TUNING_SEED, rate, "validation")
-                    found[rate] = learned(run.matrix)
-                except FloatingPointError:
-                    found[rate] = 0.0
-            return found[rate]
+        def score(rate: float) -> float:
+            try:
+                run = self.run(csv, method, TUNING_SEED, rate, "validation")
+            except FloatingPointError:
+                return 0.0
+            return learned(run.matrix)
 
-        low, high = FIRST_TRIED
-        ahead = score(high) > score(low)
-        place, stride = (high, 1) if ahead else (low, -1)
-        while 0 <= place + stride < len(GRID) and score(place + stride) > score(place):
-            place += stride
-        return found
+        return climb(GRID, score)
 
 
 def best_rates(runs: Mapping[Key, Run], wanted: Row) -> dict[str, float]:

@@ -17,12 +17,13 @@ from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
 from bench.streams.encoder import Encoder
 from bench.streams.methods import HEADS, METHODS
-from bench.streams.runs import FIRST_TRIED, TUNED_ON, Open, Runs, Wanted
+from bench.streams.runs import TUNED_ON, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAIT_S = 20.0
+TRIED = 3  # learning rates of most methods
 Tokens = TypeVar("Tokens")
 
 
@@ -83,7 +84,7 @@ def smollm_opener(precision: torch.dtype) -> Open:
 
 MODELS: dict[str, Model] = {
     "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
-    "smollm2": Model(smollm_opener, 30, 8, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (HEADS,)),
+    "smollm2": Model(smollm_opener, 30, 8, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (HEADS,)),
 }
 
 
@@ -201,8 +202,7 @@ def tune(
 ) -> dict[str, dict[float, float]]:
     """Scores of the learning rates tried, by method."""
     todo = list(dict.fromkeys(METHODS[name].tuned_as or name for name in methods))
-    tried = len(FIRST_TRIED) + 1  # of most methods
-    expect(tried * sum(runs.steps(Wanted(TUNED_ON[0], name, TUNED_ON[1], 0.0)) for name in todo))
+    expect(TRIED * sum(runs.steps(Wanted(TUNED_ON[0], name, TUNED_ON[1], 0.0)) for name in todo))
     tuned: dict[str, dict[float, float]] = {}
     while todo:
         for name in list(todo):

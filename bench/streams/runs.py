@@ -15,11 +15,11 @@ from bench.streams.methods import METHODS
 from bench.streams.rows import Key, Row, Run
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Outcome, Setting, average, learned, run
+from bench.tuning import climb
 
 # A learning rate is the one of which this is highest on validation examples. "learned" is what
 # someone sees who trains one task after the other; "average" needs the later tasks.
 TUNED_BY: dict[str, Callable[[Outcome, str], float]] = {"learned": learned, "average": average}
-FIRST_TRIED = (2, 3)  # of the rates; then on in the better direction until it gets no better
 TUNED_ON = ("4", 0)  # stream and seed
 
 Open = Callable[[data.Stream], Subject]
@@ -142,36 +142,24 @@ class Runs:
     def tune(self, method: str) -> dict[float, float] | None:
         """Learning rate -> what is tuned by, on validation examples, of those tried.
 
-        From two neighbours in the middle of the grid on in the direction of the better one, for
-        as long as that goes up. A run whose loss overflows counts as 0. None where another process
-        is at it.
+        A run whose loss overflows counts as 0. None where another process is at it.
         """
-        found: dict[float, float] = {}
 
-        def score(place: int) -> float:
-            rate = self.grid[place]
-            if rate not in found:
-                wanted = Wanted(TUNED_ON[0], method, TUNED_ON[1], rate)
-                try:
-                    if not self.train(wanted):
-                        raise _Elsewhere
-                except Diverged:
-                    found[rate] = 0.0
-                    return 0.0
-                there = self.found(wanted)
-                assert there is not None
-                found[rate] = self.criterion(there.outcome, "validation")
-            return found[rate]
+        def score(rate: float) -> float:
+            wanted = Wanted(TUNED_ON[0], method, TUNED_ON[1], rate)
+            try:
+                if not self.train(wanted):
+                    raise _Elsewhere
+            except Diverged:
+                return 0.0
+            there = self.found(wanted)
+            assert there is not None
+            return self.criterion(there.outcome, "validation")
 
         try:
-            low, high = FIRST_TRIED
-            ahead = score(high) > score(low)
-            place, stride = (high, 1) if ahead else (low, -1)
-            while 0 <= place + stride < len(self.grid) and score(place + stride) > score(place):
-                place += stride
+            return climb(self.grid, score)
         except _Elsewhere:
             return None
-        return found
 
     def rates(self, methods: Sequence[str]) -> dict[str, float]:
         """The learning rate of each method: the best of those tried, of equals the smaller one.
