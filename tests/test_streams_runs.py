@@ -192,14 +192,30 @@ def test_the_code_is_told_apart_by_what_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows.report, "ROOT", tmp_path)
-    monkeypatch.setattr(rows, "CODE", ("one.py",))
-    found = []
-    for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # why\n', "x = 2\n"):
-        (tmp_path / "one.py").write_text(text)
+    monkeypatch.setattr(rows, "CODE", ("library",))
+    monkeypatch.setattr(rows, "MODULES", ("bench.one",))
+    for folder in ("library", "bench/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def code(**texts: str) -> str:
+        for name, text in texts.items():
+            (tmp_path / (name.replace("__", "/") + ".py")).write_text(text)
         rows.code.cache_clear()
-        found.append(rows.code())
+        return rows.code()
+
+    first = code(
+        library__a="x = 1\n",
+        bench__one='"""A."""\nfrom bench import two\nx = 1\n',
+        bench__two="def f():\n    from bench.deep.three import y\n",
+        bench__deep__three="from bench import one\ny = 1\n",
+        bench__four="x = 1\n",
+    )
+    same = '"""B."""\nfrom bench import two\nx = 1  # why\n'
+    assert code(bench__one=same) == first
+    assert code(bench__four="x = 2\n") == first  # which nothing imports
+    others = [code(bench__deep__three="y = 2\n"), code(library__a="x = 2\n")]
+    assert len({first, *others}) == 3
     rows.code.cache_clear()
-    assert found[0] == found[1] != found[2]
 
 
 def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:

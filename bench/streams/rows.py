@@ -17,14 +17,16 @@ import torch
 from bench import report
 from bench.streams.training import After, Outcome
 
-# What a run's figures depend on, of this repository; docstrings and comments don't count.
-CODE = (
-    "bench/streams",
-    "bench/minilm.py",
-    "bench/training.py",
-    "bench/continual_run.py",
-    "osf_kernels",
-    "python_api/osf_torch",
+# What a run's figures depend on, of this repository: the operators, the API, and these modules with
+# all of the benches' that they import. Docstrings and comments don't count.
+CODE = ("osf_kernels", "python_api/osf_torch")
+MODULES = (
+    "bench.smollm",
+    "bench.streams.data",
+    "bench.streams.decoder",
+    "bench.streams.encoder",
+    "bench.streams.methods",
+    "bench.streams.training",
 )
 
 
@@ -93,18 +95,45 @@ def key(row: Row) -> Key:
 
 @cache
 def code() -> str:
-    """Twelve hex digits of the syntax trees of the files in ``CODE``."""
+    """Twelve hex digits of the syntax trees of ``CODE`` and ``MODULES``."""
+    trees = {file: _parsed(file) for place in CODE for file in (report.ROOT / place).rglob("*.py")}
+    todo = [file for name in MODULES if (file := _file(name))]
+    while todo:
+        file = todo.pop()
+        if file not in trees:
+            trees[file] = _parsed(file)
+            todo += _imported(trees[file])
     digest = hashlib.sha256()
-    for place in CODE:
-        path = report.ROOT / place
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-                if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
-                    node.body = node.body[1:]  # type: ignore[attr-defined]
-            digest.update(f"{file.relative_to(report.ROOT)} {ast.dump(tree)}\n".encode())
+    for file, tree in sorted(trees.items()):
+        digest.update(f"{file.relative_to(report.ROOT)} {ast.dump(tree)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _file(name: str) -> Path | None:
+    """Of a module of the benches; None of a name in one."""
+    path = report.ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+def _parsed(file: Path) -> ast.Module:
+    """Without docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
+            node.body = node.body[1:]  # type: ignore[attr-defined]
+    return tree
+
+
+def _imported(tree: ast.Module) -> list[Path]:
+    """The benches' modules that one imports from."""
+    names = [
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bench"
+        for name in (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+    ]
+    return [file for name in names if (file := _file(name))]
 
 
 def write(path: Path, run: Row, names: Sequence[str], outcome: Outcome) -> None:
