@@ -240,6 +240,12 @@ def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:
     assert table.row_count == len(scores)
     assert list(table.columns[-1].cells) == ["1300.0 ± 0.0"] * len(scores)  # from 3 to 16 nats
     assert plot.general(found["plain"]) == (list(range(15)), [3.0, *range(3, 17)])
+    known(csv, runs, Wanted("4", "olora", 0, 1e-3), 0.25, own=0.75)
+    other = [one for one in runs.known() if one.method == "olora"]
+    looked = ([3, 6, 9, 12], [25.0] * 4)
+    assert plot.so_far(other) == (looked, ([14], [25.0]))
+    assert plot.of_task(other, 0) == (looked, ([1, 14], [75.0, 25.0]))
+    assert plot.of_task(other, 13) == (([], []), ([14, 14], [25.0, 25.0]))
     pytest.importorskip("matplotlib")
     plot.draw(found, "4", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

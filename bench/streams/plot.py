@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from bench.continual_plot import forgotten_bars
 from bench.streams.methods import DEFAULT, HEADS, METHODS
 from bench.streams.rows import Run
 from bench.streams.show import over
-from bench.streams.training import After, forgetting
+from bench.streams.training import COURSE, JUDGED, After, forgetting
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 COLOURS = {
@@ -27,6 +27,7 @@ COLOURS = {
 OTHERS = ("#56B4E9", "#000000", "#F0E442", "#882255", "#44AA99")
 DASHED = {"replay", "matched", HEADS}
 ACROSS = 7
+DOTS = {"marker": "o", "markersize": 4, "linestyle": ":", "linewidth": 0.8}
 
 
 def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
@@ -39,6 +40,7 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     runs = {name: found for name, found in runs.items() if found}
     if not runs:
@@ -61,8 +63,9 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         for name in runs
     }
     for name, found in runs.items():
-        after, known = so_far(found)
-        course.plot(after, known, label=METHODS[name].title, **styles[name])
+        looked, end = so_far(found)
+        course.plot(*looked, label=METHODS[name].title, **styles[name])
+        course.plot(*end, **styles[name] | DOTS)
         lines = zip(*(run.outcome.after for run in found), strict=True)
         free = [statistics.fmean(line.free for line in seeds) for seeds in lines]
         used.plot(range(1, len(free) + 1), [100 * (1 - share) for share in free], **styles[name])
@@ -83,11 +86,14 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     panels = list(halves[1].subplots(rows, ACROSS, squeeze=False, sharex=True).flat)
     for axes, task in zip(panels, different, strict=False):
         for name, found in runs.items():
-            after, values = of_task(found, names.index(task))
-            axes.plot(after, values, **styles[name])
+            looked, ends = of_task(found, names.index(task))
+            axes.plot(*looked, **styles[name])
+            axes.plot(*ends, **styles[name] | DOTS)
         axes.set_title(f"{names.index(task) + 1}: {task}", fontsize=9)
     for axes in panels[len(different) :]:
         axes.set_visible(False)
+    for axes in (course, used, *others, *panels):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (course, lost, used, *others, *panels):
         axes.tick_params(labelsize=7)
         axes.grid(True, color="#dddddd", linewidth=0.5)
@@ -97,7 +103,8 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
     over_seeds = f"mean of {count} seeds" if count > 1 else "one seed"
     figure.suptitle(
         f"stream {stream}: {len(names)} tasks one after the other, {over_seeds}; below, the "
-        "accuracy of each task from when it was learned on, %",
+        f"accuracy of each task, %. Lines: on {COURSE} of its test examples. Dots: on {JUDGED}, "
+        "right after it and at the end.",
         fontsize=10,
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -115,29 +122,32 @@ def general(runs: Sequence[Run]) -> tuple[list[int], list[float]]:
     return list(range(len(found))), found
 
 
-def so_far(runs: Sequence[Run]) -> tuple[list[int], list[float]]:
-    """Where all tasks so far were looked at: after which task, and their mean accuracy in %."""
-    lines = [run.outcome.after for run in runs]
-    after = [i for i, line in enumerate(lines[0]) if line.course or i == len(lines[0]) - 1]
-    means = [
-        statistics.fmean(statistics.fmean(run[i].course or run[i].test) for run in lines)
-        for i in after
-    ]
-    return [i + 1 for i in after], [100 * mean for mean in means]
+Points = tuple[list[int], list[float]]  # after which task, and accuracy in %
 
 
-def of_task(runs: Sequence[Run], task: int) -> tuple[list[int], list[float]]:
-    """A task's accuracy in % right after it, where it was looked at later, and at the end."""
+def so_far(runs: Sequence[Run]) -> tuple[Points, Points]:
+    """The mean accuracy of all tasks so far: over the stream on a few examples, and at its end."""
     lines = [run.outcome.after for run in runs]
     last = len(lines[0]) - 1
-    after = [
-        i for i in range(task, last + 1) if i in (task, last) or len(lines[0][i].course) > task
-    ]
 
-    def value(run: Sequence[After], i: int) -> float:
-        if i == last:
-            return run[i].test[task]
-        return run[i].test[-1] if i == task else run[i].course[task]
+    def mean(of: Callable[[After], list[float]], i: int) -> float:
+        return 100 * statistics.fmean(statistics.fmean(of(run[i])) for run in lines)
 
-    means = [statistics.fmean(value(run, i) for run in lines) for i in after]
-    return [i + 1 for i in after], [100 * mean for mean in means]
+    looked = [i for i, line in enumerate(lines[0]) if line.course]
+    course = [mean(lambda line: line.course, i) for i in looked]
+    end = [mean(lambda line: line.test, last)]
+    return ([i + 1 for i in looked], course), ([last + 1], end)
+
+
+def of_task(runs: Sequence[Run], task: int) -> tuple[Points, Points]:
+    """A task's accuracy: over the stream on a few examples, and right after it and at the end."""
+    lines = [run.outcome.after for run in runs]
+    last = len(lines[0]) - 1
+
+    def mean(of: Callable[[Sequence[After]], float]) -> float:
+        return 100 * statistics.fmean(of(run) for run in lines)
+
+    looked = [i for i, line in enumerate(lines[0]) if len(line.course) > task]
+    course = [mean(lambda run, i=i: run[i].course[task]) for i in looked]  # type: ignore[misc]
+    ends = [mean(lambda run: run[task].test[-1]), mean(lambda run: run[last].test[task])]
+    return ([i + 1 for i in looked], course), ([task + 1, last + 1], ends)
