@@ -16,14 +16,9 @@ def climb(grid: Sequence[float], score: Callable[[float], float]) -> dict[float,
             found[rate] = score(rate)
         return found[rate]
 
-    low, high = first_tried(grid)
+    low, high = len(grid) // 2 - 1, len(grid) // 2
     ahead = at(high) > at(low)
     place, stride = (high, 1) if ahead else (low, -1)
     while 0 <= place + stride < len(grid) and at(place + stride) > at(place):
         place += stride
     return found
-
-
-def first_tried(grid: Sequence[float]) -> tuple[int, int]:
-    """Places of the two in the middle."""
-    return len(grid) // 2 - 1, len(grid) // 2

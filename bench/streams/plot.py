@@ -99,8 +99,9 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         axes.grid(True, color="#dddddd", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     course.legend(fontsize=7, frameon=False, ncols=2)
-    count = max(map(len, runs.values()))
-    over_seeds = f"mean of {count} seeds" if count > 1 else "one seed"
+    fewest, most = min(map(len, runs.values())), max(map(len, runs.values()))
+    count = str(most) if fewest == most else f"{fewest} to {most}"
+    over_seeds = f"mean of {count} seeds" if most > 1 else "one seed"
     figure.suptitle(
         f"stream {stream}: {len(names)} tasks one after the other, {over_seeds}; below, the "
         f"accuracy of each task, %. Lines: on {COURSE} of its test examples. Dots: on {JUDGED}, "
