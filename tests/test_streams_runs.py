@@ -13,7 +13,7 @@ from bench import __main__ as command
 from bench.streams import arguments, cli, data, plot, rows, show
 from bench.streams.encoder import Encoded, Encoder
 from bench.streams.methods import DEFAULT, METHODS
-from bench.streams.runs import TUNED_BY, TUNED_ON, Missing, Runs, Wanted
+from bench.streams.runs import SEED, TUNED_BY, Missing, Runs, Wanted, tuned_on
 from bench.streams.training import After, Outcome, Setting
 from tests.small_continual import SMALL, small_encoder
 from tests.small_streams import write_folder
@@ -120,25 +120,41 @@ def test_the_learning_rate_is_the_best_on_validation_of_equals_the_smaller(
     runs = runs_of(folder, csv)
     scores = {1e-4: 0.5, 3e-4: 0.6, 1e-3: 0.6, 3e-5: 0.4, 3e-3: 0.9}
     for rate, score in scores.items():
-        known(csv, runs, Wanted(*TUNED_ON[:1], "plain", TUNED_ON[1], rate), score)
-    tried = runs.tune("plain")
+        known(csv, runs, Wanted("4", "plain", SEED, rate), score)
+    tried = runs.tune("plain", "4")
     # From the first two upwards for as long as it gets better: 3e-3 isn't reached.
     assert tried == pytest.approx({rate: scores[rate] for rate in (1e-4, 3e-4, 1e-3)})
     del scores[3e-3]
-    assert runs.rates(["plain", "matched"])["matched"] == runs.rates(["plain"])["plain"]
-    with pytest.raises(Missing, match=r"has no learning rate of lora for small, 1 steps of 2; run"):
-        runs.rates(["plain", "lora"])
+    assert runs.rates(["plain", "matched"], "4") == {"plain": 3e-3, "matched": 3e-3}
+    with pytest.raises(Missing, match=r"has no learning rate of lora for small, 1 steps of 2, on"):
+        runs.rates(["plain", "lora"], "4")
+
+
+def test_a_stream_takes_rates_of_one_with_as_many_steps_a_task(
+    folder: Path, tmp_path: Path
+) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    assert [runs.setting.of(data.stream(runs.tasks, name).parts) for name in data.STREAMS] == [
+        runs.setting.of(data.stream(runs.tasks, tuned_on(name)).parts) for name in data.STREAMS
+    ]
+    known(csv, runs, Wanted("4", "plain", SEED, 1e-4), 0.5)
+    assert runs.rates(["plain"], "5") == {"plain": 1e-4}
+    with pytest.raises(Missing, match=r"on stream 4x3; run with --tune --stream 4x3 first"):
+        runs.rates(["plain"], data.LONG)
+    known(csv, runs, Wanted(data.LONG, "plain", SEED, 3e-4), 0.5)
+    assert runs.rates(["plain"], data.LONG) == {"plain": 3e-4}
 
 
 def test_tuned_by_what_is_learned_or_by_what_is_left(folder: Path, tmp_path: Path) -> None:
     csv = tmp_path / "rows.csv"
     learned, left = (runs_of(folder, csv, tuned_by=by) for by in ("learned", "average"))
     for rate, own, score in ((3e-5, 0.4, 0.3), (1e-4, 0.5, 0.45), (3e-4, 0.6, 0.4), (1e-3, 0.5, 0)):
-        known(csv, learned, Wanted(TUNED_ON[0], "plain", TUNED_ON[1], rate), score, own=own)
-    assert set(learned.tune("plain") or ()) == {1e-4, 3e-4, 1e-3}
-    assert learned.rates(["plain"]) == {"plain": 3e-4}
-    assert left.tune("plain") == pytest.approx({3e-5: 0.3, 1e-4: 0.45, 3e-4: 0.4})
-    assert left.rates(["plain"]) == {"plain": 1e-4}
+        known(csv, learned, Wanted("4", "plain", SEED, rate), score, own=own)
+    assert set(learned.tune("plain", "4") or ()) == {1e-4, 3e-4, 1e-3}
+    assert learned.rates(["plain"], "4") == {"plain": 3e-4}
+    assert left.tune("plain", "4") == pytest.approx({3e-5: 0.3, 1e-4: 0.45, 3e-4: 0.4})
+    assert left.rates(["plain"], "4") == {"plain": 1e-4}
     assert tuple(TUNED_BY) == arguments.CRITERIA
 
 

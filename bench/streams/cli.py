@@ -17,7 +17,7 @@ from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
 from bench.streams.encoder import Encoder
 from bench.streams.methods import HEADS, METHODS
-from bench.streams.runs import TUNED_ON, Open, Runs, Wanted
+from bench.streams.runs import SEED, Open, Runs, Wanted, tuned_on
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
 
@@ -117,18 +117,27 @@ def run(arguments: argparse.Namespace) -> int:
             say=lambda text: progress.update(bar, description=text, advance=1),
         )
         if arguments.tune:
-            tuned = tune(runs, methods, lambda total: progress.update(bar, total=total))
             when = (
                 "of each task right after it" if arguments.tuned_by == "learned" else "at the end"
             )
-            console.print(f"accuracy on validation {when}, stream {TUNED_ON[0]}, in %:")
-            console.print(show.tuning_table(tuned, model.rates), markup=False, highlight=False)
+            for stream in dict.fromkeys(map(tuned_on, arguments.stream)):
+                tuned = tune(
+                    runs,
+                    methods,
+                    stream,
+                    lambda steps: progress.update(bar, completed=0, total=steps),
+                )
+                console.print(f"accuracy on validation {when}, stream {stream}, in %:")
+                console.print(show.tuning_table(tuned, model.rates), markup=False, highlight=False)
             return 0
-        rates = (
-            runs.rates(methods) if arguments.lr is None else dict.fromkeys(methods, arguments.lr)
-        )
+        rates = {
+            stream: dict.fromkeys(methods, arguments.lr)
+            if arguments.lr is not None
+            else runs.rates(methods, stream)
+            for stream in arguments.stream
+        }
         asked = [
-            Wanted(stream, name, seed, rates[name])
+            Wanted(stream, name, seed, rates[stream][name])
             for seed in range(arguments.seeds)
             for stream in arguments.stream
             for name in methods
@@ -198,15 +207,15 @@ def train(runs: Runs, asked: Sequence[Wanted]) -> list[str]:
 
 
 def tune(
-    runs: Runs, methods: Sequence[str], expect: Callable[[int], object]
+    runs: Runs, methods: Sequence[str], stream: str, expect: Callable[[int], object]
 ) -> dict[str, dict[float, float]]:
     """Scores of the learning rates tried, by method."""
     todo = list(dict.fromkeys(METHODS[name].tuned_as or name for name in methods))
-    expect(TRIED * sum(runs.steps(Wanted(TUNED_ON[0], name, TUNED_ON[1], 0.0)) for name in todo))
+    expect(TRIED * sum(runs.steps(Wanted(stream, name, SEED, 0.0)) for name in todo))
     tuned: dict[str, dict[float, float]] = {}
     while todo:
         for name in list(todo):
-            scores = runs.tune(name)
+            scores = runs.tune(name, stream)
             if scores is not None:
                 tuned[name] = scores
                 todo.remove(name)

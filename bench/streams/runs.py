@@ -20,7 +20,7 @@ from bench.tuning import climb
 # A learning rate is the one of which this is highest on validation examples. "learned" is what
 # someone sees who trains one task after the other; "average" needs the later tasks.
 TUNED_BY: dict[str, Callable[[Outcome, str], float]] = {"learned": learned, "average": average}
-TUNED_ON = ("4", 0)  # stream and seed
+SEED = 0  # on which learning rates are tuned
 
 Open = Callable[[data.Stream], Subject]
 Say = Callable[[str], object]
@@ -40,6 +40,11 @@ class Wanted(NamedTuple):
 
 class Missing(ValueError):
     """A run or a learning rate that is needed first."""
+
+
+def tuned_on(stream: str) -> str:
+    """The stream on which a stream's learning rates are tuned: one with as many steps a task."""
+    return stream if stream == data.LONG else "4"
 
 
 class Runs:
@@ -139,14 +144,14 @@ class Runs:
             self._trained.add(rows.key(row))
         return True
 
-    def tune(self, method: str) -> dict[float, float] | None:
+    def tune(self, method: str, stream: str) -> dict[float, float] | None:
         """Learning rate -> what is tuned by, on validation examples, of those tried.
 
         A run whose loss overflows counts as 0. None where another process is at it.
         """
 
         def score(rate: float) -> float:
-            wanted = Wanted(TUNED_ON[0], method, TUNED_ON[1], rate)
+            wanted = Wanted(tuned_on(stream), method, SEED, rate)
             try:
                 if not self.train(wanted):
                     raise _Elsewhere
@@ -161,7 +166,7 @@ class Runs:
         except _Elsewhere:
             return None
 
-    def rates(self, methods: Sequence[str]) -> dict[str, float]:
+    def rates(self, methods: Sequence[str], stream: str) -> dict[str, float]:
         """The learning rate of each method: the best of those tried, of equals the smaller one.
 
         Raises:
@@ -169,7 +174,7 @@ class Runs:
         """
         tried: dict[str, list[tuple[float, float]]] = {}
         for one in self.known():
-            if (one.stream, one.seed) == TUNED_ON:
+            if (one.stream, one.seed) == (tuned_on(stream), SEED):
                 score = self.criterion(one.outcome, "validation")
                 tried.setdefault(one.method, []).append((score, -one.learning_rate))
         asked = {name: METHODS[name].tuned_as or name for name in methods}
@@ -177,13 +182,14 @@ class Runs:
         if missing:
             raise Missing(
                 f"bench streams: {self.csv} has no learning rate of {', '.join(missing)} for "
-                f"{self.model}, {self.setting.steps} steps of {self.setting.batch}; run with "
-                "--tune first, or give --lr"
+                f"{self.model}, {self.setting.steps} steps of {self.setting.batch}, on stream "
+                f"{tuned_on(stream)}; run with --tune --stream {tuned_on(stream)} first, or give "
+                "--lr"
             )
         return {name: -max(tried[other])[1] for name, other in asked.items()}
 
     def _radii(self, wanted: Wanted, other: str) -> list[float]:
-        rate = self.rates([other])[other]
+        rate = self.rates([other], wanted.stream)[other]
         there = self.found(wanted._replace(method=other, rate=rate))
         if there is None:
             raise Missing(
