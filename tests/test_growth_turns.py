@@ -282,6 +282,96 @@ def test_a_resumed_run_goes_on_to_the_next_task_to_the_bit(holder, start, dtype)
     fresh.verify()
 
 
+# --- what was protected until then ---
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_what_no_batch_reaches_stays_protected_as_it_was(holder, start, caplog):
+    """As an earlier task's head is, where each task has its own."""
+    model, held, before = begun(holder, start)
+    whole = weights_of(model)
+    P = [complement(before["2.weight"], *whole["2.weight"].shape)]
+    small_guard.train(model, optimizer_of(model, held), 3, "one")
+    found = held.next_task(
+        batches=task(1), forward=lambda model, batch: model[1](model[0](batch)), progress=False
+    )
+    assert "no batch reached 1 of 2 weights, of which what was protected" in caplog.text
+    assert list(found) == NAMES
+    P.append(complement(found["2.weight"], *whole["2.weight"].shape))
+    probe = torch.randn(30 * 18, 4, dtype=torch.float64, generator=generator_for("probe"))
+    assert torch.allclose(P[0] @ probe, P[1] @ probe, atol=1e-9)
+    small_guard.train(model, optimizer_of(model, held), 3, "two")
+    moved = weights_of(model)["2.weight"] - whole["2.weight"]
+    assert moved.norm() > 1e-3
+    assert (moved.flatten() - P[0] @ moved.flatten()).norm() <= 1e-6 * moved.norm()
+
+
+def complement(subspace, m, n):
+    """P of a matrix's rows after one another, (m·n, m·n)."""
+    sides = []
+    for side, size in ((subspace.U, m), (subspace.V, n)):
+        Q = torch.zeros(size, size, dtype=torch.float64)
+        if side is not None:
+            columns = side.columns.double()
+            Q = columns @ columns.mT
+            Q = torch.eye(size).double() - Q if side.spans == "low" else Q
+        sides.append(torch.eye(size).double() - Q)
+    return torch.kron(sides[0], sides[1])
+
+
+def foreign_optimizer(model):
+    small_guard.train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, "foreign")
+
+
+def foreign_write(model):
+    model[0].weight.data.add_(0.01)
+
+
+def foreign_checkpoint(model):
+    other = mlp("other").state_dict()
+    state = {name: other.get(name, t) for name, t in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("ways", [{"batches": task(1)}, {"widen": 0.1}], ids=["inputs", "weights"])
+@pytest.mark.parametrize(
+    ("holder", "write"),
+    [
+        ("guard", foreign_optimizer),
+        *((holder, write) for holder in HOLDERS for write in (foreign_write, foreign_checkpoint)),
+    ],
+)
+def test_a_turn_takes_no_moved_part_for_what_is_to_be_kept(holder, write, ways):
+    model, held, _ = begun(holder, "refresh")
+    small_guard.train(model, optimizer_of(model, held), 2, "own")
+    write(model)
+    with pytest.raises(RuntimeError, match=r"(Guard|Confined)\.next_task: expected"):
+        held.next_task(progress=False, **ways)
+    with pytest.raises(RuntimeError):
+        held.verify()
+    with pytest.raises(RuntimeError, match="got none so far"):
+        held.released()
+
+
+def test_a_guard_without_hooks_has_no_turn():
+    _, guard, _ = begun("guard", "inputs")
+    guard.remove()
+    with pytest.raises(RuntimeError, match=r"Guard\.next_task: expected hooks on the model"):
+        guard.next_task(batches=task(1), progress=False)
+
+
+def test_what_has_moved_is_told_when_a_model_is_released(caplog):
+    for write in (None, foreign_write):
+        caplog.clear()
+        model, confined, _ = begun("confined", "inputs")
+        small_guard.train(model, adamw(model), 2)
+        if write is not None:
+            write(model)
+        confined.release()
+        assert ("what was protected has moved, of 0.weight by" in caplog.text) == bool(write)
+
+
 # --- what is refused, and leaves everything as it was ---
 
 NO_BATCHES = {"batches": []}
@@ -303,7 +393,11 @@ NAN = {"batches": [torch.full((3, 18), float("nan"), dtype=torch.float64)]}
         ({"energy": 2.0}, ValueError, "energy in"),
         ({"min_free": -1}, ValueError, "min_free to be an int of at least 0"),
         ({"min_free": 18}, ValueError, "min_free to be below the 18 directions"),
-        ({"forward": lambda model, batch: model[0](batch)}, ValueError, "none that reached 2.weig"),
+        (
+            {"forward": lambda model, batch: batch.sum()},
+            ValueError,
+            "none that reached 0.weight, 2.weight",
+        ),
         (NO_BATCHES, ValueError, "at least one batch, got none"),
         (NAN, ValueError, "NaN or Inf first in '0.weight'"),
         ({"batches": ["text"]}, TypeError, "batches of tensors"),

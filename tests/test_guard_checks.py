@@ -414,4 +414,4 @@ def test_verify_says_nothing_of_values_whose_norm_overflows():
     guard = protect(model, refresh(model, 3, progress=False), optimizer=optimizer, restore=False)
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer.step()
-    checks.require_contents(guard._steps.together.items)
+    checks.require_contents(guard._steps.together.items, "Guard.verify")

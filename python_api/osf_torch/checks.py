@@ -80,13 +80,13 @@ def require_bases(items: Together) -> None:
         )
 
 
-def require_contents(items: Sequence[Protected]) -> None:
+def require_contents(items: Sequence[Protected], operator: str) -> None:
     """Refuses bases and pinned parts whose values aren't those that were taken, whoever wrote them:
     torch counts no writes through ``.data``, numpy or another storage."""
     others = [item.name for item in items if not _is_as_taken(item)]
     if others:
         raise RuntimeError(
-            "osf_torch.Guard.verify: expected the tensors that say what is protected to be as they "
+            f"osf_torch.{operator}: expected the tensors that say what is protected to be as they "
             f"were given, got others of {listed(others)}: something has written to them in a way "
             "that torch doesn't count (.data, numpy), and steps since have protected what they say "
             "now; protect the model again"
@@ -148,10 +148,10 @@ def refused(error: Exception, items: Sequence[Protected]) -> Exception:
     return type(error)(text)
 
 
-# --- Guard.verify ---
+# --- Guard.verify and Guard.next_task ---
 
 
-def agreed(items: Sequence[Protected], check: Callable[[], None]) -> None:
+def agreed(items: Sequence[Protected], operator: str, check: Callable[[], None]) -> None:
     """Runs a check that one rank alone may fail, and refuses on all ranks of sharded weights where
     it does: those that went on would wait in the next collective."""
     refusal: Exception | None = None
@@ -167,7 +167,7 @@ def agreed(items: Sequence[Protected], check: Callable[[], None]) -> None:
         raise refusal
     if told:
         raise RuntimeError(
-            "osf_torch.Guard.verify: expected every rank to find the protection in place, got a "
+            f"osf_torch.{operator}: expected every rank to find the protection in place, got a "
             "refusal on another rank, whose own message says why"
         )
 
@@ -181,18 +181,20 @@ def require_same_model(guarded: nn.Module, model: nn.Module) -> None:
         )
 
 
-def require_present(model: nn.Module, items: Iterable[Protected], owned: set[int] | None) -> None:
+def require_present(
+    model: nn.Module, items: Iterable[Protected], owned: set[int] | None, operator: str
+) -> None:
     """Refuses weights that the model or the optimizer (None: there is none) has let go."""
     parameters = named_weights(model)
     for item in items:
         if parameters.get(item.name) is not item.weight:
             raise RuntimeError(
-                f"osf_torch.Guard.verify: expected parameter {item.name!r} to be the one that "
+                f"osf_torch.{operator}: expected parameter {item.name!r} to be the one that "
                 "was protected, got another; protect the model again after replacing it"
             )
         if owned is not None and id(item.weight) not in owned:
             raise RuntimeError(
-                f"osf_torch.Guard.verify: expected the optimizer to own parameter "
+                f"osf_torch.{operator}: expected the optimizer to own parameter "
                 f"{item.name!r} still, got one that doesn't; protect again with the new one"
             )
 
@@ -212,18 +214,18 @@ def require_covered(
             )
 
 
-def require_hooks(items: Iterable[Protected], hooks: Hooks) -> None:
+def require_hooks(items: Iterable[Protected], hooks: Hooks, operator: str) -> None:
     """Refuses a guard whose hooks are off, or not on the tensors that train."""
     if not hooks.are_on:
         raise RuntimeError(
-            "osf_torch.Guard.verify: expected hooks on the model, got none; remove() or a "
+            f"osf_torch.{operator}: expected hooks on the model, got none; remove() or a "
             "later protect() has taken them off, or the optimizer was made anew"
         )
     lost = hooks.lost(item.weight for item in items)
     names = [item.name for item in items if id(item.weight) in lost]
     if names:
         raise RuntimeError(
-            f"osf_torch.Guard.verify: expected hooks on {listed(names)}, got tensors without: "
+            f"osf_torch.{operator}: expected hooks on {listed(names)}, got tensors without: "
             "torch has exchanged their bodies (Module.to, load_state_dict under "
             "swap_module_params_on_conversion) or something took the hooks off; protect the model "
             "again after that"
@@ -254,19 +256,19 @@ def require_projected(fired: int, missed: Collection[str], leaking: Collection[s
         )
 
 
-def require_guarded_writes(items: Iterable[Protected], *, restored: bool) -> None:
+def require_guarded_writes(items: Iterable[Protected], operator: str, *, restored: bool) -> None:
     """Refuses weights that something else than the guarded optimizer's steps has written to."""
     names = [item.name for item in items]
     if names and restored:
         raise RuntimeError(
-            "osf_torch.Guard.verify: expected the guarded optimizer's steps alone to write to "
+            f"osf_torch.{operator}: expected the guarded optimizer's steps alone to write to "
             f"weights, got something else that wrote to {listed(names)} between two steps, after "
             "which their protected part was restored to what it had been; after loading a "
             "checkpoint protect the model again, or load the guard's state too"
         )
     if names:
         raise RuntimeError(
-            "osf_torch.Guard.verify: expected the guarded optimizer's steps alone to write to "
+            f"osf_torch.{operator}: expected the guarded optimizer's steps alone to write to "
             f"weights, got something else since the last one in {listed(names)}; is another "
             "optimizer stepping? Then protect again with that one; after loading a checkpoint "
             "load the guard's state too"
@@ -288,14 +290,14 @@ def drifts(items: Sequence[Protected], mode: Mode) -> list[Drift]:
     ]
 
 
-def require_in_place(found: Sequence[Drift], tol: float | None) -> None:
+def require_in_place(found: Sequence[Drift], tol: float | None, operator: str) -> None:
     """Refuses weights whose protected part has moved; logs those that can't hold it any more."""
     for item, drift, limit in found:
-        _require_finite(item, drift)
+        _require_finite(item, drift, operator)
         limit = limit if tol is None else tol
         if not drift <= limit:
             raise RuntimeError(
-                f"osf_torch.Guard.verify: expected the protected part of {item.name!r} to be where "
+                f"osf_torch.{operator}: expected the protected part of {item.name!r} to be where "
                 f"it was to {limit:.2e}, got a drift of {drift:.2e}; something writes to the "
                 "weight outside of the optimizer's step: call Guard.restore() after it, or protect "
                 "again where it replaced the weight"
@@ -304,34 +306,34 @@ def require_in_place(found: Sequence[Drift], tol: float | None) -> None:
     if tol is None and lost:
         worst = max(lost, key=lost.__getitem__)
         log.warning(
-            "osf_torch.Guard.verify: the protected part of %d of %d weights is off by more than "
+            "osf_torch.%s: the protected part of %d of %d weights is off by more than "
             "%.0e, most in %r by %.1e of itself, which rounding of the weight explains: the weight "
             "has grown until its dtype holds no more of a part that is so much smaller; train in "
             "float32, or pass tol= to refuse it",
-            *(len(lost), len(found), measures.TOLD_DRIFT, worst, lost[worst]),
+            *(operator, len(lost), len(found), measures.TOLD_DRIFT, worst, lost[worst]),
         )
 
 
-def log_drift(found: Sequence[Drift]) -> None:
+def log_drift(found: Sequence[Drift], operator: str) -> None:
     """Logs weights whose protected part has moved where that isn't undone; refuses NaN and Inf."""
     for item, drift, _ in found:
-        _require_finite(item, drift)
+        _require_finite(item, drift, operator)
     moved = {item.name: drift for item, drift, limit in found if drift > limit}
     if moved:
         worst = max(moved, key=moved.__getitem__)
         log.warning(
-            "osf_torch.Guard.verify: the protected part of %d of %d weights has moved since "
+            "osf_torch.%s: the protected part of %d of %d weights has moved since "
             "protect(), most in %r by %.1e of itself; restore=False leaves what an optimizer "
             "itself does to it (elementwise steps, momentum, weight decay): protect with "
             "restore=True, or pass tol= to refuse it",
-            *(len(moved), len(found), worst, moved[worst]),
+            *(operator, len(moved), len(found), worst, moved[worst]),
         )
 
 
-def _require_finite(item: Protected, drift: float) -> None:
+def _require_finite(item: Protected, drift: float, operator: str) -> None:
     if not math.isfinite(drift):
         raise RuntimeError(
-            f"osf_torch.Guard.verify: expected finite weights, got NaN or Inf in {item.name!r};"
+            f"osf_torch.{operator}: expected finite weights, got NaN or Inf in {item.name!r};"
             " one such entry of a gradient spreads over the whole projected one: load an "
             "earlier checkpoint, and leave such steps out (GradScaler does, and "
             "clip_grad_norm_(error_if_nonfinite=True) refuses them)"

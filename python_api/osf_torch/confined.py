@@ -46,7 +46,6 @@ class Confined:
         self.held: list[Place] = []
         self._inputs = Inputs()
         self.told: set[str] = set()  # what a log line has said, until the next step
-        self.references: dict[str, drifting.Reference] = {}
         self.leave_out: frozenset[str] = frozenset()  # what else may train, by name
         self._released: dict[str, float] = {}
 
@@ -56,9 +55,9 @@ class Confined:
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
+            place.spec.reference = references.get(place.name)
             if not place.spec.is_opaque:
                 note_weight(place)
-        self.references = references
         self.held = list(places)
         stepping.watch(self)
 
@@ -80,7 +79,7 @@ class Confined:
             found: Confined = owner
             return found
         made = cls(model, owner._settings)
-        made.held, made.references = places, dict(owner.references)
+        made.held = places
         made.leave_out, made._released = owner.leave_out, dict(owner._released)
         stepping.watch(made)
         return made
@@ -103,6 +102,12 @@ class Confined:
                 "it anew"
             )
         return self.held
+
+    @property
+    def references(self) -> dict[str, drifting.Reference]:
+        """By which ``drift`` measures, by the weights' names."""
+        held = {place.name: place.spec.reference for place in self.held}
+        return {name: reference for name, reference in held.items() if reference is not None}
 
     def tell(self, what: str, text: str) -> None:
         """Says something in a log line, once until the next step; ``what`` it is about."""
@@ -138,7 +143,8 @@ class Confined:
     def release(self) -> None:
         """The plain model again, with the weights as they have become and no C.
 
-        An optimizer that was made for C refuses to step afterwards: make a new one.
+        An optimizer that was made for C refuses to step afterwards: make a new one. Where what is
+        protected has moved, a log line says so.
 
         Raises:
             RuntimeError: released already; of quantized weights, to which nothing can be added; of
@@ -152,6 +158,15 @@ class Confined:
                 "osf_torch.Confined.release: expected weights that can be written to, got "
                 f"quantized ones, {listed(opaque)}; keep them confined, and save "
                 "Confined.state_dict()"
+            )
+        moved = [
+            f"{place.name} by {found.moved:.1e} of its norm: {explained(place)}"
+            for place, found in self._drifts()
+            if not found.moved <= found.limit
+        ]
+        if moved:
+            log.warning(
+                "osf_torch.Confined.release: what was protected has moved, of %s", listed(moved)
             )
         self._end("release()")
         self.held = []
@@ -187,7 +202,9 @@ class Confined:
         """At the end of a task: protects what was learned in it too.
 
         What was learned goes into the weights, and C starts anew, of the new size. Make a new
-        optimizer afterwards; the old one refuses to step.
+        optimizer afterwards; the old one refuses to step. What was protected until now must be
+        where it was, as ``verify`` has it: a turn takes the weights as they are for what is to be
+        kept from then on.
 
         With ``batches`` of the task the bases grow by what the weights read on them, as of
         ``Guard.next_task``. Without, the weights are decomposed as they are now: the new bases are
@@ -206,7 +223,8 @@ class Confined:
                 without batches bases that protect other counts of rows and of columns, such as
                 those of ``input_subspaces``; new ones that leave nothing free; everything is as it
                 was.
-            RuntimeError: as ``release``; update="beside", where W is left as it is.
+            RuntimeError: as ``release``; what was protected has moved; update="beside", where W is
+                left as it is.
         """
         places, operator = self.places, "Confined.next_task"
         self._require_changeable(places, "next_task")
@@ -214,7 +232,8 @@ class Confined:
             got = '"beside"' if self.rank is None else f"rank={self.rank}"
             raise RuntimeError(
                 f'osf_torch.{operator}: expected update="merge", got {got}, where W is left as it '
-                "is; release(), refresh() and confine() anew"
+                "is; release(), and confine() anew outside of what refresh() or "
+                "input_subspaces(previous=...) returns"
             )
         make: Callable[..., Subspaces | Grown]
         if batches is None:
@@ -232,7 +251,7 @@ class Confined:
         else:
             require_by_inputs(ranks, widen, operator)
             make = partial(grown, batches=batches, previous=_protected(places))
-        self.merge()
+        self._require_unmoved(operator)
         found = make(
             self._model, places, leave_out=self.leave_out, options=options, operator=operator
         )
@@ -301,17 +320,20 @@ class Confined:
         A quantized weight whose kind is known is dequantized for it, and one that can't be any more
         is refused with a TypeError. Of any other kind nothing is known but that it is frozen.
         """
+        self._require_unmoved("Confined.verify", tol)
+        require_told(self.coverage(), "Confined.verify")
+
+    def _require_unmoved(self, operator: str, tol: float | None = None) -> None:
+        """Refuses weights that aren't where they were, or whose protected part isn't."""
         for place in self.places:
             require_in_place(self._model, place)
             require_frozen(place.spec, place.weight)
-        require_told(self.coverage(), "Confined.verify")
         for place, (moved, explicable) in self._drifts():
             limit = explicable if tol is None else tol
             if not moved <= limit:
                 raise RuntimeError(
-                    f"osf_torch.Confined.verify: expected what is protected of {place.name!r} to "
-                    f"have moved by at most {limit:.1e} of its norm, got {moved:.1e}: "
-                    f"{explained(place)}"
+                    f"osf_torch.{operator}: expected what is protected of {place.name!r} to have "
+                    f"moved by at most {limit:.1e} of its norm, got {moved:.1e}: {explained(place)}"
                 )
 
     def released(self) -> dict[str, float]:
@@ -386,7 +408,9 @@ class Confined:
         places = self.places
         state.load(places, saved, self._settings)
         self.reshard(places)
-        self.references = state.references_of(saved, places)
+        references = state.references_of(saved, places)
+        for place in places:
+            place.spec.reference = references.get(place.name)
         self._released = {}
         self.leave_out |= set(saved.get("leave_out", ()))
 

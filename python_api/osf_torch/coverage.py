@@ -183,8 +183,8 @@ def require_told(found: Coverage, operator: str) -> None:
         raise RuntimeError(
             f"osf_torch.{operator}: expected every matrix that trains to be covered, got "
             f"{listed(named)}, which nothing covers: all of them may move; refresh with them "
-            "(its filter= takes others than the default), freeze them, or leave them out by name: "
-            f"leave_out={list(found.untold)[:NAMED]}"
+            "(its filter= takes others than the default), freeze them, or leave them out by name, "
+            f"in protect, confine or next_task: leave_out={list(found.untold)[:NAMED]}"
         )
 
 

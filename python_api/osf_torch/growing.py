@@ -58,6 +58,7 @@ def grow(
     owner = {i: rank for rank, share in enumerate(sharers.split(costs)) for i in share}
     turn = Turn({}, {}, [])
     unread: dict[str, list[int]] = {}
+    untouched: list[str] = []
     shown = progress if sharers.rank == 0 else False
     with progress_bar(shown, "bases", len(selected), sum(costs)) as bar:
         for i, s in enumerate(selected):
@@ -76,10 +77,13 @@ def grow(
                 made.append(_grow_side(s.name, held, rows, energy, min_free, owner[i], sharers))
                 factors |= {side + key: t for key, t in made[-1].factors.items()}
             turn.found[s.name] = InputSubspace.of(factors)
-            turn.released[s.name] = max(read([one.released.max() for one in made]))
+            turn.released[s.name] = max(read([one.released.max() for one in made]), default=0.0)
+            if not made:
+                untouched.append(s.name)
             turn.at_floor.extend([s.name] if any(one.at_floor for one in made) else [])
             bar.advance(1, costs[i])
     if sharers.rank == 0:
+        _log_untouched(untouched, len(selected))
         _log_unread(unread, meters)
         _log_floor(turn)
     return turn
@@ -161,6 +165,18 @@ def _sides_read(meter: Kept, device: torch.device, sharers: Ranks) -> list[Side]
     flags = torch.tensor([[float(side in meter.sides()) for side in SIDES]], device=device)
     read_by = sharers.gather(flags).sum(0).tolist()
     return [side for side, count in zip(SIDES, read_by, strict=True) if count]
+
+
+def _log_untouched(untouched: Sequence[str], count: int) -> None:
+    if untouched:
+        log.warning(
+            "%s: no batch reached %d of %d weights, of which what was protected before stays as it "
+            "is: %s",
+            OP,
+            len(untouched),
+            count,
+            listed(untouched, 4),
+        )
 
 
 def _log_unread(unread: Mapping[str, Sequence[int]], meters: Mapping[str, Kept]) -> None:

@@ -203,6 +203,9 @@ class Guard:
     ) -> Subspaces | Grown:
         """At the end of a task: protects what was learned in it too.
 
+        What was protected until now must be where it was, as ``verify`` has it: a turn takes the
+        weights as they are for what is to be kept from then on.
+
         With ``batches`` of the task the bases grow by what the weights read on them, as
         ``input_subspaces(model, batches, previous=guard.subspaces, **options)`` has it: the side
         that a weight reads by is extended, merged and kept to its floor, the other one stays as it
@@ -247,6 +250,9 @@ class Guard:
                 one other than "keep" without an optimizer or of LBFGS, "project" of a state that
                 isn't known (8 bits, schedule-free's). Protection and state are as they were.
             TypeError: widen is neither int nor float; an option of neither.
+            RuntimeError: what was protected has moved, something else than the guarded optimizer
+                has written to the weights, or hooks are off; with restore=False what an optimizer
+                itself has moved is logged.
         """
         self._require_held("next_task")
         items = list(self._items.values())
@@ -266,7 +272,8 @@ class Guard:
             renewal.require_by_inputs(ranks, widen, operator)
             make = partial(renewal.grown, batches=batches, previous=self.subspaces)
         require_renewable(self._optimizer, items, optimizer_state)
-        self._steps.settle()
+        checks.agreed(items, operator, lambda: self._require_attached(operator))
+        self._require_unmoved(operator)
         found = make(
             self._model, items, leave_out=self._leave_out, options=options, operator=operator
         )
@@ -359,23 +366,33 @@ class Guard:
             model: the one that is trained, to be compared with the one that was protected.
             tol: on ``drift()``; None is what rounding and bases of this dtype explain.
         """
-        steps, items = self._steps, self._steps.together.items
-        checks.agreed(items, lambda: self._require_guarded(model, tol))
+        steps, items, operator = self._steps, self._steps.together.items, "Guard.verify"
+        checks.agreed(items, operator, lambda: self._require_guarded(model, tol))
         if self.when == "backward":
             ready = with_gradients(items)
             stale = {id(item) for item in weights.unmet(ready)}
             steps.judge([item for item in ready if id(item) not in stale])
         fired = steps.projections + steps.restorations
         leaking = {name for name, excess in steps.excess.items() if float(excess) > 0}
-        checks.agreed(items, lambda: checks.require_projected(fired, steps.missed, leaking))
+        checks.agreed(
+            items, operator, lambda: checks.require_projected(fired, steps.missed, leaking)
+        )
+        self._require_unmoved(operator, tol)
+
+    def _require_unmoved(self, operator: str, tol: float | None = None) -> None:
+        """Refuses weights whose protected part isn't where it was, or logs it with restore=False.
+        Of sharded weights a collective."""
+        steps, items = self._steps, self._steps.together.items
         steps.settle()
         if self.restores:
             drifts, noticed = checks.drifts(items, self.mode), steps.left.noticed()
-            checks.agreed(items, lambda: self._require_pinned(drifts, noticed, tol))
+            checks.agreed(
+                items, operator, lambda: self._require_pinned(drifts, noticed, operator, tol)
+            )
             return
         written = checks.moved_by_others(steps.left.settled(), self.mode) | steps.written
         drifts = checks.drifts(list(filter(checks.is_measurable, items)), self.mode)
-        checks.agreed(items, lambda: self._require_kept(drifts, written, tol))
+        checks.agreed(items, operator, lambda: self._require_kept(drifts, written, operator, tol))
 
     # What one rank alone may refuse, without a collective: ``checks.agreed`` tells the others.
 
@@ -383,35 +400,47 @@ class Guard:
         """Before gradients and weights are looked at."""
         if isinstance(tol, bool) or not (tol is None or isinstance(tol, Real)):
             raise TypeError(f"osf_torch.Guard.verify: expected tol to be a number, got {tol!r}")
-        items = self._steps.together.items
         if model is not None and model is not self._model:
             checks.require_same_model(self._model, model)
-        owned = None if self._optimizer is None else owned_by(self._optimizer)
-        checks.require_present(self._model, items, owned)
-        checks.require_bases(self._steps.together)
-        checks.require_contents(items)
-        checks.require_hooks(items, self._hooks)
+        self._require_attached("Guard.verify")
         checks.require_covered(self._model, self.subspaces, guarded())
         require_told(self.coverage(), "Guard.verify")
 
+    def _require_attached(self, operator: str) -> None:
+        """Refuses weights, bases and hooks that aren't those of ``protect``."""
+        items = self._steps.together.items
+        owned = None if self._optimizer is None else owned_by(self._optimizer)
+        checks.require_present(self._model, items, owned, operator)
+        checks.require_bases(self._steps.together)
+        checks.require_contents(items, operator)
+        checks.require_hooks(items, self._hooks, operator)
+
     def _require_pinned(
-        self, drifts: Sequence[checks.Drift], noticed: Sequence[Protected], tol: float | None
+        self,
+        drifts: Sequence[checks.Drift],
+        noticed: Sequence[Protected],
+        operator: str,
+        tol: float | None,
     ) -> None:
         """Of weights that are restored."""
-        checks.require_in_place(drifts, tol)
-        checks.require_guarded_writes(noticed, restored=True)
+        checks.require_in_place(drifts, tol, operator)
+        checks.require_guarded_writes(noticed, operator, restored=True)
 
     def _require_kept(
-        self, drifts: Sequence[checks.Drift], written: Collection[str], tol: float | None
+        self,
+        drifts: Sequence[checks.Drift],
+        written: Collection[str],
+        operator: str,
+        tol: float | None,
     ) -> None:
         """Of weights that aren't restored."""
         if self._optimizer is not None:
             others = [item for item in self._steps.together.items if item.name in written]
-            checks.require_guarded_writes(others, restored=False)
+            checks.require_guarded_writes(others, operator, restored=False)
         if tol is None:
-            checks.log_drift(drifts)
+            checks.log_drift(drifts, operator)
         else:
-            checks.require_in_place(drifts, tol)
+            checks.require_in_place(drifts, tol, operator)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming to the bit takes: bases, what is pinned, the settings, the count, and

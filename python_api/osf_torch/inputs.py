@@ -83,7 +83,9 @@ def input_subspaces(
             the same way.
         energy: in (0, 1].
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
-            stays as it is. A weight that it lacks starts from no V and has no U. A side without
+            stays as it is. A weight that it lacks starts from no V and has no U. One that it has
+            and that no batch reaches, such as an earlier task's head, stays as it is, which is
+            logged. A side without
             energies, as of ``refresh``, counts as one task that read its r directions alike, 1/r
             each: a direction gives way where later tasks read more than that along others.
         min_free: how many directions of a grown side stay free: a count (int), or a share of its n
@@ -118,9 +120,10 @@ def input_subspaces(
     Raises:
         ValueError: energy outside (0, 1]; min_free below 0, or no less than a side's directions;
             nothing matches; a name in ``previous`` that ``filter`` doesn't select, or whose V
-            doesn't fit; no batches; a weight of which no product was seen; a product with a part of
-            its columns, as of a layer that tensor parallelism shards, or a convolution with a part
-            of a kernel; NaN or Inf in inputs; the weight of an nn.Embedding.
+            doesn't fit; no batches; a weight of which no product was seen and that ``previous``
+            lacks, or none of any weight; a product with a part of its columns, as of a layer that
+            tensor parallelism shards, or a convolution with a part of a kernel; NaN or Inf in
+            inputs; the weight of an nn.Embedding.
         TypeError: min_free is neither int nor float; a batch of another type; a weight that
             ``refresh`` doesn't take.
         RuntimeError: another rank of the group failed.
@@ -166,7 +169,9 @@ def input_subspaces(
             forward=forward,
             masks=masks,
         )
-        require_reached([name for name, meter in meters.items() if not meter.sides()], OP, SEEN)
+        missed = [name for name, meter in meters.items() if not meter.sides()]
+        held = [] if len(missed) == len(meters) else previous  # of these nothing is to be added
+        require_reached([name for name in missed if name not in held], OP, SEEN)
         _require_finite(meters)
     except Exception as caught:
         error = caught

@@ -120,7 +120,7 @@ def _checked(
         others = " and ".join(f"{type(m).__name__}.{a}" for m, a in having[:3])
         raise ValueError(
             f"{told} a weight of one module, got one that is shared by {others}; leave it out by "
-            f"name, leave_out={name!r} of refresh or subspaces.without({name!r}), or untie it"
+            f"name, leave_out={name!r} of refresh or input_subspaces, or untie it"
         )
     if isinstance(module, nn.utils.parametrize.ParametrizationList) or _is_source(
         module, attribute
@@ -325,7 +325,8 @@ def _require_some(told: str, left: FreeBasis, right: FreeBasis, rank: int | None
     if not (left.width and right.width):
         raise ValueError(
             f"{told} something free, got bases that protect all {left.size} rows or all "
-            f"{right.size} columns; give it a smaller rank, or freeze it and leave it out"
+            f"{right.size} columns; give it a smaller rank, or bases by inputs a min_free, or "
+            "freeze it and leave it out"
         )
     if rank is not None and rank > min(left.width, right.width):
         raise ValueError(

@@ -70,6 +70,8 @@ class Spec:
         decays_to_zero: whether C is the free part of the weight itself, and not what is added.
         spectra: of the sides that inputs made, by "U" or "V"; on the host, since the turn to the
             next task alone reads them.
+        reference: a ``drifting.Reference`` of what the weight was when it was confined; None of one
+            that can't be read.
         inputs: what the confined layers of the model have read, of all its weights.
         owner: the ``Confined`` that made it, which lives as long as a module has it.
         shared: what layers that use the weight give their gradients to, see ``linear._shared``.
@@ -95,6 +97,7 @@ class Spec:
     dtype: torch.dtype
     decays_to_zero: bool = False
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+    reference: Any = None
     owner: object = None
     inputs: Inputs = field(default_factory=Inputs)
     shared: tuple[Any, ...] | None = None
