@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -44,3 +45,14 @@ def test_attention_holds_what_it_projects_on_the_way_out():
         y = model(x, x, x)[0][0] - model.out_proj.bias
         read = torch.linalg.solve(model.out_proj.weight, y.mT)
     assert share(high(found["out_proj.weight"].V), read) >= 0.9 - 1e-9
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_tied_embedding_is_told_of_what_is_looked_up(is_tied, caplog):
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False))
+    if is_tied:
+        model[2].weight = model[0].weight
+    names = ["1.weight", "0.weight" if is_tied else "2.weight"]
+    found = input_subspaces(model, [torch.arange(5)], filter=names, progress=False)
+    assert set(found) == set(names)
+    assert ("0.weight is looked up by row too" in caplog.text) == is_tied

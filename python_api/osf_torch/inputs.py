@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from osf_torch.activations import Forward, require_reached, watch
-from osf_torch.coverage import coverage, named_in, tell
+from osf_torch.coverage import coverage, log, named_in, tell
 from osf_torch.growing import OP, Kept, grow
 from osf_torch.grown import Grown
 from osf_torch.kinds import owners
@@ -21,6 +21,8 @@ from osf_torch.selection import Filter, Names, Selected, listed, require_seed, s
 from osf_torch.sharding import Group
 from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Subspace
+
+_LOOKUPS = nn.Embedding, nn.EmbeddingBag
 
 
 def input_subspaces(
@@ -49,7 +51,8 @@ def input_subspaces(
     end of a task with some of its inputs, and protect the next task with what it returns; the
     inputs themselves need not be kept. Where a product sums over the other side, Wᵀ x, it is U that
     grows, and what is said here of V holds for it: so of transformers' Conv1D and of experts whose
-    matrices are (inputs, outputs). A weight that is read by both sides grows both.
+    matrices are (inputs, outputs). A weight that is read by both sides grows both. Of one that an
+    embedding is tied to what is looked up isn't protected, which is logged.
 
     Of a convolution W is its (out, in/groups·kh·kw) matrix, and X are the patches of its input, as
     ``torch.nn.functional.unfold`` has them, over any number of dimensions, with its stride, padding
@@ -180,6 +183,7 @@ def input_subspaces(
     told = coverage(model, {id(s.weight) for s in selected}, names)
     if sharers.rank == 0:
         tell(told, "input_subspaces")
+        _tell_lookups(model, selected)
     return Grown(turn.found, coverage=told, released=turn.released)
 
 
@@ -201,12 +205,31 @@ def _require_products(model: nn.Module, selected: Sequence[Selected]) -> None:
     owned = owners(model)
     for s in selected:
         modules = [module for module, _ in owned[id(s.weight)]]
-        if all(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in modules):
+        if all(isinstance(module, _LOOKUPS) for module in modules):
             raise ValueError(
                 f"{OP}: expected {s.name!r} to be multiplied with activations, as the weight of "
                 f"an nn.Linear is, got one of {type(modules[0]).__name__}; leave it out by filter="
                 ", or protect the model without it"
             )
+
+
+def _tell_lookups(model: nn.Module, selected: Sequence[Selected]) -> None:
+    """Says which weights are looked up by row too, as of tied embeddings: bases of what multiplies
+    them protect nothing of that."""
+    owned = owners(model)
+    tied = [
+        s.name
+        for s in selected
+        if any(isinstance(module, _LOOKUPS) for module, _ in owned[id(s.weight)])
+    ]
+    if tied:
+        log.warning(
+            "%s: %s is looked up by row too, as tied embeddings are, and what is looked up isn't "
+            "protected: rows may move along all directions that are free; freeze the weight to "
+            "keep them",
+            OP,
+            listed(tied),
+        )
 
 
 def _require_selected(previous: Mapping[str, Subspace], selected: Sequence[Selected]) -> None:
