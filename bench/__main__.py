@@ -184,6 +184,16 @@ def _plot(csv: Path, picture: Path) -> None:
         print(f"picture in {picture}")
 
 
+def run_streams(arguments: argparse.Namespace) -> int:
+    try:
+        from bench.streams import cli
+
+        return cli.run(arguments)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last finished task", file=sys.stderr)
+        return 130  # as shells have it of a command that SIGINT ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
@@ -206,9 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "traffic":
             return traffic_cli.run_cases(arguments)
         if arguments.command == "streams":
-            from bench.streams import cli
-
-            return cli.run(arguments)
+            return run_streams(arguments)
         if arguments.command == "show":
             print(report.short_table(report.read_csv(arguments.csv)))
             return 0

@@ -40,7 +40,7 @@ def forgotten_bars(axes: Any, lost: Mapping[str, Spread], colours: Sequence[str]
         axes.barh(
             place,
             100 * spread.mean,
-            xerr=100 * spread.deviation,
+            xerr=None if spread.deviation is None else 100 * spread.deviation,
             color=colour,
             height=0.7,
             error_kw={"linewidth": 1.0, "capsize": 2},

@@ -146,18 +146,19 @@ def provenance(taken: Sequence[Run], asked: int, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; 0 of a single one."""
+    """Mean and sample standard deviation over seeds; None of a single one."""
 
     mean: float
-    deviation: float
+    deviation: float | None
 
     @classmethod
     def over(cls, values: Iterable[float]) -> Spread:
         found = list(values)
-        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f}"
+        mean = f"{100 * self.mean:.1f}"
+        return mean if self.deviation is None else f"{mean} ± {100 * self.deviation:.1f}"
 
 
 @dataclass(frozen=True)

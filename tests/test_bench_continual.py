@@ -43,7 +43,8 @@ def test_figures_of_a_matrix() -> None:
 def test_spread_is_mean_and_sample_deviation() -> None:
     spread = continual_rows.Spread.over([0.1, 0.2, 0.3])
     assert (spread.mean, spread.deviation) == pytest.approx((0.2, 0.1))
-    assert str(continual_rows.Spread.over([0.5])) == "50.0 ± 0.0"
+    assert str(spread) == "20.0 ± 10.0"
+    assert str(continual_rows.Spread.over([0.5])) == "50.0"
 
 
 def summary(method: str, average: float, forgotten: float) -> continual_rows.Summary:

@@ -60,9 +60,13 @@ GOOD = {"split": "test", "label": "Bad", "text": "dull"}
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("{", "expected a JSON object"),
+        ("{", "expected a JSON object in UTF-8, got Expecting"),
         ("[1]", "expected an object with the strings split, label, text, got list"),
-        (json.dumps({"split": "test", "label": 1, "text": "dull"}), "expected an object with"),
+        (json.dumps({**GOOD, "label": 1}), "strings split, label, text, got label 1$"),
+        (json.dumps({**GOOD, "text": None}), "got text null$"),
+        (json.dumps({"text": [1]}), r"got no split and no label and text \[1\]$"),
+        (json.dumps({**GOOD, "text": list(range(100))}), r"got text \[0, 1, .{33}$"),
+        (json.dumps({**GOOD, "text": "half a \ud83d"}), "whole characters, got 'utf-8' codec"),
         (json.dumps({**GOOD, "label": "Awful"}), "label to be one of Bad, Good, got 'Awful'"),
         (json.dumps({**GOOD, "label": "-"}), "label to be one of Bad, Good, got '-'"),
         (json.dumps({**GOOD, "split": "dev"}), "split to be one of train, .* got 'dev'"),
@@ -77,21 +81,46 @@ def test_a_bad_line_is_named_by_file_and_number(folder: Path, line: str, what: s
         data.read(folder)
 
 
+def test_a_byte_that_is_not_utf_8_is_named_by_file_and_line(folder: Path) -> None:
+    path = folder / "imdb.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[7] = json.dumps({**GOOD, "text": "na?ve"}).encode().replace(b"?", b"\xef")
+    path.write_bytes(b"\n".join(lines))
+    message = r"imdb\.jsonl:8: expected a JSON object in UTF-8, got 'utf-8' codec can't decode"
+    with pytest.raises(data.DataError, match=message):
+        data.read(folder)
+    lines[7] = json.dumps({**GOOD, "text": "naïve"}, ensure_ascii=False).encode()
+    path.write_bytes(b"\r\n".join(lines))
+    assert "naïve" in [example.text for example in data.read(folder)["imdb"].examples["test"]]
+
+
 def edited(folder: Path, name: str, keep: Callable[[dict[str, str]], bool]) -> None:
     path = folder / f"{name}.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if keep(json.loads(line))))
 
 
+NEUTRAL = r"cb\.jsonl: expected examples of every label for training, got none of neutral$"
+
+
 def test_a_label_without_examples_to_train_on_is_named(folder: Path) -> None:
     edited(folder, "cb", lambda row: (row["split"], row["label"]) != ("train", "neutral"))
-    with pytest.raises(data.DataError, match=r"cb\.jsonl: expected examples to train .* neutral"):
+    with pytest.raises(data.DataError, match=NEUTRAL):
         data.read(folder)
 
 
-def test_a_split_without_examples_is_named(folder: Path) -> None:
-    edited(folder, "copa", lambda row: row["split"] != "validation")
-    with pytest.raises(data.DataError, match=r"copa\.jsonl: .* to validation .* none at all"):
+@pytest.mark.parametrize(
+    ("split", "purpose"),
+    [
+        ("train", "of every label for training"),
+        ("validation", "for validation"),
+        ("test", "for testing"),
+    ],
+)
+def test_a_split_without_examples_is_named(folder: Path, split: str, purpose: str) -> None:
+    edited(folder, "copa", lambda row: row["split"] != split)
+    message = rf"copa\.jsonl: expected examples {purpose}, got none$"
+    with pytest.raises(data.DataError, match=message):
         data.read(folder)
 
 

@@ -7,35 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench import __main__ as command
-from bench.streams import arguments, cli, data, plot, rows, show
-from bench.streams.encoder import Encoded, Encoder
-from bench.streams.methods import DEFAULT, METHODS
+from bench.streams import arguments, data, plot, rows, show
+from bench.streams.methods import DEFAULT, HEADS, HEADS_RATE
 from bench.streams.runs import SEED, TUNED_BY, Missing, Runs, Wanted, tuned_on
 from bench.streams.training import After, Outcome, Setting
-from tests.small_continual import SMALL, small_encoder
-from tests.small_streams import write_folder
+from tests.small_streams import open_small, write_folder
 
 SETTING = Setting(steps=1, batch=2, precision="fp32")
 PLAIN = Wanted("4", "plain", 0, 1e-3)
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-
-
-def open_small(stream: data.Stream) -> Encoder:
-    """A small encoder for a stream's counts and classes, on tokens of no text."""
-    generator = torch.Generator().manual_seed(0)
-    tasks = []
-    for task in stream.tasks:
-        found = {}
-        for split, examples in task.examples.items():
-            ids = torch.randint(SMALL.vocab_size, (len(examples), 4), generator=generator)
-            mask = torch.ones_like(ids, dtype=torch.bool)
-            labels = [example.label for example in examples]
-            found[split] = Encoded(list(zip(ids, mask, strict=True)), labels)
-        tasks.append(found)
-    return Encoder(small_encoder(), tasks, [len(task.classes) for task in stream.tasks])
 
 
 @pytest.fixture
@@ -101,7 +82,7 @@ def known(
     *,
     own: float | None = None,
     moved: float = 1.0,
-    general: float = 3.0,
+    general: float | None = 3.0,
 ) -> None:
     """Puts a run into the file whose accuracies are all ``score``; before the last task ``own``."""
     names = data.ORDERS["4"]
@@ -109,7 +90,8 @@ def known(
     for number in range(14):
         accuracies = [score] * 14 if number == 13 else [score if own is None else own]
         course = [score] * (number + 1) if number % 3 == 2 else []
-        after.append(After(accuracies, accuracies, course, moved, 1.0, general + number, 2.0))
+        loss = None if general is None else general + number
+        after.append(After(accuracies, accuracies, course, moved, 1.0, loss, 2.0))
     rows.write(csv, runs._row(wanted), names, Outcome(after, 30.0, general))
 
 
@@ -126,8 +108,35 @@ def test_the_learning_rate_is_the_best_on_validation_of_equals_the_smaller(
     assert tried == pytest.approx({rate: scores[rate] for rate in (1e-4, 3e-4, 1e-3)})
     del scores[3e-3]
     assert runs.rates(["plain", "matched"], "4") == {"plain": 3e-3, "matched": 3e-3}
-    with pytest.raises(Missing, match=r"has no learning rate of lora for small, 1 steps of 2, on"):
+    with pytest.raises(Missing, match=r"has no learning rate of lora, for small, 1 steps of 2, on"):
         runs.rates(["plain", "lora"], "4")
+    assert runs.rates(["plain", "lora"], "4", 0.5) == {"plain": 0.5, "lora": 0.5}
+
+
+def test_heads_have_one_rate_for_their_rows_and_need_no_other(folder: Path, tmp_path: Path) -> None:
+    runs = runs_of(folder, tmp_path / "rows.csv")
+    for given in (None, 0.5):
+        assert runs.rates([HEADS], "4", given) == {HEADS: HEADS_RATE}
+    assert HEADS_RATE == 1e-4  # of the rows that there are
+    assert str(Wanted("4", HEADS, 0, HEADS_RATE)) == "heads, stream 4, seed 0"
+    with pytest.raises(Missing, match=r"no learning rate of plain, for .* --methods plain first"):
+        runs.rates([HEADS, "plain"], "4")
+
+
+def test_a_rate_that_another_method_takes_is_asked_for_on_its_behalf(
+    folder: Path, tmp_path: Path
+) -> None:
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    message = r"of bases-inputs \(for soft-1, rank-half\), plain, .* bases-inputs,plain first, or"
+    with pytest.raises(Missing, match=message):
+        runs.rates(["soft-1", "rank-half", "plain"], "4")
+    with pytest.raises(Missing, match=r"of bases-inputs, for small"):
+        runs.rates(["soft-1", "bases-inputs"], "4")
+    with pytest.raises(
+        Missing, match=rf"of {DEFAULT} \(for matched\), .*--methods {DEFAULT} first$"
+    ):
+        runs.train(Wanted("4", "matched", 0, 1e-3))
 
 
 def test_a_stream_takes_rates_of_one_with_as_many_steps_a_task(
@@ -140,7 +149,9 @@ def test_a_stream_takes_rates_of_one_with_as_many_steps_a_task(
     ]
     known(csv, runs, Wanted("4", "plain", SEED, 1e-4), 0.5)
     assert runs.rates(["plain"], "5") == {"plain": 1e-4}
-    with pytest.raises(Missing, match=r"on stream 4x3; run with --tune --stream 4x3 first"):
+    with pytest.raises(
+        Missing, match=r"on stream 4x3; run with --tune --stream 4x3 --methods plain first"
+    ):
         runs.rates(["plain"], data.LONG)
     known(csv, runs, Wanted(data.LONG, "plain", SEED, 3e-4), 0.5)
     assert runs.rates(["plain"], data.LONG) == {"plain": 3e-4}
@@ -254,6 +265,7 @@ def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:
     assert "lora did not run" in show.verdict({n: r for n, r in found.items() if n != "lora"}, "4")
     table = show.figures_table(found, "4")
     assert table.row_count == len(scores)
+    assert "general: how much" in str(table.caption)
     assert list(table.columns[-1].cells) == ["1300.0 ± 0.0"] * len(scores)  # from 3 to 16 nats
     assert plot.general(found["plain"]) == (list(range(15)), [3.0, *range(3, 17)])
     known(csv, runs, Wanted("4", "olora", 0, 1e-3), 0.25, own=0.75)
@@ -262,47 +274,51 @@ def test_table_verdict_and_picture(folder: Path, tmp_path: Path) -> None:
     assert plot.so_far(other) == (looked, ([14], [25.0]))
     assert plot.of_task(other, 0) == (looked, ([1, 14], [75.0, 25.0]))
     assert plot.of_task(other, 13) == (([], []), ([14, 14], [25.0, 25.0]))
-    pytest.importorskip("matplotlib")
-    plot.draw(found, "4", tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            ["--methods", "magic"],
-            r"expected --methods of minilm to be some of heads, plain, .* got magic",
-        ),
-        (["--methods", "heads", "--model", "smollm2"], r"of smollm2 to be .* got heads"),
-        (["--stream", "6"], r"expected --stream to be some of 4, 5, 4x3, got 6"),
-        (["--seeds", "0"], r"expected --seeds to be at least 1, got 0"),
-        (["--data", "/nowhere"], r"expected a folder of tasks, got /nowhere"),
-    ],
-)
-def test_a_bad_argument_is_named(
-    folder: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_a_table_of_one_seed_has_no_deviations_and_explains_its_own_columns(
+    folder: Path, tmp_path: Path
 ) -> None:
-    assert command.main(["streams", "--data", str(folder), *given]) == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_the_command_trains_shows_and_draws(
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = cli.Model(lambda precision: open_small, 80, 16, RATES)
-    monkeypatch.setitem(cli.MODELS, "minilm", model)
     csv = tmp_path / "rows.csv"
-    given = ["streams", "--data", str(folder), "--csv", str(csv), "--steps", "1", "--batch", "2"]
-    tuned = [*given, "--methods", "plain", "--precision", "fp32"]
-    assert command.main([*tuned, "--tune"]) == 0
-    assert "accuracy on validation" in capsys.readouterr().out
-    assert command.main([*tuned, "--seeds", "2"]) == 0
-    out = capsys.readouterr().out
-    assert "NOT TRAINED NOW: 1 of 2 runs" in out  # the tuning's own
-    assert METHODS["plain"].title in out
-    assert "No verdict on stream 4" in out
-    assert csv.with_name("rows_minilm_4.png").exists()
+    runs = runs_of(folder, csv)
+    known(csv, runs, Wanted("4", HEADS, 0, HEADS_RATE), 0.5, general=None)
+    known(csv, runs, PLAIN, 0.25, general=None)
+    found = {one.method: [one] for one in runs.known()}
+    table = show.figures_table(found, "4")
+    assert [list(column.cells) for column in table.columns[2:6]] == [
+        ["-", "0.001"],
+        ["50.0", "25.0"],
+        ["50.0", "25.0"],
+        ["0.0", "0.0"],
+    ]
+    assert "one seed" in str(table.title)
+    assert "general" not in str(table.caption)
+    assert table.columns[-1].header == "s"
+    known(csv, runs, PLAIN._replace(seed=1), 0.75, general=None)
+    two = [one for one in runs.known() if one.method == "plain"]
+    table = show.figures_table(found | {"plain": two}, "4")
+    assert list(table.columns[3].cells) == ["50.0", "50.0 ± 35.4"]
+    assert "standard deviation over the seeds" in str(table.title)
+
+
+def test_the_picture_says_how_many_examples_lines_and_dots_are_of(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot as plt
+
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv)
+    known(csv, runs, PLAIN, 0.5)
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    plot.draw({"plain": runs.known()}, "4", tmp_path / "picture.png")
+    monkeypatch.undo()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    (figure,) = drawn
+    legend = figure.axes[0].get_legend()
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["plain fine-tuning", "lines: 64 test examples a task", "dots: 250"]
+    below = figure.subfigs[1]._supxlabel.get_text()
+    assert "lines: 64 test examples; dots: 250" in below
+    plt.close(figure)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -89,15 +92,17 @@ MODELS: dict[str, Model] = {
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises ValueError for a bad argument, data that isn't as it should be, and where a run needs
-    another first."""
+    """Raises ValueError for a bad argument, data that isn't as it should be, a state that is
+    damaged, and where a run needs another first."""
     from bench.bar import bar_on  # rich: only where something is drawn
     from bench.streams import show
     from bench.streams.plot import draw
 
     model = MODELS[arguments.model]
     fitting = [name for name in METHODS if name not in model.left_out]
-    methods = arguments.methods or [name for name in fitting if METHODS[name].compared]
+    methods: list[str] | None = arguments.methods
+    if methods is None:
+        methods = [name for name in fitting if METHODS[name].compared]
     _require(arguments, methods, fitting)
     setting = Setting(
         arguments.steps or model.steps, arguments.batch or model.batch, arguments.precision
@@ -105,8 +110,12 @@ def run(arguments: argparse.Namespace) -> int:
     console = show.console_of()
     with bar_on(console) as progress:
         bar = progress.add_task("reading", total=None)
+        tasks = data.read(arguments.data)
+        _require_place("csv", arguments.csv)
+        if arguments.picture is not None:
+            _require_place("picture", arguments.picture)
         runs = Runs(
-            data.read(arguments.data),
+            tasks,
             setting,
             arguments.csv,
             model.opener(PRECISIONS[arguments.precision]),
@@ -130,12 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
                 console.print(f"accuracy on validation {when}, stream {stream}, in %:")
                 console.print(show.tuning_table(tuned, model.rates), markup=False, highlight=False)
             return 0
-        rates = {
-            stream: dict.fromkeys(methods, arguments.lr)
-            if arguments.lr is not None
-            else runs.rates(methods, stream)
-            for stream in arguments.stream
-        }
+        rates = {stream: runs.rates(methods, stream, arguments.lr) for stream in arguments.stream}
         asked = [
             Wanted(stream, name, seed, rates[stream][name])
             for seed in range(arguments.seeds)
@@ -187,6 +191,35 @@ def _require(arguments: argparse.Namespace, methods: Sequence[str], fitting: Seq
         given = getattr(arguments, name)
         if given is not None and given < 1:
             raise ValueError(f"bench streams: expected --{name} to be at least 1, got {given}")
+    if arguments.lr is not None and not 0 < arguments.lr < math.inf:
+        raise ValueError(
+            f"bench streams: expected --lr to be a finite number above 0, got {arguments.lr:g}; "
+            "without --lr each method has the rate that --tune found"
+        )
+    if arguments.tune and all(METHODS[name].fixed is not None for name in methods):
+        raise ValueError(
+            "bench streams: expected --methods to have one with a learning rate to --tune, got "
+            f"{', '.join(methods)}; run without --tune"
+        )
+
+
+def _require_place(name: str, path: Path) -> None:
+    """Makes the folder of a file that is written later."""
+    trouble = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        trouble = error.strerror or str(error)
+    else:
+        if path.is_dir():
+            trouble = "it is a folder"
+        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+            trouble = "it can't be written to"
+    if trouble:
+        raise ValueError(
+            f"bench streams: expected --{name} to be a file that can be written, got {path}: "
+            f"{trouble}; name another one"
+        )
 
 
 def train(runs: Runs, asked: Sequence[Wanted]) -> list[str]:
@@ -210,7 +243,8 @@ def tune(
     runs: Runs, methods: Sequence[str], stream: str, expect: Callable[[int], object]
 ) -> dict[str, dict[float, float]]:
     """Scores of the learning rates tried, by method."""
-    todo = list(dict.fromkeys(METHODS[name].tuned_as or name for name in methods))
+    tunable = [name for name in methods if METHODS[name].fixed is None]
+    todo = list(dict.fromkeys(METHODS[name].tuned_as or name for name in tunable))
     expect(TRIED * sum(runs.steps(Wanted(stream, name, SEED, 0.0)) for name in todo))
     tuned: dict[str, dict[float, float]] = {}
     while todo:

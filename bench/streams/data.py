@@ -50,6 +50,11 @@ LABELS: dict[str, tuple[str, ...]] = {
     "agnews": ("World", "Sports", "Business", "Science or Technology"),
     "multirc": ("False", "True"),
 }
+PURPOSES: dict[Split, str] = {
+    "train": "of every label for training",
+    "validation": "for validation",
+    "test": "for testing",
+}
 WITHOUT_LABEL = {"mnli": "-"}  # of a pair on which its annotators didn't agree: passed over
 ORDERS: dict[str, tuple[str, ...]] = {
     "4": tuple(LABELS),
@@ -73,6 +78,7 @@ ORDERS: dict[str, tuple[str, ...]] = {
 THIRDS = 3
 LONG = "4x3"  # the first order three times, a third of each task's training data each time
 STREAMS = (*ORDERS, LONG)
+SHOWN = 40  # characters of a value that is no string
 HELP = "DATA= names a folder with one JSON-lines file a task, mnli.jsonl and so on"
 
 
@@ -103,8 +109,8 @@ def read(folder: Path, names: Sequence[str] = tuple(LABELS)) -> dict[str, Task]:
 
     Raises:
         FileNotFoundError: the folder or a task's file isn't there.
-        DataError: a line that is no JSON object of split, label and text, or has a label that the
-            task doesn't have; a split or a label without an example in training.
+        DataError: a line that is no JSON object of split, label and text in UTF-8, or has a label
+            that the task doesn't have; a split without an example, a label without one in training.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"bench streams: expected a folder of tasks, got {folder}; {HELP}")
@@ -120,7 +126,7 @@ def read(folder: Path, names: Sequence[str] = tuple(LABELS)) -> dict[str, Task]:
 def _task(path: Path, name: str) -> Task:
     classes = LABELS[name]
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # decoded by line, so that a bad byte is named by its line
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             split, label, text = _fields(where, line)
@@ -137,23 +143,32 @@ def _task(path: Path, name: str) -> Task:
         lacking = [label for i, label in enumerate(classes) if not counts[i]]
         if not found or (split == "train" and lacking):
             raise DataError(
-                f"bench streams: {path}: expected examples to {split} of every label, got none "
-                f"{'of ' + ', '.join(lacking) if found else 'at all'}"
+                f"bench streams: {path}: expected examples {PURPOSES[split]}, got none"
+                f"{' of ' + ', '.join(lacking) if found else ''}"
             )
     return Task(name, classes, {split: tuple(found) for split, found in examples.items()})
 
 
-def _fields(where: str, line: str) -> tuple[Split, str, str]:
+def _fields(where: str, line: bytes) -> tuple[Split, str, str]:
     """Split, label and text of a line."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
     except ValueError as error:
-        raise DataError(f"bench streams: {where}: expected a JSON object, got {error}") from None
+        raise DataError(
+            f"bench streams: {where}: expected a JSON object in UTF-8, got {error}"
+        ) from None
     fields = ("split", "label", "text")
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in fields):
+    wrong = [type(row).__name__]
+    if isinstance(row, dict):
+        wrong = [
+            f"{name} {json.dumps(row[name])[:SHOWN]}" if name in row else f"no {name}"
+            for name in fields
+            if not isinstance(row.get(name), str)
+        ]
+    if wrong:
         raise DataError(
             f"bench streams: {where}: expected an object with the strings {', '.join(fields)}, got "
-            f"{sorted(row) if isinstance(row, dict) else type(row).__name__}"
+            f"{' and '.join(wrong)}"
         )
     if row["split"] not in get_args(Split):
         raise DataError(
@@ -162,6 +177,12 @@ def _fields(where: str, line: str) -> tuple[Split, str, str]:
         )
     if not row["text"].strip():
         raise DataError(f"bench streams: {where}: expected a text, got an empty one")
+    try:
+        row["text"].encode("utf-8")  # JSON may name half of a character, \ud800
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"bench streams: {where}: expected a text of whole characters, got {error}"
+        ) from None
     return row["split"], row["label"], row["text"]
 
 

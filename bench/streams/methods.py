@@ -20,6 +20,8 @@ ENERGIES = (0.8, 0.9, 0.95, 0.97, 0.99)  # of ``osf_torch.input_subspaces``; its
 # What osf_torch does without arguments; the matched baseline is held to it.
 DEFAULT = f"energy-{inspect.signature(osf_torch.input_subspaces).parameters['energy'].default:g}"
 HEADS = "heads"  # of models that have them
+# By which rows of heads are told apart, though it is of nothing that they train.
+HEADS_RATE = 1e-4
 BASES = "bases-inputs"  # whose learning rate the variants of ours take
 
 
@@ -32,12 +34,14 @@ class Method:
         make: of a subject, and of the radii of other methods.
         tuned_as: whose learning rate it takes; its own where this is empty.
         compared: in a run that names no methods.
+        fixed: the learning rate in the rows of a method that has none; None where it has one.
     """
 
     title: str
     make: Make
     tuned_as: str = ""
     compared: bool = False
+    fixed: float | None = None
 
 
 def _peer(kind: Callable[[Subject], Plain]) -> Make:
@@ -59,8 +63,7 @@ def _ours(
 
 
 METHODS: dict[str, Method] = {
-    # Its learning rate is of nothing that it trains: heads have one of their own.
-    HEADS: Method("heads alone", _peer(peers.Heads), DEFAULT, compared=True),
+    HEADS: Method("heads alone", _peer(peers.Heads), compared=True, fixed=HEADS_RATE),
     "plain": Method("plain fine-tuning", _peer(peers.Plain), compared=True),
     "matched": Method("plain, as far as ours moves", _matched, "plain", compared=True),
     "lora": Method(f"LoRA, r = {peers.LORA_RANK}", _peer(peers.Lora), compared=True),

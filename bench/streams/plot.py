@@ -40,6 +40,7 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     runs = {name: found for name, found in runs.items() if found}
@@ -98,14 +99,24 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(True, color="#dddddd", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    course.legend(fontsize=7, frameon=False, ncols=2)
+    grey: dict[str, Any] = {"color": "#333333", "linewidth": 1.2}
+    judged_on = [
+        Line2D([], [], **grey, label=f"lines: {COURSE} test examples a task"),
+        Line2D([], [], **grey | DOTS, label=f"dots: {JUDGED}"),
+    ]
+    methods, _ = course.get_legend_handles_labels()
+    course.legend(handles=[*methods, *judged_on], fontsize=7, frameon=False, ncols=2)
+    halves[1].supxlabel(
+        f"after task; lines: {COURSE} test examples; dots: {JUDGED}, right after the task and at "
+        "the end",
+        fontsize=8,
+    )
     fewest, most = min(map(len, runs.values())), max(map(len, runs.values()))
     count = str(most) if fewest == most else f"{fewest} to {most}"
     over_seeds = f"mean of {count} seeds" if most > 1 else "one seed"
     figure.suptitle(
         f"stream {stream}: {len(names)} tasks one after the other, {over_seeds}; below, the "
-        f"accuracy of each task, %. Lines: on {COURSE} of its test examples. Dots: on {JUDGED}, "
-        "right after it and at the end.",
+        "accuracy of each task, %",
         fontsize=10,
     )
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ class Wanted(NamedTuple):
     rate: float
 
     def __str__(self) -> str:
-        return f"{self.method}, stream {self.stream}, seed {self.seed}, lr {self.rate:g}"
+        rate = f", lr {self.rate:g}" if METHODS[self.method].fixed is None else ""
+        return f"{self.method}, stream {self.stream}, seed {self.seed}{rate}"
 
 
 class Missing(ValueError):
@@ -166,30 +167,45 @@ class Runs:
         except _Elsewhere:
             return None
 
-    def rates(self, methods: Sequence[str], stream: str) -> dict[str, float]:
-        """The learning rate of each method: the best of those tried, of equals the smaller one.
+    def rates(
+        self, methods: Sequence[str], stream: str, given: float | None = None
+    ) -> dict[str, float]:
+        """The learning rate of each method: the one given, or the tuned one.
 
         Raises:
             Missing: one that wasn't tuned.
+        """
+        rates = {name: fixed for name in methods if (fixed := METHODS[name].fixed) is not None}
+        asked = {name: METHODS[name].tuned_as or name for name in methods if name not in rates}
+        if given is not None:
+            return rates | dict.fromkeys(asked, given)
+        return rates | self._tuned(asked, stream, ", or give --lr")
+
+    def _tuned(self, asked: Mapping[str, str], stream: str, instead: str = "") -> dict[str, float]:
+        """The best learning rate of those tried, of equals the smaller one.
+
+        Args:
+            asked: of a method, whose rate it takes.
+            instead: what else may be done where one is missing.
         """
         tried: dict[str, list[tuple[float, float]]] = {}
         for one in self.known():
             if (one.stream, one.seed) == (tuned_on(stream), SEED):
                 score = self.criterion(one.outcome, "validation")
                 tried.setdefault(one.method, []).append((score, -one.learning_rate))
-        asked = {name: METHODS[name].tuned_as or name for name in methods}
         missing = sorted({name for name in asked.values() if name not in tried})
         if missing:
             raise Missing(
-                f"bench streams: {self.csv} has no learning rate of {', '.join(missing)} for "
-                f"{self.model}, {self.setting.steps} steps of {self.setting.batch}, on stream "
-                f"{tuned_on(stream)}; run with --tune --stream {tuned_on(stream)} first, or give "
-                "--lr"
+                f"bench streams: {self.csv} has no learning rate of "
+                f"{', '.join(_on_behalf(name, asked) for name in missing)}, for {self.model}, "
+                f"{self.setting.steps} steps of {self.setting.batch}, on stream "
+                f"{tuned_on(stream)}; run with --tune --stream {tuned_on(stream)} --methods "
+                f"{','.join(missing)} first{instead}"
             )
         return {name: -max(tried[other])[1] for name, other in asked.items()}
 
     def _radii(self, wanted: Wanted, other: str) -> list[float]:
-        rate = self.rates([other], wanted.stream)[other]
+        rate = self._tuned({wanted.method: other}, wanted.stream)[wanted.method]
         there = self.found(wanted._replace(method=other, rate=rate))
         if there is None:
             raise Missing(
@@ -217,6 +233,12 @@ class Runs:
         so that no run goes on from what other code has left."""
         name = hashlib.sha256(repr((rows.key(row), row.code)).encode()).hexdigest()[:16]
         return self.csv.with_name(f"{self.csv.stem}.partial") / f"{name}.pt"
+
+
+def _on_behalf(name: str, asked: Mapping[str, str]) -> str:
+    """A method, and for which ones its learning rate is asked for where it isn't for itself."""
+    takers = [method for method, whose in asked.items() if whose == name]
+    return name if name in takers else f"{name} (for {', '.join(takers)})"
 
 
 class _Elsewhere(Exception):

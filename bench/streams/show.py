@@ -40,21 +40,25 @@ def over(runs: Sequence[Run], figure: Figure) -> Spread:
 def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
     """A line a method, the means and standard deviations over its seeds."""
     count = max(len(found[0].names) for found in runs.values())
+    several = any(len(found) > 1 for found in runs.values())
+    over_seeds = "mean and standard deviation over the seeds" if several else "one seed"
+    has_general = any(found[0].outcome.general is not None for found in runs.values())
+    legend = (
+        " general: how much the loss on text of no task has grown over the stream, in hundredths "
+        "of nats."
+    )
     table = Table(
-        title=f"stream {stream}: {count} tasks, accuracy on test examples in %, mean and standard "
-        "deviation over the seeds",
+        title=f"stream {stream}: {count} tasks, accuracy on test examples in %, {over_seeds}",
         caption="average: all tasks, after the last one. learned: each right after it was trained. "
         "forgotten: what of that is gone after the last task, in points. first kept: what the "
         f"first {SHOWN} tasks have at the end, of what they had. last: the last {SHOWN} tasks at "
         "the end. free: share of the matrices' numbers that an update can take, in the second "
         "task and in the last. s: seconds of training of a run, with what the method does before "
-        "and after a task. general: how much the loss on text of no task has grown over the "
-        "stream, in hundredths of nats.",
+        f"and after a task.{legend if has_general else ''}",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("method", no_wrap=True)
-    has_general = any(found[0].outcome.general is not None for found in runs.values())
     for header in (
         "seeds",
         "lr",
@@ -73,7 +77,7 @@ def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
         table.add_row(
             METHODS[name].title,
             str(len(found)),
-            f"{found[0].learning_rate:g}",
+            f"{found[0].learning_rate:g}" if METHODS[name].fixed is None else "-",
             *(str(over(found, figure)) for figure in (average, learned, forgetting, kept, latest)),
             f"{lines[min(1, len(lines) - 1)].free:.2f} to {lines[-1].free:.2f}",
             f"{over(found, _seconds).mean:.0f}",

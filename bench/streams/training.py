@@ -95,6 +95,10 @@ class Diverged(FloatingPointError):
     """A loss that isn't finite."""
 
 
+class Damaged(ValueError):
+    """A state between two tasks that can't be read."""
+
+
 def run(
     build: Build,
     subject: Subject,
@@ -115,6 +119,7 @@ def run(
 
     Raises:
         Diverged: a loss that isn't finite.
+        Damaged: a state that can't be read.
 
     Draws heads, the order of examples and what a method draws from ``seed`` and the task's number,
     the same for every method and whether or not the run was cut short.
@@ -123,10 +128,9 @@ def run(
     method = build(subject)
     outcome = Outcome()
     if partial is not None and partial.exists():
-        saved: dict[str, Any] = torch.load(partial, weights_only=False)
-        outcome = saved["outcome"]
-        subject.load(saved["subject"])
-        method.load(saved["method"])
+        outcome, of_subject, of_method = _saved(partial)
+        subject.load(of_subject)
+        method.load(of_method)
     if not outcome.after:
         outcome.general = subject.general(method.model)
     for number in range(len(outcome.after), tasks):
@@ -220,6 +224,20 @@ def _save(partial: Path, outcome: Outcome, subject: Subject, method: Plain) -> N
     finally:
         with contextlib.suppress(FileNotFoundError):
             fresh.unlink()
+
+
+def _saved(partial: Path) -> tuple[Outcome, dict[str, Any], dict[str, Any]]:
+    """The outcome so far, the subject's state and the method's."""
+    with partial.open("rb") as file:
+        try:
+            saved = torch.load(file, weights_only=False)
+            return saved["outcome"], saved["subject"], saved["method"]
+        except Exception as error:  # bytes that aren't what was written can raise anything
+            raise Damaged(
+                f"bench streams: expected {partial} to be the state of a run between two tasks, "
+                f"got {type(error).__name__}: {str(error).partition(chr(10))[0]}; delete it, and "
+                "the same command trains the run from its first task"
+            ) from None
 
 
 # Figures of a run.
