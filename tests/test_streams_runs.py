@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.streams import arguments, data, plot, rows, show
+from bench.streams import arguments, cli, data, plot, rows, show
 from bench.streams.methods import DEFAULT, HEADS, HEADS_RATE
 from bench.streams.runs import SEED, TUNED_BY, Missing, Runs, Wanted, tuned_on
 from bench.streams.training import After, Outcome, Setting
@@ -174,8 +174,16 @@ def test_a_matched_run_needs_the_other_one(folder: Path, tmp_path: Path) -> None
     runs = runs_of(folder, csv)
     known(csv, runs, Wanted("4", DEFAULT, 0, 1e-3), 0.5, moved=0.02)
     matched = Wanted("4", "matched", 1, 1e-3)
-    with pytest.raises(Missing, match=rf"as far as {DEFAULT} does, .* stream 4 with seed 1; run"):
+    lacking = rf"as far as {DEFAULT} does, .* stream 4 with seed 1 and lr 0.001; run"
+    with pytest.raises(Missing, match=lacking):
         runs.train(matched)
+    with pytest.raises(Missing, match=lacking):
+        runs.require_needed([matched])
+    ours = runs.needed(matched)
+    assert ours == Wanted("4", DEFAULT, 1, 1e-3)
+    runs.require_needed([matched, ours])
+    assert cli.train(runs, [matched, ours]) == []
+    assert list(runs.finished([matched, ours])) == [matched, ours]
     runs.train(matched._replace(seed=0))
     found = runs.found(matched._replace(seed=0))
     assert found is not None

@@ -42,7 +42,7 @@ def trained(name: str, partial: Path | None = None, cut_after: int = 10**9) -> O
             raise Cut
 
     return training.run(
-        lambda subject: METHODS[name].make(subject, lambda other: [RADIUS] * TASKS),
+        lambda subject: METHODS[name].make(subject, lambda: [RADIUS] * TASKS),
         small_subject(TASKS),
         TASKS,
         SETTING,

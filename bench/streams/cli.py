@@ -150,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
         notice = rows.provenance(list(taken.values()), len(asked), arguments.csv)
         show.say(console, notice)
         missing = [wanted for wanted in asked if wanted not in taken]
+        runs.require_needed(missing)
         progress.update(bar, total=sum(map(runs.steps, missing)))
         failed = train(runs, missing)
     finished = runs.finished(asked)
@@ -223,20 +224,27 @@ def _require_place(name: str, path: Path) -> None:
 
 
 def train(runs: Runs, asked: Sequence[Wanted]) -> list[str]:
-    """Trains what is asked for; waits for what another process trains. What diverged, in words."""
-    failed: list[str] = []
+    """Trains what is asked for; waits for what another process trains, or another run needs.
+    Returns what diverged, in words."""
+    failed: dict[Wanted, str] = {}
 
     def is_done(wanted: Wanted) -> bool:
+        other = runs.needed(wanted)
+        if other in failed:
+            failed[wanted] = f"{wanted}: needs {other}"
+            return True
+        if other is not None and runs.found(other) is None:
+            return False
         try:
             return runs.train(wanted)
         except Diverged as error:
-            failed.append(f"{wanted}: {error}")
+            failed[wanted] = f"{wanted}: {error}"
             return True
 
-    waiting = list(asked)
+    waiting = sorted(asked, key=lambda wanted: bool(METHODS[wanted.method].needs))
     while waiting := [wanted for wanted in waiting if not is_done(wanted)]:
         time.sleep(WAIT_S)
-    return failed
+    return list(failed.values())
 
 
 def tune(

@@ -13,8 +13,8 @@ from bench.streams.peers import Plain
 from bench.streams.sources import Library, Memories, Probed, Source, Weights
 from bench.streams.subject import Subject
 
-# ‖ΔW‖ of each task of a method's run on the same stream with the same seed.
-Radii = Callable[[str], Sequence[float]]
+# ‖ΔW‖ of each task of the run that a method needs.
+Radii = Callable[[], Sequence[float]]
 Make = Callable[[Subject, Radii], Plain]
 ENERGIES = (0.8, 0.9, 0.95, 0.97, 0.99)  # of ``osf_torch.input_subspaces``; its default among them
 # What osf_torch does without arguments; the matched baseline is held to it.
@@ -35,6 +35,7 @@ class Method:
         tuned_as: whose learning rate it takes; its own where this is empty.
         compared: in a run that names no methods.
         fixed: the learning rate in the rows of a method that has none; None where it has one.
+        needs: of which method it takes the radii, those of the run with its stream and seed.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Method:
     tuned_as: str = ""
     compared: bool = False
     fixed: float | None = None
+    needs: str = ""
 
 
 def _peer(kind: Callable[[Subject], Plain]) -> Make:
@@ -49,7 +51,7 @@ def _peer(kind: Callable[[Subject], Plain]) -> Make:
 
 
 def _matched(subject: Subject, radii: Radii) -> Plain:
-    return peers.Matched(subject, radii(DEFAULT))
+    return peers.Matched(subject, radii())
 
 
 def _ours(
@@ -65,7 +67,9 @@ def _ours(
 METHODS: dict[str, Method] = {
     HEADS: Method("heads alone", _peer(peers.Heads), compared=True, fixed=HEADS_RATE),
     "plain": Method("plain fine-tuning", _peer(peers.Plain), compared=True),
-    "matched": Method("plain, as far as ours moves", _matched, "plain", compared=True),
+    "matched": Method(
+        "plain, as far as ours moves", _matched, "plain", compared=True, needs=DEFAULT
+    ),
     "lora": Method(f"LoRA, r = {peers.LORA_RANK}", _peer(peers.Lora), compared=True),
     "olora": Method(f"O-LoRA, r = {peers.OLORA_RANK}", _peer(peers.OLora), compared=True),
     "peft-osf": Method("OSF (peft)", _peer(peers.PeftOsf), compared=True),

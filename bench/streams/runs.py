@@ -130,9 +130,7 @@ class Runs:
                 self.say(f"{wanted}: task {number + 1} of {len(names)}, {names[number]}")
 
             outcome = run(
-                lambda subject: METHODS[wanted.method].make(
-                    subject, lambda other: self._radii(wanted, other)
-                ),
+                lambda subject: METHODS[wanted.method].make(subject, lambda: self._radii(wanted)),
                 self.open(stream),
                 len(names),
                 self.setting.of(stream.parts),
@@ -204,14 +202,31 @@ class Runs:
             )
         return {name: -max(tried[other])[1] for name, other in asked.items()}
 
-    def _radii(self, wanted: Wanted, other: str) -> list[float]:
+    def needed(self, wanted: Wanted) -> Wanted | None:
+        """The run that a run can't do without, by its method's tuned learning rate."""
+        other = METHODS[wanted.method].needs
+        if not other:
+            return None
         rate = self._tuned({wanted.method: other}, wanted.stream)[wanted.method]
-        there = self.found(wanted._replace(method=other, rate=rate))
+        return wanted._replace(method=other, rate=rate)
+
+    def require_needed(self, asked: Sequence[Wanted]) -> None:
+        """Refuses runs that need one that is neither in the file nor among those asked for.
+
+        Raises:
+            Missing: there is such a run.
+        """
+        for wanted in asked:
+            other = self.needed(wanted)
+            if other is not None and other not in asked and self.found(other) is None:
+                raise _missing(wanted, other, self.csv)
+
+    def _radii(self, wanted: Wanted) -> list[float]:
+        other = self.needed(wanted)
+        assert other is not None
+        there = self.found(other)
         if there is None:
-            raise Missing(
-                f"bench streams: {wanted.method} moves as far as {other} does, of which {self.csv} "
-                f"has no run on stream {wanted.stream} with seed {wanted.seed}; run {other} first"
-            )
+            raise _missing(wanted, other, self.csv)
         return [line.moved or 0.0 for line in there.outcome.after]
 
     def _row(self, wanted: Wanted) -> Row:
@@ -239,6 +254,14 @@ def _on_behalf(name: str, asked: Mapping[str, str]) -> str:
     """A method, and for which ones its learning rate is asked for where it isn't for itself."""
     takers = [method for method, whose in asked.items() if whose == name]
     return name if name in takers else f"{name} (for {', '.join(takers)})"
+
+
+def _missing(wanted: Wanted, other: Wanted, csv: Path) -> Missing:
+    return Missing(
+        f"bench streams: {wanted.method} moves as far as {other.method} does, of which {csv} has "
+        f"no run on stream {other.stream} with seed {other.seed} and lr {other.rate:g}; run "
+        f"{other.method} first, or beside it"
+    )
 
 
 class _Elsewhere(Exception):
