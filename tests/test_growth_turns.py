@@ -311,13 +311,9 @@ def complement(subspace, m, n):
     """P of a matrix's rows after one another, (m·n, m·n)."""
     sides = []
     for side, size in ((subspace.U, m), (subspace.V, n)):
-        Q = torch.zeros(size, size, dtype=torch.float64)
-        if side is not None:
-            columns = side.columns.double()
-            Q = columns @ columns.mT
-            Q = torch.eye(size).double() - Q if side.spans == "low" else Q
-        sides.append(torch.eye(size).double() - Q)
-    return torch.kron(sides[0], sides[1])
+        columns = torch.zeros(size, 0).double() if side is None else high(side)
+        sides.append(torch.eye(size).double() - columns @ columns.mT)
+    return torch.kron(*sides)
 
 
 def foreign_optimizer(model):

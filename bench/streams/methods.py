@@ -31,7 +31,7 @@ class Method:
 
     Attributes:
         title: in tables and pictures.
-        make: of a subject, and of the radii of other methods.
+        make: of a subject, and of the radii of the run that it needs.
         tuned_as: whose learning rate it takes; its own where this is empty.
         compared: in a run that names no methods.
         fixed: the learning rate in the rows of a method that has none; None where it has one.

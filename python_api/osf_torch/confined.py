@@ -51,11 +51,11 @@ class Confined:
 
     def begin(self, places: Sequence[Place], tensors: Sequence[dict[str, nn.Parameter]]) -> None:
         """Gives the modules what they train; called by ``confine`` and ``next_task``."""
-        references = {place.name: drifting.reference(place) for place in places if place.is_read}
+        for place in places:
+            place.spec.reference = drifting.reference(place) if place.is_read else None
         for place, held in zip(places, tensors, strict=True):
             attach(place.module, [place.spec], held)
             place.spec.owner, place.spec.inputs = self, self._inputs
-            place.spec.reference = references.get(place.name)
             if not place.spec.is_opaque:
                 note_weight(place)
         self.held = list(places)
@@ -300,11 +300,10 @@ class Confined:
 
     def _drifts(self) -> list[tuple[Place, drifting.Drift]]:
         self.merge()
-        references = self.references
         return [
-            (place, drifting.drift(place, references[place.name]))
+            (place, drifting.drift(place, place.spec.reference))
             for place in self.places
-            if place.name in references
+            if place.spec.reference is not None
         ]
 
     @torch.no_grad()
@@ -324,7 +323,8 @@ class Confined:
         require_told(self.coverage(), "Confined.verify")
 
     def _require_unmoved(self, operator: str, tol: float | None = None) -> None:
-        """Refuses weights that aren't where they were, or whose protected part isn't."""
+        """Refuses weights that aren't where they were, or whose protected part isn't. Of sharded
+        weights a collective."""
         for place in self.places:
             require_in_place(self._model, place)
             require_frozen(place.spec, place.weight)
@@ -356,11 +356,10 @@ class Confined:
     def base_moved(self) -> dict[str, float]:
         """Per weight that C stands beside ‖W − W₀‖ / ‖W₀‖, how far the weight itself is from what
         it was at ``confine``: 0 to rounding, or something was loaded since."""
-        references = self.references
         return {
-            p.name: drifting.base_moved(p, references[p.name])
+            p.name: drifting.base_moved(p, p.spec.reference)
             for p in self.places
-            if p.name in references and p.spec.update == "beside"
+            if p.spec.reference is not None and p.spec.update == "beside"
         }
 
     def coverage(self) -> Coverage:
@@ -391,7 +390,7 @@ class Confined:
         returns, which :meth:`load_state_dict` then takes. Of sharded weights a collective.
         """
         self.merge()
-        found = state.state_of(self.places, self._settings, self.references)
+        found = state.state_of(self.places, self._settings)
         return {**found, "leave_out": sorted(self.leave_out)}
 
     @torch.inference_mode(False)
@@ -408,9 +407,6 @@ class Confined:
         places = self.places
         state.load(places, saved, self._settings)
         self.reshard(places)
-        references = state.references_of(saved, places)
-        for place in places:
-            place.spec.reference = references.get(place.name)
         self._released = {}
         self.leave_out |= set(saved.get("leave_out", ()))
 

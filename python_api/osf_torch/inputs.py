@@ -88,9 +88,9 @@ def input_subspaces(
         previous: V by parameter name, of :func:`refresh` or of the task before, and U, which
             stays as it is. A weight that it lacks starts from no V and has no U. One that it has
             and that no batch reaches, such as an earlier task's head, stays as it is, which is
-            logged. A side without
-            energies, as of ``refresh``, counts as one task that read its r directions alike, 1/r
-            each: a direction gives way where later tasks read more than that along others.
+            logged. A side without energies, as of ``refresh``, counts as one task that read its r
+            directions alike, 1/r each: a direction gives way where later tasks read more than that
+            along others.
         min_free: how many directions of a grown side stay free: a count (int), or a share of its n
             (float in [0, 1), rounded up to whole directions, of which one at least is protected).
             With 0 nothing is released, and where V' reaches n columns the weight can't move any

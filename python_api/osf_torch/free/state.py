@@ -26,20 +26,18 @@ KEYS = ("update", "rank", "decay_to", "confined")
 SAME = 1e-6
 
 
-def state_of(
-    places: Sequence[Place], settings: Settings, references: Mapping[str, Reference]
-) -> dict[str, Any]:
+def state_of(places: Sequence[Place], settings: Settings) -> dict[str, Any]:
     """Of ``Confined.state_dict``."""
     return {
         "format": FORMAT,
         "update": settings.update,
         "rank": settings.rank,
         "decay_to": settings.decay_to,
-        "confined": {place.name: _saved(place, references) for place in places},
+        "confined": {place.name: _saved(place) for place in places},
     }
 
 
-def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
+def _saved(place: Place) -> dict[str, Any]:
     spec = place.spec
     found: dict[str, Any] = {
         "shape": tuple(spec.shape),
@@ -55,8 +53,8 @@ def _saved(place: Place, references: Mapping[str, Reference]) -> dict[str, Any]:
         found["base"] = _copied(place.get(spec.base))
     elif spec.update == "beside" and not spec.is_opaque and place.weight.element_size() < 4:
         found["base"] = _copied(place.weight)
-    if place.name in references:
-        start = references[place.name]
+    start = spec.reference
+    if start is not None:
         # A quantized weight is what it was, or is refused when it is read.
         now = start.whole.clone() if spec.is_opaque else drifting.reference(place).whole
         protected, whole = start.protected.clone(), start.whole.clone()
@@ -109,13 +107,11 @@ def sides_of(state: Mapping[str, Any]) -> dict[str, Sides]:
     }
 
 
-def references_of(state: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Reference]:
-    """What the weights were when they were confined first."""
-    return {
-        place.name: Reference(*(saved[key].to(place.device) for key in ("protected", "start")))
-        for place in places
-        if "start" in (saved := state["confined"][place.name])
-    }
+def _read_reference(saved: Mapping[str, Any], device: torch.device) -> Reference | None:
+    """What a weight was when it was confined first."""
+    if "start" not in saved:
+        return None
+    return Reference(saved["protected"].to(device), saved["start"].to(device))
 
 
 def require_of_weights(places: Sequence[Place], state: Mapping[str, Any]) -> dict[str, bool]:
@@ -214,6 +210,7 @@ def _load(place: Place, saved: Mapping[str, Any], has_block: bool) -> None:
         side: Spectrum(**{part: _copied(t).cpu() for part, t in held.items()})
         for side, held in saved.get("spectra", {}).items()
     }
+    spec.reference = _read_reference(saved, place.device)
     spec.follow(place.device)
     whole = current(place).detach().clone() if spec.update == "beside" and has_block else None
     started = place.get(spec.merged).clone() if spec.update == "merge" else None

@@ -78,7 +78,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             confined.told.clear()
             for place in confined.places:
                 require_in_place(confined.model, place)
-                _require_unwritten(confined, place)
+                _require_unwritten(place)
 
 
 def _concerned(optimizer: torch.optim.Optimizer) -> tuple[list[Confined], set[int]]:
@@ -98,7 +98,7 @@ def _concerned(optimizer: torch.optim.Optimizer) -> tuple[list[Confined], set[in
     return found, owned
 
 
-def _require_unwritten(confined: Confined, place: Place) -> None:
+def _require_unwritten(place: Place) -> None:
     """Refuses to go on from a weight whose protected part something has written to, where the host
     sees that it was written to: see ``merging.is_written``.
 
@@ -107,7 +107,7 @@ def _require_unwritten(confined: Confined, place: Place) -> None:
     """
     if place.spec.is_opaque or place.is_sharded or not is_written(place):
         return
-    moved, limit = drifting.drift(place, confined.references[place.name])
+    moved, limit = drifting.drift(place, place.spec.reference)
     if moved <= limit:
         note_weight(place)
         return
