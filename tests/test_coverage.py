@@ -256,6 +256,28 @@ def test_names_that_are_left_out_reach_the_next_task_and_a_resumed_run(way):
     holder.verify()
 
 
+@pytest.mark.parametrize("way", [protect, confine])
+def test_a_protected_weight_is_not_left_out_by_its_name(way):
+    """Neither at first nor at a turn, which would keep on protecting it; nothing is changed."""
+    model = nn.Sequential(linear(8, 6), nn.Linear(6, 4))
+    subspaces = refresh(model, 0.5, progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"optimizer": optimizer} if way is protect else {}
+    message = "leave_out to name what isn't protected, got '1.weight', which the subspaces protect"
+    with pytest.raises(ValueError, match=rf"osf_torch\.{way.__name__}: expected {message}"):
+        way(model, subspaces, leave_out=["1.bias", "1.weight"], **options)
+    assert model.state_dict().keys() == before.keys()
+    holder = way(model, subspaces, leave_out="1.bias", **options)
+    turns = [{}, {"batches": [torch.randn(5, 8)]}]
+    for turn in turns:
+        with pytest.raises(ValueError, match=rf"\.next_task: expected {message}"):
+            holder.next_task(leave_out="1.weight", progress=False, **turn)
+    assert holder.drift().keys() == {"0.weight", "1.weight"}
+    for name, tensor in before.items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
 class Heads(nn.Module):
     """A map cut apart by heads, and tables: no batches of matrices that activations go through."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from osf_torch.confined import Confined
-from osf_torch.coverage import named_in, tell
+from osf_torch.coverage import named_in, require_others, tell
 from osf_torch.free.admission import Origin, Settings, admitted, made
 from osf_torch.free.spec import Update
 from osf_torch.free.state import (
@@ -102,10 +102,11 @@ def confine(
         A :class:`Confined`. The model holds it, whether or not the caller does.
 
     Raises:
-        ValueError: an unknown name, bases that don't fit the weight or aren't orthonormal, a weight
-            with nothing free or nothing protected, one that is shared by two modules, that is
-            frozen, parametrized, guarded by ``protect`` or confined already, sharded by FSDP or
-            ZeRO-3; mode="core", whose allowed updates are no block; nothing is changed.
+        ValueError: an unknown name, one of the subspaces' in leave_out, bases that don't fit the
+            weight or aren't orthonormal, a weight with nothing free or nothing protected, one that
+            is shared by two modules, that is frozen, parametrized, guarded by ``protect`` or
+            confined already, sharded by FSDP or ZeRO-3; mode="core", whose allowed updates are no
+            block; nothing is changed.
         TypeError: subspaces isn't a mapping to Subspace; a weight whose values can't be read, with
             update="merge", or of experts whose module doesn't run with plain weights (MXFP4); a
             sparse embedding.
@@ -130,6 +131,7 @@ def confine(
     chosen: Update = update or ("beside" if rank is not None else "merge")
     settings = Settings(chosen, rank, decay_to, dtype)
     places = admitted(model, subspaces, settings)
+    require_others(model, leave_out, {id(place.weight) for place in places}, "confine")
     if rank is not None and generator is None:
         generator = torch.Generator("cpu").manual_seed(0)
     tensors = [made(place, settings, generator) for place in places]

@@ -151,6 +151,29 @@ def named_in(model: nn.Module, leave_out: Names, subspaces: object, operator: st
     return [*names, *sorted(named_by(subspaces))]
 
 
+def require_others(
+    model: nn.Module, leave_out: Names, covered: Collection[int], operator: str
+) -> None:
+    """Refuses a covered weight that ``leave_out`` has by its name; a pattern means the others.
+
+    Args:
+        covered: ids of the parameters that are to be covered.
+
+    Raises:
+        ValueError: it has one.
+    """
+    weights = named_weights(model)
+    names = patterns_of(leave_out, "leave_out", operator)
+    both = [name for name in names if name in weights and id(weights[name]) in covered]
+    if both:
+        raise ValueError(
+            f"osf_torch.{operator}: expected leave_out to name what isn't protected, got "
+            f"{listed(list(map(repr, both)))}, which the subspaces protect; a weight that is to "
+            "move freely is left out of refresh or input_subspaces, whose subspaces then hold none "
+            "of it"
+        )
+
+
 def named_by(subspaces: object) -> frozenset[str]:
     """What was left out by name in making subspaces."""
     found: Coverage | None = getattr(subspaces, "coverage", None)

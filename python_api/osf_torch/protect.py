@@ -11,7 +11,7 @@ from torch import nn
 from osf_kernels import Mode, plan
 from osf_torch import measures
 from osf_torch import protected as weights
-from osf_torch.coverage import named_in, tell
+from osf_torch.coverage import named_in, require_others, tell
 from osf_torch.free.spec import places_of
 from osf_torch.free.state import is_state as is_confined_state
 from osf_torch.guard import Guard
@@ -98,10 +98,11 @@ def protect(
         caller does.
 
     Raises:
-        ValueError: no subspace, an unknown parameter name, a shape that doesn't fit, an
-            optimizer that is missing or doesn't own a protected parameter, S or ``protected`` of
-            another weight, columns that aren't orthonormal, a state that isn't of these weights, a
-            convolution sharded by another dimension than the first; nothing is attached.
+        ValueError: no subspace, an unknown parameter name, one of the subspaces' in leave_out, a
+            shape that doesn't fit, an optimizer that is missing or doesn't own a protected
+            parameter, S or ``protected`` of another weight, columns that aren't orthonormal, a
+            state that isn't of these weights, a convolution sharded by another dimension than the
+            first; nothing is attached.
         TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer, or one
             whose steps can't be hooked; a weight without values (meta), in FSDP1's flat parameters
             or of another kind of tensor (quantized).
@@ -164,6 +165,7 @@ def protect(
         subspaces = subspaces_of(state)
         _require_optimizer(optimizer, when, restore)
     items = _items(model, subspaces, mode)
+    require_others(model, leave_out, {id(item.weight) for item in items}, "protect")
     zero3 = next((item.name for item in items if weights.zero3_shape(item.weight)), None)
     if zero3 is not None and (restore or when == "step"):
         raise ValueError(

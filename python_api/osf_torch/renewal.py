@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from osf_torch.coverage import named_in
+from osf_torch.coverage import named_in, require_others
 from osf_torch.grown import Grown
 from osf_torch.inputs import input_subspaces
 from osf_torch.refresh import refresh
@@ -159,7 +159,12 @@ def _left_out(
     options: Mapping[str, Any],
     operator: str,
 ) -> list[str]:
-    """The names of what is left out, so far and by ``options``, beside the weights themselves."""
+    """The names of what is left out, so far and by ``options``, beside the weights themselves.
+
+    Raises:
+        ValueError: ``options`` have one of the weights by its name.
+    """
+    require_others(model, options.get("leave_out"), keys, operator)
     patterns = [*leave_out, *named_in(model, options.get("leave_out"), None, operator)]
     return [
         name
