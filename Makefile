@@ -90,10 +90,14 @@ bench: $(INSTALLED)  ## Measure on the CPU against peers, write the committed CS
 continual: $(INSTALLED)  ## Five tasks in a row, what each method forgets; ANEW=1 trains what has rows too
 	@$(BIN)/python -m bench continual $(if $(ANEW),--anew)
 
-streams: $(INSTALLED)  ## 14 and 42 tasks in a row from DATA=folder: accuracy, forgetting, capacity
+STREAMS = $(BIN)/python -m bench streams --data "$(DATA)"
+streams: $(INSTALLED)  ## Long streams of tasks from DATA=folder, with an encoder and a decoder: what is forgotten; hours
 	@test -n "$(DATA)" || { echo "error: make streams DATA=folder, with one JSON-lines file a task: see bench/README.md" >&2; exit 2; }
-	@$(BIN)/python -m bench streams --data "$(DATA)" --tune
-	@$(BIN)/python -m bench streams --data "$(DATA)" --stream 4,5,4x3 $(if $(ANEW),--anew)
+	@$(STREAMS) --stream 4,4x3 --tune
+	@$(STREAMS) --stream 4 $(if $(ANEW),--anew)
+	@$(STREAMS) --stream 5,4x3 --seeds 1 $(if $(ANEW),--anew)
+	@$(STREAMS) --model smollm2 --stream 4 --tune
+	@$(STREAMS) --model smollm2 --stream 4 --seeds 1 $(if $(ANEW),--anew)
 
 static: $(BUILT)  ## Inspect every kernel's machine code and model what its launches move, no GPU, 10 min
 	@$(BIN)/python -m bench static --csv bench/results/static.csv

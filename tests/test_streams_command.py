@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def call(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """The command with a small model, one step a task, and rows in ``rows.csv``."""
-    monkeypatch.setitem(cli.MODELS, "minilm", cli.Model(lambda _: open_small, 80, 16, RATES))
+    monkeypatch.setitem(cli.MODELS, "minilm", cli.Model(lambda _: open_small, 80, 16, RATES, "4"))
     rows = str(tmp_path / "rows.csv")
 
     def called(*given: str) -> int:
@@ -45,7 +45,7 @@ def call(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
             r"expected --methods of minilm to be some of heads, plain, .* got magic",
         ),
         (["--methods", "heads", "--model", "smollm2"], r"of smollm2 to be .* got heads"),
-        (["--stream", "6"], r"expected --stream to be some of 4, 5, 4x3, got 6"),
+        (["--stream", "6"], r"expected --stream to be some of 4, 5, 4x3, short, got 6"),
         (["--seeds", "0"], r"expected --seeds to be at least 1, got 0"),
         (["--methods", ""], r"expected --methods of minilm to be some of heads, .* got none"),
         (["--lr", "-1"], r"expected --lr to be a finite number above 0, got -1; without --lr"),

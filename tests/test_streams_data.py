@@ -35,6 +35,9 @@ def test_streams_have_every_task_once_or_a_third_of_it_three_times(folder: Path)
         found = data.stream(tasks, name)
         assert [task.name for task in found.tasks] == list(data.ORDERS[name])
         assert sorted(data.ORDERS[name]) == sorted(data.LABELS)
+    short = [task.name for task in data.stream(tasks, data.SHORT).tasks]
+    assert set(short) < set(data.LABELS)
+    assert len(set(short)) == len(short) == 4
     long = data.stream(tasks, data.LONG)
     assert len(long.tasks) == 42
     for name, whole in tasks.items():

@@ -10,7 +10,7 @@ import pytest
 
 from bench.streams import arguments, cli, data, plot, rows, show
 from bench.streams.methods import DEFAULT, HEADS, HEADS_RATE
-from bench.streams.runs import SEED, TUNED_BY, Missing, Runs, Wanted, tuned_on
+from bench.streams.runs import SEED, TUNED_BY, Missing, Runs, Wanted
 from bench.streams.training import After, Outcome, Setting
 from tests.small_streams import open_small, write_folder
 
@@ -145,7 +145,7 @@ def test_a_stream_takes_rates_of_one_with_as_many_steps_a_task(
     csv = tmp_path / "rows.csv"
     runs = runs_of(folder, csv)
     assert [runs.setting.of(data.stream(runs.tasks, name).parts) for name in data.STREAMS] == [
-        runs.setting.of(data.stream(runs.tasks, tuned_on(name)).parts) for name in data.STREAMS
+        runs.setting.of(data.stream(runs.tasks, runs.tuned_on(name)).parts) for name in data.STREAMS
     ]
     known(csv, runs, Wanted("4", "plain", SEED, 1e-4), 0.5)
     assert runs.rates(["plain"], "5") == {"plain": 1e-4}
@@ -155,6 +155,12 @@ def test_a_stream_takes_rates_of_one_with_as_many_steps_a_task(
         runs.rates(["plain"], data.LONG)
     known(csv, runs, Wanted(data.LONG, "plain", SEED, 3e-4), 0.5)
     assert runs.rates(["plain"], data.LONG) == {"plain": 3e-4}
+    short = runs_of(folder, csv, tuned_on=data.SHORT)
+    with pytest.raises(Missing, match=r"on stream short; run with --tune --stream short --methods"):
+        short.rates(["plain"], "4")
+    known(csv, runs, Wanted(data.SHORT, "plain", SEED, 1e-3), 0.5)
+    assert short.rates(["plain"], "4") == short.rates(["plain"], data.SHORT) == {"plain": 1e-3}
+    assert short.rates(["plain"], data.LONG) == {"plain": 3e-4}
 
 
 def test_tuned_by_what_is_learned_or_by_what_is_left(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
 from bench.streams.encoder import Encoder
 from bench.streams.methods import HEADS, METHODS
-from bench.streams.runs import SEED, Open, Runs, Wanted, tuned_on
+from bench.streams.runs import SEED, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
 
@@ -38,6 +38,7 @@ class Model:
         opener: of a precision, what makes a subject of a stream.
         steps, batch: of a task, by default.
         rates: the learning rates that are tried.
+        tuned_on: the stream on which they are, of all with as many steps a task.
         left_out: methods that it can't be trained by.
     """
 
@@ -45,6 +46,7 @@ class Model:
     steps: int
     batch: int
     rates: tuple[float, ...]
+    tuned_on: str
     left_out: tuple[str, ...] = ()
 
 
@@ -86,8 +88,8 @@ def smollm_opener(precision: torch.dtype) -> Open:
 
 
 MODELS: dict[str, Model] = {
-    "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
-    "smollm2": Model(smollm_opener, 30, 8, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (HEADS,)),
+    "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3), "4"),
+    "smollm2": Model(smollm_opener, 30, 8, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), data.SHORT, (HEADS,)),
 }
 
 
@@ -121,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
             model.opener(PRECISIONS[arguments.precision]),
             model=arguments.model,
             rates=model.rates,
+            tuned_on=model.tuned_on,
             tuned_by=arguments.tuned_by,
             anew=arguments.anew,
             say=lambda text: progress.update(bar, description=text, advance=1),
@@ -129,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
             when = (
                 "of each task right after it" if arguments.tuned_by == "learned" else "at the end"
             )
-            for stream in dict.fromkeys(map(tuned_on, arguments.stream)):
+            for stream in dict.fromkeys(map(runs.tuned_on, arguments.stream)):
                 tuned = tune(
                     runs,
                     methods,

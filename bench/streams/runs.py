@@ -43,17 +43,13 @@ class Missing(ValueError):
     """A run or a learning rate that is needed first."""
 
 
-def tuned_on(stream: str) -> str:
-    """The stream on which a stream's learning rates are tuned: one with as many steps a task."""
-    return stream if stream == data.LONG else "4"
-
-
 class Runs:
     """Runs of one model on one file: a finished one is read from there, others are trained.
 
     Args:
         open: makes the model that learns a stream.
         rates: the learning rates that are tried, ascending.
+        tuned_on: the stream on which they are tried for all streams with as many steps a task.
         tuned_by: one of ``TUNED_BY``.
         anew: trains what the file has too, once.
     """
@@ -67,15 +63,20 @@ class Runs:
         *,
         model: str,
         rates: Sequence[float],
+        tuned_on: str = "4",
         tuned_by: str = "learned",
         anew: bool = False,
         say: Say = lambda _: None,
     ) -> None:
         self.tasks, self.setting, self.csv, self.open = tasks, setting, csv, open
         self.model, self.grid, self.anew, self.say = model, rates, anew, say
-        self.criterion = TUNED_BY[tuned_by]
+        self._tuned_on, self.criterion = tuned_on, TUNED_BY[tuned_by]
         self.data = data.fingerprint(tasks.values())
         self._trained: set[Key] = set()
+
+    def tuned_on(self, stream: str) -> str:
+        """The stream on which the rates of a stream are tuned: one with as many steps a task."""
+        return stream if stream == data.LONG else self._tuned_on
 
     def known(self) -> list[Run]:
         """The file's runs of this model, setting and data."""
@@ -150,7 +151,7 @@ class Runs:
         """
 
         def score(rate: float) -> float:
-            wanted = Wanted(tuned_on(stream), method, SEED, rate)
+            wanted = Wanted(self.tuned_on(stream), method, SEED, rate)
             try:
                 if not self.train(wanted):
                     raise _Elsewhere
@@ -188,7 +189,7 @@ class Runs:
         """
         tried: dict[str, list[tuple[float, float]]] = {}
         for one in self.known():
-            if (one.stream, one.seed) == (tuned_on(stream), SEED):
+            if (one.stream, one.seed) == (self.tuned_on(stream), SEED):
                 score = self.criterion(one.outcome, "validation")
                 tried.setdefault(one.method, []).append((score, -one.learning_rate))
         missing = sorted({name for name in asked.values() if name not in tried})
@@ -197,8 +198,8 @@ class Runs:
                 f"bench streams: {self.csv} has no learning rate of "
                 f"{', '.join(_on_behalf(name, asked) for name in missing)}, for {self.model}, "
                 f"{self.setting.steps} steps of {self.setting.batch}, on stream "
-                f"{tuned_on(stream)}; run with --tune --stream {tuned_on(stream)} --methods "
-                f"{','.join(missing)} first{instead}"
+                f"{self.tuned_on(stream)}; run with --tune --stream {self.tuned_on(stream)} "
+                f"--methods {','.join(missing)} first{instead}"
             )
         return {name: -max(tried[other])[1] for name, other in asked.items()}
 
