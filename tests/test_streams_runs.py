@@ -51,6 +51,28 @@ def test_a_finished_run_is_read_and_not_trained_again(folder: Path, tmp_path: Pa
     assert runs_of(folder, csv).found(PLAIN) is None
 
 
+def test_a_run_that_is_killed_before_its_rows_are_written_is_not_trained_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    csv = tmp_path / "rows.csv"
+    runs = runs_of(folder, csv, say=said.append)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(PLAIN)
+    assert runs.found(PLAIN) is None
+    assert len(said) == runs.steps(PLAIN)
+    assert runs.train(PLAIN)
+    assert len(said) == runs.steps(PLAIN)
+    assert runs.found(PLAIN) is not None
+    assert not list(csv.with_name("rows.partial").glob("*.pt"))
+
+
 def test_anew_trains_once_and_its_rows_count(folder: Path, tmp_path: Path) -> None:
     csv = tmp_path / "rows.csv"
     runs_of(folder, csv).train(PLAIN)

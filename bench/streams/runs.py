@@ -141,6 +141,7 @@ class Runs:
                 on_step=on_step,
             )
             rows.write(self.csv, row, names, outcome)
+            partial.unlink(missing_ok=True)  # not before: a run that is killed here writes its rows
             self._trained.add(rows.key(row))
         return True
 

@@ -114,7 +114,7 @@ def run(
 
     Args:
         partial: where the state between two tasks is kept: a run that was cut short goes on from
-            there, and trains no finished task again. It is removed at the end.
+            there, and trains no finished task again. Whoever has kept the outcome removes it.
         on_step: called with the task's number and the loss after each step.
 
     Raises:
@@ -144,8 +144,6 @@ def run(
         outcome.seconds += time.perf_counter() - started
         if partial is not None:
             _save(partial, outcome, subject, method)
-    if partial is not None:
-        partial.unlink(missing_ok=True)
     return outcome
 
 
