@@ -86,7 +86,9 @@ def run_twice(named: Named, choice: Choice, restore: bool, steps: int, seed: int
     optimizer = named.make(list(model.parameters()))
     guard = osf_torch.protect(model, subspaces_of(model), optimizer, restore=restore)
     take_steps(model, first, optimizer, steps, generator)
-    found = guard.next_task(compute_dtype=torch.float64, progress=False, optimizer_state=choice)
+    found = guard.next_task(
+        widen=0, compute_dtype=torch.float64, progress=False, optimizer_state=choice
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = [measured(model, teacher, held_out) for teacher in (first, second)]
     soon = max(1, steps // SOON)

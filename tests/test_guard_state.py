@@ -143,12 +143,15 @@ def as_before(kept):
     return {key: value for key, value in kept.items() if key != "compute_dtype"}
 
 
-def test_the_next_task_takes_other_ranks():
+def test_the_next_task_takes_other_ranks(caplog):
     model = mlp("ranks")
     optimizer = adamw(model)
     guard = protect(model, refresh(model, 0.4, progress=False), optimizer=optimizer)
     train(model, optimizer, 3)
+    assert {e.rank for e in guard.next_task(widen=0, progress=False).values()} == {7}
+    assert "batches" not in caplog.text
     assert {e.rank for e in guard.next_task(progress=False).values()} == {7}, "as they were"
+    assert "Guard.next_task: without batches the weights are decomposed as they are" in caplog.text
     found = guard.next_task({"0.weight": 3, "2.weight": 0.9}, progress=False)
     assert [entry.rank for entry in found.values()] == [3, 16]
     assert {e.rank for e in guard.next_task(widen=100, progress=False).values()} == {18}

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from osf_torch.coverage import named_in, require_others
+from osf_torch.coverage import log, named_in, require_others
 from osf_torch.grown import Grown
 from osf_torch.inputs import input_subspaces
 from osf_torch.refresh import refresh
@@ -37,7 +37,8 @@ def ranks_of(
     widen: Rank | None,
     operator: str,
 ) -> Ranks:
-    """The ranks that were given, or the present ones, widened.
+    """The ranks that were given, or the present ones, widened. A turn that was given neither, so
+    that nobody has chosen to decompose the weights, is told what forgets less.
 
     Raises:
         ValueError, TypeError: as ``Guard.next_task``.
@@ -49,9 +50,16 @@ def ranks_of(
         )
     if ranks is not None:
         return ranks
+    if widen is None:
+        log.warning(
+            "osf_torch.%s: without batches the weights are decomposed as they are now, which holds "
+            "less of the task that ends than what they read in it: pass some of its inputs as "
+            "batches=, or widen=0 where there are none",
+            operator,
+        )
+        widen = 0
     short = {item.name: min(item.matrix_shape[-2:]) for item in items}
-    more = 0 if widen is None else widen
-    return {name: _widened(present[name], short[name], more, operator) for name in short}
+    return {name: _widened(present[name], short[name], widen, operator) for name in short}
 
 
 def renewed(
