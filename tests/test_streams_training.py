@@ -92,6 +92,7 @@ def test_what_is_measured_after_each_task() -> None:
     wanted = ((own[0] - last[0]) + (own[1] - last[1])) / 2
     assert training.forgetting(outcome) == pytest.approx(wanted)
     assert training.average(outcome) == pytest.approx(sum(last) / 3)
+    assert training.latest(outcome) == training.average(outcome)  # there are fewer than are shown
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:

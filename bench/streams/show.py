@@ -40,6 +40,7 @@ def over(runs: Sequence[Run], figure: Figure) -> Spread:
 def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
     """A line a method, the means and standard deviations over its seeds."""
     count = max(len(found[0].names) for found in runs.values())
+    shown = min(SHOWN, count)
     several = any(len(found) > 1 for found in runs.values())
     over_seeds = "mean and standard deviation over the seeds" if several else "one seed"
     has_general = any(found[0].outcome.general is not None for found in runs.values())
@@ -51,7 +52,7 @@ def figures_table(runs: Mapping[str, Sequence[Run]], stream: str) -> Table:
         title=f"stream {stream}: {count} tasks, accuracy on test examples in %, {over_seeds}",
         caption="average: all tasks, after the last one. learned: each right after it was trained. "
         "forgotten: what of that is gone after the last task, in points. first kept: what the "
-        f"first {SHOWN} tasks have at the end, of what they had. last: the last {SHOWN} tasks at "
+        f"first {shown} tasks have at the end, of what they had. last: the last {shown} tasks at "
         "the end. free: share of the matrices' numbers that an update can take, in the second "
         "task and in the last. s: seconds of training of a run, with what the method does before "
         f"and after a task.{legend if has_general else ''}",

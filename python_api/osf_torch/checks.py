@@ -48,6 +48,19 @@ def require_as_left(changed: Iterable[Protected], mode: Mode) -> None:
         _require_drift(item, mode, measures.drift_limit(item, mode))
 
 
+def stepped_by_another(
+    other: torch.optim.Optimizer, guarded: torch.optim.Optimizer, items: Sequence[Protected]
+) -> RuntimeError:
+    """What refuses a step of another optimizer than the one that weights were protected with."""
+    return RuntimeError(
+        "osf_torch.Guard: expected the optimizer that the weights were protected with, "
+        f"{type(guarded).__name__}, to step them, got another one, {type(other).__name__}, with "
+        f"{listed([item.name for item in items])}: nothing projects its gradients or restores the "
+        "weights after it; guard the model for it, guard = protect(model, guard.state_dict(), "
+        "optimizer=it), or guard.remove() to end the protection"
+    )
+
+
 def moved_by_others(changed: Iterable[Protected], mode: Mode) -> set[str]:
     """The names of those that something else wrote to and whose protected part isn't where it was,
     where nothing is pinned; weights that were put back are no error."""

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
-from osf_torch.coverage import Coverage, coverage, named_by, require_told
+from osf_torch.coverage import Coverage, coverage, log, named_by, require_told
 from osf_torch.grown import Grown, covering
 from osf_torch.hooks import Hooks
 from osf_torch.optimizer_state import OptimizerState, renew_state, require_renewable
 from osf_torch.protected import Protected
-from osf_torch.selection import Rank, Ranks
+from osf_torch.selection import Rank, Ranks, listed
 from osf_torch.state import read_state, state_of
 from osf_torch.steps import Leak, Restore, Steps, owned_by, with_gradients
 from osf_torch.subspaces import Subspace, Subspaces
@@ -65,7 +65,14 @@ class Guard:
         self._leave_out = frozenset(leave_out)  # what else may train, by name
         self._steps = Steps(items, optimizer, when, restore, mode, record)
         accumulated = self._steps.accumulated if when == "backward" else None
-        self._hooks = Hooks(self, optimizer, accumulated, self._steps.before, self._steps.after)
+        self._hooks = Hooks(
+            self,
+            optimizer,
+            accumulated,
+            self._steps.before,
+            self._steps.after,
+            self._steps.foreign,
+        )
         self._steps.hooks = self._hooks
 
     @property
@@ -110,6 +117,7 @@ class Guard:
     def _let_go(self, keys: set[int]) -> None:
         """Takes the hooks off some weights; off the optimizer too where none is left."""
         lost = keys & self._items.keys()
+        self._tell_moved([self._items[key] for key in lost], "protect")
         for key in lost:
             self._hooks.release(key)
         if lost:
@@ -504,12 +512,29 @@ class Guard:
     def remove(self) -> None:
         """Takes every hook off; the model and the optimizer are as before. Idempotent.
 
-        What ``restore="deferred"`` has still to pin is pinned, as by :meth:`restore`.
+        What ``restore="deferred"`` has still to pin is pinned, as by :meth:`restore`. A protected
+        part that something else has moved is logged, where the host sees it without waiting for
+        a device or another rank.
         """
         self._hooks.remove()
         _ATTACHED.discard(self)
         with torch.no_grad():
             self._steps.settle()
+        self._tell_moved(self._steps.together.items, "Guard.remove")
+
+    @torch.no_grad()
+    def _tell_moved(self, items: Sequence[Protected], operator: str) -> None:
+        """Logs those of which something else has moved the protected part since the last step."""
+        known = self._steps.moved
+        left = weights.readable([item for item in items if id(item.weight) not in known])
+        moved = checks.moved_by_others(self._steps.left.changed(left), self.mode)
+        if moved:
+            log.warning(
+                "osf_torch.%s: what a guard has protected until now isn't where its last step left "
+                "it, of %s: something else has written to these weights since",
+                operator,
+                listed(sorted(moved)),
+            )
 
 
 def guarded() -> set[int]:

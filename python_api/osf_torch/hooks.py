@@ -42,6 +42,7 @@ class Hooks:
         accumulated: called with a weight whose gradient has been accumulated, or None.
         before, after: called around the steps of ``optimizer``, or of every optimizer where that is
             None, as torch calls step hooks.
+        foreign: called before the steps of every other optimizer than ``optimizer``, likewise.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Hooks:
         accumulated: Hook | None,
         before: Hook,
         after: Hook,
+        foreign: Hook,
     ) -> None:
-        self._guard, self._optimizer = guard, optimizer
+        self._guard, self.optimizer = guard, optimizer
         self._accumulated = None if accumulated is None else _weakly(accumulated)
-        self.before, self.after = before, after
+        self.before, self.after, self.foreign = before, after, foreign
         self._of_weights: dict[int, Any] = {}
         self._bodies: dict[int, int] = {}  # of weights when they were hooked
         self._of_steps: list[Any] = []
@@ -69,15 +71,14 @@ class Hooks:
                     module.__dict__[ANCHOR] = Anchor()
                 module.__dict__[ANCHOR].guards.append(self._guard)
             self._hook(weight)
-        if self._optimizer is not None:
+        if self.optimizer is not None:
             # Held by the optimizer, in a cycle that the collector sees.
             before, after = (torch.compiler.disable(hook) for hook in (self.before, self.after))
             self._of_steps = [
-                self._optimizer.register_step_pre_hook(before),
-                self._optimizer.register_step_post_hook(after),
+                self.optimizer.register_step_pre_hook(before),
+                self.optimizer.register_step_post_hook(after),
             ]
-        else:
-            _watch(self)
+        _watch(self)
 
     def _hook(self, weight: Tensor) -> None:
         """Puts the weight's hook on, before those of others: an optimizer that steps in another one
@@ -116,8 +117,8 @@ class Hooks:
     @property
     def are_on(self) -> bool:
         """Whether steps are still hooked."""
-        if self in _WATCHING:
-            return True
+        if self.optimizer is None:
+            return self in _WATCHING
         tables = [handle.hooks_dict_ref() for handle in self._of_steps]
         return bool(tables) and all(
             table is not None and handle.id in table
@@ -145,7 +146,7 @@ class Hooks:
         _WATCHING.discard(self)
 
 
-# Hooks of guards that watch every optimizer. torch iterates over the table of its global hooks
+# Hooks of guards, which watch every optimizer. torch iterates over the table of its global hooks
 # while they run, so that two stay in it for good: one that went with its guard might go then.
 _WATCHING: weakref.WeakSet[Hooks] = weakref.WeakSet()
 _REGISTERED: list[Any] = []
@@ -161,15 +162,19 @@ def _watch(hooks: Hooks) -> None:
 def _before_any(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     changed = None
     for hooks in list(_WATCHING):
-        found = hooks.before(optimizer, args, kwargs)
-        if found is not None:
-            changed = args, kwargs = found
+        if hooks.optimizer is None:
+            found = hooks.before(optimizer, args, kwargs)
+            if found is not None:
+                changed = args, kwargs = found
+        elif hooks.optimizer is not optimizer:
+            hooks.foreign(optimizer, args, kwargs)
     return changed
 
 
 def _after_any(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for hooks in list(_WATCHING):
-        hooks.after(optimizer, args, kwargs)
+        if hooks.optimizer is None:
+            hooks.after(optimizer, args, kwargs)
 
 
 def _weakly(method: Hook) -> Hook:

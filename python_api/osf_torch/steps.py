@@ -124,7 +124,7 @@ class Steps:
             self.written |= checks.moved_by_others(changed, self._mode)
         self._stepping, self._skipped = [], False
         keywords = dict(kwargs or {})
-        closure = args[1] if len(args) > 1 else keywords.get("closure")
+        closure = closure_of(args, keywords)
         if not callable(closure):
             self._gradients_are_made(optimizer)
             return None
@@ -169,6 +169,20 @@ class Steps:
                     self.pin(at_once=self._restores is True)
             self.left.take()
         self._stepping = []
+
+    def foreign(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuses a step of another optimizer than the guarded one that would move weights, unless
+        one of both steps within the other."""
+        guarded = self._optimizer
+        assert guarded is not None
+        owned = owned_by(optimizer)
+        items = [item for item in self.together.items if id(item.weight) in owned]
+        if not callable(closure_of(args, kwargs)):  # which makes gradients
+            items = with_gradients(items)
+        if items and not (_holds(optimizer, guarded) or _holds(guarded, optimizer)):
+            raise checks.stepped_by_another(optimizer, guarded, items)
 
     def _written_to(
         self, owned: Sequence[Protected], trained: Sequence[Protected]
@@ -290,6 +304,18 @@ class Steps:
 
 def with_gradients(items: Iterable[Protected]) -> list[Protected]:
     return [item for item in items if item.weight.grad is not None]
+
+
+def closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    """Of a step, as torch hands its arguments to hooks: the optimizer first."""
+    return args[1] if len(args) > 1 else kwargs.get("closure")
+
+
+def _holds(outer: torch.optim.Optimizer, inner: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has another one, or several, that it steps."""
+    held = vars(outer).values()
+    several = [one for found in held if isinstance(found, list | tuple) for one in found]
+    return any(found is inner for found in (*held, *several))
 
 
 def owned_by(optimizer: torch.optim.Optimizer) -> set[int]:
