@@ -21,7 +21,6 @@ from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
 from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
 from osf_torch.grown import Grown, InputSubspace, Spectrum
-from osf_torch.guard import guarded
 from osf_torch.renewal import grown, ranks_of, renewed, require_by_inputs
 from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
@@ -365,7 +364,7 @@ class Confined:
     def coverage(self) -> Coverage:
         """Which of the parameters that train now are covered, and what the others are; print it,
         or its ``table()``."""
-        return coverage(self._model, guarded(), self.leave_out)
+        return coverage(self._model, leave_out=self.leave_out)
 
     def plan(self, tokens: int) -> str:
         """How the gradients of C are computed for so many tokens a step, and why; in words."""

@@ -93,7 +93,8 @@ def refresh(
             that is named or matched is taken by its (out, in/groups·kh·kw) matrix, a transposed one
             by (in, out/groups·kh·kw), as ``protect`` and ``confine`` take it. Where
             none of these requires grad, the quantized weights of layers and experts are taken. What
-            trains and isn't taken is logged, and stands in ``coverage``.
+            trains and isn't taken, nor guarded or confined already, is logged, and stands in
+            ``coverage``.
         leave_out: names, or patterns of names, of what is to move freely, such as "*embed*": it
             isn't taken, and the ``verify`` of what is made of these subspaces refuses no weight
             that is named here. It refuses any other that trains and isn't covered.

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, FreeBasis, free_block
 from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.coverage import guarded
 from osf_torch.free.formed import runs_plain
 from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.grown import narrowest, spectra_on_host
-from osf_torch.guard import guarded
 from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners, reparametrized
 from osf_torch.measures import TINY, TRIPLETS_LIMIT
 from osf_torch.protected import require_orthonormal
