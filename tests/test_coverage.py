@@ -164,6 +164,15 @@ def test_inputs_name_what_they_leave_out(caplog):
     found = input_subspaces(model, [torch.arange(4)], progress=False, energy=0.6)
     assert found.left_out == {"0.weight": "9x6, nn.Embedding"}
     assert "input_subspaces: 47 % of the elements that train" in caplog.messages[0]
+    assert (
+        "; freeze these, name them in leave_out=, or take in by its filter= those that are mul"
+        in (caplog.messages[0])
+    )
+    assert "refresh(filter" not in caplog.messages[0], "a turn by inputs refuses embeddings"
+    again = input_subspaces(
+        model, [torch.arange(4)], progress=False, energy=0.6, leave_out="0.weight"
+    )
+    assert not again.coverage.untold
     lines = found.summary().splitlines()
     width = found["1.weight"].V.columns.shape[1]
     assert lines[2].split() == ["1.weight", "none", str(width), "of", "6", "high", "0.0%"]

@@ -15,7 +15,7 @@ from osf_torch.coverage import Coverage, coverage, named_by, require_told
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.current import current
-from osf_torch.free.drifting import explained
+from osf_torch.free.drifting import cause, explained
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
@@ -159,13 +159,15 @@ class Confined:
                 "Confined.state_dict()"
             )
         moved = [
-            f"{place.name} by {found.moved:.1e} of its norm: {explained(place)}"
+            f"{place.name} by {found.moved:.1e} of its norm: {cause(place)}"
             for place, found in self._drifts()
             if not found.moved <= found.limit
         ]
         if moved:
             log.warning(
-                "osf_torch.Confined.release: what was protected has moved, of %s", listed(moved)
+                "osf_torch.Confined.release: what was protected has moved, of %s; the weights stay "
+                "as they are: load an earlier checkpoint where that isn't meant",
+                listed(moved),
             )
         self._end("release()")
         self.held = []

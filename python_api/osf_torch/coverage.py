@@ -206,11 +206,13 @@ def tell(found: Coverage, operator: str) -> Coverage:
     word, else at INFO."""
     line = f"osf_torch.{operator}: {found}"
     if found.untold:
-        log.warning(
-            "%s; take these in by refresh(filter=...), freeze them, or name them in leave_out=; "
-            "until one of these is done verify() refuses them",
-            line,
-        )
+        remedy = "take these in by refresh(filter=...), freeze them, or name them in leave_out="
+        if operator == "input_subspaces":
+            remedy = (
+                "freeze these, name them in leave_out=, or take in by its filter= those that are "
+                "multiplied with activations, as an embedding isn't"
+            )
+        log.warning("%s; %s; until one of these is done verify() refuses them", line, remedy)
     else:
         log.info("%s", line)
     return found

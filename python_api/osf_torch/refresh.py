@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import padded
+from osf_torch.arguments import require_show
 from osf_torch.batching import Batch, Method, kind_of, shared_out
 from osf_torch.coverage import coverage, named_in, tell
 from osf_torch.decomposing import Result, decomposed, joined
@@ -143,6 +144,7 @@ def refresh(
     Mutates nothing; synchronises once a batch; draws from ``seed`` alone.
     """
     _require_options(keep, compute_dtype, dtype, seed)
+    require_show(progress, "osf_torch.refresh")
     workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
     names = named_in(model, leave_out, previous, "refresh")
     taken = select(
