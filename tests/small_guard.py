@@ -8,9 +8,25 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 from tests.helpers import generator_for
+
+# What computes the weight that a module uses from another parameter.
+REPARAMETRIZE = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrizations.spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "parametrizations.orthogonal": nn.utils.parametrizations.orthogonal,
+    "register_parametrization": lambda m: nn.utils.parametrize.register_parametrization(
+        m, "weight", nn.Tanh()
+    ),
+    "prune": lambda m: prune.random_unstructured(m, "weight", 0.5),
+    "prune.identity": lambda m: prune.identity(m, "weight"),
+}
 
 
 def drawn(model, *key):

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from osf_torch import (
     Confined,
@@ -34,6 +33,7 @@ from tests.small_confine import (
     weights_of,
     worst,
 )
+from tests.small_guard import REPARAMETRIZE
 
 MODES = {"merge": {}, "zero": {"decay_to": "zero"}, "beside": {"update": "beside"}}
 MODES["rank"] = {"rank": 2}
@@ -340,19 +340,6 @@ def test_what_the_next_task_lets_go_of_is_told(mode):
 
 
 # --- who puts another weight in the place of a confined one ---
-
-REPARAMETRIZE = {
-    "weight_norm": nn.utils.weight_norm,
-    "spectral_norm": nn.utils.spectral_norm,
-    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
-    "parametrizations.spectral_norm": nn.utils.parametrizations.spectral_norm,
-    "parametrizations.orthogonal": nn.utils.parametrizations.orthogonal,
-    "register_parametrization": lambda m: nn.utils.parametrize.register_parametrization(
-        m, "weight", nn.Tanh()
-    ),
-    "prune": lambda m: prune.random_unstructured(m, "weight", 0.5),
-    "prune.identity": lambda m: prune.identity(m, "weight"),
-}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")

@@ -108,6 +108,44 @@ def test_refresh_logs_and_keeps_what_it_leaves_out(caplog, tmp_path):
     assert "left out: place, image.weight, normed.parametrizations" in repr(found)
 
 
+@pytest.mark.parametrize("turn", ["inputs", "ranks"])
+def test_what_another_guard_covers_is_not_told_as_left_out(turn, caplog):
+    """One guard for each of several optimizers, within their turns and outside of them."""
+    model, x = nn.Sequential(linear(8, 6, 0), linear(8, 8, 1)), [torch.randn(3, 6)]
+    names = ["0.weight", "1.weight"]
+    options = {"progress": False, **({"batches": x} if turn == "inputs" else {"ranks": 3})}
+    optimizers = [torch.optim.AdamW([model[0].weight]), torch.optim.SGD([model[1].weight])]
+    kept = refresh(model, 2, progress=False)
+    guards = [
+        protect(model, {name: kept[name]}, optimizer=optimizer)
+        for name, optimizer in zip(names, optimizers, strict=True)
+    ]
+    for _ in range(2):
+        model(x[0]).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        caplog.clear()
+        for guard, name in zip(guards, names, strict=True):
+            found = guard.next_task(**options)
+            assert list(found) == [name]
+            assert found.coverage == guard.coverage()
+            assert (found.left_out, found.coverage.share) == ({}, 1.0)
+            guard.verify()
+        assert not [line for line in caplog.messages if "left out" in line]
+    for make in (
+        lambda name: refresh(model, 2, filter=name, progress=False),
+        lambda name: input_subspaces(model, x, filter=name, progress=False),
+    ):
+        guards[1] = protect(model, {"1.weight": kept["1.weight"]}, optimizer=optimizers[1])
+        caplog.clear()
+        assert make("0.weight").left_out == {}
+        assert not [line for line in caplog.messages if "left out" in line]
+        guards[1].remove()
+        assert make("0.weight").left_out == {"1.weight": "8x8, nn.Linear"}
+        assert "free to move: 1.weight (8x8, nn.Linear)" in caplog.messages[-1]
+        assert "1.weight" in guards[0].coverage().untold
+
+
 def test_nothing_left_out_is_not_mentioned(caplog):
     with caplog.at_level(logging.INFO, "osf_torch"):
         found = refresh(small_model(), 4)
@@ -126,6 +164,15 @@ def test_inputs_name_what_they_leave_out(caplog):
     found = input_subspaces(model, [torch.arange(4)], progress=False, energy=0.6)
     assert found.left_out == {"0.weight": "9x6, nn.Embedding"}
     assert "input_subspaces: 47 % of the elements that train" in caplog.messages[0]
+    assert (
+        "; freeze these, name them in leave_out=, or take in by its filter= those that are mul"
+        in (caplog.messages[0])
+    )
+    assert "refresh(filter" not in caplog.messages[0], "a turn by inputs refuses embeddings"
+    again = input_subspaces(
+        model, [torch.arange(4)], progress=False, energy=0.6, leave_out="0.weight"
+    )
+    assert not again.coverage.untold
     lines = found.summary().splitlines()
     width = found["1.weight"].V.columns.shape[1]
     assert lines[2].split() == ["1.weight", "none", str(width), "of", "6", "high", "0.0%"]

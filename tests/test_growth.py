@@ -104,12 +104,29 @@ def test_a_floor_of_free_directions_is_kept(min_free, most, caplog):
         lost = float(1 - squares[-most:].sum() / squares.sum())
         assert bases.released["0.weight"] == pytest.approx(lost, abs=1e-12)
         told = [line for line in caplog.messages if "floor" in line]
-        assert len(told) == (min_free != 0)
+        assert len(told) == (lost > 0)
         if told:
             assert "1 of 1 weights are at their floor" in told[0]
             assert f"up to {100 * bases.released['0.weight']:.2g} % was let go of (0.w" in told[0]
         assert f"{bases.released['0.weight']:.1%}" in bases.summary()
     assert (lost > 1e-3) == (min_free != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_floor_that_is_reached_without_letting_go_is_no_warning(dtype, caplog):
+    model = mlp(20, 6).to(dtype)
+    drawn = {"dtype": torch.float64, "generator": generator_for("floor", dtype)}
+    directions = torch.linalg.qr(randn(20, 18, **drawn))[0]
+    x = (randn(60, 18, **drawn) @ directions.mT).to(dtype)
+    found = input_subspaces(model, [x], energy=1.0, progress=False)
+    assert grown(found["0.weight"]).shape == (20, 18)
+    assert found.released["0.weight"] <= 1e-12
+    assert not caplog.messages
+    x = randn(60, 20, **drawn).to(dtype)
+    found = input_subspaces(model, [x], energy=1.0, previous=found, progress=False)
+    (line,) = caplog.messages
+    assert "of the energy of the inputs so far up to" in line
+    assert found.released["0.weight"] > 1e-3
 
 
 def test_a_task_that_most_tasks_are_like_stays():
@@ -288,7 +305,12 @@ def test_without_a_floor_all_of_a_side_may_be_protected():
         (float("nan"), ValueError, "got nan"),
         (True, TypeError, r"min_free to be an int or a float in \[0, 1\), got True"),
         ("some", TypeError, "got 'some'"),
-        (6, ValueError, r"parameter '0\.weight': expected min_free to be below the 6 dir.*got 6"),
+        (
+            6,
+            ValueError,
+            r"parameter '0\.weight': expected min_free to be below the 6 dir.*got 6, .*; "
+            "pass a smaller count, or a share such as 0.1$",
+        ),
     ],
 )
 def test_bad_floors(min_free, error, match):

@@ -357,6 +357,8 @@ def test_what_has_moved_is_told_when_a_model_is_released(caplog):
             write(model)
         confined.release()
         assert ("what was protected has moved, of 0.weight by" in caplog.text) == bool(write)
+        assert ("load an earlier checkpoint" in caplog.text) == bool(write)
+        assert "release()" not in caplog.text, "no remedy is what was just done"
 
 
 # --- what is refused, and leaves everything as it was ---
@@ -452,5 +454,9 @@ def test_an_embedding_that_is_protected_is_named():
         {"0.weight": Subspace(None, torch.eye(6, 2)), "1.weight": Subspace(None, torch.eye(6, 2))},
         torch.optim.SGD(model.parameters(), lr=0.1),
     )
-    with pytest.raises(ValueError, match=r"'0\.weight' .* or protect the model without it"):
+    with pytest.raises(ValueError, match=r"'0\.weight' .*leave_out='0\.weight' and protect"):
         guard.next_task(batches=[torch.arange(4)], progress=False)
+    x = [torch.arange(4)]
+    rest = input_subspaces(model, x, filter="*", leave_out="0.weight", progress=False)
+    guard = protect(model, rest, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert list(guard.next_task(batches=x, progress=False)) == ["1.weight"]

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from osf_kernels import truncated_svd
 from osf_torch import Subspace, checks, confine, protect, refresh
 from tests.helpers import generator_for
-from tests.small_guard import adamw, drawn, train
+from tests.small_guard import REPARAMETRIZE, adamw, drawn, train
 
 
 def mlp(*key, dtype=torch.float32):
@@ -289,6 +290,41 @@ def test_what_protect_refuses_by_type():
         protect(model, state, optimizer=optimizer)
     assert not optimizer._optimizer_step_pre_hooks
     protect(model, {"0.weight": Subspace(svd.U, svd.V, svd.S)}, optimizer=optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", REPARAMETRIZE)
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_a_weight_that_another_one_is_computed_from_is_refused(way, when):
+    """What the layer multiplies with would move in the span, while what is protected stays."""
+    model = mlp("computed", way)
+    REPARAMETRIZE[way](model[0])
+    subspaces = bases(model, filter="*")
+    (source,) = (name for name in subspaces if name.startswith("0."))
+    optimizer = adamw(model)
+    options = {"when": when, "restore": when == "step"}
+    with pytest.raises(
+        ValueError,
+        match=rf"^osf_torch\.protect: expected parameter '{source}' to be a plain weight, got one "
+        r"that a parametrization or a hook .*remove_parametrizations\(\).*prune\.remove\(\)",
+    ):
+        protect(model, subspaces, optimizer=optimizer, **options)
+    assert not optimizer._optimizer_step_pre_hooks
+    others = subspaces.without(source)
+    guard = protect(model, others, optimizer=optimizer, leave_out="0.*", **options)
+    train(model, optimizer, 1, "others", way)
+    guard.verify()
+    if "prune" in way:
+        prune.remove(model[0], "weight")
+    elif "parametri" in way:
+        parametrize.remove_parametrizations(model[0], "weight")
+    else:
+        remove = {"weight_norm": "remove_weight_norm", "spectral_norm": "remove_spectral_norm"}
+        getattr(nn.utils, remove[way])(model[0])
+    optimizer = adamw(model)
+    guard = protect(model, bases(model), optimizer=optimizer, **options)
+    train(model, optimizer, 2, "computed", way)
+    guard.verify()
 
 
 @pytest.mark.parametrize("restore", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from osf_kernels import Basis
-from osf_torch import Subspace, input_subspaces, protect, refresh
+from osf_torch import (
+    Subspace,
+    input_subspaces,
+    layer_importance,
+    protect,
+    ranks_by_energy,
+    refresh,
+)
 from tests.helpers import generator_for, grown, randn
 
 
@@ -330,6 +338,80 @@ def calls(**options):
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         calls(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"energy": "x"}, r"energy to be a number in \(0, 1\], got 'x'; 0\.95 is usual"),
+        ({"energy": True}, "energy to be a number.*got True"),
+        ({"max_tokens": 1.5}, "max_tokens to be an int of at least 1, got 1.5"),
+        ({"max_batches": 1.5}, "max_batches to be an int of at least 1, got 1.5"),
+        ({"max_batches": True}, "max_batches to be an int of at least 1, got True"),
+        ({"forward": 3}, "forward to be a function of model and batch, got 3"),
+        ({"batches": 5}, r"iterable of batches, got int; a single batch is \[batch\]"),
+        ({"batches": None}, "iterable of batches, got NoneType"),
+        ({"batches": mlp}, "iterable of batches, got function"),
+        ({"batches": list}, "iterable of batches, got type"),
+        ({"batches": torch.ones(3, 6)}, r"got one Tensor; a single batch is \[batch\]"),
+        ({"batches": {"input": torch.ones(3, 6)}}, r"got one dict; a single batch is \[batch\]"),
+        ({"batches": "text", "forward": len}, r"got one str; a single batch is \[batch\]"),
+        (
+            {"masks": {"a": "b"}},
+            r"batches to be mappings with the keys of masks=\{'a': 'b'\}, got Tensor; leave masks",
+        ),
+    ],
+)
+def test_arguments_of_another_type(options, message):
+    model = mlp(6, 5, 4)
+    model.train()
+    arguments = {"batches": [torch.ones(3, 6, dtype=torch.float64)], "progress": False, **options}
+    for run in (input_subspaces, layer_importance):
+        if options.keys() <= inspect.signature(run).parameters.keys():
+            told = rf"^osf_torch\.{run.__name__}: expected .*{message}"
+            with pytest.raises(TypeError, match=told):
+                run(model, **arguments)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("progress", ["yes", None, 2])
+def test_what_says_nothing_of_a_progress_bar(progress):
+    model, x = mlp(6, 5, 4), [torch.ones(3, 6, dtype=torch.float64)]
+    for run in (
+        lambda: input_subspaces(model, x, progress=progress),
+        lambda: layer_importance(model, x, progress=progress),
+        lambda: refresh(model, 2, progress=progress),
+        lambda: ranks_by_energy(model, 0.9, progress=progress),
+    ):
+        with pytest.raises(
+            TypeError,
+            match=rf'^osf_torch\.\w+: expected progress to be True, False or "always", got '
+            rf"{progress!r}",
+        ):
+            run()
+
+
+def test_batches_need_no_iterator_of_their_own():
+    """As of a map-style dataset, which is read by number."""
+
+    class Numbered:
+        def __getitem__(self, i):
+            return (torch.ones(3, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64))[i]
+
+    assert grown(calls(batches=Numbered(), energy=1.0, min_free=0)["0.weight"]).shape == (6, 6)
+
+
+@pytest.mark.parametrize("batches", [[torch.empty(0, 6, dtype=torch.float64)]])
+def test_what_no_batch_reaches_is_told_with_a_remedy_that_a_turn_has_too(batches):
+    model = mlp(6, 5, 4)
+    told = r"none that reached 0\.weight, 2\.weight .*; pass other batches or forward=, or call "
+    told += r"osf_torch\.input_subspaces with a filter= that leaves these out"
+    with pytest.raises(ValueError, match=told):
+        calls(model=model, batches=batches)
+    guard = protect(model, calls(model=model), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=told):
+        guard.next_task(batches=batches, progress=False)
 
 
 def test_a_batch_of_another_type():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from osf_torch.arguments import require_batches
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show, progress_bar
 from osf_torch.selection import listed
@@ -44,13 +45,12 @@ def watch(
     A batch with padding runs twice, the first time for ``Padding`` alone.
 
     Raises:
-        ValueError: no batches, ``max_batches`` below 1, ``masks`` that don't fit, a model that
-            doesn't run with other values at padded places.
-        TypeError: a batch that is neither tensor, tuple, list nor mapping, or whose parts the
-            model doesn't take, without ``forward``.
+        ValueError: no batches, ``masks`` that don't fit, a model that doesn't run with other values
+            at padded places.
+        TypeError: one batch for batches; a batch that is neither tensor, tuple, list nor mapping,
+            or whose parts the model doesn't take, without ``forward``.
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"{operator}: expected max_batches to be at least 1, got {max_batches}")
+    require_batches(batches, operator)
     padding = Padding(masks, operator)
     device = next(model.parameters()).device
     count = 0
@@ -179,6 +179,6 @@ def require_reached(missed: Sequence[str], operator: str, by: str) -> None:
     if missed:
         raise ValueError(
             f"{operator}: expected the batches to run every layer, got none that reached "
-            f"{listed(missed)} by {by} with a real token; leave these out by filter=, or pass "
-            "other batches or forward="
+            f"{listed(missed)} by {by} with a real token; pass other batches or forward=, or call "
+            f"{operator} with a filter= that leaves these out"
         )

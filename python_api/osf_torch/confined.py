@@ -15,13 +15,12 @@ from osf_torch.coverage import Coverage, coverage, named_by, require_told
 from osf_torch.free import drifting, state, stepping, summary
 from osf_torch.free.admission import Settings, admitted, made
 from osf_torch.free.current import current
-from osf_torch.free.drifting import explained
+from osf_torch.free.drifting import cause, explained
 from osf_torch.free.inputs import Inputs
 from osf_torch.free.layers import attach, detach, require_frozen
 from osf_torch.free.merging import merge, note_weight
 from osf_torch.free.spec import AtRest, Place, is_fsdp, places_of, require_in_place
 from osf_torch.grown import Grown, InputSubspace, Spectrum
-from osf_torch.guard import guarded
 from osf_torch.renewal import grown, ranks_of, renewed, require_by_inputs
 from osf_torch.selection import Rank, Ranks, listed, unwrapped
 from osf_torch.sharding import resharded
@@ -160,13 +159,15 @@ class Confined:
                 "Confined.state_dict()"
             )
         moved = [
-            f"{place.name} by {found.moved:.1e} of its norm: {explained(place)}"
+            f"{place.name} by {found.moved:.1e} of its norm: {cause(place)}"
             for place, found in self._drifts()
             if not found.moved <= found.limit
         ]
         if moved:
             log.warning(
-                "osf_torch.Confined.release: what was protected has moved, of %s", listed(moved)
+                "osf_torch.Confined.release: what was protected has moved, of %s; the weights stay "
+                "as they are: load an earlier checkpoint where that isn't meant",
+                listed(moved),
             )
         self._end("release()")
         self.held = []
@@ -365,7 +366,7 @@ class Confined:
     def coverage(self) -> Coverage:
         """Which of the parameters that train now are covered, and what the others are; print it,
         or its ``table()``."""
-        return coverage(self._model, guarded(), self.leave_out)
+        return coverage(self._model, leave_out=self.leave_out)
 
     def plan(self, tokens: int) -> str:
         """How the gradients of C are computed for so many tokens a step, and why; in words."""

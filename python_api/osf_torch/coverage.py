@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import nn
 
@@ -17,6 +19,24 @@ from osf_torch.selection import Names, is_named, listed, named_weights, patterns
 log = logging.getLogger("osf_torch")
 NAMED = 6  # how many the log line names; a summary names all
 BY_NAME = "left out by name"
+
+
+class Attached(Protocol):
+    """A guard, whose hooks are on the weights with these ids."""
+
+    @property
+    def _items(self) -> Mapping[int, object]: ...
+
+    def _let_go(self, keys: set[int]) -> None: ...
+
+
+# Guards whose hooks are on, so that protecting a parameter again replaces what was there.
+ATTACHED: weakref.WeakSet[Attached] = weakref.WeakSet()
+
+
+def guarded() -> set[int]:
+    """The ids of the weights that some guard's hooks are on."""
+    return {key for guard in ATTACHED for key in guard._items}
 
 
 @dataclass(frozen=True)
@@ -85,16 +105,17 @@ class Coverage:
 
 
 def coverage(
-    model: nn.Module, covered: Collection[int], leave_out: Collection[str] = ()
+    model: nn.Module, covered: Collection[int] = (), leave_out: Collection[str] = ()
 ) -> Coverage:
-    """Of a model whose parameters with the ids in ``covered`` are covered, beside those that
-    ``confine`` covers.
+    """Of a model whose parameters with the ids in ``covered`` are covered, beside those that guards
+    and ``confine`` cover.
 
     Args:
         leave_out: names, or patterns of names, that are left out on purpose.
     """
     having, weights, layers = owners(model), named_weights(model), adapted(model)
     places = {id(place.weight): place for place in places_of(model)}
+    covered = {*covered, *guarded()}
     total, vectors = 0, 0
     left_out: dict[str, str] = {}
     elements: dict[str, int] = {}
@@ -185,11 +206,13 @@ def tell(found: Coverage, operator: str) -> Coverage:
     word, else at INFO."""
     line = f"osf_torch.{operator}: {found}"
     if found.untold:
-        log.warning(
-            "%s; take these in by refresh(filter=...), freeze them, or name them in leave_out=; "
-            "until one of these is done verify() refuses them",
-            line,
-        )
+        remedy = "take these in by refresh(filter=...), freeze them, or name them in leave_out="
+        if operator == "input_subspaces":
+            remedy = (
+                "freeze these, name them in leave_out=, or take in by its filter= those that are "
+                "multiplied with activations, as an embedding isn't"
+            )
+        log.warning("%s; %s; until one of these is done verify() refuses them", line, remedy)
     else:
         log.info("%s", line)
     return found

@@ -23,6 +23,7 @@ from osf_torch.sharing import Ranks
 from osf_torch.subspaces import Subspace
 
 OP = "osf_torch.input_subspaces"
+ROUNDED = 1e-10  # of the energy: what rounding in float32 adds along directions that nothing has
 
 
 class Turn(NamedTuple):
@@ -30,7 +31,6 @@ class Turn(NamedTuple):
 
     found: dict[str, Subspace]
     released: dict[str, float]  # the share of the energy that was let go of
-    at_floor: list[str]
 
 
 class _Side(NamedTuple):
@@ -38,7 +38,6 @@ class _Side(NamedTuple):
 
     factors: dict[str, Tensor]
     released: Tensor  # (matrices,)
-    at_floor: bool
 
 
 def grow(
@@ -56,7 +55,7 @@ def grow(
     """
     costs = [float(meters[s.name].cost) for s in selected]
     owner = {i: rank for rank, share in enumerate(sharers.split(costs)) for i in share}
-    turn = Turn({}, {}, [])
+    turn = Turn({}, {})
     unread: dict[str, list[int]] = {}
     untouched: list[str] = []
     shown = progress if sharers.rank == 0 else False
@@ -80,12 +79,11 @@ def grow(
             turn.released[s.name] = max(read([one.released.max() for one in made]), default=0.0)
             if not made:
                 untouched.append(s.name)
-            turn.at_floor.extend([s.name] if any(one.at_floor for one in made) else [])
             bar.advance(1, costs[i])
     if sharers.rank == 0:
         _log_untouched(untouched, len(selected))
         _log_unread(unread, meters)
-        _log_floor(turn)
+        _log_released(turn)
     return turn
 
 
@@ -140,7 +138,7 @@ def _grow_side(
     if 2 * width > size:
         # Protecting takes fewer FLOPs by the narrower basis.
         factors["_low"] = sent(None if merged is None else merged.free)
-    return _Side(factors, figures[:, -1], free > 0 and width == size - free)
+    return _Side(factors, figures[:, -1])
 
 
 def _directions(min_free: float, size: int) -> int:
@@ -155,7 +153,7 @@ def _most(free: int, size: int) -> int:
     if free >= size:
         raise ValueError(
             f"expected min_free to be below the {size} directions of its side, got {free}, which "
-            "protects nothing; pass a share, or leave it out by filter="
+            "protects nothing; pass a smaller count, or a share such as 0.1"
         )
     return size - free
 
@@ -195,15 +193,16 @@ def _log_unread(unread: Mapping[str, Sequence[int]], meters: Mapping[str, Kept])
     )
 
 
-def _log_floor(turn: Turn) -> None:
-    if not turn.at_floor:
+def _log_released(turn: Turn) -> None:
+    let_go = [name for name, share in turn.released.items() if share > ROUNDED]
+    if not let_go:
         return
-    most = max(turn.at_floor, key=turn.released.__getitem__)
+    most = max(let_go, key=turn.released.__getitem__)
     log.warning(
-        "%s: %d of %d weights are at their floor of free directions; of the energy of the inputs "
-        "so far up to %.2g %% was let go of (%s)",
+        "%s: %d of %d weights are at their floor of free directions, and of the energy of the "
+        "inputs so far up to %.2g %% was let go of (%s); a smaller min_free keeps more",
         OP,
-        len(turn.at_floor),
+        len(let_go),
         len(turn.found),
         100 * turn.released[most],
         most,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from osf_kernels import Mode
 from osf_torch import checks, measures, renewal
 from osf_torch import protected as weights
-from osf_torch.coverage import Coverage, coverage, log, named_by, require_told
+from osf_torch.coverage import ATTACHED, Coverage, coverage, guarded, log, named_by, require_told
 from osf_torch.grown import Grown, covering
 from osf_torch.hooks import Hooks
 from osf_torch.optimizer_state import OptimizerState, renew_state, require_renewable
@@ -23,9 +22,6 @@ from osf_torch.selection import Rank, Ranks, listed
 from osf_torch.state import read_state, state_of
 from osf_torch.steps import Leak, Restore, Steps, owned_by, with_gradients
 from osf_torch.subspaces import Subspace, Subspaces
-
-# Guards whose hooks are on, so that protecting a parameter again replaces what was there.
-_ATTACHED: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
 class Guard:
@@ -101,9 +97,9 @@ class Guard:
     def attach(self) -> None:
         """Puts the hooks on, and takes those of earlier guards off the same parameters."""
         self._hooks.attach(self._model, [item.weight for item in self._items.values()])
-        for other in list(_ATTACHED):
+        for other in list(ATTACHED):
             other._let_go(set(self._items))
-        _ATTACHED.add(self)
+        ATTACHED.add(self)
 
     def _require_held(self, operator: str) -> None:
         """Refuses what would be done to, or said of, no weight at all, and in silence."""
@@ -306,7 +302,7 @@ class Guard:
     def coverage(self) -> Coverage:
         """Which of the parameters that train now are covered, by this guard, another one or
         ``confine``, and what the others are; print it, or its ``table()``."""
-        return coverage(self._model, guarded(), self._leave_out)
+        return coverage(self._model, leave_out=self._leave_out)
 
     def leak(self) -> dict[str, Leak]:
         """Per parameter, the protected share of its last gradient before and after projecting.
@@ -516,11 +512,13 @@ class Guard:
         part that something else has moved is logged, where the host sees it without waiting for
         a device or another rank.
         """
+        was_on = self in ATTACHED
         self._hooks.remove()
-        _ATTACHED.discard(self)
+        ATTACHED.discard(self)
         with torch.no_grad():
             self._steps.settle()
-        self._tell_moved(self._steps.together.items, "Guard.remove")
+        if was_on:
+            self._tell_moved(self._steps.together.items, "Guard.remove")
 
     @torch.no_grad()
     def _tell_moved(self, items: Sequence[Protected], operator: str) -> None:
@@ -535,8 +533,3 @@ class Guard:
                 operator,
                 listed(sorted(moved)),
             )
-
-
-def guarded() -> set[int]:
-    """The ids of the weights that some guard's hooks are on."""
-    return {key for guard in _ATTACHED for key in guard._items}

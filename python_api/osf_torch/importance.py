@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osf_torch.activations import Forward, activations, require_reached, watch
+from osf_torch.arguments import require_count, require_forward, require_show
 from osf_torch.coverage import log
 from osf_torch.masks import Masks, Padding
 from osf_torch.progress import Show
@@ -91,7 +92,8 @@ def layer_importance(
             per="weight" one of which no product was seen, as ``input_subspaces`` sees them), NaN or
             Inf in a layer's activations (the first layer that ran with one is named), no
             similarity above zero, ``masks`` that don't fit.
-        TypeError: a batch of another type; a weight that ``refresh`` doesn't take.
+        TypeError: max_batches, progress or forward of another type; one batch in the place of
+            batches; a batch of another type; a weight that ``refresh`` doesn't take.
 
     Changes neither the model (hooks are removed and every module's ``training`` is put back, on
     errors too) nor the state of torch's random generators, from which a shuffling data loader
@@ -102,6 +104,10 @@ def layer_importance(
     """
     if per not in ("block", "weight"):
         raise ValueError(f'{OP}: expected per to be "block" or "weight", got {per!r}')
+    if max_batches is not None:
+        require_count("max_batches", max_batches, OP)
+    require_show(progress, OP)
+    require_forward(forward, OP)
     selected = select(model, 1, filter, operator="layer_importance")
     weights = {s.name: s.weight for s in selected}
     blocks = _blocks(model) if per == "block" else {}

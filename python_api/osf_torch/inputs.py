@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from osf_torch.activations import Forward, require_reached, watch
+from osf_torch.arguments import require_count, require_forward, require_show
 from osf_torch.coverage import coverage, log, named_in, tell
 from osf_torch.growing import OP, Kept, grow
 from osf_torch.grown import Grown
@@ -127,8 +129,9 @@ def input_subspaces(
             lacks, or none of any weight; a product with a part of its columns, as of a layer that
             tensor parallelism shards, or a convolution with a part of a kernel; NaN or Inf in
             inputs; the weight of an nn.Embedding.
-        TypeError: min_free is neither int nor float; a batch of another type; a weight that
-            ``refresh`` doesn't take.
+        TypeError: energy, min_free, max_tokens, max_batches, progress or forward of another type;
+            one batch in the place of batches; a batch of another type; a weight that ``refresh``
+            doesn't take.
         RuntimeError: another rank of the group failed.
 
     Changes neither the model nor torch's random generators. Synchronises for each weight.
@@ -137,10 +140,12 @@ def input_subspaces(
     2103.09762), equations 5 to 9, where V' is the memory of a layer; the merge is
     ``osf_kernels.merge_basis``'s.
     """
-    if not 0 < energy <= 1:
-        raise ValueError(f"{OP}: expected energy in (0, 1], got {energy}; 0.95 is usual")
-    if max_tokens < 1:
-        raise ValueError(f"{OP}: expected max_tokens to be at least 1, got {max_tokens}")
+    _require_energy(energy)
+    require_count("max_tokens", max_tokens, OP)
+    if max_batches is not None:
+        require_count("max_batches", max_batches, OP)
+    require_show(progress, OP)
+    require_forward(forward, OP)
     _require_min_free(min_free)
     require_seed(seed, "input_subspaces")
     names = named_in(model, leave_out, previous, "input_subspaces")
@@ -187,6 +192,15 @@ def input_subspaces(
     return Grown(turn.found, coverage=told, released=turn.released)
 
 
+def _require_energy(energy: object) -> None:
+    if isinstance(energy, bool) or not isinstance(energy, Real):
+        raise TypeError(
+            f"{OP}: expected energy to be a number in (0, 1], got {energy!r}; 0.95 is usual"
+        )
+    if not 0 < float(energy) <= 1:
+        raise ValueError(f"{OP}: expected energy in (0, 1], got {energy}; 0.95 is usual")
+
+
 def _require_min_free(min_free: object) -> None:
     """Refuses what is no count of directions and no share of them."""
     if isinstance(min_free, bool) or not isinstance(min_free, int | float):
@@ -208,8 +222,9 @@ def _require_products(model: nn.Module, selected: Sequence[Selected]) -> None:
         if all(isinstance(module, _LOOKUPS) for module in modules):
             raise ValueError(
                 f"{OP}: expected {s.name!r} to be multiplied with activations, as the weight of "
-                f"an nn.Linear is, got one of {type(modules[0]).__name__}; leave it out by filter="
-                ", or protect the model without it"
+                f"an nn.Linear is, got one of {type(modules[0]).__name__}; call {OP} with "
+                f"leave_out={s.name!r} and protect the model with what that returns, and freeze "
+                "this weight where it is to stay as it is"
             )
 
 

@@ -27,6 +27,33 @@ def owners(model: nn.Module) -> Owners:
     return found
 
 
+def reparametrized(owned: Sequence[tuple[nn.Module, str]]) -> str | None:
+    """What a weight is from which another one is computed before each call, by a parametrization
+    or, as pruning and the older weight_norm and spectral_norm do, by a hook, and the remedy; None
+    of a plain weight.
+
+    Args:
+        owned: the modules that have it, and as what.
+    """
+    if not any(
+        isinstance(module, ParametrizationList) or _is_source(module, attribute)
+        for module, attribute in owned
+    ):
+        return None
+    return (
+        "one that a parametrization or a hook computes another from, whose protected part that "
+        "wouldn't hold; remove_parametrizations() first (of hooks remove_weight_norm(), "
+        "remove_spectral_norm() or prune.remove()), or leave it out"
+    )
+
+
+def _is_source(module: nn.Module, attribute: str) -> bool:
+    """Whether a hook computes a weight from it."""
+    hooks = module._forward_pre_hooks.values()
+    names = (getattr(h, "name", None) or getattr(h, "_tensor_name", None) for h in hooks)
+    return any(isinstance(name, str) and attribute.startswith(f"{name}_") for name in names)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer with its weight as (inputs, outputs)."""
     return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)

@@ -64,6 +64,12 @@ class Padding:
         """The batch with other values at padded places, to be run first; None where none are."""
         self._real, self._before, self._routed = [], {}, {}
         self._begin(probing=False)
+        if self._masks and isinstance(self._masks, Mapping) and not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{self._operator}: expected batches to be mappings with the keys of "
+                f"masks={self._masks!r}, got {type(batch).__name__}; leave masks out, or pass "
+                "batches as mappings"
+            )
         if self._masks is None or not isinstance(batch, Mapping):
             return None
         other = dict(batch)

@@ -15,7 +15,7 @@ from osf_torch.coverage import named_in, require_others, tell
 from osf_torch.free.spec import places_of
 from osf_torch.free.state import is_state as is_confined_state
 from osf_torch.guard import Guard
-from osf_torch.kinds import is_flat, owners
+from osf_torch.kinds import is_flat, owners, reparametrized
 from osf_torch.protected import Protected
 from osf_torch.quantized import stored
 from osf_torch.selection import (
@@ -102,7 +102,8 @@ def protect(
             shape that doesn't fit, an optimizer that is missing or doesn't own a protected
             parameter, S or ``protected`` of another weight, columns that aren't orthonormal, a
             state that isn't of these weights, a convolution sharded by another dimension than the
-            first; nothing is attached.
+            first, a parameter that a parametrization or a hook (pruning, the older weight_norm and
+            spectral_norm) computes a layer's weight from; nothing is attached.
         TypeError: subspaces isn't a mapping to Subspace, or optimizer no torch optimizer, or one
             whose steps can't be hooked; a weight without values (meta), in FSDP1's flat parameters
             or of another kind of tensor (quantized).
@@ -244,7 +245,13 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 "that confine() trains inside its free block, where nothing protected moves; "
                 "leave it out, or Confined.release() first"
             )
-        packed = stored(weight, having.get(id(weight), ()))
+        owned = having.get(id(weight), ())
+        source = reparametrized(owned)
+        if source is not None:
+            raise ValueError(
+                f"osf_torch.protect: expected parameter {name!r} to be a plain weight, got {source}"
+            )
+        packed = stored(weight, owned)
         if packed is not None:
             raise TypeError(
                 f"osf_torch.protect: expected parameter {name!r} to be a plain tensor or a "
@@ -252,7 +259,7 @@ def _items(model: nn.Module, subspaces: Mapping[str, Subspace], mode: Mode) -> l
                 'confine(model, subspaces, update="beside")'
             )
         require_values(name, weight, "protect")
-        flat = is_flat(weight, having.get(id(weight), ()))
+        flat = is_flat(weight, owned)
         try:
             W, U, V = weights.shapes_of(weight, subspace, is_flat=flat)
             plan(W, U, V, mode=mode)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from osf_torch.arguments import require_show
 from osf_torch.batching import BATCH, Part, packed, parts_of
 from osf_torch.free.merging import require_current
 from osf_torch.kinds import is_flat, owners
@@ -154,6 +155,7 @@ def ranks_by_energy(
             "osf_torch.ranks_by_energy: expected energy to be a share of the squared Frobenius "
             f"norm in (0, 1], got {energy!r}"
         )
+    require_show(progress, "osf_torch.ranks_by_energy")
     floors = select(model, minimum, filter, operator="ranks_by_energy")
     ceilings = select(
         model, 1.0 if maximum is None else maximum, filter, operator="ranks_by_energy"

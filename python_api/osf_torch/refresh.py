@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osf_kernels import padded
+from osf_torch.arguments import require_show
 from osf_torch.batching import Batch, Method, kind_of, shared_out
 from osf_torch.coverage import coverage, named_in, tell
 from osf_torch.decomposing import Result, decomposed, joined
@@ -93,7 +94,8 @@ def refresh(
             that is named or matched is taken by its (out, in/groups·kh·kw) matrix, a transposed one
             by (in, out/groups·kh·kw), as ``protect`` and ``confine`` take it. Where
             none of these requires grad, the quantized weights of layers and experts are taken. What
-            trains and isn't taken is logged, and stands in ``coverage``.
+            trains and isn't taken, nor guarded or confined already, is logged, and stands in
+            ``coverage``.
         leave_out: names, or patterns of names, of what is to move freely, such as "*embed*": it
             isn't taken, and the ``verify`` of what is made of these subspaces refuses no weight
             that is named here. It refuses any other that trains and isn't covered.
@@ -142,6 +144,7 @@ def refresh(
     Mutates nothing; synchronises once a batch; draws from ``seed`` alone.
     """
     _require_options(keep, compute_dtype, dtype, seed)
+    require_show(progress, "osf_torch.refresh")
     workspace_bytes, stay = _bytes(max_workspace_bytes), _device(offload)
     names = named_in(model, leave_out, previous, "refresh")
     taken = select(

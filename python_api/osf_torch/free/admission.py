@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from osf_kernels import Basis, FreeBasis, free_block
 from osf_torch.bases import Held, columns_of, spans_of
+from osf_torch.coverage import guarded
 from osf_torch.free.formed import runs_plain
 from osf_torch.free.merging import cut_of
 from osf_torch.free.spec import AtRest, Place, Spec, Update, is_fsdp, specs_of
 from osf_torch.grown import narrowest, spectra_on_host
-from osf_torch.guard import guarded
-from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners
+from osf_torch.kinds import is_conv1d, is_lazy, is_plain, owners, reparametrized
 from osf_torch.measures import TINY, TRIPLETS_LIMIT
 from osf_torch.protected import require_orthonormal
 from osf_torch.quantized import Stored, stored
@@ -122,13 +122,9 @@ def _checked(
             f"{told} a weight of one module, got one that is shared by {others}; leave it out by "
             f"name, leave_out={name!r} of refresh or input_subspaces, or untie it"
         )
-    if isinstance(module, nn.utils.parametrize.ParametrizationList) or _is_source(
-        module, attribute
-    ):
-        raise ValueError(
-            f"{told} a plain weight, got one that a parametrization computes another from, whose "
-            "protected part that wouldn't hold; remove_parametrizations() first"
-        )
+    source = reparametrized(having)
+    if source is not None:
+        raise ValueError(f"{told} a plain weight, got {source}")
     if id(weight) in guarded():
         raise ValueError(
             f"{told} a weight without a guard, got one that protect() watches; Guard.remove() first"
@@ -190,14 +186,6 @@ def _checked(
         spectra=spectra_on_host(subspace),
     )
     return AtRest(module, spec)
-
-
-def _is_source(module: nn.Module, attribute: str) -> bool:
-    """Whether a hook computes a weight from it before each call, as pruning and the older
-    weight_norm and spectral_norm do."""
-    hooks = module._forward_pre_hooks.values()
-    names = (getattr(h, "name", None) or getattr(h, "_tensor_name", None) for h in hooks)
-    return any(isinstance(name, str) and attribute.startswith(f"{name}_") for name in names)
 
 
 def _dtype_of(weight: Tensor, subspace: Subspace | Sides, dtype: torch.dtype | None) -> torch.dtype:

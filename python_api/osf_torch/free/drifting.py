@@ -124,21 +124,34 @@ def _limit(place: Place) -> float:
 
 
 def explained(place: Place) -> str:
-    """What has moved the protected part by more than rounding does, as far as it can be told."""
-    if all(bool(torch.isfinite(local(t.detach())).all()) for t in place.trained()):
-        if place.spec.is_opaque:
-            return (
-                "something has written to what the quantized weight is stored in; load the model "
-                "anew, and its C by confine(model, state)"
-            )
-        return (
-            "something has written to the weight itself; load a checkpoint of this run, or "
-            "Confined.release(), and confine what the weights are now"
+    """What has moved the protected part by more than rounding does, and the remedy."""
+    if not _is_finite(place):
+        remedy = "load a checkpoint of this run"
+    elif place.spec.is_opaque:
+        remedy = "load the model anew, and its C by confine(model, state)"
+    else:
+        remedy = (
+            "load a checkpoint of this run, or Confined.release(), and confine what the weights "
+            "are now"
         )
-    return (
-        f"its free block {place.spec.trainable[0]!r} isn't finite, as after a step with a loss or "
-        "gradient that wasn't; load a checkpoint of this run"
-    )
+    return f"{cause(place)}; {remedy}"
+
+
+def cause(place: Place) -> str:
+    """What has moved the protected part by more than rounding does, as far as it can be told."""
+    if not _is_finite(place):
+        return (
+            f"its free block {place.spec.trainable[0]!r} isn't finite, as after a step with a loss "
+            "or gradient that wasn't"
+        )
+    if place.spec.is_opaque:
+        return "something has written to what the quantized weight is stored in"
+    return "something has written to the weight itself"
+
+
+def _is_finite(place: Place) -> bool:
+    """Whether what is trained of the weight is."""
+    return all(bool(torch.isfinite(local(t.detach())).all()) for t in place.trained())
 
 
 def relative(now: Tensor, before: Tensor) -> float:
