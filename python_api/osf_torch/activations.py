@@ -78,6 +78,7 @@ def watch(
                     f"which padding is found, got {type(failed).__name__}: {failed}; pass "
                     "masks=None to count every token"
                 ) from failed
+            padding.ran()
     if not count:
         raise ValueError(f"{operator}: expected at least one batch, got none")
 

@@ -79,7 +79,8 @@ def layer_importance(
             logged. None counts every token. A batch with padding runs twice, first with other
             values at padded places: activations (batch, length, d), (length, batch, d) or
             (batch·length, d) that change there and nowhere else are left without padding, and
-            every other one (a decoder's, an image's, pooled ones) is counted in full. Of the tokens
+            every other one (a decoder's, an image's, pooled ones) is counted in full. Where no
+            activation of a mask's size is left without its padding, that is logged. Of the tokens
             routed to experts those count that the expert reads both times, where they are as many
             as the real tokens, and else all.
 

@@ -4,8 +4,10 @@ A model is run on the batch as it is, and on the batch with other values at the 
 of padding change, and rows of real tokens don't. Where the rows of an activation change at all the
 padded places of a mask and nowhere else, it holds that mask's tokens, in that layout. What else has
 as many rows (a decoder's tokens, an image's patches, pooled tokens) doesn't, and counts in full. So
-does everything of a model that lets padding reach real tokens: to count padding costs some room, to
-leave out real tokens loses what was to be protected.
+does everything of a model that lets padding reach real tokens. To count padding takes a share of
+the energy, so that less of the real tokens' is held than was asked for; to leave out real tokens
+loses what was to be protected. Where activations have as many rows as a mask has places, and none
+of them was found to hold its tokens, that is logged.
 
 What an expert reads are the tokens routed to it, whose number and places change with padding. Of
 these the rows count that the expert reads in both runs, where they are as many as the real tokens,
@@ -54,6 +56,9 @@ class Padding:
         self._masks, self._operator = masks, operator
         self._told = False
         self._real: list[Tensor] = []  # (batch, length), True for real tokens
+        self._keys: list[str] = []  # of these masks
+        self._fitting: set[int] = set()  # which of them have as many places as an activation rows
+        self._held: set[int] = set()  # and of which tokens one was found to be
         self._probing = False
         # Prints of rows while probing, by watcher and call: by place, or by expert.
         self._before: dict[tuple[Hashable, int], list[Tensor]] = {}
@@ -62,7 +67,8 @@ class Padding:
 
     def probe(self, batch: Any) -> Any | None:
         """The batch with other values at padded places, to be run first; None where none are."""
-        self._real, self._before, self._routed = [], {}, {}
+        self._real, self._keys, self._before, self._routed = [], [], {}, {}
+        self._fitting, self._held = set(), set()
         self._begin(probing=False)
         if self._masks and isinstance(self._masks, Mapping) and not isinstance(batch, Mapping):
             raise TypeError(
@@ -79,6 +85,7 @@ class Padding:
             if bool(real.all()) and not _distributed():
                 continue
             self._real.append(real)
+            self._keys.append(key)
             other[of] = _with_other_padding(batch[of], real)
         if not self._real:
             return None
@@ -88,6 +95,19 @@ class Padding:
     def run(self) -> None:
         """The batch itself runs now."""
         self._begin(probing=False)
+
+    def ran(self) -> None:
+        """The batch itself has run: says of which masks nothing that it read holds the tokens."""
+        for at in sorted(self._fitting - self._held):
+            if not bool(self._real[at].all()):
+                self._tell(
+                    "padding is counted like tokens, so that less of the real tokens' energy may "
+                    "be held than was asked for: other values at the padded places of %r changed "
+                    "the rows of no activation there and nowhere else, whether padding reaches "
+                    "real tokens or isn't read; pass batches without padding, or masks=None to "
+                    "count every token",
+                    self._keys[at],
+                )
 
     @property
     def found(self) -> bool:
@@ -126,10 +146,13 @@ class Padding:
         if [p.shape for p in before] != [p.shape for p in prints]:
             return None
         seen = [_seen(old, new, x) for old, new, x in zip(before, prints, norms, strict=True)]
-        for real in self._real:
+        for at, real in enumerate(self._real):
+            if len(rows[0]) == real.numel():
+                self._fitting.add(at)
             for layout in (real, real.mT):
                 flat = layout.flatten().to(rows[0].device)
                 if all(_is_of(flat, changed, zero) for changed, zero in seen):
+                    self._held.add(at)
                     return flat
         return None
 
@@ -195,19 +218,19 @@ class Padding:
                 if len(known) == 1 and _is_laid(batch[known[0]], batch[key], known[0] in usual):
                     yield key, known[0]
                 elif bool((batch[key] == 0).any()):
-                    self._tell(key, known)
+                    self._tell(
+                        "padding is counted like tokens, since it can't be told of which sequence "
+                        "the batches' %r is (%s); pass masks={%r: KEY} with the key of its "
+                        "sequence, or masks=None to count every token",
+                        key,
+                        f"candidates are {listed([repr(name) for name in known]) or 'none'}",
+                        key,
+                    )
 
-    def _tell(self, key: str, found: Sequence[str]) -> None:
+    def _tell(self, line: str, *values: str) -> None:
+        """Once, by the logger "osf_torch"."""
         if not self._told:
-            log.warning(
-                "%s: padding is counted like tokens, since it can't be told of which sequence the "
-                "batches' %r is (%s); pass masks={%r: KEY} with the key of its sequence, or "
-                "masks=None to count every token",
-                self._operator,
-                key,
-                f"candidates are {listed([repr(name) for name in found]) or 'none'}",
-                key,
-            )
+            log.warning(f"%s: {line}", self._operator, *values)
         self._told = True
 
     def _require(self, batch: Mapping[str, Any], key: str, of: str) -> None:
@@ -264,19 +287,50 @@ def _is_laid(x: Tensor, mask: Tensor, usual: bool) -> bool:
 
 
 def _with_other_padding(x: Tensor, real: Tensor) -> Tensor:
-    """A copy with other values where ``real`` is False: numbers, or ids that the batch has."""
+    """A copy with other values where ``real`` is False, each another than the one that it replaces.
+
+    They are two values of the batch, of real tokens where these differ, since any other may mean
+    something to the model, or be no id of it. A padded value gets that of the two from which it
+    lies further; so it changes whatever it is, be it the first and the last real token's too.
+    """
     laid = _laid(x, real)
     assert laid is not None
     there, padded = x[laid], x[~laid]
-    if x.is_floating_point():
-        other = (padded == 0).to(x.dtype)
-    else:  # ids of real tokens, since any other may mean something to the model
-        ends = (there[0], there[-1]) if len(there) else (torch.zeros_like(x[0]), x[0] + 1)
-        first, last = (end.flatten()[0] for end in ends)
-        other = torch.where(padded == first, last, first)
+    if not len(padded):
+        return x
+    first = there[0] if len(there) else padded[0]
+    second = _farthest(there, first)
+    if second is None:
+        second = _farthest(padded, first)
+    if second is None:  # nothing else is in the batch
+        second = _another(first)
+    nearer = _apart(padded, first) < _apart(padded, second)
     changed = x.clone()
-    changed[~laid] = other
+    changed[~laid] = torch.where(nearer.view(-1, *[1] * first.dim()), second, first)
     return changed
+
+
+def _apart(values: Tensor, one: Tensor) -> Tensor:
+    """(values,): how far each lies from one; ids, of which any two lie as far apart, by 0 and 1."""
+    away = values - one if values.is_floating_point() else (values != one).float()
+    wide = torch.promote_types(away.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(away[:, None].flatten(1), dim=-1, dtype=wide)
+    return norms.nan_to_num()
+
+
+def _farthest(values: Tensor, one: Tensor) -> Tensor | None:
+    """The last of the values that lie farthest from one; None where all are that one."""
+    away = _apart(values, one)
+    return values[(away == away.max()).nonzero()[-1, 0]] if bool((away > 0).any()) else None
+
+
+def _another(one: Tensor) -> Tensor:
+    """An id next to one, downwards where that is an id; of numbers, one that no norm over them
+    takes for the same."""
+    if one.is_floating_point():
+        steps = torch.arange(1, one.numel() + 1, device=one.device, dtype=one.dtype)
+        return one + steps.view_as(one)
+    return ~one if one.dtype == torch.bool else torch.where(one > 0, one - 1, one + 1)
 
 
 @lru_cache(maxsize=64)
