@@ -100,8 +100,9 @@ def input_subspaces(
         filter: which weights, as in ``refresh``. What they read is seen where torch's operators
             multiply matrices (products, grouped products, einsum, convolutions), whatever module
             does it, with the weight, parts of its rows, its experts, or a cast or scaled copy. A
-            weight that a kernel of its own reads is refused. Convolutions are taken where they are
-            named or matched.
+            weight that a kernel of its own reads is refused. Where such products aren't all that a
+            weight is used by (tanh(W), W[rows], W - W.mean() beside W x), what the other use reads
+            isn't seen, and isn't held. Convolutions are taken where they are named or matched.
         leave_out: as in ``refresh``.
         max_tokens: where a weight's inputs on this rank, or an expert's, are more, as many are
             drawn at random. Peak memory is max_tokens·n elements a weight and expert of the
