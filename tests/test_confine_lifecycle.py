@@ -136,6 +136,22 @@ def test_the_next_task(mode, grows):
     assert relative(weights_of(model)["first.weight"], after_one["first.weight"]) > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["merge", "zero"])
+def test_what_is_frozen_stays_frozen_in_the_next_task(mode):
+    """As the head of an earlier task."""
+    model, confined, _, _ = confined_net(mode)
+    train(model, batches(3, "one"), adamw(model.parameters()))
+    model.get_parameter(f"{NAMES[0]}_free").requires_grad_(False)
+    confined.next_task(widen=1, progress=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert f"{NAMES[0]}_free" not in trained
+    assert {f"{name}_free" for name in NAMES[1:]} <= trained
+    before = weights_of(model)[NAMES[0]].clone()
+    train(model, batches(3, "two"), adamw(p for p in model.parameters() if p.requires_grad))
+    assert torch.equal(weights_of(model)[NAMES[0]], before)
+    confined.verify()
+
+
 @pytest.mark.parametrize(
     ("mode", "sides", "options", "kind", "told"),
     [

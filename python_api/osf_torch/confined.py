@@ -202,8 +202,9 @@ class Confined:
     ) -> Subspaces | Grown:
         """At the end of a task: protects what was learned in it too.
 
-        What was learned goes into the weights, and C starts anew, of the new size. Make a new
-        optimizer afterwards; the old one refuses to step. What was protected until now must be
+        What was learned goes into the weights, and C starts anew, of the new size; one that was
+        frozen, as of an earlier task's head, stays so. Make a new optimizer afterwards; the old one
+        refuses to step. What was protected until now must be
         where it was, as ``verify`` has it: a turn takes the weights as they are for what is to be
         kept from then on.
 
@@ -260,8 +261,12 @@ class Confined:
         tensors = [made(place, self._settings) for place in fresh]
         pairs = zip(places, fresh, strict=True)
         let_go = {old.name: drifting.released(old.spec, new.spec, old.weight) for old, new in pairs}
+        frozen = {place.name for place in places if not place.is_trained}
         self._end("next_task()")
         self.begin(fresh, tensors)
+        for place in self.places:
+            for t in place.trained() if place.name in frozen else ():
+                t.requires_grad_(False)
         self.leave_out |= named_by(found)
         self._released = let_go
         return found
