@@ -267,7 +267,12 @@ REFUSED: dict[str, tuple[Any, str, type[Exception], str]] = {
     "frozen": (lambda: (Late(), [Unfreezes()], {}), "both", RuntimeError, "late"),
     "foreign": (lambda: (Foreign(), [], {}), "protect", RuntimeError, "net.0.weight"),
     "owner": (lambda: (Lacks(), [], {}), "both", ValueError, "net.2.weight"),
-    "replaced": (lambda: (Small(), [Replaces()], {}), "protect", RuntimeError, "replaced"),
+    "replaced": (
+        lambda: (Small(), [Replaces()], {}),
+        "protect",
+        RuntimeError,
+        "the optimizer that the weights were protected with",
+    ),
     "empty": (lambda: (Empty(), [], {}), "both", ValueError, "configure_model"),
     "half": (
         lambda: (Small(), [], {"precision": "bf16-true"}),
