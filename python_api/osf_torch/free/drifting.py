@@ -45,8 +45,9 @@ def reference(place: Place) -> Reference:
     right = spec.right.to(dtype=torch.float64)
     inside = right.expand(right.reduce(Omega.mT)).mT  # V_l V_lᵀ Ω
     Omega = Omega.expand(inside.shape)  # of a batch of bases
-    both = _times(place, torch.cat([Omega, inside], -1))
-    whole, within = both[..., :PROBES], both[..., PROBES:]
+    # Two products of one shape: of more columns at once a processor may round each otherwise, and
+    # ``base_moved`` compares with the first one.
+    whole, within = _times(place, Omega), _times(place, inside)
     left = spec.left.to(dtype=torch.float64)
     protected = whole - left.expand(left.reduce(within.mT)).mT
     if _is_rounded_sum(place):
