@@ -96,6 +96,16 @@ def test_the_narrowest_basis_that_holds_the_energy(widths, tokens, energy, decay
         assert V.shape[1] == 1 or float(best[V.shape[1] - 2]) < energy + 1e-12
 
 
+def test_nine_tenths_are_held_by_default():
+    model = mlp(40, 30)
+    x = decaying(200, 40, 0.9, "default")
+    (V,) = (grown(s) for s in input_subspaces(model, [x], progress=False).values())
+    squares = torch.linalg.svdvals(x.double()).square()
+    held = squares.cumsum(0) / squares.sum()
+    assert V.shape[1] == int((held < 0.9).sum()) + 1
+    assert 2 < V.shape[1] < int((held < 0.95).sum()) + 1
+
+
 @pytest.mark.parametrize("spans", ["high", "low"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_previous_bases_are_kept_and_grown(spans, dtype):
@@ -343,7 +353,7 @@ def test_bad_arguments(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": "x"}, r"energy to be a number in \(0, 1\], got 'x'; 0\.95 is usual"),
+        ({"energy": "x"}, r"energy to be a number in \(0, 1\], got 'x'; 0\.9 is the default"),
         ({"energy": True}, "energy to be a number.*got True"),
         ({"max_tokens": 1.5}, "max_tokens to be an int of at least 1, got 1.5"),
         ({"max_batches": 1.5}, "max_batches to be an int of at least 1, got 1.5"),
