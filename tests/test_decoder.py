@@ -22,7 +22,7 @@ from bench.continual_tasks import SPLITS, Example, Task
 from bench.decoder import Decoder, cut
 from bench.streams import training
 from bench.streams.decoder import Reader
-from bench.streams.methods import DEFAULT, METHODS
+from bench.streams.methods import DEFAULT, METHODS, PRIOR
 from osf_kernels import Basis
 from tests.small_decoder import LABELS, TEXTS, small_decoder, small_tokenizer, task
 
@@ -122,7 +122,7 @@ def test_a_cut_keeps_both_ends() -> None:
     assert cut(range(9), 1) == (0,)
 
 
-@pytest.mark.parametrize("method", ["plain", DEFAULT, "bases-both"])
+@pytest.mark.parametrize("method", ["plain", DEFAULT, PRIOR, "bases-both"])
 def test_a_decoder_learns_a_stream(tokenizer: Any, model: nn.Module, method: str) -> None:
     judge = Decoder(tokenizer)
     tasks = [judge.encode(task(name)) for name in ("first", "second", "third")]
@@ -142,6 +142,15 @@ def test_a_decoder_learns_a_stream(tokenizer: Any, model: nn.Module, method: str
     moved = [n for n, p in reader.model.named_parameters() if not torch.equal(p, before[n])]
     assert set(moved) == set(judge.weights(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert (outcome.after[0].free < 1) == (method == PRIOR), "what it has seen before any task"
+
+
+def test_general_text_that_is_seen_is_not_judged(tokenizer: Any, model: nn.Module) -> None:
+    judge = Decoder(tokenizer)
+    seen = [batch["input_ids"] for batch in Reader(model, judge, []).general_inputs()]
+    assert sum(map(len, seen)) > 1
+    judged = {tuple(ids) for ids in judge.prose("test", 1000).tolist()}
+    assert not judged & {tuple(ids) for ids in torch.cat(seen).tolist()}
 
 
 def test_leading_takes_labels_in_turn() -> None:

@@ -19,7 +19,7 @@ from bench.decoder import Decoder
 from bench.streams import data, decoder, encoder, rows
 from bench.streams.decoder import Reader
 from bench.streams.encoder import Encoder
-from bench.streams.methods import HEADS, METHODS
+from bench.streams.methods import HEADS, METHODS, PRIOR
 from bench.streams.runs import SEED, Open, Runs, Wanted
 from bench.streams.subject import Subject
 from bench.streams.training import Diverged, Setting
@@ -88,7 +88,7 @@ def smollm_opener(precision: torch.dtype) -> Open:
 
 
 MODELS: dict[str, Model] = {
-    "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3), "4"),
+    "minilm": Model(minilm_opener, 80, 16, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3), "4", (PRIOR,)),
     "smollm2": Model(smollm_opener, 30, 8, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), data.SHORT, (HEADS,)),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.continual_tasks import Split, Task
-from bench.decoder import Decoder, Encoded
+from bench.decoder import WINDOWS, Decoder, Encoded
 from bench.streams.subject import Inputs
 
 
@@ -64,6 +64,10 @@ class Reader:
 
     def general(self, model: nn.Module) -> float | None:
         return self.decoder.general_loss(model)
+
+    def general_inputs(self) -> list[Inputs]:
+        windows = self.decoder.prose("train", WINDOWS).split(2)
+        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows]
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -145,6 +145,9 @@ class Encoder:
     def general(self, model: nn.Module) -> float | None:
         return None
 
+    def general_inputs(self) -> list[Inputs]:
+        return []
+
     def state(self) -> dict[str, Any]:
         return {"heads": [head.state_dict() for head in self.heads]}
 

@@ -10,7 +10,7 @@ import osf_torch
 from bench.streams import peers
 from bench.streams.ours import Layers, Ours, Update
 from bench.streams.peers import Plain
-from bench.streams.sources import Library, Memories, Probed, Source, Weights
+from bench.streams.sources import Library, Memories, Prior, Probed, Source, Weights
 from bench.streams.subject import Subject
 
 # ‖ΔW‖ of each task of the run that a method needs.
@@ -22,6 +22,7 @@ DEFAULT = f"energy-{inspect.signature(osf_torch.input_subspaces).parameters['ene
 HEADS = "heads"  # of models that have them
 # By which rows of heads are told apart, though it is of nothing that they train.
 HEADS_RATE = 1e-4
+PRIOR = "prior"  # of models that know text of no task
 BASES = "bases-inputs"  # whose learning rate the variants of ours take
 
 
@@ -75,6 +76,8 @@ METHODS: dict[str, Method] = {
     "peft-osf": Method("OSF (peft)", _peer(peers.PeftOsf), compared=True),
     "replay": Method("replay of 1 %", _peer(peers.Replay), compared=True),
     DEFAULT: Method("ours", _ours(Library, "confine"), compared=True),
+    # What is protected before the first task.
+    PRIOR: Method("ours, from general text on", _ours(Prior, "confine"), DEFAULT),
     # Which bases, at the same free share.
     BASES: Method("bases: inputs", _ours(lambda: Memories("inputs"))),
     "bases-outputs": Method("bases: outputs", _ours(lambda: Memories("outputs")), BASES),

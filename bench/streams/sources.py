@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import osf_kernels
 import osf_torch
 from bench.streams.bases import Kind, Sums, add, look, spectra, subspaces_of
-from bench.streams.subject import Subject
+from bench.streams.subject import Inputs, Subject
 
 Ends = tuple[float, float]  # of a stream: what a share is at its beginning and at its end
 # Share of a weight's numbers left to the second task and to the last; evenly in between.
@@ -246,9 +246,15 @@ class Library:
         return self.held
 
     def learn(self, subject: Subject, model: nn.Module, task: Task) -> None:
+        batches = [subject.inputs(task.number, index) for index in task.batches]
+        self._grow(subject, model, task, batches)
+
+    def _grow(
+        self, subject: Subject, model: nn.Module, task: Task, batches: Sequence[Inputs]
+    ) -> None:
         self.held = osf_torch.input_subspaces(
             model,
-            [subject.inputs(task.number, index) for index in task.batches],
+            batches,
             previous=self.held,
             masks=subject.masks,
             forward=subject.forward,
@@ -262,3 +268,14 @@ class Library:
 
     def load(self, state: Any) -> None:
         self.held = state
+
+
+class Prior(Library):
+    """The same, which sees text of no task before the first one: the first is not free either."""
+
+    def subspaces(
+        self, subject: Subject, model: nn.Module, task: Task
+    ) -> Mapping[str, osf_torch.Subspace]:
+        if not self.held:
+            self._grow(subject, model, task, subject.general_inputs())
+        return self.held

@@ -51,6 +51,10 @@ class Subject(Protocol):
     def general(self, model: nn.Module) -> float | None:
         """The loss on text that is of no task; None where the model has none."""
 
+    def general_inputs(self) -> list[Inputs]:
+        """Batches for ``forward`` of text that is of no task either, nor what ``general`` judges;
+        none where the model has none."""
+
     def state(self) -> dict[str, Any]:
         """What tasks have left behind, beside the model."""
 
