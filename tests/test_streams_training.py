@@ -60,7 +60,7 @@ def figures(outcome: Outcome) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in METHODS if name != PRIOR])  # a decoder's
+@pytest.mark.parametrize("name", [n for n in METHODS if n != PRIOR])  # wants general text
 def test_a_run_cut_short_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     require_peer(name)
     whole = trained(name)

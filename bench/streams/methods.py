@@ -22,7 +22,7 @@ DEFAULT = f"energy-{inspect.signature(osf_torch.input_subspaces).parameters['ene
 HEADS = "heads"  # of models that have them
 # By which rows of heads are told apart, though it is of nothing that they train.
 HEADS_RATE = 1e-4
-PRIOR = "prior"  # of models that know text of no task
+PRIOR = "prior"  # for subjects that have text of no task
 BASES = "bases-inputs"  # whose learning rate the variants of ours take
 
 

@@ -271,7 +271,8 @@ class Library:
 
 
 class Prior(Library):
-    """The same, which sees text of no task before the first one: the first is not free either."""
+    """A Library that is shown text of no task before the first task, so that the first task is
+    confined too. The subject must have such text."""
 
     def subspaces(
         self, subject: Subject, model: nn.Module, task: Task
