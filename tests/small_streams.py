@@ -10,6 +10,7 @@ import torch
 from bench.continual_tasks import SPLITS, Split
 from bench.streams import data
 from bench.streams.encoder import Encoded, Encoder
+from bench.streams.subject import Inputs
 from tests.small_continual import SMALL, small_encoder
 
 CLASSES = 3
@@ -43,8 +44,16 @@ def small_tokens(tasks: int, seed: int = 0) -> list[dict[Split, Encoded]]:
     return [{split: examples(COUNTS[split], i) for split in SPLITS} for i in range(tasks)]
 
 
+class Read(Encoder):
+    """An encoder that has read text of no task: here tokens of a task that the stream lacks."""
+
+    def general_inputs(self) -> list[Inputs]:
+        text = small_tokens(1, seed=1)[0]["test"]
+        return [{"ids": text.ids, "attention_mask": text.mask}]
+
+
 def small_subject(tasks: int = 3) -> Encoder:
-    return Encoder(small_encoder(), small_tokens(tasks), [CLASSES] * tasks)
+    return Read(small_encoder(), small_tokens(tasks), [CLASSES] * tasks)
 
 
 def open_small(stream: data.Stream) -> Encoder:

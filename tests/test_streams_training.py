@@ -10,7 +10,7 @@ import torch
 import osf_kernels
 from bench.streams import peers, training
 from bench.streams.bases import add, look, spectra, subspaces_of
-from bench.streams.methods import METHODS, PRIOR
+from bench.streams.methods import METHODS
 from bench.streams.ours import Ours, free_share
 from bench.streams.sources import Memories
 from bench.streams.training import Outcome, Setting
@@ -60,7 +60,7 @@ def figures(outcome: Outcome) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in METHODS if n != PRIOR])  # wants general text
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_cut_short_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     require_peer(name)
     whole = trained(name)
