@@ -267,21 +267,33 @@ def test_wrapped_layers_are_where_they_were():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_frozen_free_block_is_told_once(mode, caplog):
-    model, confined, _ = confined_net(mode)
+def test_frozen_free_blocks_are_told_once_by_name(mode, caplog):
+    model, confined, subspaces = confined_net(mode)
+    first, *others = subspaces
+    optimizer = adamw(model.parameters())
+
+    def told() -> list[str]:
+        caplog.clear()
+        train(model, batches(3, "frozen"), optimizer)
+        lines = [r.getMessage() for r in caplog.records]
+        return [line for line in lines if "doesn't require a gradient" in line]
+
+    assert told() == []
+    for t in next(place for place in confined.places if place.name == first).trained():
+        t.requires_grad_(False)
+    (line,) = told()
+    assert first in line
+    assert not any(name in line for name in others)
+    assert told() == []
     for t in confined.parameters():
         t.requires_grad_(False)
-    caplog.clear()
-    for x in batches(3, "frozen"):
-        model(x).sum().backward()
-    told = [
-        r.getMessage() for r in caplog.records if "doesn't require a gradient" in r.getMessage()
-    ]
-    assert len(told) == 1
-    caplog.clear()
     with torch.no_grad():
-        model(x)
+        model(batches(1, "frozen")[0])
     assert not caplog.records
+    (line,) = told()
+    assert first not in line
+    assert all(name in line for name in others)
+    assert told() == []
 
 
 # --- handles ---

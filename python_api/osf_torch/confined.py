@@ -45,6 +45,7 @@ class Confined:
         self.held: list[Place] = []
         self._inputs = Inputs()
         self.told: set[str] = set()  # what a log line has said, until the next step
+        self._frozen: set[str] = set()  # whose free blocks a log line has said to be frozen
         self.leave_out: frozenset[str] = frozenset()  # what else may train, by name
         self._released: dict[str, float] = {}
 
@@ -113,6 +114,21 @@ class Confined:
         if what not in self.told:
             self.told.add(what)
             log.warning("osf_torch.confine: %s", text)
+
+    def tell_frozen(self, name: str) -> None:
+        """Says once of each weight that its free block takes no gradient, in one line for all
+        weights of which that is so by now."""
+        if name in self._frozen:
+            return
+        names = [place.name for place in self.held if not place.is_trained]
+        names = [name for name in names if name not in self._frozen]
+        self._frozen.update(names)
+        log.warning(
+            "osf_torch.confine: the free blocks of some weights are frozen (each doesn't require a "
+            "gradient), so that these weights aren't trained: %s; where that isn't meant (adding "
+            "an adapter freezes a whole model), let Confined.parameters() require one",
+            listed(names),
+        )
 
     # --- what a training loop calls ---
 

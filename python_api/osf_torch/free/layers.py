@@ -227,11 +227,7 @@ def tell_frozen_block(place: Place) -> None:
     if is_substitute(place):  # whose own C may want none
         return
     owner: Any = place.spec.owner
-    owner.tell(
-        "frozen",
-        f"the free block of {place.name!r} doesn't require a gradient: something has frozen it, "
-        "such as an adapter that was added; Confined.parameters() are to require one",
-    )
+    owner.tell_frozen(place.name)
 
 
 def require_frozen(spec: Spec, weight: Tensor) -> None:
