@@ -40,7 +40,6 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     runs = {name: found for name, found in runs.items() if found}
@@ -99,13 +98,14 @@ def draw(runs: Mapping[str, Sequence[Run]], stream: str, picture: Path) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(True, color="#dddddd", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    grey: dict[str, Any] = {"color": "#333333", "linewidth": 1.2}
-    judged_on = [
-        Line2D([], [], **grey, label=f"lines: {COURSE} test examples a task"),
-        Line2D([], [], **grey | DOTS, label=f"dots: {JUDGED}"),
-    ]
-    methods, _ = course.get_legend_handles_labels()
-    course.legend(handles=[*methods, *judged_on], fontsize=7, frameon=False, ncols=2)
+    # Beside the panels, since the lines leave no corner of them free.
+    halves[0].legend(
+        *course.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(runs),
+        fontsize=8,
+        frameon=False,
+    )
     halves[1].supxlabel(
         f"after task; lines: {COURSE} test examples; dots: {JUDGED}, right after the task and at "
         "the end",
