@@ -165,8 +165,8 @@ def test_inputs_name_what_they_leave_out(caplog):
     assert found.left_out == {"0.weight": "9x6, nn.Embedding"}
     assert "input_subspaces: 47 % of the elements that train" in caplog.messages[0]
     assert (
-        "; freeze these, name them in leave_out=, or take in by its filter= those that are mul"
-        in (caplog.messages[0])
+        "; freeze these, name them in leave_out=, or take in by input_subspaces(filter=...) those "
+        "that are mul" in caplog.messages[0]
     )
     assert "refresh(filter" not in caplog.messages[0], "a turn by inputs refuses embeddings"
     again = input_subspaces(

@@ -209,8 +209,8 @@ def tell(found: Coverage, operator: str) -> Coverage:
         remedy = "take these in by refresh(filter=...), freeze them, or name them in leave_out="
         if operator == "input_subspaces":
             remedy = (
-                "freeze these, name them in leave_out=, or take in by its filter= those that are "
-                "multiplied with activations, as an embedding isn't"
+                "freeze these, name them in leave_out=, or take in by input_subspaces(filter=...) "
+                "those that are multiplied with activations, as an embedding isn't"
             )
         log.warning("%s; %s; until one of these is done verify() refuses them", line, remedy)
     else:
@@ -228,9 +228,10 @@ def require_told(found: Coverage, operator: str) -> None:
     if named:
         raise RuntimeError(
             f"osf_torch.{operator}: expected every matrix that trains to be covered, got "
-            f"{listed(named)}, which nothing covers: all of them may move; refresh with them "
-            "(its filter= takes others than the default), freeze them, or leave them out by name, "
-            f"in protect, confine or next_task: leave_out={list(found.untold)[:NAMED]}"
+            f"{listed(named)}, which nothing covers: all of them may move; take them in by refresh "
+            "or input_subspaces (filter= takes others than the default), freeze them, or leave "
+            "them out by name, in protect, confine or next_task: "
+            f"leave_out={list(found.untold)[:NAMED]}"
         )
 
 
