@@ -94,8 +94,7 @@ STREAMS = $(BIN)/python -m bench streams --data "$(DATA)"
 streams: $(INSTALLED)  ## Long streams of tasks from DATA=folder, with an encoder and a decoder: what is forgotten; hours
 	@test -n "$(DATA)" || { echo "error: make streams DATA=folder, with one JSON-lines file a task: see bench/README.md" >&2; exit 2; }
 	@$(STREAMS) --stream 4,4x3 --tune
-	@$(STREAMS) --stream 4 $(if $(ANEW),--anew)
-	@$(STREAMS) --stream 5,4x3 --seeds 1 $(if $(ANEW),--anew)
+	@$(STREAMS) --stream 4,5,4x3 $(if $(ANEW),--anew)
 	@$(STREAMS) --model smollm2 --stream 4 --tune
 	@$(STREAMS) --model smollm2 --stream 4 --seeds 1 $(if $(ANEW),--anew)
 
